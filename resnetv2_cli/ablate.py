@@ -1,0 +1,188 @@
+"""Rows of the paper's tables, run again under several seeds, beside what was published."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.paper import FAIL, FAIL_ABOVE, TABLE_1, TABLE_2, TABLES, PaperTable, Row, percent
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of one row."""
+
+    row: str
+    experiment: Experiment
+    folder: Path
+
+    @property
+    def result(self) -> float | None:
+        """Test error in percent, FAIL if it diverged, None if it has not ended."""
+        if (self.folder / "failed.json").exists():
+            return FAIL
+        file = self.folder / "result.json"
+        return json.loads(file.read_text())["test_error"] if file.exists() else None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of an ablation: the paper's error and those measured, in percent, one a seed."""
+
+    row: Row
+    arms: list[Arm] = field(default_factory=list)
+
+    @property
+    def errors(self) -> list[float]:
+        """What has been measured; FAIL for a run that diverged."""
+        return [arm.result for arm in self.arms if arm.result is not None]
+
+    @property
+    def measured(self) -> str:
+        """Median (mean±std), as in Table 4; ``fail`` where the median is above 20 %."""
+        errors = self.errors
+        if not errors:
+            return "—"
+        middle = median(errors)
+        spread = f" ({mean(errors):.2f}±{stdev(errors):.2f})" if len(errors) > 1 else ""
+        if middle == FAIL:
+            return "fail (diverged)"
+        return f"fail ({middle:.2f})" if middle > FAIL_ABOVE else f"{middle:.2f}{spread}"
+
+    @property
+    def difference(self) -> str:
+        """Median minus the published error, in points; nothing where either failed."""
+        errors, theirs = self.errors, self.row.published
+        if not errors or theirs != theirs or theirs == FAIL or median(errors) > FAIL_ABOVE:
+            return "—"
+        return f"{median(errors) - theirs:+.2f}"
+
+    def as_json(self) -> dict[str, Any]:
+        published = self.row.published
+        return {
+            "name": self.row.name,
+            "published": plain(published),
+            "figure": self.row.figure,
+            "note": self.row.note,
+            "errors": [plain(e) for e in self.errors],
+            "median": plain(median(self.errors)) if self.errors else None,
+            "n": len(self.errors),
+            "settings": asdict(self.arms[0].experiment),
+        }
+
+
+def plain(error: float) -> float | str | None:
+    """An error for JSON: percent, ``"fail"``, or null where the paper has none."""
+    if error != error:
+        return None
+    return "fail" if error == FAIL else error
+
+
+UNPUBLISHED = float("nan")
+
+
+def rows(
+    shortcut: str | None = None, unit: str | None = None, table: int | None = None
+) -> tuple[PaperTable, list[Row]]:
+    """The table and those of its rows that concern a shortcut or a unit, after its baseline.
+
+    Raises:
+        UserError: none or several of the three are given, or there is no such table.
+    """
+    given = [x for x in (shortcut, unit, table) if x is not None]
+    if len(given) != 1:
+        raise UserError(
+            "ablate what? give one of --shortcut, --unit and --table",
+            "for instance: resnetv2 ablate --shortcut exclusive-gate",
+        )
+    if table is not None:
+        if table not in TABLES:
+            raise UserError(f"the paper has no Table {table}", "it has 1 to 5")
+        return TABLES[table], list(TABLES[table].rows)
+    if shortcut is not None:
+        baseline, chosen = TABLE_1.of(shortcut="identity"), TABLE_1.of(shortcut=shortcut)
+        if not chosen:
+            chosen = [Row(shortcut, UNPUBLISHED, {"shortcut": shortcut}, note="not in the paper")]
+        return TABLE_1, baseline + [r for r in chosen if r not in baseline]
+    baseline, chosen = TABLE_2.of(unit="original"), TABLE_2.of(unit=unit)
+    return TABLE_2, baseline + [r for r in chosen if r not in baseline]
+
+
+def plan(
+    table: PaperTable, rows: Iterable[Row], runs: int, overrides: dict[str, Any], root: Path
+) -> list[Line]:
+    """A line for each row, with an arm for each seed; seeds are the same in all rows.
+
+    Raises:
+        UserError: an override does not fit a row.
+    """
+    first = overrides.pop("seed", 0)
+    lines = []
+    for row in rows:
+        settings = {**table.base, **row.settings, **overrides}
+        arms = []
+        for seed in range(first, first + runs):
+            experiment = Experiment.load(settings.pop("config", None), **settings, seed=seed)
+            slug = re.sub(r"[^a-z0-9.+-]+", "-", row.name.lower()).strip("-")
+            arms.append(Arm(row.name, experiment, root / slug / f"s{seed}"))
+        lines.append(Line(row, arms))
+    return lines
+
+
+def run(lines: list[Line], announce: Callable[[Arm, str], None]) -> None:
+    """Run every arm that has no result, each in a process of its own, seed by seed.
+
+    An arm that was interrupted is continued; one that fails is a row that says so.
+
+    Raises:
+        UserError: an arm's process stopped for another reason than a diverging loss.
+    """
+    arms = [arm for line in lines for arm in line.arms]
+    for arm in sorted(arms, key=lambda a: a.experiment.seed):
+        if arm.result is not None:
+            announce(arm, "done before")
+            continue
+        begun = (arm.folder / "checkpoints" / "last.ckpt").exists()
+        announce(arm, "continuing" if begun else "running")
+        status = subprocess.run(command(arm, begun), stdout=subprocess.DEVNULL).returncode
+        if status in (130, 143):
+            raise KeyboardInterrupt
+        if status and arm.result is None:
+            raise UserError(
+                f"{arm.row}, seed {arm.experiment.seed}, stopped with status {status}",
+                "the same command continues; finished rows are not run again",
+            )
+
+
+def command(arm: Arm, begun: bool) -> list[str]:
+    """The command of one arm: a ``train`` that anybody could type."""
+    tool = [sys.executable, "-m", "resnetv2_cli", "train"]
+    if begun:
+        return [*tool, "--resume", str(arm.folder)]
+    if arm.folder.exists() and not (arm.folder / "metrics.csv").exists():
+        pass
+    config = arm.folder.with_suffix(".yaml")
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(arm.experiment.dump())
+    return [*tool, "--config", str(config), "--output", str(arm.folder)]
+
+
+def table_rows(lines: list[Line]) -> list[tuple[str, ...]]:
+    """row, paper, measured, n, difference: what the table shows."""
+    return [
+        (
+            line.row.name,
+            "—" if line.row.published != line.row.published else percent(line.row.published),
+            line.measured,
+            str(len(line.errors)),
+            line.difference,
+        )
+        for line in lines
+    ]

@@ -1,0 +1,99 @@
+"""Checkpoints: written whole or not at all, and opened without running anything in them."""
+
+import os
+import pickle
+import zipfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import UserError
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes to a temporary name in the same folder, flushes it to disk, then renames it."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".tmp")
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise UserError(
+                f"cannot save {path}: {error.strerror}", "the checkpoint before it is kept"
+            ) from None
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that is meant: a file, or the last one of a run folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if path.is_dir():
+        inside = [path / "checkpoints" / "last.ckpt", path / "last.ckpt"]
+        path = next((p for p in inside if p.is_file()), path / "checkpoints" / "last.ckpt")
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}", "name a .ckpt file or a run folder")
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a checkpoint of this tool holds, as tensors and plain values.
+
+    Raises:
+        UserError: the file is cut short, is no checkpoint, or is not one of this tool.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken:
+            raise UserError(f"{path} is damaged: {broken} fails its checksum", "copy it again")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except zipfile.BadZipFile:
+        raise UserError(f"{path} is no checkpoint, or is cut short", "copy it again") from None
+    except pickle.UnpicklingError:
+        hint = "such a file could run anything; only tensors and plain values are read"
+        raise UserError(f"{path} holds more than tensors", hint) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    if not isinstance(checkpoint, dict) or not {"state_dict", "experiment"} <= set(checkpoint):
+        raise UserError(f"{path} is not a checkpoint of resnetv2", "it names no experiment")
+    return checkpoint
+
+
+def experiment_of(checkpoint: dict[str, Any], **overrides: Any) -> Experiment:
+    """The experiment a checkpoint was made by; unknown keys of other versions are an error."""
+    known = {f.name for f in fields(Experiment)}
+    saved = {k: v for k, v in checkpoint["experiment"].items() if k in known}
+    return Experiment(**{**saved, **overrides})
+
+
+def load_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: Path) -> None:
+    """Put a checkpoint's weights into a module.
+
+    Raises:
+        UserError: they are of another architecture; names the first difference.
+    """
+    own, given = module.state_dict(), checkpoint["state_dict"]
+    for name in [*own, *given]:
+        if name not in given or name not in own or own[name].shape != given[name].shape:
+            here = tuple(own[name].shape) if name in own else "nothing"
+            there = tuple(given[name].shape) if name in given else "nothing"
+            raise UserError(
+                f"{path} is of another architecture: {name} is {there} there and {here} here",
+                "leave out the flags that describe the network",
+            )
+    module.load_state_dict(given)

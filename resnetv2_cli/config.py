@@ -1,0 +1,338 @@
+"""One experiment, complete and checked; its defaults are the paper's (appendix).
+
+To add an option: one field of Experiment. Flag, help, config key, check and saved file follow.
+"""
+
+import types
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self, Union, get_args, get_origin
+
+import yaml
+
+from resnetv2_cli import plans
+from resnetv2_cli.errors import UserError, unknown
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+PAPER_STEPS, PAPER_WARMUP = 64_000, 400  # iterations
+
+
+def setting(default: Any, doc: str, panel: str, *, least: float | None = None, free: bool = False):
+    """A field that is also a config file's key, a flag of the command line and a line of help.
+
+    ``least``: no smaller value is accepted. ``free``: may change when a run is resumed, because it
+    does not change what is learned.
+    """
+    return field(
+        default=default, metadata={"doc": doc, "panel": panel, "least": least, "free": free}
+    )
+
+
+def rows(table: dict[str, Any]) -> Any:
+    """The names of a table as a type."""
+    return Literal[tuple(table)]  # type: ignore[valid-type]
+
+
+Block = rows(plans.BLOCKS)
+Unit = rows(plans.UNITS)
+Stem = rows(plans.STEMS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What one training run is."""
+
+    depth: int = setting(
+        110, "Weight layers, the stem's and the head's among them.", "Network", least=5
+    )
+    block: Block | None = setting(  # type: ignore[valid-type]
+        None,
+        "Weight layers of F. By itself 6n+2 layers are basic, 9n+2 are bottleneck, and what fits "
+        "both is basic below 164.",
+        "Network",
+    )
+    unit: Unit = setting(  # type: ignore[valid-type]
+        "full-preact", "Where BN and ReLU stand (Fig. 4).", "Network"
+    )
+    shortcut: str = setting(
+        "identity", "What carries x past F (Fig. 2); or your own, as module:Class.", "Network"
+    )
+    shortcut_scale: float | None = setting(
+        None, "a in a x + b F(x), of constant-scale: 0.5 unless given.", "Network"
+    )
+    residual_scale: float | None = setting(
+        None, "b in a x + b F(x), of constant-scale: 1 unless given.", "Network"
+    )
+    gate_bias: float | None = setting(
+        None, "Initial b_g of the gates: -6 unless given; 0 to -10 in the paper.", "Network"
+    )
+    dropout_ratio: float | None = setting(
+        None, "Share that the dropout shortcut drops: 0.5 unless given.", "Network", least=0
+    )
+    dropout_inverted: bool | None = setting(
+        None, "Divide what is kept by 1 - ratio in training (the default).", "Network"
+    )
+    option: Literal["A", "B"] | None = setting(
+        None,
+        "Where the shape changes: A pads with zeros, B projects. By itself A for basic CIFAR "
+        "networks, B else.",
+        "Network",
+    )
+    pad: Literal["raw", "activated"] = setting(
+        "raw", "What option A carries in pre-activation units.", "Network"
+    )
+    stride_on: Literal["first", "3x3"] = setting(
+        "first", "Which convolution of a bottleneck has the stride.", "Network"
+    )
+    init: Literal["fan_out", "fan_in"] = setting(
+        "fan_out", "Which fan He initialization counts.", "Network"
+    )
+    stem: Stem | None = setting(  # type: ignore[valid-type]
+        None, "3x3 (cifar) or 7x7 and pooling (imagenet). By itself as the dataset.", "Network"
+    )
+
+    dataset: Literal["cifar10", "cifar100", "digits", "imagenet", "folder"] = setting(
+        "cifar10", "Images to learn from.", "Data"
+    )
+    data_dir: str = setting(
+        "data", "Where images are, or are downloaded to.", "Data", free=True
+    )
+    batch_size: int = setting(
+        128, "Images in one iteration, over all devices and micro-batches.", "Data", least=1
+    )
+    val: int = setting(
+        0, "Training images held out for choosing; 5000 makes the 45k/5k split of [1].", "Data",
+        least=0,
+    )
+    augment: bool = setting(True, "Pad by 4, crop at random and flip (CIFAR).", "Data")
+    normalize: Literal["pixel-mean", "channel"] = setting(
+        "pixel-mean",
+        "Subtract the mean of each pixel, as [1], or each channel's mean, and divide by its std.",
+        "Data",
+    )
+    crop: Literal["scale", "scale-aspect"] = setting(
+        "scale", "ImageNet: random scale, as [1], or scale and aspect ratio.", "Data"
+    )
+    test_size: int | None = setting(
+        None, "ImageNet: side of the single test crop; 224 unless given.", "Data", least=32
+    )
+    workers: int = setting(2, "Processes that decode images (folders only).", "Data", least=0,
+                          free=True)
+
+    lr: float = setting(0.1, "Learning rate, before warm-up and drops.", "Optimization", least=0)
+    schedule: Literal["steps", "cosine", "one-cycle"] = setting(
+        "steps", "Constant with two drops by 10, as the paper; or cosine; or one-cycle.",
+        "Optimization",
+    )
+    steps: int = setting(
+        PAPER_STEPS, "Training iterations; drops and warm-up scale with them.", "Optimization",
+        least=1,
+    )
+    epochs: float | None = setting(
+        None, "Passes over the training images, instead of --steps.", "Optimization", least=0
+    )
+    warmup: int | None = setting(
+        None,
+        "Iterations at a tenth of the learning rate (steps), or of its rise (others). "
+        "By itself 400 of 64,000, and in that proportion.",
+        "Optimization",
+        least=0,
+    )
+    momentum: float = setting(0.9, "Momentum of SGD.", "Optimization", least=0)
+    nesterov: bool = setting(
+        False, "Nesterov's momentum, as in the released Torch code.", "Optimization"
+    )
+    weight_decay: float = setting(1e-4, "L2 penalty.", "Optimization", least=0)
+    decay: Literal["all", "weights"] = setting(
+        "all", "What decays: every parameter, or only weights of conv and fc layers.",
+        "Optimization",
+    )
+    label_smoothing: float = setting(0.0, "Share of the label given to all classes.", "Optimization",
+                                    least=0)
+    seed: int = setting(0, "Seed of weights, order and augmentation.", "Optimization", least=0)
+
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = setting(
+        "auto", "Arithmetic; auto takes the fast safe mode of the hardware.", "Engine"
+    )
+    accumulate: int = setting(
+        1, "Micro-batches that one batch is split into.", "Engine", least=1
+    )
+    compile: bool = setting(False, "Compile the network, unit by unit.", "Engine", free=True)
+    recompute: int = setting(
+        0, "Segments whose activations are recomputed in backward, to save memory; 0: none.",
+        "Engine", least=0, free=True,
+    )
+    sync_bn: bool = setting(False, "BN statistics over all devices, not over each.", "Engine")
+    accelerator: str = setting("auto", "auto, cpu, gpu, mps.", "Engine", free=True)
+    devices: str = setting("auto", "How many devices, or which (0,1).", "Engine", free=True)
+    nodes: int = setting(1, "Machines.", "Engine", least=1, free=True)
+    strategy: str = setting("auto", "How devices share the work: auto or ddp.", "Engine", free=True)
+    deterministic: bool = setting(
+        False, "Only operations that give the same bits each time.", "Engine", free=True
+    )
+
+    eval_every: float = setting(
+        1.0, "Epochs between evaluations.", "Run", least=0.001
+    )
+    log_every: int = setting(100, "Iterations between lines of metrics.csv.", "Run", least=1)
+    save_every: int = setting(
+        0, "Iterations between checkpoints that are kept beside last.ckpt; 0: none.", "Run",
+        least=0, free=True,
+    )
+    tensorboard: bool = setting(False, "Log to TensorBoard too.", "Run", free=True)
+    wandb: bool = setting(False, "Log to Weights & Biases too.", "Run", free=True)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, checked(f, getattr(self, f.name)))
+        if ":" not in self.shortcut and self.shortcut not in plans.shortcuts():
+            raise unknown("shortcut", self.shortcut, plans.shortcuts())
+        plans.units_per_stage(self.depth, self.block_, self.stem_)
+
+    @property
+    def stem_(self) -> str:
+        """The stem: as given, or as the dataset has it."""
+        return self.stem or ("imagenet" if self.dataset in ("imagenet", "folder") else "cifar")
+
+    @property
+    def block_(self) -> str:
+        """The block: as given, or as the depth has it."""
+        return self.block or plans.default_block(self.depth, self.stem_)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was given of the shortcut's settings."""
+        names = (
+            "shortcut_scale residual_scale gate_bias dropout_ratio dropout_inverted".split()
+        )
+        given = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The arguments of ``ResNet``, all but ``classes``."""
+        names = "depth unit shortcut option pad stride_on init settings".split()
+        return {n: getattr(self, n) for n in names} | {"block": self.block_, "stem": self.stem_}
+
+    @property
+    def name(self) -> str:
+        """``cifar10-resnet110-basic-full-preact-s0``: depth, and always the block with it."""
+        given = [f"{v:g}" for v in self.settings.values()]
+        parts = [self.dataset, f"resnet{self.depth}", self.block_, self.unit]
+        if self.shortcut != "identity":
+            parts.append(self.shortcut.replace(":", "."))
+        return "-".join([*parts, *given, f"s{self.seed}"])
+
+    @property
+    def warmup_(self) -> int:
+        """Iterations of warm-up: 400 of 64,000, or 30 % of a one-cycle schedule, unless given."""
+        if self.warmup is not None:
+            return self.warmup
+        if self.schedule == "one-cycle":
+            return round(0.3 * self.steps)
+        return round(PAPER_WARMUP * self.steps / PAPER_STEPS)
+
+    def settle(self, steps_per_epoch: int) -> Self:
+        """The same experiment with ``epochs`` turned into ``steps``."""
+        if self.epochs is None:
+            return self
+        return replace(self, steps=max(1, round(self.epochs * steps_per_epoch)), epochs=None)
+
+    @classmethod
+    def load(cls, path: Path | str | None = None, /, **overrides: Any) -> Self:
+        """Read a config file; ``overrides`` win over it, it wins over the defaults.
+
+        A name without a folder is looked for in ``configs/`` too.
+
+        Raises:
+            UserError: the file is missing or no YAML mapping, or holds a key that is no field.
+        """
+        given = read_yaml(Path(path)) if path else {}
+        known = [f.name for f in fields(cls)]
+        for key in given:
+            if key not in known:
+                raise unknown("key", key, known, where=f"{path}: ")
+        if "epochs" in overrides and "steps" not in overrides:
+            given.pop("steps", None)
+        if "steps" in overrides and "epochs" not in overrides:
+            given.pop("epochs", None)
+        try:
+            return cls(**{**given, **overrides})
+        except UserError as error:
+            raise (UserError(f"{path}: {error}", error.hint) if path else error) from None
+
+    def dump(self) -> str:
+        """The whole experiment as YAML: what a run folder keeps, and what reproduces the run."""
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping from a YAML file; a bare name is looked for in ``configs/`` too.
+
+    Raises:
+        UserError: no such file, not UTF-8, not YAML, or not a mapping.
+    """
+    candidates = [path, CONFIGS / path, CONFIGS / f"{path}.yaml"]
+    found = next((p for p in candidates if p.is_file()), None)
+    if found is None:
+        known = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
+        raise unknown("config file", str(path), known)
+    try:
+        given = yaml.safe_load(found.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{path} is not YAML: {line}", "one 'key: value' a line") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise UserError(f"{path} holds no keys", "one 'key: value' a line")
+    return given
+
+
+def kinds(f: Any) -> tuple[type | None, tuple[Any, ...], bool]:
+    """The plain type of a field, its choices if it has them, and whether it may be None."""
+    parts = get_args(f.type) if get_origin(f.type) in (Union, types.UnionType) else (f.type,)
+    optional = type(None) in parts
+    [kind] = [p for p in parts if p is not type(None)]
+    if get_origin(kind) is Literal:
+        return str, get_args(kind), optional
+    return kind, (), optional
+
+
+def checked(f: Any, value: Any) -> Any:
+    """The value of a field, of the field's type; 1e-4, which YAML reads as text, becomes a number.
+
+    Raises:
+        UserError: the value has another type, is none of the choices, or is too small.
+    """
+    kind, choices, optional = kinds(f)
+    if value is None and optional:
+        return None
+    if choices:
+        if value not in choices:
+            raise unknown(f.name, value, choices)
+        return value
+    wrong = UserError(f"{f.name} must be {_A[kind]}, not {value!r}", f.metadata["doc"])
+    if kind is str and isinstance(value, (str, int)) and not isinstance(value, bool):
+        return str(value)
+    if kind is bool or isinstance(value, bool):
+        if not (kind is bool and isinstance(value, bool)):
+            raise wrong
+        return value
+    try:
+        number = kind(value)  # type: ignore[misc]
+        if isinstance(value, float) and number != value or number != number:
+            raise wrong
+    except (TypeError, ValueError, OverflowError):
+        raise wrong from None
+    least = f.metadata["least"]
+    if abs(number) == float("inf") or least is not None and number < least:
+        floor = f"at least {least:g}" if least is not None else "finite"
+        raise UserError(f"{f.name} must be {floor}, not {value}", f.metadata["doc"])
+    return number
+
+
+_A = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -1,0 +1,59 @@
+"""Normalization and augmentation of whole batches, on the device that trains."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resnetv2_cli.data.images import Split
+from resnetv2_cli.data.order import PAD
+
+
+def statistics(split: Split, normalize: str) -> tuple[Tensor, Tensor]:
+    """mean and std of images scaled to 0..1: ``pixel-mean`` (3, 32, 32) and 1, as [1], who
+    subtract the mean image; or ``channel`` (3, 1, 1) each, as the released Torch code."""
+    pixel = torch.from_numpy(split.images.mean(0, dtype=np.float64) / 255).permute(2, 0, 1)
+    mean = pixel.mean((1, 2), keepdim=True)
+    if normalize == "pixel-mean":
+        return pixel.float(), torch.ones(1, 1, 1)
+    counts = np.stack([np.bincount(split.images[..., c].ravel(), minlength=256) for c in range(3)])
+    squares = torch.from_numpy(counts * (np.arange(256) / 255) ** 2).sum(1) / counts[0].sum()
+    return mean.float(), (squares[:, None, None] - mean**2).sqrt().float()
+
+
+class Normalize(nn.Module):
+    """(x / 255 - mean) / std, laid out channels last; part of what a checkpoint keeps.
+
+    Shape: (N, H, W, 3) uint8 -> (N, 3, H, W) float32.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.permute(0, 3, 1, 2).to(self.mean.dtype)
+        return (x - 255 * self.mean) / (255 * self.std)
+
+
+def crop_and_flip(x: Tensor, views: Tensor) -> Tensor:
+    """Pad by 4 zeros on each side, crop at (top, left) and mirror where flip is 1.
+
+    After normalization, as in fb.resnet.torch: a padding of zeros is then the mean colour.
+
+    Shape: x (N, C, H, W), views (N, 3) of top and left in 0..8 and flip in 0..1 -> (N, C, H, W).
+    """
+    n, c, h, w = x.shape
+    top, left, flip = views[:, :, None].unbind(1)
+    across = torch.arange(w, device=x.device)
+    rows = torch.arange(h, device=x.device) + top
+    columns = torch.where(flip.bool(), w - 1 - across, across) + left
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, PAD, PAD, PAD, PAD))
+    image = torch.arange(n, device=x.device)[:, None] * (h + 2 * PAD)
+    pixels = (image + rows)[:, :, None] * (w + 2 * PAD) + columns[:, None, :]
+    cropped = padded.reshape(-1, c).index_select(0, pixels.reshape(-1))
+    return cropped.reshape(n, h, w, c).permute(0, 3, 1, 2)

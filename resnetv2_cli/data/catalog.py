@@ -1,0 +1,47 @@
+"""The datasets that ``--dataset`` names, as data. To add one: one row in DATASETS.
+
+Nothing here needs torch, so that help and error messages come at once.
+"""
+
+from typing import NamedTuple
+
+CIFAR10 = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+CIFAR100 = tuple(
+    """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+    butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch
+    crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo
+    keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain
+    mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain
+    plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+    skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+    television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+    """.split()
+)
+DIGITS = tuple("0123456789")
+
+
+class Dataset(NamedTuple):
+    """What is known of a dataset before it is read."""
+
+    doc: str
+    classes: tuple[str, ...] = ()  # in the official order; empty: as the class folders are named
+    train: int = 0  # images; 0: as many as there are
+    test: int = 0
+    flip: bool = True  # whether a mirrored image is still of its class
+    decoded: bool = True  # whole in memory as uint8; else decoded from files, batch by batch
+
+
+DATASETS = {
+    "cifar10": Dataset("32x32 photographs, 10 classes", CIFAR10, 50_000, 10_000),
+    "cifar100": Dataset("32x32 photographs, 100 classes", CIFAR100, 50_000, 10_000),
+    "digits": Dataset(
+        "scikit-learn's handwritten digits, scaled to 32x32; no download",
+        DIGITS,
+        1_437,
+        360,
+        flip=False,
+    ),
+    "imagenet": Dataset("ILSVRC-2012: train/ and val/ with 1000 class folders", decoded=False),
+    "folder": Dataset("any images in class folders: train/ and val/ or test/", decoded=False),
+}

@@ -1,0 +1,143 @@
+"""Photographs in class folders (ImageNet, or anybody's), decoded from files batch by batch."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from resnetv2_cli.data.order import STREAMS
+from resnetv2_cli.errors import UserError
+
+SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
+SHORTER = (256, 480)  # pixels: range of the random shorter side ("scale" of Table 5, from [1])
+RESIZED = {224: 256}  # shorter side for a test crop; 320 is cropped from 320 (Sec. 5)
+
+MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # of ImageNet's training images, 0..1
+STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+
+class Folder(NamedTuple):
+    """The files of one split and their classes, in the order of their names."""
+
+    files: list[Path]
+    labels: Tensor
+    classes: tuple[str, ...]
+
+
+def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> Folder:
+    """The images of ``root/split/<class>/``; ``classes``: those that the other split has.
+
+    Raises:
+        UserError: there is no such folder, no image in it, or a class that train lacks.
+    """
+    names = ("val", "test") if split == "test" else (split,)
+    place = next((root / n for n in names if (root / n).is_dir()), None)
+    if place is None:
+        wanted = " or ".join(str(root / n) for n in names)
+        raise UserError(f"there is no folder {wanted}", "it holds one folder for each class")
+    found = tuple(sorted(p.name for p in place.iterdir() if p.is_dir()))
+    if strange := sorted(set(found) - set(classes)) if classes else []:
+        raise UserError(f"{place} has classes that train lacks: {', '.join(strange[:3])}")
+    classes = classes or found
+    pairs = [
+        (path, i)
+        for i, c in enumerate(classes)
+        for path in sorted((place / c).glob("*"))
+        if path.suffix.lower() in SUFFIXES
+    ]
+    if not pairs:
+        raise UserError(f"no images in {place}/<class>/", "images go into one folder a class")
+    files, labels = zip(*pairs, strict=True)
+    return Folder(list(files), torch.tensor(labels), classes)
+
+
+def open_rgb(path: Path) -> Image.Image:
+    """An image of any mode as RGB.
+
+    Raises:
+        UserError: the file cannot be read as an image; says which.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"cannot read the image {path}: {str(error).splitlines()[0]}") from None
+
+
+def random_box(
+    width: int, height: int, size: int, crop: str, g: torch.Generator
+) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom, in pixels, of a training crop before it is resized to ``size``.
+
+    ``scale``: a size x size crop of the image whose shorter side is drawn from 256..480 ([1]).
+    ``scale-aspect``: 8 to 100 % of the area, aspect 3/4 to 4/3 (fb.resnet.torch).
+    """
+    draw = torch.rand(3, generator=g, dtype=torch.float64).tolist()
+    if crop == "scale-aspect":
+        for _ in range(10):
+            area = width * height * (0.08 + 0.92 * draw[0])
+            aspect = math.exp((2 * torch.rand(1, generator=g).item() - 1) * math.log(4 / 3))
+            w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+            if w <= width and h <= height:
+                left, top = draw[1] * (width - w), draw[2] * (height - h)
+                return left, top, left + w, top + h
+            draw = torch.rand(3, generator=g, dtype=torch.float64).tolist()
+        return center_box(width, height, 1.0)
+    shorter = SHORTER[0] + draw[0] * (SHORTER[1] - SHORTER[0])
+    side = min(width, height) * size / shorter
+    left, top = draw[1] * (width - side), draw[2] * (height - side)
+    return left, top, left + side, top + side
+
+
+def center_box(width: int, height: int, share: float) -> tuple[float, float, float, float]:
+    """The square in the middle whose side is ``share`` of the shorter side."""
+    side = min(width, height) * share
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+class FolderImages(Dataset):
+    """Image ``index`` as epoch ``epoch`` sees it; epoch -1 is the test view.
+
+    Shape: key (index, epoch) -> (size, size, 3) uint8, label.
+    """
+
+    def __init__(self, folder: Folder, size: int, crop: str, seed: int) -> None:
+        self.folder, self.size, self.crop, self.seed = folder, size, crop, seed
+
+    def __len__(self) -> int:
+        return len(self.folder.files)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        index, epoch = key
+        image = open_rgb(self.folder.files[index])
+        if epoch < 0:
+            box = center_box(*image.size, self.size / RESIZED.get(self.size, self.size))
+            flip = False
+        else:
+            g = torch.Generator().manual_seed((self.seed * STREAMS + epoch) * 2**21 + index)
+            box = random_box(*image.size, self.size, self.crop, g)
+            flip = torch.rand(1, generator=g).item() < 0.5
+        small = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+        if flip:
+            small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return torch.from_numpy(np.array(small)), self.folder.labels[index]
+
+
+class Keys:
+    """Batches of (index, epoch) for a DataLoader: what its workers decode."""
+
+    def __init__(self, batches: Iterator[list[tuple[int, int]]], length: int) -> None:
+        self.batches, self.length = batches, length
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.batches
+
+    def __len__(self) -> int:
+        return self.length

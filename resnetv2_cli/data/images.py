@@ -1,0 +1,242 @@
+"""Small images, decoded once and kept whole as uint8: CIFAR and the embedded digits."""
+
+import hashlib
+import os
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+from urllib.error import URLError
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from resnetv2_cli.data.catalog import DATASETS, Dataset
+from resnetv2_cli.errors import UserError
+
+SIZE = 32
+SPLITS = ("train", "test")
+SUFFIXES = {".png", ".webp", ".jpg", ".jpeg"}
+
+
+class Split(NamedTuple):
+    """images (N, 32, 32, 3) uint8, labels (N,) int64."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+class Images(NamedTuple):
+    """A dataset in memory. ``digest``: of every pixel and label, so that two copies compare."""
+
+    train: Split
+    test: Split
+    digest: str
+
+
+class File(NamedTuple):
+    """One image file: where it is said to be, its split and class, and how to read it."""
+
+    name: str
+    split: str
+    label: str
+    read: Callable[[], bytes]
+
+
+def load(name: str, root: Path) -> Images:
+    """A dataset by name, from ``root``: in the official archive's layout, or as class folders.
+
+    The images come in one order whatever the copy they are read from. Decoded once, they are kept
+    in the user's cache folder.
+
+    Raises:
+        UserError: nothing is there and the download failed; or what is there is not whole.
+    """
+    dataset = DATASETS[name]
+    if name == "digits":
+        return digits()
+    if found := folder_copy(name, root):
+        return cached(name, found, lambda: from_files(name, dataset, list(tree(found))))
+    return cached(name, [root], lambda: from_archive(name, dataset, root))
+
+
+def digits() -> Images:
+    """scikit-learn's digits (1,797 of 8x8, 16 greys) at 32x32 RGB; every fifth is a test image."""
+    from sklearn.datasets import load_digits
+
+    small = load_digits()
+    grey = [Image.fromarray((im * (255 / 16)).round().astype(np.uint8)) for im in small.images]
+    large = [im.resize((SIZE, SIZE), Image.Resampling.BILINEAR).convert("RGB") for im in grey]
+    images, labels = np.stack([np.asarray(im) for im in large]), small.target.astype(np.int64)
+    test = np.arange(len(labels)) % 5 == 0
+    return finished(Split(images[~test], labels[~test]), Split(images[test], labels[test]))
+
+
+def folder_copy(name: str, root: Path) -> list[Path]:
+    """Where a class-folder copy lies under ``root``: a folder with train/ and test/, or archives.
+
+    Raises:
+        UserError: only one of train/ and test/ is there.
+    """
+    for place in (root, root / name, root / name.replace("cifar", "cifar-")):
+        halves = [(place / split).is_dir() for split in SPLITS]
+        named = any((place / "train" / c).is_dir() for c in DATASETS[name].classes)
+        if all(halves) and named:
+            return [place]
+        if any(halves) and (named or place != root):
+            missing = place / ("test" if halves[0] else "train")
+            raise UserError(
+                f"half of {name} is missing: there is no {missing}",
+                "class folders must be in train/ and test/",
+            )
+        archives = sorted(place.glob("*.zip")) if place != root else []
+        if archives:
+            return archives
+    return sorted([*root.glob(f"{name}.zip"), *root.glob(f"{name}[!0-9]*.zip")])
+
+
+def tree(places: list[Path]) -> Iterator[File]:
+    """The image files of a folder, or of zip archives read in place: ``split/class/name``."""
+    for place in places:
+        if place.is_dir():
+            for path in sorted(place.glob("*/*/*")):
+                if path.suffix.lower() in SUFFIXES:
+                    split, label = path.parts[-3:-1]
+                    yield File(str(path), split, label, path.read_bytes)
+            continue
+        try:
+            archive = zipfile.ZipFile(place)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(f"cannot read {place}: {error}", "copy the archive again") from None
+        for member in archive.namelist():
+            parts = member.split("/")
+            if len(parts) == 3 and Path(member).suffix.lower() in SUFFIXES:
+                read = lambda a=archive, m=member: a.read(m)  # noqa: E731
+                yield File(f"{place}:{member}", parts[0], parts[1], read)
+
+
+def decode(file: File) -> NDArray[np.uint8]:
+    """(32, 32, 3) uint8.
+
+    Raises:
+        UserError: the file is no image, is cut short, or has another size; says which file.
+    """
+    try:
+        with Image.open(BytesIO(file.read())) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
+        line = str(error).splitlines()[0]
+        raise UserError(f"cannot read the image {file.name}: {line}", "copy it again") from None
+    if pixels.shape != (SIZE, SIZE, 3):
+        size = f"{pixels.shape[1]}x{pixels.shape[0]}"
+        raise UserError(f"{file.name} is {size}, not 32x32", "use --dataset folder for it")
+    return pixels
+
+
+def from_files(name: str, dataset: Dataset, files: list[File]) -> tuple[Split, Split]:
+    """Train and test from image files.
+
+    Raises:
+        UserError: a class is missing, has another name, or has fewer images than the others.
+    """
+    counts = Counter((f.split, f.label) for f in files)
+    for split in SPLITS:
+        found = {label: n for (s, label), n in counts.items() if s == split}
+        if missing := [c for c in dataset.classes if c not in found]:
+            some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+            raise UserError(
+                f"{name} is not whole: {split} lacks {len(missing)} of its classes ({some})",
+                "class folders must have the official names",
+            )
+        least, most = min(found, key=found.get), max(found.values())  # type: ignore[arg-type]
+        if found[least] < most:
+            raise UserError(
+                f"{name} is not whole: {split}/{least} has {found[least]} images, others {most}",
+                "was the copy interrupted?",
+            )
+    index = {label: i for i, label in enumerate(dataset.classes)}
+    halves = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for split in SPLITS:
+            chosen = [f for f in files if f.split == split and f.label in index]
+            images = np.stack(list(pool.map(decode, chosen, chunksize=64)))
+            halves.append(Split(images, np.array([index[f.label] for f in chosen])))
+    return halves[0], halves[1]
+
+
+def from_archive(name: str, dataset: Dataset, root: Path) -> tuple[Split, Split]:
+    """Train and test from the official archive, downloaded when absent; its md5 is checked.
+
+    Raises:
+        UserError: it is absent and cannot be downloaded, or it is damaged.
+    """
+    from torchvision import datasets
+
+    cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        try:
+            halves = [cls(root, train=train) for train in (True, False)]
+        except RuntimeError:  # "not found or corrupted"
+            halves = [cls(root, train=train, download=True) for train in (True, False)]
+    except (URLError, RuntimeError, OSError, EOFError, tarfile.TarError) as error:
+        raise UserError(
+            f"{name} is not in {root} and could not be downloaded: {error}",
+            f"put it there as {name}/train/<class>/*.png and {name}/test/<class>/*.png, name "
+            "its folder with --data-dir, or try --dataset digits",
+        ) from None
+    train, test = (Split(half.data, np.array(half.targets)) for half in halves)
+    return train, test
+
+
+def finished(train: Split, test: Split) -> Images:
+    """The splits in the one order that all copies share: by class, then by a digest of pixels."""
+    digest, halves = hashlib.sha256(), []
+    for images, labels in (train, test):
+        keys = [hashlib.sha256(image.tobytes()).digest() for image in images]
+        order = np.array(sorted(range(len(keys)), key=lambda i: (labels[i], keys[i])))
+        images, labels = np.ascontiguousarray(images[order]), labels[order].astype(np.int64)
+        halves.append(Split(images, labels))
+        for i in order:
+            digest.update(keys[i])
+        digest.update(labels.tobytes())
+    return Images(halves[0], halves[1], digest.hexdigest())
+
+
+def cached(name: str, places: list[Path], read: Callable[[], tuple[Split, Split]]) -> Images:
+    """What ``read`` gives, kept in the cache folder until a file of ``places`` changes."""
+    stamp = hashlib.sha256()
+    for place in places:
+        inside = sorted(place.glob("*/*")) if place.is_dir() else [place]
+        for path in inside:
+            stat = path.stat()
+            stamp.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnetv2"
+    file = folder / f"{name}-{stamp.hexdigest()[:16]}.npz"
+    try:
+        with np.load(file, allow_pickle=False) as kept:
+            train, test = (Split(kept[f"{s}_images"], kept[f"{s}_labels"]) for s in SPLITS)
+            return Images(train, test, str(kept["digest"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # not there yet, or damaged: read the originals
+    images = finished(*read())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.tmp")
+        with open(partial, "wb") as out:
+            np.savez(
+                out,
+                train_images=images.train.images,
+                train_labels=images.train.labels,
+                test_images=images.test.images,
+                test_labels=images.test.labels,
+                digest=np.array(images.digest),
+            )
+        partial.replace(file)
+    except OSError:
+        pass  # a full or read-only cache costs time, not the run
+    return images

@@ -1,0 +1,269 @@
+"""The images of one experiment as a LightningDataModule."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.data import folder, images
+from resnetv2_cli.data.augment import Normalize, statistics
+from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.data.order import Epoch, Part, Schedule, epoch_order, share
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.plans import STEMS
+
+EVAL_BATCH = {True: 500, False: 64}  # images at a time in evaluation, when decoded, and from files
+
+
+class Batch(NamedTuple):
+    """images (N, H, W, 3) uint8, labels (N,), views (N, 3) of crops or None, and the weight of
+    their mean loss in the mean over the whole batch."""
+
+    images: Tensor
+    labels: Tensor
+    views: Tensor | None = None
+    weight: float = 1.0
+
+
+class Parts:
+    """Every part that this process takes, from iteration ``start`` to ``stop``."""
+
+    def __init__(self, schedule: Schedule, start: int, stop: int) -> None:
+        self.schedule, self.start, self.stop = schedule, start, stop
+
+    def __len__(self) -> int:
+        # Lightning counts batches from the start of training, also when a run was resumed.
+        return self.stop * self.schedule.micro
+
+    def __iter__(self) -> Iterator[Part]:
+        for step in range(self.start, self.stop):
+            yield from self.schedule.parts(step)
+
+
+class Stream:
+    """The training batches of images that are whole in memory, on the device that trains.
+
+    A batch is one indexing of tensors that lie there already: no worker, no copy, no waiting.
+    """
+
+    def __init__(
+        self, split: images.Split, parts: Parts, epoch: "EpochMaker", device: torch.device
+    ) -> None:
+        self.images = torch.from_numpy(split.images).to(device)
+        self.labels = torch.from_numpy(split.labels).to(device)
+        self.parts, self.epoch, self.device = parts, epoch, device
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        drawn, current = -1, None
+        for part in self.parts:
+            if part.epoch != drawn or current is None:
+                drawn, epoch = part.epoch, self.epoch(part.epoch)
+                current = Epoch(epoch.order.to(self.device), epoch.views.to(self.device))
+            chosen = current.order[part.start : part.stop]
+            views = current.views[part.start : part.stop] if self.epoch.augment else None
+            yield Batch(self.images[chosen], self.labels[chosen], views, part.weight)
+
+
+class EpochMaker(NamedTuple):
+    """Draws the order of an epoch from its number."""
+
+    images: int
+    seed: int
+    flip: bool
+    augment: bool
+
+    def __call__(self, epoch: int) -> Epoch:
+        return epoch_order(self.images, self.seed, epoch, self.flip)
+
+
+class Sequence:
+    """The evaluation batches of one process, from images that are whole in memory."""
+
+    def __init__(self, split: images.Split, rows: range, device: torch.device) -> None:
+        self.images = torch.from_numpy(split.images[rows.start : rows.stop]).to(device)
+        self.labels = torch.from_numpy(split.labels[rows.start : rows.stop]).to(device)
+
+    def __len__(self) -> int:
+        return -(-len(self.labels) // EVAL_BATCH[True])
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from map(
+            Batch, self.images.split(EVAL_BATCH[True]), self.labels.split(EVAL_BATCH[True])
+        )
+
+
+class FileStream:
+    """Batches decoded from files by worker processes; ``weights`` go with the batches."""
+
+    def __init__(self, loader: DataLoader, weights: Iterator[float] | None) -> None:
+        self.loader, self.weights = loader, weights
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for pixels, labels in self.loader:
+            yield Batch(pixels, labels, None, next(self.weights) if self.weights else 1.0)
+
+
+class ImageData(L.LightningDataModule):
+    """Training, validation and test images of an experiment.
+
+    ``classes`` are known after ``setup``; ``normalize`` is made from the training images alone.
+    """
+
+    classes: tuple[str, ...]
+    normalize: Normalize
+    digest: str = ""
+
+    def __init__(self, experiment: Experiment) -> None:
+        super().__init__()
+        self.experiment = experiment
+        self.dataset = DATASETS[experiment.dataset]
+        self.root = Path(experiment.data_dir).expanduser()
+        self._ready = False
+
+    def prepare_data(self) -> None:
+        """Download and decode once, in one process, before the others look for the result."""
+        if self.dataset.decoded:
+            images.load(self.experiment.dataset, self.root)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the images.
+
+        Raises:
+            UserError: they are missing or not whole, or ``val`` or ``batch_size`` ask for more
+                than there are.
+        """
+        if self._ready:
+            return
+        e = self.experiment
+        if self.dataset.decoded:
+            self._train, self._val, self._test = self._setup_images()
+            self.classes = self.dataset.classes
+            self.normalize = Normalize(*statistics(self._train, e.normalize))
+        else:
+            self._train, self._val, self._test = self._setup_folder()
+            self.normalize = Normalize(folder.MEAN, folder.STD)
+        if e.batch_size > self.train_images:
+            raise UserError(
+                f"the batch of {e.batch_size} is larger than the {self.train_images} training images",
+                f"use --batch-size {self.train_images} or less",
+            )
+        self._ready = True
+
+    def _setup_images(self) -> tuple:
+        loaded = images.load(self.experiment.dataset, self.root)
+        self.digest = loaded.digest
+        kept, held = self._hold_out(len(loaded.train.labels))
+        train = images.Split(loaded.train.images[kept], loaded.train.labels[kept])
+        val = images.Split(loaded.train.images[held], loaded.train.labels[held])
+        return train, val, loaded.test
+
+    def _setup_folder(self) -> tuple:
+        train = folder.scan(self.root, "train")
+        self.classes = train.classes
+        test = folder.scan(self.root, "test", train.classes)
+        kept, held = self._hold_out(len(train.files))
+        train, val = (
+            folder.Folder([train.files[i] for i in rows], train.labels[rows], train.classes)
+            for rows in (kept, held)
+        )
+        return train, val, test
+
+    def _hold_out(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows kept and rows held out: one from each of ``val`` equal stretches.
+
+        The images are sorted by class, so every class gives its share; the split is the same for
+        every seed.
+        """
+        val = self.experiment.val
+        if val >= n:
+            raise UserError(f"cannot hold out {val} of {n} training images", f"--val 0 to {n - 1}")
+        held = (np.arange(val) * n + n // 2) // max(val, 1)
+        return np.setdiff1d(np.arange(n), held), held
+
+    @property
+    def train_images(self) -> int:
+        """How many images train."""
+        return len(self._train.labels)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Iterations that cover every training image once."""
+        return self._schedule().steps_per_epoch
+
+    @property
+    def scored(self) -> str:
+        """What is evaluated during training: ``val`` if a part is held out, else ``test``."""
+        return "val" if self.experiment.val else "test"
+
+    def _schedule(self) -> Schedule:
+        e, trainer = self.experiment, self.trainer
+        rank, ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        return Schedule(self.train_images, e.batch_size, e.accumulate, rank, ranks)
+
+    def train_dataloader(self) -> Stream | FileStream:
+        """The batches from the trainer's step on: where a run continues follows from its step."""
+        e, trainer = self.experiment, self.trainer
+        assert trainer is not None
+        schedule = self._schedule()
+        parts = Parts(schedule, trainer.global_step, e.steps)
+        epoch = EpochMaker(self.train_images, e.seed, self.dataset.flip, e.augment)
+        if self.dataset.decoded:
+            return Stream(self._train, parts, epoch, trainer.strategy.root_device)
+
+        def keys() -> Iterator[list[tuple[int, int]]]:
+            drawn, order = -1, torch.empty(0)
+            for part in parts:
+                if part.epoch != drawn:
+                    drawn, order = part.epoch, epoch(part.epoch).order
+                view = part.epoch if e.augment else -1
+                yield [(i, view) for i in order[part.start : part.stop].tolist()]
+
+        return self._files(self._train, keys(), len(parts), (p.weight for p in parts))
+
+    def val_dataloader(self) -> Sequence | FileStream:
+        return self._scored(self._val if self.experiment.val else self._test)
+
+    def test_dataloader(self) -> Sequence | FileStream:
+        return self._scored(self._test)
+
+    def _scored(self, split: images.Split | folder.Folder) -> Sequence | FileStream:
+        """This process's share of a split, each image once; padding would count some twice."""
+        trainer = self.trainer
+        assert trainer is not None
+        rows = share(len(split.labels), trainer.global_rank, trainer.world_size)
+        if isinstance(split, images.Split):
+            return Sequence(split, rows, trainer.strategy.root_device)
+        n = EVAL_BATCH[False]
+        starts = range(rows.start, rows.stop, n)
+        keys = ([(i, -1) for i in range(s, min(s + n, rows.stop))] for s in starts)
+        return self._files(split, keys, len(starts), None)
+
+    def _files(
+        self,
+        split: folder.Folder,
+        keys: Iterator[list[tuple[int, int]]],
+        length: int,
+        weights: Iterator[float] | None,
+    ) -> FileStream:
+        e, trainer = self.experiment, self.trainer
+        assert trainer is not None
+        size = e.test_size if weights is None and e.test_size else STEMS[e.stem_].size
+        loader: DataLoader = DataLoader(
+            folder.FolderImages(split, size, e.crop, e.seed),
+            batch_sampler=folder.Keys(keys, length),
+            num_workers=e.workers,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+        )
+        return FileStream(loader, weights)

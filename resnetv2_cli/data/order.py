@@ -1,0 +1,75 @@
+"""Which images each iteration takes, and how each is cropped: functions of (seed, epoch, index).
+
+Nothing else decides: not the number of workers or processes, and not how often a run was resumed.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PAD = 4  # pixels on each side, before the random crop (appendix)
+STREAMS = 2**20  # seeds drawn from one another are kept apart by their epoch below this
+
+
+class Epoch(NamedTuple):
+    """order (N,) int64: image by image; views (N, 3) int64: top, left, flip of each crop."""
+
+    order: Tensor
+    views: Tensor
+
+
+class Part(NamedTuple):
+    """What one process takes of one micro-batch: positions ``start`` to ``stop`` of ``epoch``.
+
+    ``weight`` turns the mean over the part into its share of the mean over the whole batch, for
+    a framework that averages over micro-batches and processes alike; 1 when all are equal.
+    """
+
+    epoch: int
+    start: int
+    stop: int
+    weight: float
+
+
+def epoch_order(images: int, seed: int, epoch: int, flip: bool = True) -> Epoch:
+    """The order of one epoch, and the view of each image in it."""
+    generator = torch.Generator().manual_seed(seed * STREAMS + epoch)
+    order = torch.randperm(images, generator=generator)
+    corners = torch.randint(2 * PAD + 1, (images, 2), generator=generator)
+    flips = torch.randint(2, (images, 1), generator=generator) * int(flip)
+    return Epoch(order, torch.cat([corners, flips], dim=1))
+
+
+class Schedule:
+    """Iteration by iteration, the parts of every epoch that one process takes.
+
+    Each epoch covers every image once. Its last batch is what is left over; if that is too small
+    to give every process an image, it joins the batch before it.
+    """
+
+    def __init__(
+        self, images: int, batch: int, micro: int = 1, rank: int = 0, ranks: int = 1
+    ) -> None:
+        self.images, self.batch = images, min(batch, images)
+        self.micro, self.rank, self.ranks = micro, rank, ranks
+        full, rest = divmod(images, self.batch)
+        self.steps_per_epoch = max(1, full + (rest >= micro * ranks))
+
+    def parts(self, step: int) -> list[Part]:
+        """One part for each micro-batch of iteration ``step``, counted from 0."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        start = i * self.batch
+        last = i == self.steps_per_epoch - 1
+        size = self.images - start if last else self.batch
+        shares = self.micro * self.ranks
+        cuts = [start + size * k // shares for k in range(shares + 1)]
+        mine = range(self.rank, shares, self.ranks)
+        return [
+            Part(epoch, cuts[k], cuts[k + 1], (cuts[k + 1] - cuts[k]) * shares / size) for k in mine
+        ]
+
+
+def share(images: int, rank: int, ranks: int) -> range:
+    """The images that one process evaluates: each is in exactly one share, none is in two."""
+    return range(images * rank // ranks, images * (rank + 1) // ranks)

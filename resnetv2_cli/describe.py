@@ -1,0 +1,79 @@
+"""What a network is made of, layer by layer, counted without computing anything."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.plans import STEMS
+from resnetv2_cli.resnet import ResNet
+from resnetv2_cli.shortcuts import check_settings
+
+CLASSES = 10  # of a described network, unless its dataset is known to have others
+
+
+def skeleton(experiment: Experiment, classes: int = CLASSES) -> ResNet:
+    """The network on the meta device: shapes and names, no memory and no weights."""
+    check_settings(experiment.shortcut, experiment.settings)
+    with torch.device("meta"):
+        return ResNet(**experiment.architecture, classes=classes)
+
+
+def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
+    """``parameters``, ``macs`` (multiply-adds of one image) and ``parts``: stem, units and head,
+    each with its output shape (C, H, W), parameters and MACs.
+
+    Every multiply-add of a convolution or the classifier counts as one; BN, ReLU, additions and
+    gates' products are left out, as in [1].
+    """
+    net = skeleton(experiment, classes).eval()
+    macs: dict[nn.Module, int] = {}
+    shapes: dict[nn.Module, tuple[int, ...]] = {}
+
+    def note(module: nn.Module, _: Any, out: Tensor) -> None:
+        shapes[module] = tuple(out.shape[1:])
+        if isinstance(module, nn.Conv2d):
+            macs[module] = module.weight.numel() * out.shape[-2] * out.shape[-1]
+        elif isinstance(module, nn.Linear):
+            macs[module] = module.weight.numel()
+
+    for module in net.modules():
+        module.register_forward_hook(note)
+    size = STEMS[experiment.stem_].size
+    with torch.no_grad():
+        net(torch.empty(1, 3, size, size, device="meta"))
+
+    def part(name: str, module: nn.Module) -> dict[str, Any]:
+        return {
+            "name": name,
+            "output": list(shapes[module]),
+            "parameters": parameters(module),
+            "macs": sum(macs.get(m, 0) for m in module.modules()),
+        }
+
+    units = [
+        part(f"{stage_name}.{unit_name}", unit)
+        for stage_name, stage in net.body.named_children()
+        for unit_name, unit in stage.named_children()
+    ]
+    parts = [part("stem", net.stem), *units, part("head", net.head)]
+    batch_norm = sum(parameters(m) for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+    return {
+        "network": experiment.name.removesuffix(f"-s{experiment.seed}"),
+        "depth": experiment.depth,
+        "block": experiment.block_,
+        "unit": experiment.unit,
+        "shortcut": experiment.shortcut,
+        "settings": experiment.settings,
+        "classes": classes,
+        "parameters": parameters(net),
+        "parameters_without_bn": parameters(net) - batch_norm,
+        "macs": sum(macs.values()),
+        "parts": parts,
+    }
+
+
+def parameters(module: nn.Module) -> int:
+    """How many numbers it learns."""
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,31 @@
+"""Errors the user can fix. Everything else is a bug and keeps its traceback."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """One line that says what is wrong, and a hint that says what to do about it."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class Stopped(Exception):
+    """The run saved its state and left before its last step: a signal, or its time was up.
+
+    ``status`` is the exit status of the command: 130 for Ctrl-C, 128 + n for signal n, 0 for time.
+    """
+
+    def __init__(self, reason: str, status: int) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def unknown(kind: str, name: object, known: Iterable[str], where: str = "") -> UserError:
+    """``unknown key 'depht'``, with the closest known name as the hint."""
+    known = list(known)
+    close = get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    return UserError(f"{where}unknown {kind} {name!r}", hint)

@@ -1,0 +1,188 @@
+"""What He et al. 2016 published: test error in percent, median of 5 runs unless said otherwise.
+
+A row names what it varies; its ``table`` says what stays fixed. FAIL is "above 20 %".
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+FAIL = float("inf")
+FAIL_ABOVE = 20.0  # percent (caption of Table 1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of one table: the settings that make it, and the error published for it."""
+
+    name: str
+    published: float  # percent, or FAIL
+    settings: dict[str, Any]
+    figure: str = ""
+    spread: str = ""  # mean±std, where the paper gives it
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table of the paper; ``base`` holds for every row of it."""
+
+    title: str
+    base: dict[str, Any]
+    rows: tuple[Row, ...]
+    baseline: str = ""  # the row that the others are compared with
+
+    def of(self, **settings: Any) -> list[Row]:
+        """The rows that agree with these settings."""
+        return [
+            r for r in self.rows if all((self.base | r.settings).get(k) == v for k, v in settings.items())
+        ]
+
+
+def _gate(name: str, published: float, b_g: float, figure: str, note: str) -> Row:
+    return Row(f"{name} b={b_g:g}", published, {"shortcut": name, "gate_bias": b_g}, figure, note=note)
+
+
+def _scale(published: float, a: float, b: float, note: str) -> Row:
+    settings = {"shortcut": "constant-scale", "shortcut_scale": a, "residual_scale": b}
+    return Row(f"constant-scale {a:g}/{b:g}", published, settings, "2(b)", note=note)
+
+
+TABLE_1 = PaperTable(
+    "Table 1: shortcuts, ResNet-110 on CIFAR-10",
+    {"dataset": "cifar10", "depth": 110, "block": "basic", "unit": "original"},
+    (
+        Row("identity", 6.61, {"shortcut": "identity"}, "2(a)"),
+        _scale(FAIL, 0.0, 1.0, "a plain net"),
+        _scale(FAIL, 0.5, 1.0, ""),
+        _scale(12.35, 0.5, 0.5, "frozen gating"),
+        _gate("exclusive-gate", FAIL, 0.0, "2(c)", "the paper's row is b = 0 to -5"),
+        _gate("exclusive-gate", 8.70, -6.0, "2(c)", ""),
+        _gate("exclusive-gate", 9.81, -7.0, "2(c)", ""),
+        _gate("shortcut-only-gate", 12.86, 0.0, "2(d)", ""),
+        _gate("shortcut-only-gate", 6.91, -6.0, "2(d)", ""),
+        Row("conv1x1", 12.22, {"shortcut": "conv1x1"}, "2(e)"),
+        Row("dropout 0.5", FAIL, {"shortcut": "dropout", "dropout_ratio": 0.5}, "2(f)"),
+    ),
+    baseline="identity",
+)
+
+
+def _units(depth: int, block: str, errors: dict[str, float]) -> tuple[Row, ...]:
+    figures = dict(zip(errors, ("4(a)", "4(b)", "4(c)", "4(d)", "4(e)"), strict=True))
+    return tuple(
+        Row(f"ResNet-{depth} {u}", e, {"depth": depth, "block": block, "unit": u}, figures[u])
+        for u, e in errors.items()
+    )
+
+
+_UNITS_110 = {
+    "original": 6.61,
+    "bn-after-add": 8.17,
+    "relu-before-add": 7.84,
+    "relu-only-preact": 6.71,
+    "full-preact": 6.37,
+}
+_UNITS_164 = {
+    "original": 5.93,
+    "bn-after-add": 6.50,
+    "relu-before-add": 6.14,
+    "relu-only-preact": 5.91,
+    "full-preact": 5.46,
+}
+
+TABLE_2 = PaperTable(
+    "Table 2: units, CIFAR-10",
+    {"dataset": "cifar10", "shortcut": "identity"},
+    _units(110, "basic", _UNITS_110) + _units(164, "bottleneck", _UNITS_164),
+    baseline="ResNet-110 original",
+)
+
+
+def _pair(name: str, baseline: float, ours: float, **settings: Any) -> tuple[Row, Row]:
+    """A line of Table 3: the original unit and the pre-activation unit."""
+    return (
+        Row(f"{name} original", baseline, settings | {"unit": "original"}),
+        Row(f"{name} full-preact", ours, settings | {"unit": "full-preact"}),
+    )
+
+
+_C10, _C100 = {"dataset": "cifar10"}, {"dataset": "cifar100"}
+_164 = {"depth": 164, "block": "bottleneck"}
+_1001 = {"depth": 1001, "block": "bottleneck"}
+
+TABLE_3 = PaperTable(
+    "Table 3: original and pre-activation units",
+    {"shortcut": "identity"},
+    _pair("ResNet-110 (1-layer skip)", 9.90, 8.91, **_C10, depth=110, block="single")
+    + _pair("ResNet-110", 6.61, 6.37, **_C10, depth=110, block="basic")
+    + _pair("ResNet-164", 5.93, 5.46, **_C10, **_164)
+    + _pair("ResNet-1001", 7.61, 4.92, **_C10, **_1001)
+    + _pair("ResNet-164, CIFAR-100", 25.16, 24.33, **_C100, **_164)
+    + _pair("ResNet-1001, CIFAR-100", 27.82, 22.71, **_C100, **_1001),
+)
+
+_POST, _PRE = {"unit": "original"}, {"unit": "full-preact"}
+
+TABLE_4 = PaperTable(
+    "Table 4: residual networks among the best of their time",
+    {"shortcut": "identity"},
+    (
+        Row("ResNet-110 original", 6.61, _C10 | _POST | {"depth": 110, "block": "basic"}),
+        Row("ResNet-1202 original", 7.93, _C10 | _POST | {"depth": 1202, "block": "basic"}),
+        Row("ResNet-164 full-preact", 5.46, _C10 | _PRE | _164),
+        Row("ResNet-1001 full-preact", 4.92, _C10 | _PRE | _1001, spread="4.89±0.14"),
+        Row(
+            "ResNet-1001 full-preact, batch 64",
+            4.62,
+            _C10 | _PRE | _1001 | {"batch_size": 64},
+            spread="4.69±0.20",
+            note="the authors' Torch code",
+        ),
+        Row("ResNet-164 original, CIFAR-100", 25.16, _C100 | _POST | _164),
+        Row("ResNet-1001 original, CIFAR-100", 27.82, _C100 | _POST | _1001),
+        Row("ResNet-164 full-preact, CIFAR-100", 24.33, _C100 | _PRE | _164),
+        Row(
+            "ResNet-1001 full-preact, CIFAR-100", 22.71, _C100 | _PRE | _1001, spread="22.68±0.22"
+        ),
+    ),
+)
+
+
+def _imagenet(depth: int, unit: str, test: int, published: float, top5: float, **more: Any) -> Row:
+    name = f"ResNet-{depth} {unit}, test {test}"
+    settings = {"depth": depth, "block": "bottleneck", "unit": unit, "test_size": test} | more
+    return Row(name + (", scale + aspect" if more else ""), published, settings, note=f"top-5 {top5}")
+
+
+TABLE_5 = PaperTable(
+    "Table 5: ILSVRC-2012 validation, single crop, top-1",
+    {"dataset": "imagenet", "shortcut": "identity", "batch_size": 256},
+    (
+        _imagenet(152, "original", 224, 23.0, 6.7),
+        _imagenet(152, "original", 320, 21.3, 5.5),
+        _imagenet(152, "full-preact", 320, 21.1, 5.5),
+        _imagenet(200, "original", 320, 21.8, 6.0),
+        _imagenet(200, "full-preact", 320, 20.7, 5.3),
+        _imagenet(200, "full-preact", 320, 20.1, 4.8, crop="scale-aspect"),
+    ),
+)
+
+TABLES = {1: TABLE_1, 2: TABLE_2, 3: TABLE_3, 4: TABLE_4, 5: TABLE_5}
+
+
+def percent(error: float | None) -> str:
+    """``6.61``, ``fail``, or a dash where nothing is known."""
+    if error is None:
+        return "—"
+    return "fail" if error > FAIL_ABOVE else f"{error:.2f}"
+
+
+def published(kind: str, name: str) -> str:
+    """What Tables 1 and 2 publish for a shortcut or a unit type, with the settings in brackets."""
+    if kind == "shortcut":
+        rows = TABLE_1.of(shortcut=name)
+        parts = [(r.name.removeprefix(name).strip(), percent(r.published)) for r in rows]
+    else:
+        rows = TABLE_2.of(unit=name)
+        parts = [(f"{r.settings['depth']} layers", percent(r.published)) for r in rows]
+    return ", ".join(f"{e} ({what})" if what else e for what, e in parts) or "—"

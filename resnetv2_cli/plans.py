@@ -1,0 +1,153 @@
+"""What the networks are, as data: unit types, blocks, stems and the arithmetic of depth.
+
+To add a unit type: one row in UNITS. To add a block: one row in BLOCKS. Nothing here needs torch,
+so that help and error messages come at once.
+"""
+
+import ast
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from resnetv2_cli.errors import UserError
+
+UNITS = {  # what stands between two units: + ends one, | begins the next (Fig. 4)
+    "original": "bn + relu |",
+    "bn-after-add": "+ bn relu |",
+    "relu-before-add": "bn relu + |",
+    "relu-only-preact": "bn + | relu",
+    "full-preact": "+ | bn relu",
+}
+
+
+class Block(NamedTuple):
+    """The weight layers of F."""
+
+    kernels: tuple[int, ...]
+    expansion: int  # channels out of F, over channels inside it
+
+
+BLOCKS = {
+    "single": Block(kernels=(3,), expansion=1),
+    "basic": Block(kernels=(3, 3), expansion=1),
+    "bottleneck": Block(kernels=(1, 3, 1), expansion=4),
+}
+
+
+class Stem(NamedTuple):
+    """What stands before the first unit, and how wide the stages after it are."""
+
+    kernel: int
+    stride: int
+    pool: bool  # a 3x3 max-pooling of stride 2 behind it
+    channels: int
+    widths: tuple[int, ...]  # channels inside F, stage by stage
+    size: int  # side of the images it is made for, pixels
+
+
+STEMS = {
+    "cifar": Stem(3, 1, False, 16, (16, 32, 64), size=32),
+    "imagenet": Stem(7, 2, True, 64, (64, 128, 256, 512), size=224),
+}
+
+IMAGENET = {  # depth: (block, units in each stage); Table 1 of [1], and footnote 3 for 200
+    18: ("basic", (2, 2, 2, 2)),
+    34: ("basic", (3, 4, 6, 3)),
+    50: ("bottleneck", (3, 4, 6, 3)),
+    101: ("bottleneck", (3, 4, 23, 3)),
+    152: ("bottleneck", (3, 8, 36, 3)),
+    200: ("bottleneck", (3, 24, 36, 3)),
+}
+
+FIRST_BOTTLENECK = 164  # of the depths that fit both blocks, from here on: as the paper's networks
+
+
+def places(unit: str) -> tuple[str, str, str]:
+    """A unit type cut at its marks: what ends F, what follows the addition (f), what opens F."""
+    last, rest = UNITS[unit].split("+")
+    after, before = rest.split("|")
+    return last, after, before
+
+
+def fits(depth: int, block: str) -> bool:
+    """Whether some n >= 1 gives this depth in a CIFAR network of this block."""
+    n, rest = divmod(depth - 2, 3 * len(BLOCKS[block].kernels))
+    return n >= 1 and rest == 0
+
+
+def default_block(depth: int, stem: str) -> str:
+    """The block of a network known by its depth alone.
+
+    On CIFAR 6n+2 is basic and 9n+2 is bottleneck. A depth that fits both (20, 38, 56, ..., 18k+2)
+    is basic below 164 and bottleneck from 164 on, as the paper's 110 and 164 are.
+
+    Raises:
+        UserError: the depth fits neither; names the nearest that do.
+    """
+    if stem == "imagenet":
+        if depth not in IMAGENET:
+            raise UserError(
+                f"no ImageNet network has {depth} layers",
+                f"the depths are {', '.join(map(str, IMAGENET))}",
+            )
+        return IMAGENET[depth][0]
+    wide = fits(depth, "bottleneck")
+    if fits(depth, "basic"):
+        return "bottleneck" if wide and depth >= FIRST_BOTTLENECK else "basic"
+    if wide:
+        return "bottleneck"
+    near = [d for d in range(8, 2 * depth + 20) if fits(d, "basic") or fits(d, "bottleneck")]
+    raise UserError(
+        f"no network has {depth} layers: basic ones have 6n+2, bottleneck ones 9n+2",
+        f"try {' or '.join(map(str, neighbours(depth, near)))}",
+    )
+
+
+def neighbours(depth: int, known: list[int]) -> list[int]:
+    """The nearest known depth on each side of one that is not known."""
+    below, above = [d for d in known if d < depth][-1:], [d for d in known if d > depth][:1]
+    return below + above
+
+
+def units_per_stage(depth: int, block: str, stem: str = "cifar") -> tuple[int, ...]:
+    """Units in each stage. On CIFAR n in each of three, from depth = 3 K n + 2: K weight layers a
+    unit, and the stem and the head. On ImageNet a table.
+
+    Raises:
+        UserError: no n gives this depth; names the depths next to it.
+    """
+    if stem == "imagenet":
+        known = {d: stages for d, (b, stages) in IMAGENET.items() if b == block}
+        if depth not in known:
+            hint = f"try {' or '.join(map(str, known))}" if known else "use basic or bottleneck"
+            raise UserError(f"no {block} ImageNet network has {depth} layers", hint)
+        return known[depth]
+    per_n = 3 * len(BLOCKS[block].kernels)
+    if not fits(depth, block):
+        low = max((depth - 2) // per_n, 1) * per_n + 2
+        raise UserError(
+            f"no {block} network has {depth} layers, only {per_n}n+2",
+            f"try {low} or {low + per_n}",
+        )
+    return ((depth - 2) // per_n,) * 3
+
+
+@cache
+def shortcuts() -> dict[str, str]:
+    """Every row of ``SHORTCUTS`` with its formula: the first line of its class's docstring.
+
+    Read from the source of ``shortcuts.py``, not imported from it: importing takes torch with it,
+    and ``--help`` would wait two seconds for that.
+    """
+    tree = ast.parse((Path(__file__).parent / "shortcuts.py").read_text())
+    docs = {n.name: ast.get_docstring(n) or "" for n in tree.body if isinstance(n, ast.ClassDef)}
+    [table] = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
+        and node.target.id == "SHORTCUTS"
+    )
+    assert isinstance(table, ast.Dict)
+    rows = zip(table.keys, table.values, strict=True)
+    return {key.value: docs[value.id].splitlines()[0] for key, value in rows}  # type: ignore

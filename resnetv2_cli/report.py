@@ -1,0 +1,44 @@
+"""Everything the user reads: results on stdout; errors, notes and progress on stderr."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from resnetv2_cli.errors import UserError
+
+out = Console(soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """A table on stdout; columns whose cells are numbers stand on the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    grid = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        number = all(row[i][:1] in "0123456789+-—f" for row in cells)
+        grid.add_column(column, justify="right" if number and i else "left", overflow="fold")
+    for row in cells:
+        grid.add_row(*map(escape, row))
+    out.print(grid)
+
+
+def as_json(value: Any) -> None:
+    """JSON, and nothing else, on stdout."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def note(text: str) -> None:
+    """A line on stderr."""
+    err.print(escape(text), soft_wrap=True)
+
+
+def fail(error: UserError) -> None:
+    """One line that says what is wrong, and a hint."""
+    line = " ".join(str(error).split())
+    err.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
+    if error.hint:
+        err.print(f"[dim]hint: {escape(error.hint)}[/]", soft_wrap=True)

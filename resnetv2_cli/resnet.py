@@ -1,0 +1,103 @@
+"""Residual networks for CIFAR and ImageNet: stem, stages of units, head."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint_sequential
+
+from resnetv2_cli.layers import activation, conv, keep_layout, numbered
+from resnetv2_cli.plans import BLOCKS, STEMS, default_block, places, units_per_stage
+from resnetv2_cli.units import Kind, residual_unit
+
+
+def default_option(block: str, stem: str) -> str:
+    """A for the basic networks of CIFAR, B for bottlenecks and for ImageNet ([1]; appendix)."""
+    return "A" if stem == "cifar" and block != "bottleneck" else "B"
+
+
+class ResNet(nn.Module):
+    """Stem, body, head; the body is stages of Residual Units.
+
+    Without its shortcuts it is ``depth - 1`` times conv, BN, ReLU in a plain chain, whatever the
+    unit type, which only says where along the chain shortcuts leave and return (Sec. 4.1).
+    So the chain begins and ends complete: the stem activates, and the head takes what is left.
+
+    Shape: (N, 3, H, W) -> logits (N, classes); made for H = W = 32 (cifar) or 224 (imagenet).
+
+    Raises:
+        UserError: no such depth, unit, shortcut or setting; names the nearest that exist.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        block: str | None = None,
+        unit: str = "full-preact",
+        shortcut: str = "identity",
+        classes: int = 10,
+        *,
+        stem: str = "cifar",
+        settings: Mapping[str, object] | None = None,
+        option: str | None = None,
+        pad: str = "raw",
+        stride_on: str = "first",
+        init: str = "fan_out",
+    ) -> None:
+        super().__init__()
+        block = block or default_block(depth, stem)
+        option = option or default_option(block, stem)
+        kind = Kind(unit, block, shortcut, settings or {}, option, pad, stride_on)
+        start, c = STEMS[stem], STEMS[stem].channels
+        self.segments = 0  # of the body whose activations are recomputed in backward; 0: none
+        layers = OrderedDict[str, nn.Module](
+            conv=conv(3, c, start.kernel, start.stride), act=activation("bn relu", c)
+        )
+        if start.pool:
+            layers["pool"] = nn.MaxPool2d(3, stride=2, padding=1)
+        self.stem = nn.Sequential(layers)
+
+        stages: list[nn.Module] = []
+        for width, n in zip(start.widths, units_per_stage(depth, block, stem), strict=False):
+            units = []
+            for i in range(n):
+                stride = 2 if stages and i == 0 else 1
+                first = not stages and i == 0
+                units.append(residual_unit(kind, c, width, stride, activated=first))
+                c = width * BLOCKS[block].expansion
+            stages.append(numbered("unit", units))
+        self.body = numbered("stage", stages)
+
+        _, _, before = places(unit)
+        act = activation(before, c)  # the pre-activation of the unit that is not there
+        pool, fc = nn.AdaptiveAvgPool2d(1), nn.Linear(c, classes)
+        self.head = nn.Sequential(OrderedDict(act=act, pool=pool, flat=nn.Flatten(), fc=fc))
+        initialize(self, init)
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """Every Residual Unit, l = 1 ... L."""
+        return [unit for stage in self.body for unit in stage]  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.segments and self.training and torch.is_grad_enabled():
+            x = checkpoint_sequential(self.units, self.segments, x, use_reentrant=False)
+        else:
+            x = self.body(x)
+        return self.head(keep_layout(x))
+
+
+def initialize(net: nn.Module, mode: str) -> None:
+    """He initialization of weight layers ("[23]"); BN keeps scale 1 and shift 0, gates their b_g.
+
+    ``fan_out`` as in the authors' Torch code, where others take ``fan_in``: they differ by 4 in
+    the variance of a bottleneck's 1x1 convolutions. The classifier's bias starts at 0, and its
+    weights as PyTorch draws them.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d) and module.bias is None:
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")  # type: ignore
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)

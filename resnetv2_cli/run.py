@@ -1,0 +1,241 @@
+"""Train one experiment in a run folder, continue it, and evaluate what came of it."""
+
+import logging
+import os
+import time
+import warnings
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import Logger
+
+from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli.callbacks import Keeper, Leaver, Recorder
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.module import ImageData
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.runfolder import CSVMetrics, RunFolder, environment, write_json
+from resnetv2_cli.task import Classification
+
+FOLDER = "RESNETV2_RUN_FOLDER"  # tells the other processes of a run which folder the first took
+
+
+def precision(experiment: Experiment) -> str:
+    """The arithmetic that ``auto`` stands for on this machine: bf16 where the hardware has it."""
+    if experiment.precision != "auto":
+        return experiment.precision
+    if experiment.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
+    if torch.backends.mps.is_available() and experiment.accelerator in ("auto", "gpu", "mps"):
+        return "32-true"
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    has = [getattr(torch.cpu, name, lambda: False)() for name in names]
+    return "bf16-mixed" if any(has) else "32-true"
+
+
+def quiet() -> None:
+    """Keep the framework's advice off the terminal; its errors still come through."""
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(lightning|torchmetrics)\.")
+
+
+def trainer_of(experiment: Experiment, **more: Any) -> L.Trainer:
+    """A Trainer for the machine that the experiment names.
+
+    Raises:
+        UserError: it asks for devices that are not there.
+    """
+    quiet()
+    e = experiment
+    try:
+        devices: Any = e.devices
+        if e.devices == "auto" and not torch.cuda.is_available():
+            devices = 1
+        elif e.devices.lstrip("-").isdigit():
+            devices = int(e.devices)
+        return L.Trainer(
+            accelerator=e.accelerator,
+            devices=devices,
+            num_nodes=e.nodes,
+            strategy=e.strategy,
+            precision=precision(e),  # type: ignore[arg-type]
+            sync_batchnorm=e.sync_bn,
+            deterministic=e.deterministic,
+            benchmark=not e.deterministic,
+            use_distributed_sampler=False,  # it pads; ours count each image once
+            plugins=[checkpoints.WholeFiles()],
+            num_sanity_val_steps=0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **more,
+        )
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0].strip()
+        hint = "see --devices, --accelerator and --strategy; this machine has "
+        hint += f"{torch.cuda.device_count()} GPUs and {os.cpu_count()} processors"
+        raise UserError(f"no such devices: {line}", hint) from None
+
+
+def build(experiment: Experiment) -> tuple[Classification, ImageData]:
+    """Network and images; the weights follow from the seed."""
+    data = ImageData(experiment)
+    data.prepare_data()
+    data.setup()
+    settled = experiment.settle(data.steps_per_epoch)
+    data.experiment = settled
+    torch.manual_seed(settled.seed)
+    return Classification(settled, data.classes, data.normalize), data
+
+
+def loggers(experiment: Experiment, folder: RunFolder, scored: str) -> list[Logger]:
+    """metrics.csv and speed.csv always; others by their flags.
+
+    Raises:
+        UserError: the package of another logger is not installed.
+    """
+    columns = ["step", "epoch", "lr", "train_loss", "train_error"]
+    csv = CSVMetrics(folder.metrics, [*columns, f"{scored}_loss", f"{scored}_error"])
+    chosen: list[Logger] = [csv, CSVMetrics(folder.speed, ["step", "images_per_second"])]
+    try:
+        if experiment.tensorboard:
+            from lightning.pytorch.loggers import TensorBoardLogger
+
+            chosen.append(TensorBoardLogger(folder.path, name="tensorboard", version=""))
+        if experiment.wandb:
+            from lightning.pytorch.loggers import WandbLogger
+
+            chosen.append(WandbLogger(name=experiment.name, save_dir=folder.path))
+    except ModuleNotFoundError as error:
+        raise UserError(str(error), "pip install 'resnetv2-cli[loggers]'") from None
+    return chosen
+
+
+def train(
+    experiment: Experiment,
+    folder: RunFolder,
+    *,
+    resume: bool = False,
+    seconds: float | None = None,
+    display: list[Callback] | None = None,
+) -> dict[str, Any]:
+    """Train to the last iteration, evaluate, and leave ``result.json``, which is returned.
+
+    ``seconds``: save and leave cleanly when they are over.
+
+    Raises:
+        UserError: the images, devices, folder or checkpoint are not what is needed.
+        Stopped: a signal came or the time was over; the run can be continued.
+    """
+    began = time.monotonic()
+    task, data = build(experiment)
+    e = task.experiment
+    if not (resume or os.environ.get(FOLDER)):
+        folder.create(e)
+    os.environ[FOLDER] = str(folder.path)
+    write = loggers(e, folder, data.scored)
+    recorder = Recorder(write[0], write[1], e.log_every, data.scored)  # type: ignore[arg-type]
+    keeper = Keeper(folder, e.save_every, choose=e.val > 0)
+    left = None if seconds is None else max(1.0, seconds - (time.monotonic() - began))
+    steps_between = max(1, round(e.eval_every * data.steps_per_epoch))
+    trainer = trainer_of(
+        e,
+        max_steps=e.steps,
+        accumulate_grad_batches=e.accumulate,
+        val_check_interval=min(steps_between, e.steps) * e.accumulate,
+        check_val_every_n_epoch=None,
+        log_every_n_steps=10**9,
+        logger=write,
+        callbacks=[recorder, *(display or []), keeper, Leaver(keeper, left)],
+        default_root_dir=folder.path,
+    )
+    last = None
+    if resume:
+        last = checkpoints.find(folder.path)
+        checkpoints.load_weights(task, checkpoints.read(last), last)
+    trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
+    if task.scores.get("step") != e.steps or data.scored != "test":
+        trainer.test(task, datamodule=data, verbose=False, weights_only=True)
+        if data.scored == "test":
+            recorder.evaluated(trainer, task)
+    return finish(trainer, task, data, folder, recorder)
+
+
+def finish(
+    trainer: L.Trainer, task: Classification, data: ImageData, folder: RunFolder, recorder: Recorder
+) -> dict[str, Any]:
+    """Write ``result.json`` and ``curves.png``; the headline is the last iteration's test error."""
+    e, scores = task.experiment, task.scores
+    result = {
+        "name": e.name,
+        "test_error": scores["error"],
+        "test_top5_error": scores["top5_error"],
+        "test_loss": scores["loss"],
+        "test_images": scores["images"],
+        "train_loss": recorder.latest.get("train_loss"),
+        "train_error": recorder.latest.get("train_error"),
+        "steps": e.steps,
+        "epochs": round(e.steps / data.steps_per_epoch, 4),
+        "train_images": data.train_images,
+        "parameters": sum(p.numel() for p in task.net.parameters()),
+        "seed": e.seed,
+        "precision": precision(e),
+        "data": data.digest,
+        "environment": environment(),
+    }
+    if trainer.is_global_zero:
+        from resnetv2_cli.plot import curves
+
+        write_json(folder.result, result)
+        curves({e.name: folder.metrics}, folder.curves)
+    return result
+
+
+def resumed(folder: RunFolder, given: dict[str, Any]) -> Experiment:
+    """The saved experiment, with those of the flags given that do not change what is learned.
+
+    Raises:
+        UserError: a flag would make it another experiment, or the folder is not that of a run.
+    """
+    saved = folder.experiment()
+    free = {f.name for f in fields(Experiment) if f.metadata["free"]}
+    changed = {k: v for k, v in given.items() if getattr(saved, k) != v}
+    for key, value in changed.items():
+        if key not in free:
+            flag = "--" + key.replace("_", "-")
+            raise UserError(
+                f"{flag} {value} would make this another experiment: "
+                f"it was begun with {getattr(saved, key)}",
+                f"leave {flag} out, or start a new run",
+            )
+    return replace(saved, **changed)
+
+
+def evaluate(path: Path, **overrides: Any) -> tuple[dict[str, Any], Classification]:
+    """Scores of a checkpoint on its test images; network and data settings come from it alone.
+
+    Raises:
+        UserError: the file is no checkpoint of this tool, or the images are missing.
+    """
+    saved = checkpoints.read(path)
+    experiment = checkpoints.experiment_of(saved, **overrides)
+    task, data = build(experiment)
+    task.classes = tuple(saved["classes"])
+    if len(data.classes) != len(task.classes):
+        raise UserError(
+            f"{path} knows {len(task.classes)} classes, the images have {len(data.classes)}",
+            "name the dataset that it was trained on",
+        )
+    checkpoints.load_weights(task, saved, path)
+    trainer = trainer_of(experiment, logger=False)
+    trainer.test(task, datamodule=data, verbose=False, weights_only=True)
+    scores = task.scores | {"step": saved["global_step"]}
+    expected = len(data._test.labels)
+    assert scores["images"] == expected, f"{scores['images']} of {expected} images were counted"
+    return scores, task

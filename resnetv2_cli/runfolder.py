@@ -1,0 +1,186 @@
+"""The folder of one run: what is in it, and that nothing in it is overwritten or lost."""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import UserError
+
+PACKAGES = "resnetv2-cli torch torchvision lightning torchmetrics numpy".split()
+
+
+class RunFolder:
+    """``config.yaml``, ``environment.json``, ``metrics.csv``, ``speed.csv``, ``checkpoints/``,
+    and at the end ``result.json`` and ``curves.png``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
+        self.metrics = path / "metrics.csv"
+        self.speed = path / "speed.csv"
+        self.result = path / "result.json"
+        self.curves = path / "curves.png"
+        self.checkpoints = path / "checkpoints"
+        self.last = self.checkpoints / "last.ckpt"
+        self.best = self.checkpoints / "best.ckpt"
+
+    @classmethod
+    def free(cls, experiment: Experiment, root: Path = Path("runs")) -> "RunFolder":
+        """The folder for a run that was given none: ``runs/NAME``, numbered if that is taken."""
+        path, n = root / experiment.name, 1
+        while path.exists():
+            n += 1
+            path = root / f"{experiment.name}.{n}"
+        return cls(path)
+
+    def create(self, experiment: Experiment) -> None:
+        """Make the folder of a new run.
+
+        Raises:
+            UserError: the folder holds something already, or cannot be written.
+        """
+        try:
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise UserError(
+                    f"{self.path} is not empty",
+                    f"name another with --output, or continue it: resnetv2 train --resume {self.path}",
+                )
+            self.checkpoints.mkdir(parents=True)
+            self.config.write_text(experiment.dump())
+            write_json(self.environment, environment())
+        except OSError as error:
+            hint = "name another folder with --output"
+            raise UserError(f"cannot write {self.path}: {error.strerror}", hint) from None
+
+    def experiment(self) -> Experiment:
+        """What the run is.
+
+        Raises:
+            UserError: the folder is not that of a run.
+        """
+        if not self.config.is_file():
+            raise UserError(f"{self.path} is not the folder of a run", "it has no config.yaml")
+        return Experiment.load(self.config)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by a value, wholly or not at all."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+class CSVMetrics(Logger):
+    """A CSV file that is only ever appended to; a resumed run continues it after its step."""
+
+    def __init__(self, path: Path, columns: list[str]) -> None:
+        super().__init__()
+        self.path, self.columns = path, columns
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: ``config.yaml`` has them."""
+
+    @rank_zero_only
+    def start(self, step: int) -> None:
+        """Keep the lines up to iteration ``step``: later ones will be written again."""
+        lines = [",".join(self.columns)]
+        if self.path.exists():
+            kept = self.path.read_text().splitlines()[1:]
+            lines += [line for line in kept if int(line.split(",")[0]) <= step]
+        partial = self.path.with_name(self.path.name + ".tmp")
+        partial.write_text("\n".join(lines) + "\n")
+        os.replace(partial, self.path)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        given = {"step": step} | metrics
+        cells = [format_cell(given.get(c)) for c in self.columns]
+        if any(cells[1:]):
+            with self.path.open("a") as file:
+                file.write(",".join(cells) + "\n")
+
+
+def format_cell(value: float | int | None) -> str:
+    """A number with six significant digits, or nothing."""
+    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Each column of a metrics file as (iteration, value) pairs."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, cell in row.items():
+                if cell and name != "step":
+                    series.setdefault(name, []).append((int(row["step"]), float(cell)))
+    return series
+
+
+def environment() -> dict[str, Any]:
+    """Command, versions, hardware and commit: what a number is reported with."""
+    import torch
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit(),
+        "hardware": hardware(),
+        "cpu_threads": torch.get_num_threads(),
+        "system": platform.platform(),
+    }
+
+
+def hardware() -> str:
+    """``1 x NVIDIA H100``, or the processor and its cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(ln.split(":", 1)[1].strip() for ln in lines if ln.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{os.cpu_count()} cores, {name}"
+
+
+def commit() -> str:
+    """The commit of this package's own checkout, ``+`` if it was changed since; else empty."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno", "."], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

@@ -1,0 +1,164 @@
+"""h, and how it meets F: a class for each shortcut of Fig. 2.
+
+To add one: write a class whose ``forward(x, residual)`` is its formula, and give it a row in
+SHORTCUTS. A class of your own needs no row: ``--shortcut my_module:MyShortcut``.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from resnetv2_cli.errors import UserError, unknown
+
+
+class Shortcut(nn.Module):
+    """x + F(x): identity, the clean information path (Fig. 2a).
+
+    ``carry`` brings x to the addition: the identity, except in units that change the shape of x.
+    Keyword arguments of a subclass's ``__init__`` are its settings.
+
+    Shape: x (N, c_in, H, W) and residual (N, c_out, H/stride, W/stride) -> y, shaped as residual.
+    """
+
+    projects = False  # whether x passes a 1x1 convolution in every unit (option C of [1])
+
+    def __init__(self, c_in: int, c_out: int, stride: int, carry: nn.Module) -> None:
+        super().__init__()
+        self.carry = carry
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.carry(x) + residual
+
+
+class ConstantScale(Shortcut):
+    """a x + b F(x): constant scaling, a = shortcut scale, b = residual scale (Eqn. 6, Fig. 2b)."""
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        stride: int,
+        carry: nn.Module,
+        shortcut_scale: float = 0.5,
+        residual_scale: float = 1.0,
+    ) -> None:
+        super().__init__(c_in, c_out, stride, carry)
+        self.a, self.b = shortcut_scale, residual_scale
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.a * self.carry(x) + self.b * residual
+
+
+class ShortcutOnlyGate(Shortcut):
+    """(1 - g(x)) x + F(x), where g(x) = sigmoid(W_g x + b_g) (Fig. 2d)."""
+
+    def __init__(
+        self, c_in: int, c_out: int, stride: int, carry: nn.Module, gate_bias: float = -6.0
+    ) -> None:
+        super().__init__(c_in, c_out, stride, carry)
+        self.gate = nn.Conv2d(c_in, c_out, 1, stride)  # W_g: as PyTorch draws it, not stated
+        nn.init.constant_(self.gate.bias, gate_bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        g = torch.sigmoid(self.gate(x))
+        return (1 - g) * self.carry(x) + residual
+
+
+class ExclusiveGate(ShortcutOnlyGate):
+    """(1 - g(x)) x + g(x) F(x), as in Highway Networks (Fig. 2c)."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        g = torch.sigmoid(self.gate(x))
+        return (1 - g) * self.carry(x) + g * residual
+
+
+class Conv1x1(Shortcut):
+    """W_s x + F(x): a 1x1 convolution in every unit, option C of [1] (Fig. 2e).
+
+    It is the projection of option B, with BN behind it where F ends in BN: "BN layers are right
+    after the weight layers for all units here" (caption of Fig. 2).
+    """
+
+    projects = True
+
+
+class Dropout(Shortcut):
+    """dropout(x) + F(x) (Fig. 2f).
+
+    Inverted, what is kept is divided by 1 - ratio in training, as Caffe and PyTorch do. Not
+    inverted, x is scaled by 1 - ratio at test time: the "scale with an expectation of 0.5".
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        stride: int,
+        carry: nn.Module,
+        dropout_ratio: float = 0.5,
+        dropout_inverted: bool = True,
+    ) -> None:
+        super().__init__(c_in, c_out, stride, carry)
+        self.drop = nn.Dropout(dropout_ratio)
+        self.scale = 1.0 if dropout_inverted else 1.0 - dropout_ratio
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.scale * self.drop(self.carry(x)) + residual
+
+
+SHORTCUTS: dict[str, type[Shortcut]] = {  # read as text by plans.shortcuts(): names only
+    "identity": Shortcut,
+    "constant-scale": ConstantScale,
+    "exclusive-gate": ExclusiveGate,
+    "shortcut-only-gate": ShortcutOnlyGate,
+    "conv1x1": Conv1x1,
+    "dropout": Dropout,
+}
+
+
+def shortcut_class(name: str) -> type[Shortcut]:
+    """The class of a row, or of ``module:Class``, looked for in the current folder too.
+
+    Raises:
+        UserError: there is no such row, module or class, or the class is no ``Shortcut``.
+    """
+    if ":" not in name:
+        if name not in SHORTCUTS:
+            raise unknown("shortcut", name, SHORTCUTS)
+        return SHORTCUTS[name]
+    module, _, cls = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), cls)
+    except (ImportError, AttributeError) as error:
+        hint = "write it as module:Class, importable from here"
+        raise UserError(f"cannot import shortcut {name!r}: {error}", hint) from None
+    if not (isinstance(found, type) and issubclass(found, Shortcut)):
+        hint = "derive it from resnetv2_cli.shortcuts.Shortcut"
+        raise UserError(f"{name!r} is not a Shortcut", hint)
+    return found
+
+
+def settings_of(cls: type[Shortcut]) -> dict[str, object]:
+    """A shortcut's settings and their defaults: the keyword arguments of its ``__init__``."""
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def check_settings(name: str, given: Mapping[str, object]) -> None:
+    """Refuse settings that the shortcut would silently ignore.
+
+    Raises:
+        UserError: names the setting, and those that the shortcut has.
+    """
+    known = settings_of(shortcut_class(name))
+    for key in given:
+        if key not in known:
+            flags = ", ".join("--" + k.replace("_", "-") for k in known) or "none"
+            raise UserError(f"shortcut {name} has no setting {key!r}", f"its settings: {flags}")

@@ -1,0 +1,144 @@
+"""Classification as a LightningModule: loss, error rate, optimizer."""
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.augment import Normalize, crop_and_flip
+from resnetv2_cli.data.module import Batch
+from resnetv2_cli.optim import schedule, sgd
+from resnetv2_cli.resnet import ResNet
+
+
+class Scores(Metric):
+    """Sums over all images of all processes: counts of each (label, guess), top-5 hits, loss.
+
+    Sums of counts, not means of batch means, so that no image weighs more than another.
+    """
+
+    full_state_update = False
+    confusion: Tensor
+    top5: Tensor
+    loss: Tensor
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+        counts = torch.zeros(classes, classes, dtype=torch.int64)
+        self.add_state("confusion", counts, dist_reduce_fx="sum")
+        self.add_state("top5", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("loss", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """logits (N, classes), labels (N,)."""
+        logits = logits.float()
+        pairs = labels * self.classes + logits.argmax(1)
+        counts = torch.bincount(pairs, minlength=self.classes**2)
+        self.confusion += counts.reshape(self.classes, self.classes)
+        best = logits.topk(min(5, self.classes)).indices
+        self.top5 += (best == labels[:, None]).sum()
+        self.loss += F.cross_entropy(logits, labels, reduction="sum")
+
+    def compute(self) -> dict[str, Any]:
+        """``error`` and ``top5_error`` in percent, ``loss`` in nats per image, ``images``, and
+        ``confusion``, the counts: a row for each label, a column for each guess."""
+        images = int(self.confusion.sum())
+        right = int(self.confusion.diagonal().sum())
+        return {
+            "error": 100 * (images - right) / images,
+            "top5_error": 100 * (images - int(self.top5)) / images,
+            "loss": float(self.loss) / images,
+            "images": images,
+            "confusion": self.confusion.tolist(),
+        }
+
+
+class Classification(L.LightningModule):
+    """Learns to name images.
+
+    ``sums``: loss (nats), errors and images since they were last read. ``scores``: of the last
+    evaluation, with the ``step`` it was made at.
+
+    Shape: images (N, H, W, 3) uint8 -> logits (N, classes).
+    """
+
+    sums: Tensor
+
+    def __init__(
+        self, experiment: Experiment, classes: tuple[str, ...], normalize: Normalize
+    ) -> None:
+        super().__init__()
+        self.experiment, self.classes, self.normalize = experiment, classes, normalize
+        self.net = ResNet(**experiment.architecture, classes=len(classes))
+        self.net.segments = experiment.recompute
+        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if experiment.compile:
+            for unit in self.net.units:
+                unit.compile()
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64), persistent=False)
+        self.counted = Scores(len(classes))
+        self.scores: dict[str, Any] = {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(self.normalize(images))
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # What a step draws follows from the seed and the step: no generator's state to save.
+        e = self.experiment
+        micro = batch_idx % e.accumulate
+        numbers = (e.seed, self.global_step, micro, self.global_rank)
+        torch.manual_seed(hash(numbers) % 2**63)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        x = self.normalize(batch.images)
+        if batch.views is not None:
+            x = crop_and_flip(x, batch.views)
+        logits = self.net(x)
+        smoothing = self.experiment.label_smoothing
+        loss = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
+        with torch.no_grad():
+            n = len(batch.labels)
+            wrong = (logits.argmax(1) != batch.labels).sum()
+            self.sums += torch.stack([loss.double() * n, wrong.double(), torch.full_like(loss, n).double()])
+        return loss if batch.weight == 1 else batch.weight * loss
+
+    def _evaluate(self, batch: Batch) -> None:
+        self.counted.update(self(batch.images), batch.labels)
+
+    def _evaluated(self) -> None:
+        self.scores = self.counted.compute() | {"step": self.global_step}
+        self.counted.reset()
+
+    def on_validation_epoch_start(self) -> None:
+        self.began = time.perf_counter()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._evaluated()
+
+    def on_test_epoch_end(self) -> None:
+        self._evaluated()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = sgd(self.net, self.experiment)
+        scheduler = schedule(optimizer, self.experiment)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Plain values only: the file must open without running anything that is in it.
+        checkpoint["experiment"] = asdict(self.experiment)
+        checkpoint["classes"] = list(self.classes)
