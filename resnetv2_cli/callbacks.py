@@ -74,15 +74,16 @@ class Recorder(Callback):
         now = time.perf_counter()
         rate = images / max(1e-9, now - self.mark[1])
         self.mark = (step, now)
-        self.latest |= {
+        metrics = {
             "epoch": round(step / trainer.datamodule.steps_per_epoch, 4),  # type: ignore
             "lr": self.applied_lr(trainer),
             "train_loss": loss / images,
             "train_error": 100 * wrong / images,
             "images_per_second": rate,
         }
+        self.latest |= metrics
         for logger in trainer.loggers:
-            logger.log_metrics(self.latest, step)
+            logger.log_metrics(metrics, step)
 
     @staticmethod
     def applied_lr(trainer: Trainer) -> float:

@@ -43,7 +43,8 @@ class Display(Callback):
             self.bar.update(self.row, completed=trainer.global_step, description=text)
         elif not self.bar and (last or now - self.shown > LINES) and self.recorded(trainer):
             self.shown = now
-            self.console.print(f"step {trainer.global_step:,}/{trainer.max_steps:,}  {self.line(trainer)}")
+            done = f"step {trainer.global_step:,}/{trainer.max_steps:,}"
+            self.console.print(f"{done}  {self.line(trainer)}", soft_wrap=True)
 
     def recorded(self, trainer: Trainer) -> dict[str, float]:
         [recorder] = [c for c in trainer.callbacks if isinstance(c, Recorder)]  # type: ignore

@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.callbacks import Keeper, Leaver, Recorder
@@ -134,11 +135,13 @@ def train(
         Stopped: a signal came or the time was over; the run can be continued.
     """
     began = time.monotonic()
+    new = not resume and rank_zero_only.rank == 0
+    if new:
+        folder.refuse_if_used()
     task, data = build(experiment)
     e = task.experiment
-    if not (resume or os.environ.get(FOLDER)):
+    if new:
         folder.create(e)
-    os.environ[FOLDER] = str(folder.path)
     write = loggers(e, folder, data.scored)
     recorder = Recorder(write[0], write[1], e.log_every, data.scored)  # type: ignore[arg-type]
     keeper = Keeper(folder, e.save_every, choose=e.val > 0)

@@ -44,18 +44,24 @@ class RunFolder:
             path = root / f"{experiment.name}.{n}"
         return cls(path)
 
+    def refuse_if_used(self) -> None:
+        """
+        Raises:
+            UserError: the folder holds something already.
+        """
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(
+                f"{self.path} is not empty",
+                f"name another with --output, or continue it: resnetv2 train --resume {self.path}",
+            )
+
     def create(self, experiment: Experiment) -> None:
         """Make the folder of a new run.
 
         Raises:
-            UserError: the folder holds something already, or cannot be written.
+            UserError: it cannot be written.
         """
         try:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise UserError(
-                    f"{self.path} is not empty",
-                    f"name another with --output, or continue it: resnetv2 train --resume {self.path}",
-                )
             self.checkpoints.mkdir(parents=True)
             self.config.write_text(experiment.dump())
             write_json(self.environment, environment())
