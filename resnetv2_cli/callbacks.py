@@ -32,7 +32,7 @@ class Recorder(Callback):
     def __init__(self, csv: CSVMetrics, speed: CSVMetrics, log_every: int, scored: str) -> None:
         self.csv, self.speed, self.log_every, self.scored = csv, speed, log_every, scored
         self.latest: dict[str, float] = {}
-        self.mark = (0, 0.0)
+        self.mark = 0.0  # when the images of ``sums`` began, evaluation left out
         self.kept: torch.Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Recorder(Callback):
             task.sums.copy_(self.kept)
         for file in (self.csv, self.speed):
             file.start(trainer.global_step)
-        self.mark = (trainer.global_step, time.perf_counter())
+        self.mark = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, task: Classification, outputs: Any, batch: Any, batch_idx: int
@@ -72,8 +72,8 @@ class Recorder(Callback):
                 "the last checkpoint is kept",
             )
         now = time.perf_counter()
-        rate = images / max(1e-9, now - self.mark[1])
-        self.mark = (step, now)
+        rate = images / (now - self.mark)
+        self.mark = now
         metrics = {
             "epoch": round(step / trainer.datamodule.steps_per_epoch, 4),  # type: ignore
             "lr": self.applied_lr(trainer),
@@ -92,7 +92,11 @@ class Recorder(Callback):
         factor = scheduler.lr_lambdas[0](trainer.global_step - 1)  # type: ignore[attr-defined]
         return scheduler.base_lrs[0] * factor  # type: ignore[attr-defined]
 
+    def on_validation_start(self, trainer: Trainer, task: LightningModule) -> None:
+        self.began = time.perf_counter()
+
     def on_validation_end(self, trainer: Trainer, task: Classification) -> None:
+        self.mark += time.perf_counter() - self.began
         self.evaluated(trainer, task)
 
     def evaluated(self, trainer: Trainer, task: Classification) -> None:
@@ -104,7 +108,6 @@ class Recorder(Callback):
         for logger in trainer.loggers:
             if logger is not self.speed:
                 logger.log_metrics(metrics, step)
-        self.mark = (step, time.perf_counter())  # evaluation is not training time
 
 
 class Keeper(Callback):

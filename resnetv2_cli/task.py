@@ -1,6 +1,5 @@
 """Classification as a LightningModule: loss, error rate, optimizer."""
 
-import time
 from dataclasses import asdict
 from typing import Any
 
@@ -115,11 +114,6 @@ class Classification(L.LightningModule):
     def _evaluated(self) -> None:
         self.scores = self.counted.compute() | {"step": self.global_step}
         self.counted.reset()
-
-    def on_validation_epoch_start(self) -> None:
-        self.began = time.perf_counter()
-
-    on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch)

@@ -1,0 +1,62 @@
+"""What several test files share: small real images, small experiments, and the console script."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("RESNETV2_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+SCRIPT = Path(sys.executable).parent / "resnetv2"
+
+# Small networks, and several processes on few cores: more threads only wait for one another.
+THREADS = {"OMP_NUM_THREADS": "1"}
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images; tests that need it say so when it is not there."""
+    if not (SHARED / "cifar10").is_dir():
+        pytest.skip(f"no real images: there is no {SHARED.name}/cifar10 beside the repository")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def resnetv2(tmp_path_factory):
+    """Run the console script: ``resnetv2("train", "--depth", 8)`` -> the finished process."""
+
+    def call(*arguments, status: int | None = 0, cwd=None, env=None, timeout=300):
+        command = [str(SCRIPT), *map(str, arguments)]
+        done = subprocess.run(
+            command,
+            cwd=cwd or tmp_path_factory.mktemp("cwd"),
+            env={**os.environ, **THREADS, "COLUMNS": "200", **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if status is not None:
+            assert done.returncode == status, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return call
+
+
+SMALL = ["--dataset", "digits", "--depth", 8, "--batch-size", 64, "--log-every", 5]
+
+
+@pytest.fixture(scope="session")
+def trained(resnetv2, tmp_path_factory) -> Path:
+    """The folder of a small run on the digits that went to its end."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    resnetv2("train", *SMALL, "--epochs", 4, "--output", folder)
+    return folder

@@ -1,0 +1,133 @@
+"""Every shortcut against its formula, written here once more, by hand."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.plans import BLOCKS, UNITS
+from resnetv2_cli.resnet import ResNet
+from resnetv2_cli.shortcuts import SHORTCUTS, check_settings, shortcut_class
+from resnetv2_cli.units import Kind, residual_unit
+
+
+def gate(h, x):
+    weight = h.gate.weight[:, :, 0, 0]
+    return torch.sigmoid(torch.einsum("oi,nihw->nohw", weight, x) + h.gate.bias[:, None, None])
+
+
+FORMULAS = {  # h, x, F(x) -> y, in eval mode
+    "identity": lambda h, x, r: x + r,
+    "constant-scale": lambda h, x, r: 0.5 * x + r,
+    "exclusive-gate": lambda h, x, r: (1 - gate(h, x)) * x + gate(h, x) * r,
+    "shortcut-only-gate": lambda h, x, r: (1 - gate(h, x)) * x + r,
+    "conv1x1": lambda h, x, r: h.carry(x) + r,
+    "dropout": lambda h, x, r: x + r,
+}
+
+
+def test_every_shortcut_has_a_formula():
+    assert set(FORMULAS) == set(SHORTCUTS)
+
+
+def shortcut(name: str, unit: str = "original", **settings) -> nn.Module:
+    return residual_unit(Kind(unit, "basic", name, settings), 16, 16).shortcut
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_shortcut_computes_its_formula(name):
+    h = shortcut(name).eval()
+    x, r = torch.randn(2, 2, 16, 8, 8)
+    torch.testing.assert_close(h(x, r), FORMULAS[name](h, x, r))
+
+
+@pytest.mark.parametrize("a, b", [(0, 1), (0.5, 1), (0.5, 0.5)])
+def test_constant_scale(a, b):
+    h = shortcut("constant-scale", shortcut_scale=a, residual_scale=b)
+    x, r = torch.randn(2, 2, 16, 8, 8)
+    torch.testing.assert_close(h(x, r), a * x + b * r)
+
+
+def test_the_conv1x1_shortcut_is_a_convolution_and_bn_in_every_unit():
+    """Caption of Fig. 2: BN layers "are right after the weight layers for all units here"."""
+    h = shortcut("conv1x1").eval()
+    h.carry.act.bn.running_mean.normal_()
+    x, r = torch.randn(2, 2, 16, 8, 8)
+    carried = torch.einsum("oi,nihw->nohw", h.carry.conv.weight[:, :, 0, 0], x)
+    bn = (carried - h.carry.act.bn.running_mean[:, None, None]) / (1 + 1e-5) ** 0.5
+    torch.testing.assert_close(h(x, r), bn + r)
+    assert all(
+        isinstance(unit.shortcut.carry.conv, nn.Conv2d)
+        for unit in ResNet(20, unit="original", shortcut="conv1x1").units
+    )
+
+
+@pytest.mark.parametrize("name", ["exclusive-gate", "shortcut-only-gate"])
+@pytest.mark.parametrize("b_g", [0.0, -6.0, -7.0])
+def test_gates_start_at_b_g_in_the_finished_network(name, b_g):
+    """Initialization of the whole comes last, and must not reset the gates."""
+    net = ResNet(8, unit="original", shortcut=name, settings={"gate_bias": b_g})
+    for unit in net.units:
+        assert unit.shortcut.gate.bias.unique().tolist() == [b_g]
+
+
+@pytest.mark.parametrize("inverted, kept", [(True, 2.0), (False, 1.0)])
+def test_dropout_in_training(inverted, kept):
+    """Kept values are doubled, as Caffe and PyTorch do; or left as they are."""
+    h = shortcut("dropout", dropout_ratio=0.5, dropout_inverted=inverted)
+    y = h(torch.ones(8, 16, 8, 8), torch.zeros(8, 16, 8, 8))
+    assert y.unique().tolist() == [0, kept]
+    assert (y == 0).float().mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_dropout_keeps_its_expectation_at_test_time():
+    for inverted in (True, False):
+        h = shortcut("dropout", dropout_inverted=inverted)
+        x, r = torch.ones(64, 16, 8, 8), torch.zeros(64, 16, 8, 8)
+        training = h.train()(x, r).mean().item()
+        assert h.eval()(x, r).mean().item() == pytest.approx(training, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "unit, block, shortcut", [*itertools.product(UNITS, BLOCKS, SHORTCUTS)]
+)
+def test_every_combination_trains(unit, block, shortcut):
+    net = ResNet(3 * len(BLOCKS[block].kernels) + 2, block, unit, shortcut)
+    logits = net(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 10)
+    logits.square().sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+MINE = '''
+from resnetv2_cli.shortcuts import Shortcut
+class Halved(Shortcut):
+    """x / 2 + F(x)"""
+    def forward(self, x, residual):
+        return self.carry(x) / 2 + residual
+class Other: pass
+'''
+
+
+def test_a_shortcut_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    h = shortcut("mine:Halved")
+    x, r = torch.randn(2, 2, 16, 8, 8)
+    torch.testing.assert_close(h(x, r), x / 2 + r)
+    for name, message in [
+        ("mine:Missing", "cannot import shortcut 'mine:Missing'"),
+        ("nowhere:Halved", "cannot import shortcut 'nowhere:Halved'"),
+        ("mine:Other", "'mine:Other' is not a Shortcut"),
+        ("identty", "unknown shortcut 'identty'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            shortcut_class(name)
+
+
+def test_a_setting_that_would_be_ignored_is_refused():
+    with pytest.raises(UserError, match="shortcut conv1x1 has no setting 'gate_bias'"):
+        check_settings("conv1x1", {"gate_bias": -6.0})
+    check_settings("exclusive-gate", {"gate_bias": -6.0})

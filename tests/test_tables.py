@@ -1,0 +1,219 @@
+"""The paper's tables: sizes of networks, and every published number."""
+
+import pytest
+from torch import nn
+
+from resnetv2_cli import paper, plans
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.describe import describe
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.resnet import ResNet
+from resnetv2_cli.shortcuts import SHORTCUTS
+
+
+def size(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+CIFAR_SIZES = [  # counts of independent code: osmr/imgclsmob, wide-residual-networks' logs
+    (20, "basic", "original", "A", 10, 269_722),
+    (20, "basic", "original", "B", 10, 272_474),
+    (20, "basic", "full-preact", "B", 10, 272_282),
+    (110, "basic", "original", "A", 10, 1_727_962),
+    (110, "basic", "full-preact", "A", 10, 1_727_962),
+    (110, "basic", "original", "B", 10, 1_730_714),
+    (110, "basic", "full-preact", "B", 10, 1_730_522),
+    (110, "single", "full-preact", "A", 10, 1_727_962),
+    (110, "basic", "original", "A", 100, 1_733_812),
+    (164, "bottleneck", "original", "B", 10, 1_704_154),
+    (164, "bottleneck", "full-preact", "B", 10, 1_703_258),
+    (164, "bottleneck", "full-preact", "B", 100, 1_726_388),
+    (1001, "bottleneck", "original", "B", 10, 10_328_602),
+    (1001, "bottleneck", "full-preact", "B", 10, 10_327_706),
+    (1001, "bottleneck", "full-preact", "B", 100, 10_350_836),
+    (1202, "basic", "original", "A", 10, 19_421_274),
+]
+
+
+def described(classes: int = 10, **given) -> dict:
+    return describe(Experiment(**given), classes)
+
+
+@pytest.mark.parametrize("depth, block, unit, option, classes, parameters", CIFAR_SIZES)
+def test_sizes_on_cifar(depth, block, unit, option, classes, parameters):
+    made = described(classes, depth=depth, block=block, unit=unit, option=option)
+    assert made["parameters"] == parameters
+
+
+def test_the_default_block_and_option_are_the_papers():
+    for depth, unit, parameters in [
+        (110, "full-preact", 1_727_962),
+        (164, "original", 1_704_154),
+        (164, "full-preact", 1_703_258),
+        (1001, "full-preact", 10_327_706),
+    ]:
+        assert described(depth=depth, unit=unit)["parameters"] == parameters
+
+
+IMAGENET_SIZES = [  # torchvision, and osmr/imgclsmob less the BN(64) that its first unit has too many
+    (18, 11_689_512, 11_687_720),
+    (34, 21_797_672, 21_795_880),
+    (50, 25_557_032, 25_549_352),
+    (101, 44_549_160, 44_541_480),
+    (152, 60_192_808, 60_185_128),
+    (200, 64_673_832, 64_666_152),
+]
+
+
+@pytest.mark.parametrize("depth, original, full_preact", IMAGENET_SIZES)
+def test_sizes_on_imagenet(depth, original, full_preact):
+    for unit, parameters in [("original", original), ("full-preact", full_preact)]:
+        made = described(1000, depth=depth, unit=unit, stem="imagenet")
+        assert made["parameters"] == parameters
+
+
+@pytest.mark.parametrize("unit", plans.UNITS)
+def test_all_unit_types_have_the_same_size(unit):
+    """Fig. 4: "All these units consist of the same components — only the orders are different"."""
+    assert size(ResNet(20, "basic", unit)) == 269_722
+
+
+@pytest.mark.parametrize(
+    "given, macs",
+    [
+        ({"depth": 110}, 252.9e6),
+        ({"depth": 110, "option": "B"}, 253.2e6),
+        ({"depth": 110, "block": "single"}, 252.9e6),
+        ({"depth": 164}, 244.5e6),
+        ({"depth": 164, "stride_on": "3x3"}, 247.6e6),
+        ({"depth": 1001}, 1487.9e6),
+        ({"depth": 20}, 40.6e6),
+        ({"depth": 50, "stem": "imagenet"}, 3.86e9),
+        ({"depth": 50, "stem": "imagenet", "stride_on": "3x3"}, 4.09e9),
+        ({"depth": 152, "stem": "imagenet"}, 11.28e9),
+        ({"depth": 200, "stem": "imagenet"}, 14.78e9),
+    ],
+)
+def test_multiply_adds(given, macs):
+    classes = 1000 if given.get("stem") else 10
+    assert described(classes, **given)["macs"] == pytest.approx(macs, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "shortcut, parameters",
+    [("exclusive-gate", 1_824_186), ("shortcut-only-gate", 1_824_186), ("conv1x1", 1_826_202)],
+)
+def test_sizes_of_shortcuts_with_weights(shortcut, parameters):
+    assert described(depth=110, unit="original", shortcut=shortcut)["parameters"] == parameters
+
+
+def test_the_papers_10_2_million_leave_bn_out():
+    assert described(depth=1001)["parameters_without_bn"] == 10_178_490
+
+
+# Every cell of Tables 1 to 4, written down once more from the paper.
+TABLE_1 = {
+    "identity": 6.61, "constant-scale 0/1": "fail", "constant-scale 0.5/1": "fail",
+    "constant-scale 0.5/0.5": 12.35, "exclusive-gate b=0": "fail", "exclusive-gate b=-6": 8.70,
+    "exclusive-gate b=-7": 9.81, "shortcut-only-gate b=0": 12.86, "shortcut-only-gate b=-6": 6.91,
+    "conv1x1": 12.22, "dropout 0.5": "fail",
+}  # fmt: skip
+TABLE_2 = {
+    "ResNet-110 original": 6.61, "ResNet-110 bn-after-add": 8.17,
+    "ResNet-110 relu-before-add": 7.84, "ResNet-110 relu-only-preact": 6.71,
+    "ResNet-110 full-preact": 6.37, "ResNet-164 original": 5.93, "ResNet-164 bn-after-add": 6.50,
+    "ResNet-164 relu-before-add": 6.14, "ResNet-164 relu-only-preact": 5.91,
+    "ResNet-164 full-preact": 5.46,
+}  # fmt: skip
+TABLE_3 = {
+    "ResNet-110 (1-layer skip) original": 9.90, "ResNet-110 (1-layer skip) full-preact": 8.91,
+    "ResNet-110 original": 6.61, "ResNet-110 full-preact": 6.37,
+    "ResNet-164 original": 5.93, "ResNet-164 full-preact": 5.46,
+    "ResNet-1001 original": 7.61, "ResNet-1001 full-preact": 4.92,
+    "ResNet-164, CIFAR-100 original": 25.16, "ResNet-164, CIFAR-100 full-preact": 24.33,
+    "ResNet-1001, CIFAR-100 original": 27.82, "ResNet-1001, CIFAR-100 full-preact": 22.71,
+}  # fmt: skip
+TABLE_4 = {
+    "ResNet-110 original": 6.61, "ResNet-1202 original": 7.93, "ResNet-164 full-preact": 5.46,
+    "ResNet-1001 full-preact": 4.92, "ResNet-1001 full-preact, batch 64": 4.62,
+    "ResNet-164 original, CIFAR-100": 25.16, "ResNet-1001 original, CIFAR-100": 27.82,
+    "ResNet-164 full-preact, CIFAR-100": 24.33, "ResNet-1001 full-preact, CIFAR-100": 22.71,
+}  # fmt: skip
+TABLE_5 = [23.0, 21.3, 21.1, 21.8, 20.7, 20.1]
+
+
+@pytest.mark.parametrize(
+    "number, expected", [(1, TABLE_1), (2, TABLE_2), (3, TABLE_3), (4, TABLE_4)]
+)
+def test_published_numbers(number, expected):
+    rows = paper.TABLES[number].rows
+    found = {r.name: "fail" if r.published == paper.FAIL else r.published for r in rows}
+    assert found == expected
+    assert len(rows) == len(expected)
+
+
+def test_published_numbers_of_table_5():
+    assert [row.published for row in paper.TABLE_5.rows] == TABLE_5
+
+
+SETTINGS = [(number, row) for number, table in paper.TABLES.items() for row in table.rows]
+
+
+@pytest.mark.parametrize("number, row", SETTINGS, ids=lambda x: getattr(x, "name", x))
+def test_every_published_row_can_be_built(number, row):
+    experiment = Experiment(**paper.TABLES[number].base | row.settings)
+    assert str(experiment.depth) in row.name or number == 1
+    assert describe(experiment)["parameters"] > 1e6
+
+
+def test_table_1_varies_only_the_shortcut():
+    base = paper.TABLE_1.base
+    assert base == {"dataset": "cifar10", "depth": 110, "block": "basic", "unit": "original"}
+    settings = [row.settings for row in paper.TABLE_1.rows]
+    assert [s["shortcut"] for s in settings] == (
+        ["identity"] + ["constant-scale"] * 3 + ["exclusive-gate"] * 3
+        + ["shortcut-only-gate"] * 2 + ["conv1x1", "dropout"]
+    )  # fmt: skip
+    assert [(s["shortcut_scale"], s["residual_scale"]) for s in settings[1:4]] == [
+        (0, 1), (0.5, 1), (0.5, 0.5),
+    ]  # fmt: skip
+    assert [s["gate_bias"] for s in settings[4:9]] == [0, -6, -7, 0, -6]
+    assert settings[10]["dropout_ratio"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "block, depth, hint",
+    [
+        ("basic", 111, "try 110 or 116"),
+        ("bottleneck", 165, "try 164 or 173"),
+        ("single", 4, "try 5 or 8"),
+        (None, 112, "try 110 or 116"),
+        (None, 1000, "try 998 or 1001"),
+    ],
+)
+def test_impossible_depths_name_their_neighbours(block, depth, hint):
+    with pytest.raises(UserError, match=f"no .*network has {depth} layers") as raised:
+        Experiment(depth=max(depth, 5), block=block) if depth > 4 else plans.units_per_stage(
+            depth, block
+        )
+    assert raised.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    "depth, block",
+    [(8, "basic"), (20, "basic"), (110, "basic"), (146, "basic"), (1202, "basic")]
+    + [(11, "bottleneck"), (164, "bottleneck"), (182, "bottleneck"), (1001, "bottleneck")],
+)
+def test_the_block_of_a_depth(depth, block):
+    assert plans.default_block(depth, "cifar") == block
+
+
+def test_a_name_always_carries_the_block():
+    assert Experiment(depth=110).name == "cifar10-resnet110-basic-full-preact-s0"
+    assert "bottleneck" in Experiment(depth=110, block="bottleneck").name
+
+
+def test_the_names_read_from_the_source_are_the_shortcuts():
+    assert list(plans.shortcuts()) == list(SHORTCUTS)
+    for name, formula in plans.shortcuts().items():
+        assert SHORTCUTS[name].__doc__.splitlines()[0] == formula
