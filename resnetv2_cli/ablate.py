@@ -50,8 +50,10 @@ class Line:
         errors = self.errors
         if not errors:
             return "—"
-        middle = median(errors)
-        spread = f" ({mean(errors):.2f}±{stdev(errors):.2f})" if len(errors) > 1 else ""
+        middle, diverged = median(errors), errors.count(FAIL)
+        spread = f" ({mean(errors):.2f}±{stdev(errors):.2f})" if len(errors) > 1 > diverged else ""
+        if diverged:
+            spread = f" ({diverged} of {len(errors)} diverged)"
         if middle == FAIL:
             return "fail (diverged)"
         return f"fail ({middle:.2f})" if middle > FAIL_ABOVE else f"{middle:.2f}{spread}"
@@ -123,13 +125,13 @@ def plan(
     Raises:
         UserError: an override does not fit a row.
     """
-    first = overrides.pop("seed", 0)
+    first = overrides.get("seed", 0)
     lines = []
     for row in rows:
         settings = {**table.base, **row.settings, **overrides}
         arms = []
         for seed in range(first, first + runs):
-            experiment = Experiment.load(settings.pop("config", None), **settings, seed=seed)
+            experiment = Experiment(**{**settings, "seed": seed})
             slug = re.sub(r"[^a-z0-9.+-]+", "-", row.name.lower()).strip("-")
             arms.append(Arm(row.name, experiment, root / slug / f"s{seed}"))
         lines.append(Line(row, arms))
@@ -149,16 +151,26 @@ def run(lines: list[Line], announce: Callable[[Arm, str], None]) -> None:
         if arm.result is not None:
             announce(arm, "done before")
             continue
-        begun = (arm.folder / "checkpoints" / "last.ckpt").exists()
+        begun = (arm.folder / "config.yaml").exists()
         announce(arm, "continuing" if begun else "running")
-        status = subprocess.run(command(arm, begun), stdout=subprocess.DEVNULL).returncode
+        status = wait(command(arm, begun))
         if status in (130, 143):
             raise KeyboardInterrupt
         if status and arm.result is None:
             raise UserError(
                 f"{arm.row}, seed {arm.experiment.seed}, stopped with status {status}",
-                "the same command continues; finished rows are not run again",
+                "the same command continues; finished runs are not run again",
             )
+
+
+def wait(command: list[str]) -> int:
+    """Run a command to its end, its progress on our stderr; on Ctrl-C it is left time to save."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
 
 
 def command(arm: Arm, begun: bool) -> list[str]:
@@ -166,8 +178,6 @@ def command(arm: Arm, begun: bool) -> list[str]:
     tool = [sys.executable, "-m", "resnetv2_cli", "train"]
     if begun:
         return [*tool, "--resume", str(arm.folder)]
-    if arm.folder.exists() and not (arm.folder / "metrics.csv").exists():
-        pass
     config = arm.folder.with_suffix(".yaml")
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(arm.experiment.dump())

@@ -8,9 +8,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 
-from resnetv2_cli.errors import Stopped, UserError
+from resnetv2_cli.errors import Diverged, Stopped
 from resnetv2_cli.runfolder import CSVMetrics, RunFolder
 from resnetv2_cli.task import Classification
 
@@ -26,7 +26,7 @@ class Recorder(Callback):
     """Writes ``metrics.csv`` every ``log_every`` iterations, and after each evaluation.
 
     Raises:
-        UserError: the loss is no longer finite.
+        Diverged: the loss is no longer finite.
     """
 
     def __init__(self, csv: CSVMetrics, speed: CSVMetrics, log_every: int, scored: str) -> None:
@@ -41,13 +41,13 @@ class Recorder(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.kept = state_dict["sums"]
 
-    def on_save_checkpoint(self, trainer: Trainer, task: LightningModule, checkpoint: Any) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, task: Classification, checkpoint: Any) -> None:
         # Every process has its own sums: the first takes them all, the others start again.
         total = trainer.strategy.reduce(task.sums.clone(), reduce_op="sum")
         task.sums.copy_(total if trainer.is_global_zero else torch.zeros_like(total))
         checkpoint["callbacks"][self.state_key] = {"sums": task.sums.cpu().clone()}
 
-    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, task: Classification) -> None:
         if self.kept is not None and trainer.is_global_zero:
             task.sums.copy_(self.kept)
         for file in (self.csv, self.speed):
@@ -66,7 +66,7 @@ class Recorder(Callback):
         task.sums.zero_()
         loss, wrong, images = sums.tolist()
         if not math.isfinite(loss):
-            raise UserError(
+            raise Diverged(
                 f"the loss is not finite at iteration {step}",
                 "try a lower --lr, a longer --warmup or --precision 32-true; "
                 "the last checkpoint is kept",
@@ -88,11 +88,10 @@ class Recorder(Callback):
     @staticmethod
     def applied_lr(trainer: Trainer) -> float:
         """The learning rate of the iteration that just ended: the scheduler is one ahead."""
-        scheduler = trainer.lr_scheduler_configs[0].scheduler
-        factor = scheduler.lr_lambdas[0](trainer.global_step - 1)  # type: ignore[attr-defined]
-        return scheduler.base_lrs[0] * factor  # type: ignore[attr-defined]
+        scheduler: Any = trainer.lr_scheduler_configs[0].scheduler
+        return scheduler.base_lrs[0] * scheduler.lr_lambdas[0](trainer.global_step - 1)
 
-    def on_validation_start(self, trainer: Trainer, task: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, task: Classification) -> None:
         self.began = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, task: Classification) -> None:
@@ -139,7 +138,7 @@ class Keeper(Callback):
         self.save(trainer)
 
     def on_train_batch_end(
-        self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, task: Classification, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not stepped(trainer, batch_idx) or evaluates(trainer, batch_idx):
             return  # after an evaluation it is saved anyway, and then with its result
@@ -178,7 +177,7 @@ class Leaver(Callback):
         self.keeper, self.signal = keeper, 0
         self.deadline = math.inf if seconds is None else time.monotonic() + seconds
 
-    def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, task: Classification) -> None:
         # After Lightning's own, which broadcasts inside the handler; its teardown restores all.
         slurm = "SLURM_JOB_ID" in os.environ
         for number in SIGNALS:
@@ -191,12 +190,12 @@ class Leaver(Callback):
         self.signal = number
 
     def on_train_batch_end(
-        self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, task: Classification, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if stepped(trainer, batch_idx) and not evaluates(trainer, batch_idx):
             self.leave(trainer)
 
-    def on_validation_end(self, trainer: Trainer, task: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, task: Classification) -> None:
         self.leave(trainer)
 
     def leave(self, trainer: Trainer) -> None:

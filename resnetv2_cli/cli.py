@@ -50,7 +50,7 @@ def flag(f: Field) -> Parameter:
         rich_help_panel=f.metadata["panel"],
         show_default=False,
     )
-    annotation = Annotated[(kind | None), option]  # type: ignore[operator]
+    annotation: Any = Annotated[kind | None, option]  # type: ignore[valid-type]
     return Parameter(f.name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -59,9 +59,7 @@ def with_flags(*without: str) -> Callable:
 
     def wrap(command: Callable) -> Callable:
         own = [
-            p
-            for p in inspect.signature(command).parameters.values()
-            if p.kind is not p.VAR_KEYWORD
+            p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD
         ]
         flags = [flag(f) for f in fields(Experiment) if f.name not in without]
 
@@ -122,8 +120,8 @@ def train(
         experiment = run.resumed(folder, flags)
     else:
         assert experiment is not None
-        folder = RunFolder(Path(taken)) if taken else output and RunFolder(output)
-        folder = folder or RunFolder.free(experiment)
+        named = Path(taken) if taken else output
+        folder = RunFolder(named) if named else RunFolder.free(experiment)
     if not taken:
         os.environ[run.FOLDER] = str(folder.path)
         report.note(f"{experiment.name} -> {folder.path}, {run.precision(experiment)}")
@@ -228,7 +226,9 @@ def ablate(
         plan(title, lines, format)
         return
     report.note(f"runs are in {root}; a second call continues")
-    ablation.run(lines, lambda arm, state: report.note(f"{arm.row}, seed {arm.experiment.seed}: {state}"))
+    ablation.run(
+        lines, lambda arm, state: report.note(f"{arm.row}, seed {arm.experiment.seed}: {state}")
+    )
     if format == "json":
         report.as_json([line.as_json() for line in lines])
         return
@@ -297,11 +297,11 @@ def list_() -> None:
     units = [(u, cut, paper.published("unit", u)) for u, cut in plans.UNITS.items()]
     columns = ["--unit", "between two units", "paper, %"]
     report.table("Units: + ends one, | begins the next (Fig. 4)", columns, units)
-    shortcuts = [(s, f, paper.published("shortcut", s)) for s, f in plans.shortcuts().items()]
+    shortcuts = [
+        (s, row.formula, paper.published("shortcut", s)) for s, row in plans.shortcuts().items()
+    ]
     report.table("Shortcuts (Fig. 2)", ["--shortcut", "y", "paper, %"], shortcuts)
-    report.table(
-        "Datasets", ["--dataset", "what"], [(name, d.doc) for name, d in DATASETS.items()]
-    )
+    report.table("Datasets", ["--dataset", "what"], [(name, d.doc) for name, d in DATASETS.items()])
     report.table("Configs", ["--config", "what"], [(p.stem, headline(p)) for p in configs()])
 
 

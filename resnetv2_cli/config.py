@@ -13,20 +13,28 @@ import yaml
 from resnetv2_cli import plans
 from resnetv2_cli.errors import UserError, unknown
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+_HERE = Path(__file__).parent
+CONFIGS = next(p for p in (_HERE / "configs", _HERE.parent / "configs") if p.is_dir())
 
 PAPER_STEPS, PAPER_WARMUP = 64_000, 400  # iterations
 
 
-def setting(default: Any, doc: str, panel: str, *, least: float | None = None, free: bool = False):
+def setting(
+    default: Any,
+    doc: str,
+    panel: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    free: bool = False,
+) -> Any:
     """A field that is also a config file's key, a flag of the command line and a line of help.
 
-    ``least``: no smaller value is accepted. ``free``: may change when a run is resumed, because it
-    does not change what is learned.
+    ``least``, ``most``: the values accepted. ``free``: may change when a run is resumed, because
+    it does not change what is learned.
     """
-    return field(
-        default=default, metadata={"doc": doc, "panel": panel, "least": least, "free": free}
-    )
+    metadata = {"doc": doc, "panel": panel, "least": least, "most": most, "free": free}
+    return field(default=default, metadata=metadata)
 
 
 def rows(table: dict[str, Any]) -> Any:
@@ -68,7 +76,7 @@ class Experiment:
         None, "Initial b_g of the gates: -6 unless given; 0 to -10 in the paper.", "Network"
     )
     dropout_ratio: float | None = setting(
-        None, "Share that the dropout shortcut drops: 0.5 unless given.", "Network", least=0
+        None, "Share that the dropout shortcut drops: 0.5 unless given.", "Network", least=0, most=1
     )
     dropout_inverted: bool | None = setting(
         None, "Divide what is kept by 1 - ratio in training (the default).", "Network"
@@ -95,14 +103,14 @@ class Experiment:
     dataset: Literal["cifar10", "cifar100", "digits", "imagenet", "folder"] = setting(
         "cifar10", "Images to learn from.", "Data"
     )
-    data_dir: str = setting(
-        "data", "Where images are, or are downloaded to.", "Data", free=True
-    )
+    data_dir: str = setting("data", "Where images are, or are downloaded to.", "Data", free=True)
     batch_size: int = setting(
         128, "Images in one iteration, over all devices and micro-batches.", "Data", least=1
     )
     val: int = setting(
-        0, "Training images held out for choosing; 5000 makes the 45k/5k split of [1].", "Data",
+        0,
+        "Training images held out for choosing; 5000 makes the 45k/5k split of [1].",
+        "Data",
         least=0,
     )
     augment: bool = setting(True, "Pad by 4, crop at random and flip (CIFAR).", "Data")
@@ -117,16 +125,20 @@ class Experiment:
     test_size: int | None = setting(
         None, "ImageNet: side of the single test crop; 224 unless given.", "Data", least=32
     )
-    workers: int = setting(2, "Processes that decode images (folders only).", "Data", least=0,
-                          free=True)
+    workers: int = setting(
+        2, "Processes that decode images (folders only).", "Data", least=0, free=True
+    )
 
     lr: float = setting(0.1, "Learning rate, before warm-up and drops.", "Optimization", least=0)
     schedule: Literal["steps", "cosine", "one-cycle"] = setting(
-        "steps", "Constant with two drops by 10, as the paper; or cosine; or one-cycle.",
+        "steps",
+        "Constant with two drops by 10, as the paper; or cosine; or one-cycle.",
         "Optimization",
     )
     steps: int = setting(
-        PAPER_STEPS, "Training iterations; drops and warm-up scale with them.", "Optimization",
+        PAPER_STEPS,
+        "Training iterations; drops and warm-up scale with them.",
+        "Optimization",
         least=1,
     )
     epochs: float | None = setting(
@@ -145,23 +157,26 @@ class Experiment:
     )
     weight_decay: float = setting(1e-4, "L2 penalty.", "Optimization", least=0)
     decay: Literal["all", "weights"] = setting(
-        "all", "What decays: every parameter, or only weights of conv and fc layers.",
+        "all",
+        "What decays: every parameter, or only weights of conv and fc layers.",
         "Optimization",
     )
-    label_smoothing: float = setting(0.0, "Share of the label given to all classes.", "Optimization",
-                                    least=0)
+    label_smoothing: float = setting(
+        0.0, "Share of the label given to all classes.", "Optimization", least=0, most=1
+    )
     seed: int = setting(0, "Seed of weights, order and augmentation.", "Optimization", least=0)
 
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = setting(
         "auto", "Arithmetic; auto takes the fast safe mode of the hardware.", "Engine"
     )
-    accumulate: int = setting(
-        1, "Micro-batches that one batch is split into.", "Engine", least=1
-    )
+    accumulate: int = setting(1, "Micro-batches that one batch is split into.", "Engine", least=1)
     compile: bool = setting(False, "Compile the network, unit by unit.", "Engine", free=True)
     recompute: int = setting(
-        0, "Segments whose activations are recomputed in backward, to save memory; 0: none.",
-        "Engine", least=0, free=True,
+        0,
+        "Segments whose activations are recomputed in backward, to save memory; 0: none.",
+        "Engine",
+        least=0,
+        free=True,
     )
     sync_bn: bool = setting(False, "BN statistics over all devices, not over each.", "Engine")
     accelerator: str = setting("auto", "auto, cpu, gpu, mps.", "Engine", free=True)
@@ -172,13 +187,14 @@ class Experiment:
         False, "Only operations that give the same bits each time.", "Engine", free=True
     )
 
-    eval_every: float = setting(
-        1.0, "Epochs between evaluations.", "Run", least=0.001
-    )
+    eval_every: float = setting(1.0, "Epochs between evaluations.", "Run", least=0.001)
     log_every: int = setting(100, "Iterations between lines of metrics.csv.", "Run", least=1)
     save_every: int = setting(
-        0, "Iterations between checkpoints that are kept beside last.ckpt; 0: none.", "Run",
-        least=0, free=True,
+        0,
+        "Iterations between checkpoints that are kept beside last.ckpt; 0: none.",
+        "Run",
+        least=0,
+        free=True,
     )
     tensorboard: bool = setting(False, "Log to TensorBoard too.", "Run", free=True)
     wandb: bool = setting(False, "Log to Weights & Biases too.", "Run", free=True)
@@ -186,8 +202,13 @@ class Experiment:
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, checked(f, getattr(self, f.name)))
-        if ":" not in self.shortcut and self.shortcut not in plans.shortcuts():
-            raise unknown("shortcut", self.shortcut, plans.shortcuts())
+        if ":" not in self.shortcut:  # one's own is looked at when it is imported
+            known = plans.shortcuts()
+            if self.shortcut not in known:
+                raise unknown("shortcut", self.shortcut, known)
+            plans.check_settings(self.shortcut, self.settings, known[self.shortcut].settings)
+        if self.nesterov and not self.momentum:
+            raise UserError("Nesterov's momentum needs a momentum", "--momentum 0.9")
         plans.units_per_stage(self.depth, self.block_, self.stem_)
 
     @property
@@ -203,16 +224,20 @@ class Experiment:
     @property
     def settings(self) -> dict[str, Any]:
         """What was given of the shortcut's settings."""
-        names = (
-            "shortcut_scale residual_scale gate_bias dropout_ratio dropout_inverted".split()
-        )
+        names = [
+            "shortcut_scale",
+            "residual_scale",
+            "gate_bias",
+            "dropout_ratio",
+            "dropout_inverted",
+        ]
         given = {name: getattr(self, name) for name in names}
         return {name: value for name, value in given.items() if value is not None}
 
     @property
     def architecture(self) -> dict[str, Any]:
         """The arguments of ``ResNet``, all but ``classes``."""
-        names = "depth unit shortcut option pad stride_on init settings".split()
+        names = ["depth", "unit", "shortcut", "option", "pad", "stride_on", "init", "settings"]
         return {n: getattr(self, n) for n in names} | {"block": self.block_, "stem": self.stem_}
 
     @property
@@ -292,7 +317,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return given
 
 
-def kinds(f: Any) -> tuple[type | None, tuple[Any, ...], bool]:
+def kinds(f: Any) -> tuple[type, tuple[Any, ...], bool]:
     """The plain type of a field, its choices if it has them, and whether it may be None."""
     parts = get_args(f.type) if get_origin(f.type) in (Union, types.UnionType) else (f.type,)
     optional = type(None) in parts
@@ -316,22 +341,28 @@ def checked(f: Any, value: Any) -> Any:
             raise unknown(f.name, value, choices)
         return value
     wrong = UserError(f"{f.name} must be {_A[kind]}, not {value!r}", f.metadata["doc"])
-    if kind is str and isinstance(value, (str, int)) and not isinstance(value, bool):
-        return str(value)
     if kind is bool or isinstance(value, bool):
-        if not (kind is bool and isinstance(value, bool)):
-            raise wrong
-        return value
+        if kind is bool and isinstance(value, bool):
+            return value
+        raise wrong
+    if kind is str:
+        if isinstance(value, (str, int)):
+            return str(value)
+        raise wrong
     try:
-        number = kind(value)  # type: ignore[misc]
-        if isinstance(value, float) and number != value or number != number:
+        number = kind(value)
+        if (isinstance(value, float) and number != value) or number != number:
             raise wrong
     except (TypeError, ValueError, OverflowError):
         raise wrong from None
-    least = f.metadata["least"]
-    if abs(number) == float("inf") or least is not None and number < least:
-        floor = f"at least {least:g}" if least is not None else "finite"
-        raise UserError(f"{f.name} must be {floor}, not {value}", f.metadata["doc"])
+    least, most = f.metadata["least"], f.metadata["most"]
+    for wanted, broken in (
+        ("finite", abs(number) == float("inf")),
+        (f"at least {least}", least is not None and number < least),
+        (f"at most {most}", most is not None and number > most),
+    ):
+        if broken:
+            raise UserError(f"{f.name} must be {wanted}, not {value}", f.metadata["doc"])
     return number
 
 

@@ -8,14 +8,12 @@ from torch import Tensor, nn
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.plans import STEMS
 from resnetv2_cli.resnet import ResNet
-from resnetv2_cli.shortcuts import check_settings
 
 CLASSES = 10  # of a described network, unless its dataset is known to have others
 
 
 def skeleton(experiment: Experiment, classes: int = CLASSES) -> ResNet:
     """The network on the meta device: shapes and names, no memory and no weights."""
-    check_settings(experiment.shortcut, experiment.settings)
     with torch.device("meta"):
         return ResNet(**experiment.architecture, classes=classes)
 

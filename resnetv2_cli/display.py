@@ -26,7 +26,11 @@ class Display(Callback):
             return
         self.began, self.first = time.monotonic(), trainer.global_step
         if self.console.is_terminal:
-            columns = (BarColumn(bar_width=24), TaskProgressColumn(), TextColumn("{task.description}"))
+            columns = (
+                BarColumn(bar_width=24),
+                TaskProgressColumn(),
+                TextColumn("{task.description}"),
+            )
             self.bar = Progress(*columns, console=self.console, transient=False)
             self.row = self.bar.add_task("starting", total=trainer.max_steps)
             self.bar.start()

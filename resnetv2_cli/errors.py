@@ -12,6 +12,10 @@ class UserError(Exception):
         self.hint = hint
 
 
+class Diverged(UserError):
+    """The loss is no longer finite; in a table such a run is a ``fail``."""
+
+
 class Stopped(Exception):
     """The run saved its state and left before its last step: a signal, or its time was up.
 

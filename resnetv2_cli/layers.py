@@ -1,7 +1,7 @@
 """The layers every network in the paper is made of: weight, BN and ReLU."""
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,7 +15,10 @@ def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 # Not in-place: where F opens with ReLU, that would rewrite what the shortcut carries.
-ACTIVATIONS = {"bn": nn.BatchNorm2d, "relu": lambda channels: nn.ReLU()}
+ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
+    "bn": nn.BatchNorm2d,
+    "relu": lambda channels: nn.ReLU(),
+}
 
 
 def activation(order: str, channels: int) -> nn.Sequential:

@@ -34,12 +34,16 @@ class PaperTable:
     def of(self, **settings: Any) -> list[Row]:
         """The rows that agree with these settings."""
         return [
-            r for r in self.rows if all((self.base | r.settings).get(k) == v for k, v in settings.items())
+            r
+            for r in self.rows
+            if all((self.base | r.settings).get(k) == v for k, v in settings.items())
         ]
 
 
 def _gate(name: str, published: float, b_g: float, figure: str, note: str) -> Row:
-    return Row(f"{name} b={b_g:g}", published, {"shortcut": name, "gate_bias": b_g}, figure, note=note)
+    return Row(
+        f"{name} b={b_g:g}", published, {"shortcut": name, "gate_bias": b_g}, figure, note=note
+    )
 
 
 def _scale(published: float, a: float, b: float, note: str) -> Row:
@@ -141,9 +145,7 @@ TABLE_4 = PaperTable(
         Row("ResNet-164 original, CIFAR-100", 25.16, _C100 | _POST | _164),
         Row("ResNet-1001 original, CIFAR-100", 27.82, _C100 | _POST | _1001),
         Row("ResNet-164 full-preact, CIFAR-100", 24.33, _C100 | _PRE | _164),
-        Row(
-            "ResNet-1001 full-preact, CIFAR-100", 22.71, _C100 | _PRE | _1001, spread="22.68±0.22"
-        ),
+        Row("ResNet-1001 full-preact, CIFAR-100", 22.71, _C100 | _PRE | _1001, spread="22.68±0.22"),
     ),
 )
 
@@ -151,7 +153,9 @@ TABLE_4 = PaperTable(
 def _imagenet(depth: int, unit: str, test: int, published: float, top5: float, **more: Any) -> Row:
     name = f"ResNet-{depth} {unit}, test {test}"
     settings = {"depth": depth, "block": "bottleneck", "unit": unit, "test_size": test} | more
-    return Row(name + (", scale + aspect" if more else ""), published, settings, note=f"top-5 {top5}")
+    return Row(
+        name + (", scale + aspect" if more else ""), published, settings, note=f"top-5 {top5}"
+    )
 
 
 TABLE_5 = PaperTable(

@@ -5,6 +5,7 @@ so that help and error messages come at once.
 """
 
 import ast
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -132,22 +133,55 @@ def units_per_stage(depth: int, block: str, stem: str = "cifar") -> tuple[int, .
     return ((depth - 2) // per_n,) * 3
 
 
-@cache
-def shortcuts() -> dict[str, str]:
-    """Every row of ``SHORTCUTS`` with its formula: the first line of its class's docstring.
+class ShortcutRow(NamedTuple):
+    """What the first line of a shortcut's docstring says, and its settings with their defaults."""
 
-    Read from the source of ``shortcuts.py``, not imported from it: importing takes torch with it,
-    and ``--help`` would wait two seconds for that.
+    formula: str
+    settings: dict[str, object]
+
+
+@cache
+def shortcuts() -> dict[str, ShortcutRow]:
+    """Every row of ``SHORTCUTS``, read from the source of ``shortcuts.py``.
+
+    Not imported from it: importing takes torch with it, and ``--help`` would wait two seconds.
     """
     tree = ast.parse((Path(__file__).parent / "shortcuts.py").read_text())
-    docs = {n.name: ast.get_docstring(n) or "" for n in tree.body if isinstance(n, ast.ClassDef)}
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+    def settings(node: ast.ClassDef) -> dict[str, object]:
+        for part in node.body:
+            if isinstance(part, ast.FunctionDef) and part.name == "__init__":
+                defaults = [ast.literal_eval(d) for d in part.args.defaults]
+                names = [a.arg for a in part.args.args[len(part.args.args) - len(defaults) :]]
+                return dict(zip(names, defaults, strict=True))
+        [base] = [b.id for b in node.bases if isinstance(b, ast.Name)] or [""]
+        return settings(classes[base]) if base in classes else {}
+
     [table] = (
         node.value
         for node in tree.body
-        if isinstance(node, ast.AnnAssign)
-        and isinstance(node.target, ast.Name)
-        and node.target.id == "SHORTCUTS"
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "SHORTCUTS"
     )
     assert isinstance(table, ast.Dict)
-    rows = zip(table.keys, table.values, strict=True)
-    return {key.value: docs[value.id].splitlines()[0] for key, value in rows}  # type: ignore
+    found = {}
+    for key, value in zip(table.keys, table.values, strict=True):
+        node = classes[ast.unparse(value)]
+        formula = (ast.get_docstring(node) or "").splitlines()[0]
+        found[ast.literal_eval(key)] = ShortcutRow(formula, settings(node))  # type: ignore
+    return found
+
+
+def check_settings(shortcut: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse settings that a shortcut would silently ignore.
+
+    Raises:
+        UserError: names the setting, and those that the shortcut has.
+    """
+    known = list(known)
+    for name in given:
+        if name not in known:
+            flags = ", ".join("--" + k.replace("_", "-") for k in known) or "none"
+            raise UserError(
+                f"shortcut {shortcut} has no setting {name!r}", f"its settings: {flags}"
+            )

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 from resnetv2_cli.layers import activation, conv, keep_layout, numbered
-from resnetv2_cli.plans import BLOCKS, STEMS, default_block, places, units_per_stage
+from resnetv2_cli.plans import (
+    BLOCKS,
+    STEMS,
+    check_settings,
+    default_block,
+    places,
+    units_per_stage,
+)
+from resnetv2_cli.shortcuts import settings_of, shortcut_class
 from resnetv2_cli.units import Kind, residual_unit
 
 
@@ -48,6 +56,7 @@ class ResNet(nn.Module):
         super().__init__()
         block = block or default_block(depth, stem)
         option = option or default_option(block, stem)
+        check_settings(shortcut, settings or {}, settings_of(shortcut_class(shortcut)))
         kind = Kind(unit, block, shortcut, settings or {}, option, pad, stride_on)
         start, c = STEMS[stem], STEMS[stem].channels
         self.segments = 0  # of the body whose activations are recomputed in backward; 0: none

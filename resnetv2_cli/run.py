@@ -1,5 +1,6 @@
 """Train one experiment in a run folder, continue it, and evaluate what came of it."""
 
+import json
 import logging
 import os
 import time
@@ -19,8 +20,9 @@ from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.callbacks import Keeper, Leaver, Recorder
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.module import ImageData
-from resnetv2_cli.errors import UserError
+from resnetv2_cli.errors import Diverged, UserError
 from resnetv2_cli.runfolder import CSVMetrics, RunFolder, environment, write_json
+from resnetv2_cli.shortcuts import shortcut_class
 from resnetv2_cli.task import Classification
 
 FOLDER = "RESNETV2_RUN_FOLDER"  # tells the other processes of a run which folder the first took
@@ -60,7 +62,7 @@ def trainer_of(experiment: Experiment, **more: Any) -> L.Trainer:
             devices = 1
         elif e.devices.lstrip("-").isdigit():
             devices = int(e.devices)
-        return L.Trainer(
+        trainer = L.Trainer(
             accelerator=e.accelerator,
             devices=devices,
             num_nodes=e.nodes,
@@ -82,10 +84,15 @@ def trainer_of(experiment: Experiment, **more: Any) -> L.Trainer:
         hint = "see --devices, --accelerator and --strategy; this machine has "
         hint += f"{torch.cuda.device_count()} GPUs and {os.cpu_count()} processors"
         raise UserError(f"no such devices: {line}", hint) from None
+    if e.sync_bn and trainer.strategy.root_device.type != "cuda":
+        hint = "PyTorch synchronizes BN on GPUs alone; elsewhere each process has its own batch's"
+        raise UserError("--sync-bn needs GPUs", hint)
+    return trainer
 
 
 def build(experiment: Experiment) -> tuple[Classification, ImageData]:
     """Network and images; the weights follow from the seed."""
+    shortcut_class(experiment.shortcut)  # a mistake in it shows before images are read
     data = ImageData(experiment)
     data.prepare_data()
     data.setup()
@@ -135,7 +142,9 @@ def train(
         Stopped: a signal came or the time was over; the run can be continued.
     """
     began = time.monotonic()
-    new = not resume and rank_zero_only.rank == 0
+    if resume and folder.result.exists():
+        return json.loads(folder.result.read_text())
+    new = not resume and getattr(rank_zero_only, "rank", 0) == 0
     if new:
         folder.refuse_if_used()
     task, data = build(experiment)
@@ -158,11 +167,16 @@ def train(
         callbacks=[recorder, *(display or []), keeper, Leaver(keeper, left)],
         default_root_dir=folder.path,
     )
-    last = None
-    if resume:
-        last = checkpoints.find(folder.path)
+    last = None  # a run that was killed before its first checkpoint starts again
+    if resume and folder.last.exists():
+        last = folder.last
         checkpoints.load_weights(task, checkpoints.read(last), last)
-    trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
+    except Diverged as error:
+        if trainer.is_global_zero:
+            write_json(folder.failed, {"reason": str(error)})
+        raise
     if task.scores.get("step") != e.steps or data.scored != "test":
         trainer.test(task, datamodule=data, verbose=False, weights_only=True)
         if data.scored == "test":

@@ -16,12 +16,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 
-PACKAGES = "resnetv2-cli torch torchvision lightning torchmetrics numpy".split()
+PACKAGES = ["resnetv2-cli", "torch", "torchvision", "lightning", "torchmetrics", "numpy"]
 
 
 class RunFolder:
     """``config.yaml``, ``environment.json``, ``metrics.csv``, ``speed.csv``, ``checkpoints/``,
-    and at the end ``result.json`` and ``curves.png``."""
+    and at the end ``result.json`` and ``curves.png``, or ``failed.json`` if the loss diverged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,6 +30,7 @@ class RunFolder:
         self.metrics = path / "metrics.csv"
         self.speed = path / "speed.csv"
         self.result = path / "result.json"
+        self.failed = path / "failed.json"
         self.curves = path / "curves.png"
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
@@ -93,6 +94,8 @@ class CSVMetrics(Logger):
     def __init__(self, path: Path, columns: list[str]) -> None:
         super().__init__()
         self.path, self.columns = path, columns
+        # A run that was killed after its last evaluation makes that evaluation again.
+        self.newest = path.read_text().splitlines()[-1] if path.exists() else ""
 
     @property
     def name(self) -> str:
@@ -120,9 +123,11 @@ class CSVMetrics(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         given = {"step": step} | metrics
         cells = [format_cell(given.get(c)) for c in self.columns]
-        if any(cells[1:]):
+        line = ",".join(cells)
+        if any(cells[1:]) and line != self.newest:
+            self.newest = line
             with self.path.open("a") as file:
-                file.write(",".join(cells) + "\n")
+                file.write(line + "\n")
 
 
 def format_cell(value: float | int | None) -> str:

@@ -7,7 +7,6 @@ SHORTCUTS. A class of your own needs no row: ``--shortcut my_module:MyShortcut``
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -149,16 +148,3 @@ def settings_of(cls: type[Shortcut]) -> dict[str, object]:
     """A shortcut's settings and their defaults: the keyword arguments of its ``__init__``."""
     parameters = inspect.signature(cls.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-def check_settings(name: str, given: Mapping[str, object]) -> None:
-    """Refuse settings that the shortcut would silently ignore.
-
-    Raises:
-        UserError: names the setting, and those that the shortcut has.
-    """
-    known = settings_of(shortcut_class(name))
-    for key in given:
-        if key not in known:
-            flags = ", ".join("--" + k.replace("_", "-") for k in known) or "none"
-            raise UserError(f"shortcut {name} has no setting {key!r}", f"its settings: {flags}")

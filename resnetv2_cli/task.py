@@ -68,8 +68,6 @@ class Classification(L.LightningModule):
     Shape: images (N, H, W, 3) uint8 -> logits (N, classes).
     """
 
-    sums: Tensor
-
     def __init__(
         self, experiment: Experiment, classes: tuple[str, ...], normalize: Normalize
     ) -> None:
@@ -81,12 +79,16 @@ class Classification(L.LightningModule):
         if experiment.compile:
             for unit in self.net.units:
                 unit.compile()
-        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64), persistent=False)
+        # No buffer: DDP would replace every process's sums by the first's.
+        self.sums = torch.zeros(3, dtype=torch.float64)
         self.counted = Scores(len(classes))
         self.scores: dict[str, Any] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(self.normalize(images))
+
+    def on_fit_start(self) -> None:
+        self.sums = self.sums.to(self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # What a step draws follows from the seed and the step: no generator's state to save.
@@ -105,7 +107,8 @@ class Classification(L.LightningModule):
         with torch.no_grad():
             n = len(batch.labels)
             wrong = (logits.argmax(1) != batch.labels).sum()
-            self.sums += torch.stack([loss.double() * n, wrong.double(), torch.full_like(loss, n).double()])
+            self.sums[:2] += torch.stack([loss.double() * n, wrong.double()])
+            self.sums[2] += n
         return loss if batch.weight == 1 else batch.weight * loss
 
     def _evaluate(self, batch: Batch) -> None:
@@ -130,7 +133,10 @@ class Classification(L.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = sgd(self.net, self.experiment)
         scheduler = schedule(optimizer, self.experiment)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Plain values only: the file must open without running anything that is in it.

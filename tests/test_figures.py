@@ -69,9 +69,7 @@ def test_projections_in_every_unit_type(unit):  # full-preact: as KaimingHe/resn
     first = stage  # the stem has activated x already, so the first unit does not again
     for activation in ("bn relu ", "relu ") if unit in HEADS else ():
         first = first.removeprefix(activation)
-    assert order(ResNet(11, "bottleneck", unit)) == (
-        f"conv bn relu {first} {stage} {stage} {head}"
-    )
+    assert order(ResNet(11, "bottleneck", unit)) == (f"conv bn relu {first} {stage} {stage} {head}")
 
 
 def test_every_unit_type_has_its_projection_written_down():

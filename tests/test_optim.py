@@ -23,7 +23,13 @@ def test_the_schedule_of_the_appendix(step, lr):
 
 def test_the_defaults_are_the_appendixs():
     e = Experiment()
-    assert (e.batch_size, e.lr, e.momentum, e.weight_decay, e.steps) == (128, 0.1, 0.9, 1e-4, 64_000)
+    assert (e.batch_size, e.lr, e.momentum, e.weight_decay, e.steps) == (
+        128,
+        0.1,
+        0.9,
+        1e-4,
+        64_000,
+    )
     assert (e.nesterov, e.warmup_, e.val, e.normalize) == (False, 400, 0, "pixel-mean")
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.plans import BLOCKS, UNITS
 from resnetv2_cli.resnet import ResNet
-from resnetv2_cli.shortcuts import SHORTCUTS, check_settings, shortcut_class
+from resnetv2_cli.shortcuts import SHORTCUTS, shortcut_class
 from resnetv2_cli.units import Kind, residual_unit
 
 
@@ -90,9 +90,7 @@ def test_dropout_keeps_its_expectation_at_test_time():
         assert h.eval()(x, r).mean().item() == pytest.approx(training, abs=0.02)
 
 
-@pytest.mark.parametrize(
-    "unit, block, shortcut", [*itertools.product(UNITS, BLOCKS, SHORTCUTS)]
-)
+@pytest.mark.parametrize("unit, block, shortcut", [*itertools.product(UNITS, BLOCKS, SHORTCUTS)])
 def test_every_combination_trains(unit, block, shortcut):
     net = ResNet(3 * len(BLOCKS[block].kernels) + 2, block, unit, shortcut)
     logits = net(torch.randn(2, 3, 32, 32))
@@ -129,5 +127,4 @@ def test_a_shortcut_of_ones_own(tmp_path, monkeypatch):
 
 def test_a_setting_that_would_be_ignored_is_refused():
     with pytest.raises(UserError, match="shortcut conv1x1 has no setting 'gate_bias'"):
-        check_settings("conv1x1", {"gate_bias": -6.0})
-    check_settings("exclusive-gate", {"gate_bias": -6.0})
+        ResNet(8, shortcut="conv1x1", settings={"gate_bias": -6.0})

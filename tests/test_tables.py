@@ -8,7 +8,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.describe import describe
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.resnet import ResNet
-from resnetv2_cli.shortcuts import SHORTCUTS
+from resnetv2_cli.shortcuts import SHORTCUTS, settings_of
 
 
 def size(net: nn.Module) -> int:
@@ -55,7 +55,8 @@ def test_the_default_block_and_option_are_the_papers():
         assert described(depth=depth, unit=unit)["parameters"] == parameters
 
 
-IMAGENET_SIZES = [  # torchvision, and osmr/imgclsmob less the BN(64) that its first unit has too many
+# torchvision's, and osmr/imgclsmob's less the BN(64) that its first unit has too many
+IMAGENET_SIZES = [
     (18, 11_689_512, 11_687_720),
     (34, 21_797_672, 21_795_880),
     (50, 25_557_032, 25_549_352),
@@ -201,9 +202,9 @@ def test_impossible_depths_name_their_neighbours(block, depth, hint):
 
 @pytest.mark.parametrize(
     "depth, block",
-    [(8, "basic"), (20, "basic"), (110, "basic"), (146, "basic"), (1202, "basic")]
-    + [(11, "bottleneck"), (164, "bottleneck"), (182, "bottleneck"), (1001, "bottleneck")],
-)
+    [(8, "basic"), (20, "basic"), (110, "basic"), (146, "basic"), (1202, "basic"),
+     (11, "bottleneck"), (164, "bottleneck"), (182, "bottleneck"), (1001, "bottleneck")],
+)  # fmt: skip
 def test_the_block_of_a_depth(depth, block):
     assert plans.default_block(depth, "cifar") == block
 
@@ -215,5 +216,6 @@ def test_a_name_always_carries_the_block():
 
 def test_the_names_read_from_the_source_are_the_shortcuts():
     assert list(plans.shortcuts()) == list(SHORTCUTS)
-    for name, formula in plans.shortcuts().items():
+    for name, (formula, settings) in plans.shortcuts().items():
         assert SHORTCUTS[name].__doc__.splitlines()[0] == formula
+        assert settings_of(SHORTCUTS[name]) == settings

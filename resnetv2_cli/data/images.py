@@ -211,7 +211,7 @@ def cached(name: str, places: list[Path], read: Callable[[], tuple[Split, Split]
     """What ``read`` gives, kept in the cache folder until a file of ``places`` changes."""
     stamp = hashlib.sha256()
     for place in places:
-        inside = sorted(place.glob("*/*")) if place.is_dir() else [place]
+        inside = [place] if place.is_file() else sorted(place.glob("*/*"))
         for path in inside:
             stat = path.stat()
             stamp.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())

@@ -156,7 +156,8 @@ class ImageData(L.LightningDataModule):
             self.normalize = Normalize(folder.MEAN, folder.STD)
         if e.batch_size > self.train_images:
             raise UserError(
-                f"the batch of {e.batch_size} is larger than the {self.train_images} training images",
+                f"the batch of {e.batch_size} is larger than the {self.train_images} training "
+                "images",
                 f"use --batch-size {self.train_images} or less",
             )
         self._ready = True

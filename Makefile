@@ -1,0 +1,31 @@
+# make demo: install, train a ResNet-20 to the end on embedded images, evaluate it (no download of data)
+# make test: install what the tests need, lint, check types, run the tests
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+$(BIN)/resnetv2: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/test: $(BIN)/resnetv2
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: $(BIN)/resnetv2
+	rm -rf runs/demo
+	$(BIN)/resnetv2 train --config digits_resnet20 --output runs/demo
+	$(BIN)/resnetv2 eval runs/demo
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,98 @@
+"""The package is a stack: a module imports only from modules above it in ORDER."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import resnetv2_cli
+
+ORDER = [
+    "errors",
+    "plans",
+    "paper",
+    "layers",
+    "shortcuts",
+    "units",
+    "resnet",
+    "data.catalog",
+    "config",
+    "data.images",
+    "data.order",
+    "data.augment",
+    "data.folder",
+    "data.module",
+    "optim",
+    "describe",
+    "runfolder",
+    "checkpoint",
+    "task",
+    "callbacks",
+    "plot",
+    "run",
+    "ablate",
+    "display",
+    "report",
+    "bench",
+    "cli",
+]
+HEAVY = ("torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "sklearn", "numpy")
+PACKAGE = Path(resnetv2_cli.__file__).parent
+MODULES = [p for p in PACKAGE.rglob("*.py") if not p.stem.startswith("_")]
+
+
+def name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("resnetv2_cli"):
+            inside = node.module.removeprefix("resnetv2_cli").lstrip(".")
+            names = [".".join(filter(None, (inside, a.name))) for a in node.names]
+            found |= {n if n in ORDER else inside for n in names} - {""}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_imports_point_up(path):
+    assert imported(path) <= set(ORDER[: ORDER.index(name(path))])
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_files_stay_small(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_only_the_edge_prints(path):
+    calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+    printing = [c for c in calls if isinstance(c, ast.Name) and c.id == "print"]
+    assert not printing or name(path) in ("report", "cli")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["list"], ["--version"]])
+def test_help_waits_for_nothing_heavy(arguments):
+    code = f"""
+import sys
+from resnetv2_cli.cli import main
+try: main({arguments})
+except SystemExit: pass
+sys.exit(",".join(m for m in {HEAVY} if m in sys.modules) or 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_comes_at_once(resnetv2):
+    """Under 0.3 s where nothing else runs; the best of five, with room for a busy machine."""
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        resnetv2("--help")
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.6

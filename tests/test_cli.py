@@ -1,0 +1,226 @@
+"""The console script: its commands, what scripts rely on, and one clear line for each mistake."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import SCRIPT, SMALL, THREADS
+
+from resnetv2_cli import __version__
+from resnetv2_cli.cli import seconds
+from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.plans import BLOCKS, UNITS, shortcuts
+
+
+def test_version(resnetv2):
+    assert resnetv2("--version").stdout == f"resnetv2 {__version__}\n"
+
+
+def test_help_names_every_choice(resnetv2):
+    text = resnetv2("train", "--help").stdout
+    for name in [*UNITS, *BLOCKS, *shortcuts(), *DATASETS]:
+        assert name in text, name
+
+
+def test_list_names_everything_with_its_published_error(resnetv2):
+    text = resnetv2("list").stdout
+    for name in [*UNITS, *shortcuts(), *DATASETS, "cifar10_resnet20_quick"]:
+        assert name in text, name
+    for error in ("6.61", "8.17", "5.46", "12.35 (0.5/0.5)", "8.70 (b=-6)", "fail (0.5)"):
+        assert error in text, error
+
+
+def test_show_prints_the_settled_experiment(resnetv2):
+    text = resnetv2("show", "--config", "cifar10_resnet20_quick", "--lr", 0.3).stdout
+    assert "depth: 20\n" in text and "lr: 0.3\n" in text and "schedule: one-cycle\n" in text
+
+
+def test_describe_as_json(resnetv2):
+    done = resnetv2("describe", "--depth", 1001, "--unit", "full-preact", "--json")
+    described = json.loads(done.stdout)
+    assert described["parameters"] == 10_327_706
+    assert described["macs"] == pytest.approx(1487.9e6, rel=1e-3)
+    assert len(described["parts"]) == 333 + 2
+    assert sum(p["parameters"] for p in described["parts"]) == described["parameters"]
+    assert sum(p["macs"] for p in described["parts"]) == described["macs"]
+    assert described["parts"][-2]["output"] == [256, 8, 8]
+
+
+def test_describe_as_a_table(resnetv2):
+    text = resnetv2("describe", "--depth", 20).stdout
+    assert "stage3.unit3" in text and "269,722" in text and "40,551,040" in text
+
+
+def test_eval_of_a_checkpoint_and_of_a_run_folder(resnetv2, trained, tmp_path):
+    result = json.loads((trained / "result.json").read_text())
+    checkpoint = shutil.copy(trained / "checkpoints" / "last.ckpt", tmp_path / "checkpoint.ckpt")
+    for what in (checkpoint, trained):
+        scores = json.loads(resnetv2("eval", what, "--json").stdout)
+        assert scores["error"] == result["test_error"]
+        assert scores["top5_error"] == result["test_top5_error"]
+        assert scores["loss"] == pytest.approx(result["test_loss"], rel=1e-3)
+        assert scores["images"] == 360
+        assert sum(map(sum, scores["confusion"])) == 360
+        wrong = sum(
+            e * sum(row) / 100
+            for e, row in zip(scores["class_error"].values(), scores["confusion"], strict=True)
+        )
+        assert wrong == pytest.approx(3.6 * scores["error"])
+    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_shows_a_table(resnetv2, trained):
+    done = resnetv2("eval", trained)
+    assert "digits-resnet8-basic-full-preact-s0" in done.stdout
+    assert "error by class" in done.stdout and "confusion matrix:" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "text, value", [("90", 90), ("90s", 90), ("25m", 1500), ("2h", 7200), ("1h30m", 5400)]
+)
+def test_durations(text, value):
+    assert seconds(text) == value
+
+
+def test_what_is_no_duration():
+    for text in ("", "soon", "-5m", "5x"):
+        with pytest.raises(UserError, match="is no duration"):
+            seconds(text)
+
+
+# Mistakes.
+
+
+def mistake(done) -> tuple[str, str]:
+    """The one line and its hint."""
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    lines = [ln for ln in done.stderr.splitlines() if ln.startswith(("error: ", "hint: "))]
+    assert len(lines) == 2, done.stderr
+    return lines[0].removeprefix("error: "), lines[1].removeprefix("hint: ")
+
+
+@pytest.mark.parametrize(
+    "arguments, error, hint",
+    [
+        (["train", "--depth", 111], "no network has 111 layers", "try 110 or 116"),
+        (["train", "--unit", "preact"], "unknown unit 'preact'", "did you mean 'full-preact'?"),
+        (["train", "--shortcut", "gate"], "unknown shortcut 'gate'", "exclusive-gate"),
+        (["train", "--shortcut", "no_module:X"], "cannot import shortcut", "module:Class"),
+        (["ablate", "--shortcut", "drop"], "unknown shortcut 'drop'", "did you mean 'dropout'?"),
+        (["ablate"], "ablate what?", "resnetv2 ablate --shortcut exclusive-gate"),
+        (["ablate", "--table", 9], "the paper has no Table 9", "1 to 5"),
+        (["train", "--config", "nothing.yaml"], "unknown config file", "known: "),
+        (["train", "--dataset", "digits", "--batch-size", 5000], "larger than the 1437", "1437"),
+        (["train", "--dataset", "digits", "--devices", 64, "--accelerator", "gpu"],
+         "no such devices", "this machine has"),
+        (["train", "--dataset", "folder", "--depth", 18, "--data-dir", "nowhere"],
+         "there is no folder nowhere/train", "one folder for each class"),
+        (["train", "--time", "soon"], "is no duration", "25m"),
+        (["train", "--resume", "nowhere"], "nowhere is not the folder of a run", "config.yaml"),
+        (["eval", "nothing.ckpt"], "there is no checkpoint nothing.ckpt", "a run folder"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_a_hint(resnetv2, arguments, error, hint):
+    said, hinted = mistake(resnetv2(*arguments, status=None))
+    assert error in said and hint in hinted
+
+
+def test_a_mistaken_flag_exits_with_2(resnetv2):
+    done = resnetv2("train", "--dept", 20, status=2)
+    assert "--depth" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_cifar_that_is_not_there_and_no_network(resnetv2, tmp_path):
+    done = resnetv2("train", "--data-dir", tmp_path / "none", status=None, env={
+        "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9",
+    })  # fmt: skip
+    said, hint = mistake(done)
+    assert "could not be downloaded" in said
+    assert "--dataset digits" in hint and "cifar10/train/<class>/*.png" in hint
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_used_folder_is_left_alone(resnetv2, trained):
+    before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
+    said, hint = mistake(resnetv2("train", *SMALL, "--output", trained, status=None))
+    assert "is not empty" in said and "--resume" in hint
+    assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
+
+
+def test_a_folder_that_cannot_be_written(resnetv2, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    flags = [*SMALL, "--steps", 2, "--output", tmp_path / "file" / "run"]
+    said, hint = mistake(resnetv2("train", *flags, status=None))
+    assert "cannot write" in said and "--output" in hint
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+def broken(kind: str, good, to) -> None:
+    content = good.read_bytes()
+    if kind == "cut short":
+        to.write_bytes(content[: len(content) // 2])
+    elif kind == "a bit flipped":
+        middle = len(content) // 2
+        to.write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :])
+    elif kind == "text":
+        to.write_text("not a checkpoint")
+    elif kind == "foreign":
+        torch.save({"state_dict": {}}, to)
+    elif kind == "harmful":
+        torch.save({"state_dict": {}, "experiment": Harmful()}, to)
+
+
+@pytest.mark.parametrize(
+    "kind, error",
+    [
+        ("cut short", "is no checkpoint, or is cut short"),
+        ("a bit flipped", "fails its checksum"),
+        ("text", "is no checkpoint"),
+        ("foreign", "is not a checkpoint of resnetv2"),
+        ("harmful", "holds more than tensors"),
+    ],
+)
+def test_checkpoints_that_are_none(resnetv2, trained, tmp_path, kind, error):
+    file = tmp_path / "bad.ckpt"
+    broken(kind, trained / "checkpoints" / "last.ckpt", file)
+    said, _ = mistake(resnetv2("eval", file, status=None, cwd=tmp_path))
+    assert error in said
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_a_checkpoint_of_another_architecture(resnetv2, trained):
+    said, _ = mistake(resnetv2("eval", trained, "--depth", 14, status=None))
+    assert "is of another architecture: net.body.stage1.unit2" in said
+
+
+def test_debug_shows_the_traceback(resnetv2):
+    done = resnetv2("--debug", "train", "--depth", 111, status=1)
+    assert "Traceback" in done.stderr and "no network has 111 layers" in done.stderr
+
+
+def test_ctrl_c_saves_and_exits_with_130(tmp_path):
+    folder = tmp_path / "run"
+    command = [SCRIPT, "train", *SMALL, "--steps", 5000, "--output", folder]
+    process = subprocess.Popen(
+        list(map(str, command)), env={**os.environ, **THREADS}, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not (
+        (folder / "metrics.csv").exists() and "\n5," in (folder / "metrics.csv").read_text()
+    ):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert f"resnetv2 train --resume {folder}" in said
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] >= 5

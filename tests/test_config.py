@@ -1,0 +1,130 @@
+"""Experiments: the file, the flags, and every mistake's message."""
+
+import math
+from dataclasses import fields
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.describe import describe
+from resnetv2_cli.errors import UserError
+
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+def test_there_are_configs():
+    assert len(CONFIGS) >= 10
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_loads_and_says_how_to_start_it(path):
+    experiment = Experiment.load(path)
+    assert describe(experiment)["parameters"] > 0
+    first, second = path.read_text().splitlines()[:2]
+    assert first.startswith("# ")
+    assert second == f"#   resnetv2 train --config {path.stem}"
+
+
+def test_flags_win_over_files_win_over_defaults(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("depth: 20\nlr: 0.2\n")
+    assert Experiment.load(file, lr=0.3) == Experiment(depth=20, lr=0.3)
+
+
+def test_a_length_by_flag_replaces_the_other_one_of_the_file(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("epochs: 3\n")
+    assert Experiment.load(file, steps=7).epochs is None
+    assert Experiment.load(file).settle(100).steps == 300
+    assert Experiment(epochs=0.5).settle(391).steps == 196
+
+
+def test_what_a_run_folder_keeps_is_the_same_experiment(tmp_path):
+    experiment = Experiment(depth=164, gate_bias=-6, shortcut="exclusive-gate", weight_decay=1e-5)
+    (tmp_path / "config.yaml").write_text(experiment.dump())
+    assert Experiment.load(tmp_path / "config.yaml") == experiment
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("weight_decay: 1e-4\ndevices: 2\n")
+    assert Experiment.load(file).weight_decay == 1e-4
+    assert Experiment.load(file).devices == "2"
+
+
+@pytest.mark.parametrize(
+    "text, message, hint",
+    [
+        ("depht: 20", "unknown key 'depht'", "did you mean 'depth'?"),
+        ("depth: 21", "no network has 21 layers", "try 20 or 26"),
+        ("unit: preact", "unknown unit 'preact'", "did you mean 'full-preact'?"),
+        ("shortcut: exclusive", "unknown shortcut 'exclusive'", "did you mean 'exclusive-gate'?"),
+        ("dataset: cifar", "unknown dataset 'cifar'", "did you mean 'cifar10'?"),
+        ("batch_size: 0", "batch_size must be at least 1, not 0", "Images in one iteration"),
+        ("lr: fast", "lr must be a number, not 'fast'", "Learning rate"),
+        ("lr: .nan", "lr must be a number, not nan", "Learning rate"),
+        ("lr: .inf", "lr must be finite, not inf", "Learning rate"),
+        ("steps: 1.5", "steps must be a whole number, not 1.5", "Training iterations"),
+        ("nesterov: 1", "nesterov must be true or false, not 1", "Nesterov"),
+        ("nesterov: true\nmomentum: 0", "Nesterov's momentum needs a momentum", "--momentum 0.9"),
+        ("gate_bias: 1", "shortcut identity has no setting 'gate_bias'", "its settings: none"),
+        ("dropout_ratio: 1.5", "dropout_ratio must be at most 1", "Share"),
+        ("- depth", "holds no keys", "one 'key: value' a line"),
+        ("a: [", "is not YAML", "one 'key: value' a line"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path, text, message, hint):
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match="a.yaml") as raised:
+        Experiment.load(file)
+    assert message in str(raised.value)
+    assert hint in raised.value.hint
+
+
+def test_a_missing_file_names_the_nearest():
+    with pytest.raises(UserError, match="unknown config file 'cifar10_resnet20_quik'") as raised:
+        Experiment.load("cifar10_resnet20_quik")
+    assert raised.value.hint == "did you mean 'cifar10_resnet20_quick'?"
+
+
+def test_every_option_says_what_it_is():
+    for field in fields(Experiment):
+        assert field.metadata["doc"].endswith("."), field.name
+        assert field.metadata["panel"] in {"Network", "Data", "Optimization", "Engine", "Run"}
+
+
+values = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers())
+)
+
+
+@given(st.dictionaries(st.sampled_from([f.name for f in fields(Experiment)]), values, max_size=4))
+def test_any_values_make_an_experiment_or_one_clear_error(given_values):
+    try:
+        experiment = Experiment(**given_values)
+    except UserError as error:
+        assert str(error)
+    else:
+        for name in given_values:
+            value = getattr(experiment, name)
+            assert not isinstance(value, float) or math.isfinite(value)
+        assert Experiment(**yaml.safe_load(experiment.dump())) == experiment
+
+
+@given(st.text(max_size=60))
+def test_any_file_makes_an_experiment_or_one_clear_error(text):
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "a.yaml"
+        file.write_bytes(text.encode("utf-8", "surrogatepass"))
+        try:
+            Experiment.load(file)
+        except UserError as error:
+            assert "a.yaml" in str(error)

@@ -1,0 +1,190 @@
+"""Runs through the console script: their folder, their end, and that nothing is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import SCRIPT, SMALL, THREADS
+
+STEPS = 46  # two epochs of 23
+
+
+def metrics(folder) -> str:
+    return (folder / "metrics.csv").read_text()
+
+
+def last(folder) -> dict:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def same_state(a, b) -> None:
+    torch.testing.assert_close(a["state_dict"], b["state_dict"], rtol=0, atol=0)
+    torch.testing.assert_close(
+        a["optimizer_states"][0]["state"], b["optimizer_states"][0]["state"], rtol=0, atol=0
+    )
+    assert a["lr_schedulers"] == b["lr_schedulers"]
+    assert a["global_step"] == b["global_step"]
+
+
+def test_a_run_folder_holds_what_scripts_rely_on(trained):
+    names = sorted(p.name for p in trained.iterdir() if p.name != "confusion.png")
+    assert names == [
+        "checkpoints", "config.yaml", "curves.png", "environment.json", "metrics.csv",
+        "result.json", "speed.csv",
+    ]  # fmt: skip
+    result = json.loads((trained / "result.json").read_text())
+    assert 0 <= result["test_error"] <= 100 and result["test_images"] == 360
+    assert yaml.safe_load((trained / "config.yaml").read_text())["steps"] == result["steps"] == 92
+    assert result["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
+    saved = last(trained)
+    assert saved["global_step"] == 92 and saved["experiment"]["depth"] == 8
+    assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_it_learned_the_digits(trained):
+    assert json.loads((trained / "result.json").read_text())["test_error"] < 40  # chance is 90
+
+
+def test_the_metrics_file(trained):
+    header, *lines = metrics(trained).splitlines()
+    assert header == "step,epoch,lr,train_loss,train_error,test_loss,test_error"
+    rows = [dict(zip(header.split(","), line.split(","), strict=True)) for line in lines]
+    tested = [int(r["step"]) for r in rows if r["test_error"]]
+    assert tested == [23, 46, 69, 92]
+    logged = [int(r["step"]) for r in rows if r["train_loss"]]
+    assert logged == [*range(5, 92, 5), 92]
+    result = json.loads((trained / "result.json").read_text())
+    assert float(rows[-1]["test_error"]) == pytest.approx(result["test_error"], rel=1e-5)
+
+
+FLAGS = ["--shortcut", "dropout", "--unit", "original", "--accumulate", 2, "--steps", STEPS]
+
+
+@pytest.fixture(scope="module")
+def never_stopped(resnetv2, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    resnetv2("train", *SMALL, *FLAGS, "--log-every", 7, "--output", folder)
+    return folder
+
+
+def stopped_by(number: int, folder, at: int) -> int:
+    """Start the same run, send the signal once its metrics reach iteration ``at``; the status."""
+    command = [SCRIPT, "train", *SMALL, *FLAGS, "--log-every", 7, "--output", folder]
+    process = subprocess.Popen(
+        list(map(str, command)), env={**os.environ, **THREADS}, stderr=subprocess.PIPE
+    )
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        file = folder / "metrics.csv"
+        if file.exists() and f"\n{at}," in file.read_text():
+            process.send_signal(number)
+            break
+        time.sleep(0.01)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+@pytest.mark.parametrize(
+    "number, at, status",
+    [
+        (signal.SIGTERM, 7, 143),
+        (signal.SIGINT, 28, 130),
+        (signal.SIGKILL, 35, -9),
+        (signal.SIGUSR1, 23, 138),
+    ],
+)
+def test_a_stopped_run_continues_as_if_it_had_not(
+    resnetv2, never_stopped, tmp_path, number, at, status
+):
+    """Weights, optimizer and metrics bit for bit, with random draws and accumulation in play."""
+    folder = tmp_path / "run"
+    assert stopped_by(number, folder, at) == status
+    before = last(folder)["global_step"]
+    assert 0 < before < STEPS and not (folder / "result.json").exists()
+    if number == signal.SIGTERM:
+        assert before % 23 != 0  # within an epoch
+    resnetv2("train", "--resume", folder)
+    same_state(last(folder), last(never_stopped))
+    assert metrics(folder) == metrics(never_stopped)
+    a, b = (json.loads((f / "result.json").read_text()) for f in (folder, never_stopped))
+    assert {k: v for k, v in a.items() if k != "environment"} == {
+        k: v for k, v in b.items() if k != "environment"
+    }
+
+
+def test_a_time_budget_saves_and_leaves_cleanly(resnetv2, tmp_path):
+    folder = tmp_path / "run"
+    done = resnetv2("train", *SMALL, "--steps", 5000, "--time", "1s", "--output", folder)
+    assert "continue with: resnetv2 train --resume" in done.stderr
+    assert 0 < last(folder)["global_step"] < 5000
+
+
+def test_resuming_a_finished_run_changes_nothing(resnetv2, trained):
+    before = {p: p.read_bytes() for p in (trained / "metrics.csv", trained / "config.yaml")}
+    resnetv2("train", "--resume", trained)
+    for path, content in before.items():
+        assert path.read_bytes() == content
+
+
+def test_resume_refuses_what_would_make_it_another_experiment(resnetv2, trained):
+    done = resnetv2("train", "--resume", trained, "--lr", 0.2, status=2)
+    assert "--lr 0.2 would make this another experiment" in done.stderr
+
+
+def test_same_seed_same_run(resnetv2, tmp_path):
+    for name in ("a", "b"):
+        resnetv2("train", *SMALL, "--steps", 12, "--seed", 4, "--output", tmp_path / name)
+    same_state(last(tmp_path / "a"), last(tmp_path / "b"))
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+def test_a_validation_split_chooses_the_best(resnetv2, tmp_path):
+    flags = ["--val", 200, "--epochs", 3, "--save-every", 10, "--output", tmp_path / "run"]
+    resnetv2("train", *SMALL, *flags)
+    header, *lines = metrics(tmp_path / "run").splitlines()
+    assert header.endswith("val_loss,val_error")
+    errors = [float(line.split(",")[-1]) for line in lines if line.split(",")[-1]]
+    saved = tmp_path / "run" / "checkpoints"
+    best = torch.load(saved / "best.ckpt", weights_only=True)
+    assert best["global_step"] == (errors.index(min(errors)) + 1) * 20
+    assert sorted(p.name for p in saved.iterdir()) == [
+        "best.ckpt", "last.ckpt", "step-00000010.ckpt", "step-00000030.ckpt", "step-00000050.ckpt",
+    ]  # fmt: skip
+
+
+def test_a_diverging_run_says_so_and_keeps_its_last_checkpoint(resnetv2, tmp_path):
+    flags = ["--lr", 1e30, "--warmup", 0, "--precision", "32-true", "--steps", 40]
+    folder = tmp_path / "run"
+    done = resnetv2("train", *SMALL, *flags, "--output", folder, status=2)
+    assert "error: the loss is not finite at iteration" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (folder / "failed.json").exists() and not (folder / "result.json").exists()
+
+
+# Two processes.
+
+DDP = ["--devices", 2, "--accelerator", "cpu", "--precision", "32-true"]
+
+
+def test_two_processes_train_and_evaluate(resnetv2, trained, tmp_path):
+    folder = tmp_path / "run"
+    resnetv2("train", *SMALL, *DDP, "--epochs", 3, "--output", folder)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["test_images"] == 360 and result["test_error"] < 60
+    scores = [
+        json.loads(resnetv2("eval", folder, "--json", *flags).stdout)
+        for flags in (DDP, ["--devices", 1, "--precision", "32-true"])
+    ]
+    assert scores[0]["images"] == scores[1]["images"] == 360
+    assert scores[0]["confusion"] == scores[1]["confusion"]
+    assert scores[0]["loss"] == pytest.approx(scores[1]["loss"], rel=1e-6)
+
+
+def test_shared_bn_without_gpus_is_refused_with_the_reason(resnetv2, tmp_path):
+    done = resnetv2("train", *SMALL, *DDP, "--sync-bn", "--output", tmp_path / "run", status=2)
+    assert "error: --sync-bn needs GPUs" in done.stderr

@@ -1,0 +1,97 @@
+"""What the LightningModule measures, saves and draws."""
+
+import numpy as np
+import pytest
+import torch
+
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.augment import Normalize
+from resnetv2_cli.data.module import Batch
+from resnetv2_cli.optim import sgd
+from resnetv2_cli.task import Classification, Scores
+
+
+def task(**given) -> Classification:
+    torch.manual_seed(given.get("seed", 0))
+    experiment = Experiment(**{"dataset": "digits", "depth": 8, **given})
+    return Classification(
+        experiment, tuple("0123456789"), Normalize(torch.zeros(3, 1, 1), torch.ones(1))
+    )
+
+
+def batch(n: int = 16, weight: float = 1.0) -> Batch:
+    g = torch.Generator().manual_seed(5)
+    pixels = torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8, generator=g)
+    views = torch.tensor([[4, 4, 0]] * n)
+    return Batch(pixels, torch.arange(n) % 10, views, weight)
+
+
+def test_scores_of_uneven_batches_count_every_image_once():
+    """Three batches of 4, 4 and 1: a mean of batch means would say 33.33 % here."""
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.standard_normal((9, 7)))
+    labels = logits.argmax(1).clone()
+    labels[8] = (labels[8] + 1) % 7
+    scores = Scores(7)
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 9)):
+        scores.update(logits[rows], labels[rows])
+    found = scores.compute()
+    assert found["error"] == pytest.approx(100 / 9)
+    assert found["images"] == 9
+    log_p = logits.float().log_softmax(1)
+    assert found["loss"] == pytest.approx(-log_p[range(9), labels].mean().item(), rel=1e-6)
+    assert found["confusion"][labels[8]][int(logits[8].argmax())] == 1
+    assert sum(map(sum, found["confusion"])) == 9
+
+
+def test_top5_error():
+    logits = torch.arange(7.0).repeat(7, 1)  # best are 6, 5, 4, 3, 2
+    scores = Scores(7)
+    scores.update(logits, torch.arange(7))
+    assert scores.compute()["top5_error"] == pytest.approx(100 * 2 / 7)
+    assert scores.compute()["error"] == pytest.approx(100 * 6 / 7)
+
+
+def test_training_error_and_loss_are_summed_over_images():
+    t = task()
+    t.training_step(batch(16), 0)
+    t.training_step(batch(8), 1)
+    loss, wrong, images = t.sums.tolist()
+    assert images == 24 and 0 <= wrong <= 24
+    assert loss / images == pytest.approx(2.3, abs=1.0)
+
+
+def test_a_parts_weight_scales_its_loss():
+    t = task()
+    whole, half = t.training_step(batch(), 0), t.training_step(batch(weight=0.5), 0)
+    assert half.item() == pytest.approx(0.5 * whole.item(), rel=1e-4)
+
+
+def test_it_learns_one_batch():
+    t, b = task(lr=0.05, unit="full-preact"), batch()
+    optimizer = sgd(t.net, t.experiment)
+    losses = []
+    for _ in range(25):
+        loss = t.training_step(b, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_weights_follow_from_the_seed():
+    a, b, c = task(seed=1), task(seed=1), task(seed=2)
+    torch.testing.assert_close(a.net.state_dict(), b.net.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(a.net.stem.conv.weight, c.net.stem.conv.weight)
+
+
+def test_the_network_is_laid_out_channels_last():
+    weight = task().net.body.stage2.unit1.residual.conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_checkpoint_keys_are_sentences():
+    keys = task().state_dict()
+    assert "net.body.stage2.unit1.residual.conv1.weight" in keys
+    assert "normalize.mean" in keys
