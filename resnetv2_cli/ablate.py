@@ -11,7 +11,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.errors import UserError
+from resnetv2_cli.errors import UserError, unknown
 from resnetv2_cli.paper import FAIL, FAIL_ABOVE, TABLE_1, TABLE_2, TABLES, PaperTable, Row, percent
 
 
@@ -88,6 +88,19 @@ def plain(error: float) -> float | str | None:
 
 
 UNPUBLISHED = float("nan")
+
+
+def only(rows: list[Row], wanted: list[str]) -> list[Row]:
+    """The rows that are named; all if none is.
+
+    Raises:
+        UserError: there is no such row; names the nearest.
+    """
+    names = [row.name for row in rows]
+    for name in wanted:
+        if name not in names:
+            raise unknown("row", name, names)
+    return [row for row in rows if row.name in wanted or not wanted]
 
 
 def rows(

@@ -14,7 +14,16 @@ from resnetv2_cli.errors import Diverged, Stopped
 from resnetv2_cli.runfolder import CSVMetrics, RunFolder
 from resnetv2_cli.task import Classification
 
-SAVE_SECONDS = 600.0  # last.ckpt is never older than this, however long an epoch takes
+SAVE_SECONDS = 600.0  # last.ckpt is hardly older than this, however long an epoch takes
+AGREE_EVERY = 10  # iterations between the questions whether it is
+
+
+def agreed(trainer: Trainer, wish: int) -> int:
+    """The largest wish of all processes, so that they do the same at the same iteration."""
+    if trainer.world_size == 1:
+        return wish
+    number = torch.tensor(wish, device=trainer.strategy.root_device)
+    return int(trainer.strategy.reduce(number, reduce_op="max"))
 
 
 def stepped(trainer: Trainer, batch_idx: int) -> bool:
@@ -145,8 +154,8 @@ class Keeper(Callback):
         step = trainer.global_step
         if self.save_every and step % self.save_every == 0:
             trainer.save_checkpoint(self.folder.checkpoints / f"step-{step:08d}.ckpt")
-        due = time.monotonic() - self.saved_at > SAVE_SECONDS or step == trainer.max_steps
-        if trainer.strategy.broadcast(due) if trainer.world_size > 1 else due:
+        late = time.monotonic() - self.saved_at > SAVE_SECONDS
+        if step == trainer.max_steps or (step % AGREE_EVERY == 0 and agreed(trainer, late)):
             self.save(trainer)
 
 
@@ -161,6 +170,7 @@ SIGNALS = {
     signal.SIGUSR1: 138,
     signal.SIGUSR2: 140,
 }
+TIME_OVER = 1000  # beside the numbers of signals
 
 
 class Leaver(Callback):
@@ -199,14 +209,10 @@ class Leaver(Callback):
         self.leave(trainer)
 
     def leave(self, trainer: Trainer) -> None:
-        wish = self.signal or (-1 if time.monotonic() > self.deadline else 0)
-        if trainer.world_size > 1:
-            number = torch.tensor(wish, device=trainer.strategy.root_device)
-            largest = trainer.strategy.reduce(number.clone(), reduce_op="max")
-            smallest = -trainer.strategy.reduce(-number, reduce_op="max")
-            wish = int(largest) or int(smallest)
+        late = time.monotonic() > self.deadline
+        wish = agreed(trainer, self.signal or (TIME_OVER if late else 0))
         if wish and trainer.global_step < trainer.max_steps:
             self.keeper.save(trainer)
-            if wish < 0:
+            if wish == TIME_OVER:
                 raise Stopped("the time is over", 0)
             raise Stopped(signal.Signals(wish).name, SIGNALS[signal.Signals(wish)])

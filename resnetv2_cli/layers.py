@@ -1,7 +1,7 @@
 """The layers every network in the paper is made of: weight, BN and ReLU."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,16 +14,17 @@ def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
 
 
-# Not in-place: where F opens with ReLU, that would rewrite what the shortcut carries.
-ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
-    "bn": nn.BatchNorm2d,
-    "relu": lambda channels: nn.ReLU(),
-}
-
-
 def activation(order: str, channels: int) -> nn.Sequential:
-    """BN and ReLU in the order written: ``"bn relu"``, ``"relu"``, or ``""``, the identity."""
-    return nn.Sequential(OrderedDict((name, ACTIVATIONS[name](channels)) for name in order.split()))
+    """BN and ReLU in the order written: ``"bn relu"``, ``"relu"``, or ``""``, the identity.
+
+    ReLU works in place only behind BN, whose output is nobody else's. Where F opens with ReLU that
+    would rewrite what the shortcut carries.
+    """
+    layers = OrderedDict[str, nn.Module]()
+    for name in order.split():
+        fresh = "bn" in layers
+        layers[name] = nn.ReLU(inplace=fresh) if name == "relu" else nn.BatchNorm2d(channels)
+    return nn.Sequential(layers)
 
 
 class _KeepLayout(torch.autograd.Function):

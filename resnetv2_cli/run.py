@@ -62,6 +62,8 @@ def trainer_of(experiment: Experiment, **more: Any) -> L.Trainer:
             devices = 1
         elif e.devices.lstrip("-").isdigit():
             devices = int(e.devices)
+            if not torch.cuda.is_available() and devices > (os.cpu_count() or 1):
+                raise ValueError(f"{devices} were asked for")
         trainer = L.Trainer(
             accelerator=e.accelerator,
             devices=devices,
@@ -149,9 +151,9 @@ def train(
         folder.refuse_if_used()
     task, data = build(experiment)
     e = task.experiment
+    write = loggers(e, folder, data.scored)
     if new:
         folder.create(e)
-    write = loggers(e, folder, data.scored)
     recorder = Recorder(write[0], write[1], e.log_every, data.scored)  # type: ignore[arg-type]
     keeper = Keeper(folder, e.save_every, choose=e.val > 0)
     left = None if seconds is None else max(1.0, seconds - (time.monotonic() - began))
@@ -253,6 +255,6 @@ def evaluate(path: Path, **overrides: Any) -> tuple[dict[str, Any], Classificati
     trainer = trainer_of(experiment, logger=False)
     trainer.test(task, datamodule=data, verbose=False, weights_only=True)
     scores = task.scores | {"step": saved["global_step"]}
-    expected = len(data._test.labels)
+    expected = len(data.test.labels)
     assert scores["images"] == expected, f"{scores['images']} of {expected} images were counted"
     return scores, task

@@ -70,6 +70,17 @@ def test_one_thing_is_ablated_at_a_time():
         ablate.rows(table=6)
 
 
+def test_some_rows_only():
+    _, rows = ablate.rows(table=1)
+    assert [r.name for r in ablate.only(rows, ["dropout 0.5", "conv1x1"])] == [
+        "conv1x1", "dropout 0.5",
+    ]  # fmt: skip
+    assert ablate.only(rows, []) == rows
+    with pytest.raises(UserError, match="unknown row 'dropout'") as raised:
+        ablate.only(rows, ["dropout"])
+    assert raised.value.hint == "did you mean 'dropout 0.5'?"
+
+
 def test_seeds_are_the_same_in_all_rows_and_flags_win(tmp_path):
     table, rows = ablate.rows(table=1)
     lines = ablate.plan(table, rows, 3, {"depth": 20, "seed": 5}, tmp_path)

@@ -304,10 +304,10 @@ def test_processes_and_micro_batches_share_the_batch_of_one():
 def test_a_validation_split_is_balanced_and_apart_from_training():
     whole, module = data(), data(val=100)
     assert module.scored == "val" and whole.scored == "test"
-    assert len(module._val.labels) == 100 and module.train_images == 1337
-    assert np.bincount(module._val.labels).min() >= 9
-    rows = {im.tobytes() for im in module._train.images}
-    assert not rows & {im.tobytes() for im in module._val.images}
+    assert len(module.val.labels) == 100 and module.train_images == 1337
+    assert np.bincount(module.val.labels).min() >= 9
+    rows = {im.tobytes() for im in module.train.images}
+    assert not rows & {im.tobytes() for im in module.val.images}
     evaluated = torch.cat([b.labels for b in module.val_dataloader()])
     assert len(evaluated) == 100
 

@@ -28,8 +28,8 @@ PLANTED = {
     ),
     "ReLU is in place, and rewrites what the shortcut carries": (
         "layers.py",
-        "lambda channels: nn.ReLU()",
-        "lambda channels: nn.ReLU(inplace=True)",
+        "nn.ReLU(inplace=fresh)",
+        "nn.ReLU(inplace=True)",
         "equations",
     ),
     "the last unit has no activation after it": (

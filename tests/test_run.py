@@ -72,9 +72,9 @@ def never_stopped(resnetv2, tmp_path_factory):
     return folder
 
 
-def stopped_by(number: int, folder, at: int) -> int:
+def stopped_by(number: int, folder, at: int, flags=FLAGS) -> int:
     """Start the same run, send the signal once its metrics reach iteration ``at``; the status."""
-    command = [SCRIPT, "train", *SMALL, *FLAGS, "--log-every", 7, "--output", folder]
+    command = [SCRIPT, "train", *SMALL, *flags, "--log-every", 7, "--output", folder]
     process = subprocess.Popen(
         list(map(str, command)), env={**os.environ, **THREADS}, stderr=subprocess.PIPE
     )
@@ -183,6 +183,20 @@ def test_two_processes_train_and_evaluate(resnetv2, trained, tmp_path):
     assert scores[0]["images"] == scores[1]["images"] == 360
     assert scores[0]["confusion"] == scores[1]["confusion"]
     assert scores[0]["loss"] == pytest.approx(scores[1]["loss"], rel=1e-6)
+
+
+def test_two_processes_leave_together_and_continue_as_if_they_had_not(resnetv2, tmp_path):
+    flags = [*FLAGS, *DDP]
+    resnetv2("train", *SMALL, *flags, "--log-every", 7, "--output", tmp_path / "whole")
+    assert stopped_by(signal.SIGTERM, tmp_path / "run", 14, flags) == 143
+    assert 14 <= last(tmp_path / "run")["global_step"] < STEPS
+    resnetv2("train", "--resume", tmp_path / "run")
+    same_state(last(tmp_path / "run"), last(tmp_path / "whole"))
+    rows = [
+        [float(cell or "nan") for line in metrics(f).splitlines()[1:] for cell in line.split(",")]
+        for f in (tmp_path / "run", tmp_path / "whole")
+    ]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-5, nan_ok=True)
 
 
 def test_shared_bn_without_gpus_is_refused_with_the_reason(resnetv2, tmp_path):

@@ -123,7 +123,10 @@ class ImageData(L.LightningDataModule):
 
     classes: tuple[str, ...]
     normalize: Normalize
-    digest: str = ""
+    digest: str = ""  # of the images, where they are whole in memory
+    train: images.Split | folder.Folder
+    val: images.Split | folder.Folder
+    test: images.Split | folder.Folder
 
     def __init__(self, experiment: Experiment) -> None:
         super().__init__()
@@ -148,11 +151,12 @@ class ImageData(L.LightningDataModule):
             return
         e = self.experiment
         if self.dataset.decoded:
-            self._train, self._val, self._test = self._setup_images()
+            self.train, self.val, self.test = self._setup_images()
             self.classes = self.dataset.classes
-            self.normalize = Normalize(*statistics(self._train, e.normalize))
+            assert isinstance(self.train, images.Split)
+            self.normalize = Normalize(*statistics(self.train, e.normalize))
         else:
-            self._train, self._val, self._test = self._setup_folder()
+            self.train, self.val, self.test = self._setup_folder()
             self.normalize = Normalize(folder.MEAN, folder.STD)
         if e.batch_size > self.train_images:
             raise UserError(
@@ -196,7 +200,7 @@ class ImageData(L.LightningDataModule):
     @property
     def train_images(self) -> int:
         """How many images train."""
-        return len(self._train.labels)
+        return len(self.train.labels)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -220,8 +224,8 @@ class ImageData(L.LightningDataModule):
         schedule = self._schedule()
         parts = Parts(schedule, trainer.global_step, e.steps)
         epoch = EpochMaker(self.train_images, e.seed, self.dataset.flip, e.augment)
-        if self.dataset.decoded:
-            return Stream(self._train, parts, epoch, trainer.strategy.root_device)
+        if isinstance(self.train, images.Split):
+            return Stream(self.train, parts, epoch, trainer.strategy.root_device)
 
         def keys() -> Iterator[list[tuple[int, int]]]:
             drawn, order = -1, torch.empty(0)
@@ -231,13 +235,13 @@ class ImageData(L.LightningDataModule):
                 view = part.epoch if e.augment else -1
                 yield [(i, view) for i in order[part.start : part.stop].tolist()]
 
-        return self._files(self._train, keys(), len(parts), (p.weight for p in parts))
+        return self._files(self.train, keys(), len(parts), (p.weight for p in parts))
 
     def val_dataloader(self) -> Sequence | FileStream:
-        return self._scored(self._val if self.experiment.val else self._test)
+        return self._scored(self.val if self.experiment.val else self.test)
 
     def test_dataloader(self) -> Sequence | FileStream:
-        return self._scored(self._test)
+        return self._scored(self.test)
 
     def _scored(self, split: images.Split | folder.Folder) -> Sequence | FileStream:
         """This process's share of a split, each image once; padding would count some twice."""
