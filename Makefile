@@ -25,7 +25,7 @@ lint: .venv/test
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -q --numprocesses 2 --dist loadfile
 
 clean:
 	rm -rf .venv runs
