@@ -372,14 +372,17 @@ def options(
         bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    if debug:
-        os.environ["RESNETV2_DEBUG"] = "1"
+    """``debug`` is for the help alone: ``main`` takes it out wherever it stands."""
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
     """The console script: every mistake of the user ends here, in one line and a hint."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--debug" in given:  # wherever it stands
+        os.environ["RESNETV2_DEBUG"] = "1"
+        given = [a for a in given if a != "--debug"]
     try:
-        app(list(arguments) if arguments is not None else None)
+        app(given)
     except UserError as error:
         if os.environ.get("RESNETV2_DEBUG"):
             raise

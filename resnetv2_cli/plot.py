@@ -29,6 +29,8 @@ def curves(runs: Mapping[str, Path], to: Path) -> None:
                 right.plot(*zip(*error, strict=True), color=color, lw=1.6, marker=mark, label=label)
     left.set(xlabel="iterations", ylabel="training loss (dashed)", yscale="log")
     left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    for ticks in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        ticks(FuncFormatter(lambda y, _: f"{y:g}"))
     right.set(ylabel="test error, % (solid)")
     right.set_ylim(bottom=0)
     right.grid(axis="y", alpha=0.3)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("RESNETV2_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -15,6 +16,11 @@ SCRIPT = Path(sys.executable).parent / "resnetv2"
 # Small networks, and several processes on few cores: more threads only wait for one another.
 THREADS = {"OMP_NUM_THREADS": "1"}
 torch.set_num_threads(1)
+
+
+# A busy machine is no reason to fail.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture(autouse=True)

@@ -205,8 +205,10 @@ def test_a_checkpoint_of_another_architecture(resnetv2, trained):
     assert "is of another architecture: net.body.stage1.unit2" in said
 
 
-def test_debug_shows_the_traceback(resnetv2):
-    done = resnetv2("--debug", "train", "--depth", 111, status=1)
+@pytest.mark.parametrize("where", [0, 1, 3])
+def test_debug_shows_the_traceback(resnetv2, where):
+    arguments = ["train", "--depth", 111]
+    done = resnetv2(*arguments[:where], "--debug", *arguments[where:], status=1)
     assert "Traceback" in done.stderr and "no network has 111 layers" in done.stderr
 
 
