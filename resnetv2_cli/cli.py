@@ -122,19 +122,19 @@ def train(
         assert experiment is not None
         named = Path(taken) if taken else output
         folder = RunFolder(named) if named else RunFolder.free(experiment)
-    if not taken:
-        os.environ[run.FOLDER] = str(folder.path)
+    os.environ[run.FOLDER] = str(folder.path)
+    if run.first_process():
         report.note(f"{experiment.name} -> {folder.path}, {run.precision(experiment)}")
-    display = Display(report.err, experiment.name)
+    display = Display(report.err)
     try:
         result = run.train(
             experiment, folder, resume=bool(resume), seconds=budget, display=[display]
         )
     except Stopped as stopped:
-        if not taken:
+        if run.first_process():
             report.note(f"{stopped}: saved; continue with: resnetv2 train --resume {folder.path}")
         raise
-    if taken:
+    if not run.first_process():
         return
     if json:
         report.as_json(result)
@@ -165,7 +165,7 @@ def evaluate(
 
     file = checkpoints.find(checkpoint)
     scores, task = run.evaluate(file, **flags)
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not run.first_process():
         return
     inside = file.parent.parent if file.parent.name == "checkpoints" else file.parent
     picture = (output or inside) / "confusion.png"

@@ -28,6 +28,11 @@ from resnetv2_cli.task import Classification
 FOLDER = "RESNETV2_RUN_FOLDER"  # tells the other processes of a run which folder the first took
 
 
+def first_process() -> bool:
+    """Whether this is the process that writes and reports, of one or of many."""
+    return getattr(rank_zero_only, "rank", 0) in (0, None)
+
+
 def precision(experiment: Experiment) -> str:
     """The arithmetic that ``auto`` stands for on this machine: bf16 where the hardware has it."""
     if experiment.precision != "auto":
@@ -146,7 +151,7 @@ def train(
     began = time.monotonic()
     if resume and folder.result.exists():
         return json.loads(folder.result.read_text())
-    new = not resume and getattr(rank_zero_only, "rank", 0) == 0
+    new = not resume and first_process()
     if new:
         folder.refuse_if_used()
     task, data = build(experiment)
