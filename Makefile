@@ -28,4 +28,4 @@ test: lint
 	$(BIN)/pytest -q --numprocesses 2 --dist loadfile
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv

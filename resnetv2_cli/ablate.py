@@ -2,14 +2,16 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from resnetv2_cli import plans
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError, unknown
 from resnetv2_cli.paper import FAIL, FAIL_ABOVE, TABLE_1, TABLE_2, TABLES, PaperTable, Row, percent
@@ -22,6 +24,27 @@ class Arm:
     row: str
     experiment: Experiment
     folder: Path
+
+    @property
+    def config(self) -> Path:
+        """What the run was asked for, beside its folder."""
+        return self.folder.with_suffix(".yaml")
+
+    def refuse_another(self) -> None:
+        """
+        Raises:
+            UserError: the folder has a run of other settings, which must not pass for this one.
+        """
+        if not self.config.exists():
+            return
+        kept = Experiment.load(self.config)
+        for f in fields(Experiment):
+            was, is_ = getattr(kept, f.name), getattr(self.experiment, f.name)
+            if was != is_ and not f.metadata["free"]:
+                raise UserError(
+                    f"{self.folder} has a run with {f.name} {was}, not {is_}",
+                    "name another folder with --output",
+                )
 
     @property
     def result(self) -> float | None:
@@ -141,14 +164,29 @@ def plan(
     first = overrides.get("seed", 0)
     lines = []
     for row in rows:
-        settings = {**table.base, **row.settings, **overrides}
+        paper = {**table.base, **row.settings}
+        if "steps" in overrides or "epochs" in overrides:
+            paper.pop("epochs", None)
+        settings = paper | fitting(overrides, paper["shortcut"])
         arms = []
         for seed in range(first, first + runs):
             experiment = Experiment(**{**settings, "seed": seed})
             slug = re.sub(r"[^a-z0-9.+-]+", "-", row.name.lower()).strip("-")
             arms.append(Arm(row.name, experiment, root / slug / f"s{seed}"))
+            arms[-1].refuse_another()
         lines.append(Line(row, arms))
     return lines
+
+
+def fitting(overrides: dict[str, Any], shortcut: str) -> dict[str, Any]:
+    """The overrides without settings of other shortcuts: a gate's bias is nothing to identity."""
+    known = plans.shortcuts()
+    if shortcut not in known:
+        return overrides
+    others = {name for row in known.values() for name in row.settings} - set(
+        known[shortcut].settings
+    )
+    return {k: v for k, v in overrides.items() if k not in others}
 
 
 def run(lines: list[Line], announce: Callable[[Arm, str], None]) -> None:
@@ -177,13 +215,19 @@ def run(lines: list[Line], announce: Callable[[Arm, str], None]) -> None:
 
 
 def wait(command: list[str]) -> int:
-    """Run a command to its end, its progress on our stderr; on Ctrl-C it is left time to save."""
+    """Run a command to its end, its progress on our stderr.
+
+    Ctrl-C reaches it as it reaches us, SIGTERM is passed on; either way it is left time to save.
+    """
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    before = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
     try:
         return process.wait()
     except KeyboardInterrupt:
         process.wait()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def command(arm: Arm, begun: bool) -> list[str]:
@@ -191,10 +235,16 @@ def command(arm: Arm, begun: bool) -> list[str]:
     tool = [sys.executable, "-m", "resnetv2_cli", "train"]
     if begun:
         return [*tool, "--resume", str(arm.folder)]
-    config = arm.folder.with_suffix(".yaml")
-    config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(arm.experiment.dump())
-    return [*tool, "--config", str(config), "--output", str(arm.folder)]
+    arm.config.parent.mkdir(parents=True, exist_ok=True)
+    arm.config.write_text(arm.experiment.dump())
+    return [*tool, "--config", str(arm.config), "--output", str(arm.folder)]
+
+
+def published(row: Row) -> str:
+    """The paper's error, with mean±std where it gives them; a dash where it has no such row."""
+    if row.published != row.published:
+        return "—"
+    return percent(row.published) + (f" ({row.spread})" if row.spread else "")
 
 
 def table_rows(lines: list[Line]) -> list[tuple[str, ...]]:
@@ -202,7 +252,7 @@ def table_rows(lines: list[Line]) -> list[tuple[str, ...]]:
     return [
         (
             line.row.name,
-            "—" if line.row.published != line.row.published else percent(line.row.published),
+            published(line.row),
             line.measured,
             str(len(line.errors)),
             line.difference,

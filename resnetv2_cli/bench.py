@@ -32,6 +32,12 @@ WARM = 2  # iterations before a stretch is timed: allocators, worker processes, 
 Arm = Callable[[int], float]  # iterations -> seconds an iteration
 
 
+def finish(device: torch.device) -> None:
+    """Wait for what the device still has to do, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class PilImages(Dataset):
     """Images as most loops have them: PIL, one by one, through torchvision's transforms."""
 
@@ -76,6 +82,7 @@ def plain_arm(
         net.train()
         for i in range(WARM + steps):
             if i == WARM:
+                finish(device)
                 began = time.perf_counter()
             x, y = next(batches)
             loss = criterion(net(x.to(device)), y.to(device))
@@ -83,6 +90,7 @@ def plain_arm(
             loss.backward()
             optimizer.step()
             loss.item()
+        finish(device)
         return (time.perf_counter() - began) / steps
 
     return run
@@ -107,8 +115,9 @@ def bare_arm(
         task.train()
         for i in range(WARM + steps):
             if i == WARM:
+                finish(device)
                 began = time.perf_counter()
-            [part] = order.parts(i % (order.steps_per_epoch - 1))
+            [part] = order.parts(i % order.steps_per_epoch)
             chosen = epoch.order[part.start : part.stop].to(device)
             views = epoch.views[part.start : part.stop].to(device)
             with torch.autocast(device.type, dtype, enabled=mixed.endswith("mixed")):
@@ -118,7 +127,7 @@ def bare_arm(
             loss.backward()
             optimizer.step()
             scheduler.step()
-        loss.item()
+        finish(device)
         return (time.perf_counter() - began) / steps
 
     return run
@@ -131,8 +140,8 @@ class Clock(Callback):
         self.ends: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.strategy.root_device.type == "cuda" and len(self.ends) in (WARM, WARM + 1):
-            torch.cuda.synchronize()
+        if len(self.ends) == WARM - 1 or trainer.global_step == trainer.max_steps:
+            finish(trainer.strategy.root_device)
         self.ends.append(time.perf_counter())
 
 
@@ -159,15 +168,18 @@ def train_arm(task: Classification, data: ImageData, folder: Path) -> Arm:
     return run
 
 
-def augmentation_seconds(data: ImageData, split: images.Split, times: int = 50) -> float:
-    """Normalization and augmentation of one batch, on the CPU: the median."""
+def augmentation_seconds(
+    data: ImageData, split: images.Split, device: torch.device, times: int = 50
+) -> float:
+    """Normalization and augmentation of one batch: the median."""
     n = data.experiment.batch_size
-    pixels = torch.from_numpy(split.images[:n])
-    views = epoch_order(n, 0, 0).views
+    pixels = torch.from_numpy(split.images[:n]).to(device)
+    views, normalize = epoch_order(n, 0, 0).views.to(device), data.normalize.to(device)
     taken = []
     for _ in range(times):
         began = time.perf_counter()
-        crop_and_flip(data.normalize(pixels), views)
+        crop_and_flip(normalize(pixels), views)
+        finish(device)
         taken.append(time.perf_counter() - began)
     return median(taken)
 
@@ -179,8 +191,10 @@ def bench(experiment: Experiment, rounds: int, steps: int) -> dict[str, Any]:
     drifts slows all of them; ratios are taken within a round.
 
     Raises:
-        UserError: the dataset is not one of small decoded images.
+        UserError: the dataset is not one of small decoded images, or batches are split.
     """
+    if experiment.accumulate > 1 or experiment.devices not in ("1", "auto"):
+        raise UserError("bench times whole batches on one device", "leave out what splits them")
     task, data = build(experiment)
     split = data.train
     if not isinstance(split, images.Split):
@@ -215,6 +229,6 @@ def bench(experiment: Experiment, rounds: int, steps: int) -> dict[str, Any]:
         "steps": steps,
         "arms": rows,
         "trainer_overhead": median(overhead),
-        "augmentation": augmentation_seconds(data, split) / median(times["bare step"]),
+        "augmentation": augmentation_seconds(data, split, device) / median(times["bare step"]),
         "environment": environment(),
     }

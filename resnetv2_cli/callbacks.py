@@ -15,7 +15,7 @@ from resnetv2_cli.runfolder import CSVMetrics, RunFolder
 from resnetv2_cli.task import Classification
 
 SAVE_SECONDS = 600.0  # last.ckpt is hardly older than this, however long an epoch takes
-AGREE_EVERY = 10  # iterations between the questions whether it is
+AGREE_EVERY = 10  # iterations between the questions of several processes what they wish
 
 
 def agreed(trainer: Trainer, wish: int) -> int:
@@ -24,6 +24,14 @@ def agreed(trainer: Trainer, wish: int) -> int:
         return wish
     number = torch.tensor(wish, device=trainer.strategy.root_device)
     return int(trainer.strategy.reduce(number, reduce_op="max"))
+
+
+def diverged(step: int) -> Diverged:
+    """The error of a run whose loss is no longer finite."""
+    return Diverged(
+        f"the loss is not finite at iteration {step}",
+        "try a lower --lr, a longer --warmup or --precision 32-true; the last checkpoint is kept",
+    )
 
 
 def stepped(trainer: Trainer, batch_idx: int) -> bool:
@@ -41,7 +49,9 @@ class Recorder(Callback):
     def __init__(self, csv: CSVMetrics, speed: CSVMetrics, log_every: int, scored: str) -> None:
         self.csv, self.speed, self.log_every, self.scored = csv, speed, log_every, scored
         self.latest: dict[str, float] = {}
-        self.mark = 0.0  # when the images of ``sums`` began, evaluation left out
+        self.mark = 0.0  # when the images after the first ``before`` of ``sums`` began
+        self.before = 0.0
+        self.lr = 0.0
         self.kept: torch.Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -61,7 +71,13 @@ class Recorder(Callback):
             task.sums.copy_(self.kept)
         for file in (self.csv, self.speed):
             file.start(trainer.global_step)
+        self.before = float(task.sums[2])
         self.mark = time.perf_counter()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, task: Classification, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.lr = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(
         self, trainer: Trainer, task: Classification, outputs: Any, batch: Any, batch_idx: int
@@ -75,17 +91,13 @@ class Recorder(Callback):
         task.sums.zero_()
         loss, wrong, images = sums.tolist()
         if not math.isfinite(loss):
-            raise Diverged(
-                f"the loss is not finite at iteration {step}",
-                "try a lower --lr, a longer --warmup or --precision 32-true; "
-                "the last checkpoint is kept",
-            )
+            raise diverged(step)
         now = time.perf_counter()
-        rate = images / (now - self.mark)
-        self.mark = now
+        rate = (images - self.before) / (now - self.mark)
+        self.mark, self.before = now, 0.0
         metrics = {
             "epoch": round(step / trainer.datamodule.steps_per_epoch, 4),  # type: ignore
-            "lr": self.applied_lr(trainer),
+            "lr": self.lr,
             "train_loss": loss / images,
             "train_error": 100 * wrong / images,
             "images_per_second": rate,
@@ -93,12 +105,6 @@ class Recorder(Callback):
         self.latest |= metrics
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
-
-    @staticmethod
-    def applied_lr(trainer: Trainer) -> float:
-        """The learning rate of the iteration that just ended: the scheduler is one ahead."""
-        scheduler: Any = trainer.lr_scheduler_configs[0].scheduler
-        return scheduler.base_lrs[0] * scheduler.lr_lambdas[0](trainer.global_step - 1)
 
     def on_validation_start(self, trainer: Trainer, task: Classification) -> None:
         self.began = time.perf_counter()
@@ -136,7 +142,15 @@ class Keeper(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
 
-    def save(self, trainer: Trainer) -> None:
+    def save(self, trainer: Trainer, task: Classification) -> None:
+        """Replace ``last.ckpt``.
+
+        Raises:
+            Diverged: something in the network is not finite; the last checkpoint stays.
+        """
+        values = [task.sums, *task.net.parameters()]
+        if agreed(trainer, not all(bool(torch.isfinite(v).all()) for v in values)):
+            raise diverged(trainer.global_step)
         trainer.save_checkpoint(self.folder.last)
         self.saved_at = time.monotonic()
 
@@ -144,7 +158,7 @@ class Keeper(Callback):
         if self.choose and task.scores["error"] < self.best:
             self.best = task.scores["error"]
             trainer.save_checkpoint(self.folder.best)
-        self.save(trainer)
+        self.save(trainer, task)
 
     def on_train_batch_end(
         self, trainer: Trainer, task: Classification, outputs: Any, batch: Any, batch_idx: int
@@ -156,7 +170,7 @@ class Keeper(Callback):
             trainer.save_checkpoint(self.folder.checkpoints / f"step-{step:08d}.ckpt")
         late = time.monotonic() - self.saved_at > SAVE_SECONDS
         if step == trainer.max_steps or (step % AGREE_EVERY == 0 and agreed(trainer, late)):
-            self.save(trainer)
+            self.save(trainer, task)
 
 
 def evaluates(trainer: Trainer, batch_idx: int) -> bool:
@@ -176,8 +190,8 @@ TIME_OVER = 1000  # beside the numbers of signals
 class Leaver(Callback):
     """Saves and leaves at the next iteration on a signal, or when ``seconds`` are over.
 
-    A second Ctrl-C leaves at once. The handler only sets a flag: the processes of a run agree on
-    the iteration before any of them saves.
+    A second Ctrl-C leaves at once. The handler only sets a flag: several processes agree, every
+    ten iterations, before any of them saves.
 
     Raises:
         Stopped: with the exit status, 128 + the signal's number, or 0 when the time is over.
@@ -189,10 +203,8 @@ class Leaver(Callback):
 
     def on_train_start(self, trainer: Trainer, task: Classification) -> None:
         # After Lightning's own, which broadcasts inside the handler; its teardown restores all.
-        slurm = "SLURM_JOB_ID" in os.environ
         for number in SIGNALS:
-            if not (slurm and number in (signal.SIGUSR1, signal.SIGTERM)):
-                signal.signal(number, self.handle)
+            signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal == signal.SIGINT == number:
@@ -202,17 +214,19 @@ class Leaver(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, task: Classification, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if stepped(trainer, batch_idx) and not evaluates(trainer, batch_idx):
-            self.leave(trainer)
+        if not stepped(trainer, batch_idx) or evaluates(trainer, batch_idx):
+            return
+        if trainer.world_size == 1 or trainer.global_step % AGREE_EVERY == 0:
+            self.leave(trainer, task)
 
     def on_validation_end(self, trainer: Trainer, task: Classification) -> None:
-        self.leave(trainer)
+        self.leave(trainer, task)
 
-    def leave(self, trainer: Trainer) -> None:
+    def leave(self, trainer: Trainer, task: Classification) -> None:
         late = time.monotonic() > self.deadline
         wish = agreed(trainer, self.signal or (TIME_OVER if late else 0))
         if wish and trainer.global_step < trainer.max_steps:
-            self.keeper.save(trainer)
+            self.keeper.save(trainer, task)
             if wish == TIME_OVER:
                 raise Stopped("the time is over", 0)
             raise Stopped(signal.Signals(wish).name, SIGNALS[signal.Signals(wish)])

@@ -75,9 +75,23 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def experiment_of(checkpoint: dict[str, Any], **overrides: Any) -> Experiment:
-    """The experiment a checkpoint was made by; unknown keys of other versions are an error."""
-    known = {f.name for f in fields(Experiment)}
-    saved = {k: v for k, v in checkpoint["experiment"].items() if k in known}
+    """The experiment a checkpoint was made by, on the machine that is here: what it says of
+    devices and arithmetic is left out.
+
+    Raises:
+        UserError: it has a setting that this version does not know.
+    """
+    known = {f.name: f for f in fields(Experiment)}
+    for name in checkpoint["experiment"]:
+        if name not in known:
+            raise UserError(
+                f"the checkpoint has an unknown setting {name!r}", "of another version?"
+            )
+    saved = {
+        name: value
+        for name, value in checkpoint["experiment"].items()
+        if known[name].metadata["panel"] != "Engine"
+    }
     return Experiment(**{**saved, **overrides})
 
 

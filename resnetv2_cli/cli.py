@@ -1,21 +1,18 @@
 """The command line: parse, call, show. It decides nothing."""
 
-import inspect
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import Field, fields
-from inspect import Parameter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from resnetv2_cli import __version__, paper, plans, report
-from resnetv2_cli.config import CONFIGS, Experiment, kinds
+from resnetv2_cli.config import CONFIGS, Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import Stopped, UserError, unknown
+from resnetv2_cli.flags import seconds, with_flags
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,61 +28,6 @@ Config = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 Format = Annotated[Literal["table", "json"], typer.Option("--format", help="table or json.")]
-
-
-def flag(f: Field) -> Parameter:
-    """A field of Experiment as a flag; not given, it stays None."""
-    kind, choices, _ = kinds(f)
-    help_ = f.metadata["doc"]
-    if f.name == "shortcut":
-        choices = tuple(plans.shortcuts())
-    if choices:
-        help_ += f" One of {', '.join(choices)}."
-    default = "" if f.default is None else f" [dim](default: {f.default})[/]"
-    name = "--" + f.name.replace("_", "-")
-    option = typer.Option(
-        f"{name}/--no-{name[2:]}" if kind is bool else name,
-        help=re.sub(r"\[(\d)\]", r"\\[\1]", help_) + default,
-        metavar=None if kind is bool else "NAME" if kind is str else "NUMBER",
-        rich_help_panel=f.metadata["panel"],
-        show_default=False,
-    )
-    annotation: Any = Annotated[kind | None, option]  # type: ignore[valid-type]
-    return Parameter(f.name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-def with_flags(*without: str) -> Callable:
-    """Give a command a flag for each field of Experiment but ``without``; it gets those given."""
-
-    def wrap(command: Callable) -> Callable:
-        own = [
-            p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD
-        ]
-        flags = [flag(f) for f in fields(Experiment) if f.name not in without]
-
-        def run(**given: Any) -> None:
-            names = {p.name for p in own}
-            chosen = {k: v for k, v in given.items() if k in names or v is not None}
-            command(**chosen)
-
-        run.__doc__, run.__name__ = command.__doc__, command.__name__
-        run.__signature__ = inspect.Signature(own + flags)  # type: ignore[attr-defined]
-        return run
-
-    return wrap
-
-
-def seconds(text: str) -> float:
-    """Seconds in ``90``, ``90s``, ``25m``, ``2h`` or ``1h30m``.
-
-    Raises:
-        UserError: it is none of these.
-    """
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
-    if not match or not any(match.groups()):
-        raise UserError(f"--time {text!r} is no duration", "for instance 25m, 2h or 1h30m")
-    hours, minutes, rest = (int(g or 0) for g in match.groups())
-    return 3600 * hours + 60 * minutes + rest
 
 
 @app.command(rich_help_panel="Train")
@@ -117,7 +59,9 @@ def train(
     taken = os.environ.get(run.FOLDER)  # in the other processes of a run
     if resume:
         folder = RunFolder(resume)
-        experiment = run.resumed(folder, flags)
+        experiment, changed = run.resumed(folder, flags)
+        for line in changed:
+            report.note(line)
     else:
         assert experiment is not None
         named = Path(taken) if taken else output
@@ -168,7 +112,7 @@ def evaluate(
     if not run.first_process():
         return
     inside = file.parent.parent if file.parent.name == "checkpoints" else file.parent
-    picture = (output or inside) / "confusion.png"
+    picture = (output or inside) / f"confusion-{file.stem}.png"
     per_class = [
         100 * (sum(row) - row[i]) / max(1, sum(row)) for i, row in enumerate(scores["confusion"])
     ]
@@ -383,9 +327,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
         given = [a for a in given if a != "--debug"]
     try:
         app(given)
-    except UserError as error:
+    except (UserError, OSError) as error:
         if os.environ.get("RESNETV2_DEBUG"):
             raise
+        if isinstance(error, OSError):  # a full disk, a folder without permission
+            what = f"{error.filename}: " if error.filename else ""
+            error = UserError(f"{what}{error.strerror or error}", "what was saved before is kept")
         report.fail(error)
         sys.exit(2)
     except Stopped as stopped:

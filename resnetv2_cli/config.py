@@ -3,44 +3,20 @@
 To add an option: one field of Experiment. Flag, help, config key, check and saved file follow.
 """
 
-import types
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self, Union, get_args, get_origin
+from typing import Any, Literal, Self
 
 import yaml
 
 from resnetv2_cli import plans
 from resnetv2_cli.errors import UserError, unknown
+from resnetv2_cli.settings import checked, rows, setting
 
-_HERE = Path(__file__).parent
-CONFIGS = next(p for p in (_HERE / "configs", _HERE.parent / "configs") if p.is_dir())
+_PACKAGED = Path(__file__).parent / "configs"  # in a wheel; in a checkout they are beside it
+CONFIGS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "configs"
 
 PAPER_STEPS, PAPER_WARMUP = 64_000, 400  # iterations
-
-
-def setting(
-    default: Any,
-    doc: str,
-    panel: str,
-    *,
-    least: float | None = None,
-    most: float | None = None,
-    free: bool = False,
-) -> Any:
-    """A field that is also a config file's key, a flag of the command line and a line of help.
-
-    ``least``, ``most``: the values accepted. ``free``: may change when a run is resumed, because
-    it does not change what is learned.
-    """
-    metadata = {"doc": doc, "panel": panel, "least": least, "most": most, "free": free}
-    return field(default=default, metadata=metadata)
-
-
-def rows(table: dict[str, Any]) -> Any:
-    """The names of a table as a type."""
-    return Literal[tuple(table)]  # type: ignore[valid-type]
-
 
 Block = rows(plans.BLOCKS)
 Unit = rows(plans.UNITS)
@@ -144,6 +120,11 @@ class Experiment:
     epochs: float | None = setting(
         None, "Passes over the training images, instead of --steps.", "Optimization", least=0
     )
+    drops: str = setting(
+        "0.5,0.75",
+        "Shares of the training after which the rate drops by 10 (steps).",
+        "Optimization",
+    )
     warmup: int | None = setting(
         None,
         "Iterations at a tenth of the learning rate (steps), or of its rise (others). "
@@ -164,7 +145,9 @@ class Experiment:
     label_smoothing: float = setting(
         0.0, "Share of the label given to all classes.", "Optimization", least=0, most=1
     )
-    seed: int = setting(0, "Seed of weights, order and augmentation.", "Optimization", least=0)
+    seed: int = setting(
+        0, "Seed of weights, order and augmentation.", "Optimization", least=0, most=2**31 - 1
+    )
 
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = setting(
         "auto", "Arithmetic; auto takes the fast safe mode of the hardware.", "Engine"
@@ -179,8 +162,10 @@ class Experiment:
         free=True,
     )
     sync_bn: bool = setting(False, "BN statistics over all devices, not over each.", "Engine")
-    accelerator: str = setting("auto", "auto, cpu, gpu, mps.", "Engine", free=True)
-    devices: str = setting("auto", "How many devices, or which (0,1).", "Engine", free=True)
+    accelerator: str = setting("auto", "auto, cpu or gpu.", "Engine", free=True)
+    devices: str = setting(
+        "1", "How many devices; which (0,1); or auto, all there are.", "Engine", free=True
+    )
     nodes: int = setting(1, "Machines.", "Engine", least=1, free=True)
     strategy: str = setting("auto", "How devices share the work: auto or ddp.", "Engine", free=True)
     deterministic: bool = setting(
@@ -207,6 +192,16 @@ class Experiment:
             if self.shortcut not in known:
                 raise unknown("shortcut", self.shortcut, known)
             plans.check_settings(self.shortcut, self.settings, known[self.shortcut].settings)
+        if self.batch_size < self.accumulate:
+            raise UserError(
+                f"the batch of {self.batch_size} cannot be split into {self.accumulate} parts",
+                "--accumulate says how many micro-batches make a batch",
+            )
+        drops = self.drops_  # their form is checked by reading them
+        if list(drops) != sorted(drops) or not all(0 <= drop <= 1 for drop in drops):
+            raise UserError(
+                f"drops must rise from 0 to 1, not {self.drops}", "the paper's: 0.5,0.75"
+            )
         if self.nesterov and not self.momentum:
             raise UserError("Nesterov's momentum needs a momentum", "--momentum 0.9")
         plans.units_per_stage(self.depth, self.block_, self.stem_)
@@ -223,14 +218,9 @@ class Experiment:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was given of the shortcut's settings."""
-        names = [
-            "shortcut_scale",
-            "residual_scale",
-            "gate_bias",
-            "dropout_ratio",
-            "dropout_inverted",
-        ]
+        """What was given of the shortcuts' settings."""
+        every = {name for row in plans.shortcuts().values() for name in row.settings}
+        names = [f.name for f in fields(self) if f.name in every]
         given = {name: getattr(self, name) for name in names}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -239,6 +229,18 @@ class Experiment:
         """The arguments of ``ResNet``, all but ``classes``."""
         names = ["depth", "unit", "shortcut", "option", "pad", "stride_on", "init", "settings"]
         return {n: getattr(self, n) for n in names} | {"block": self.block_, "stem": self.stem_}
+
+    @property
+    def drops_(self) -> tuple[float, ...]:
+        """The shares of the training at which the learning rate drops.
+
+        Raises:
+            UserError: they are not numbers with commas between.
+        """
+        try:
+            return tuple(float(share) for share in self.drops.split(",") if share.strip())
+        except ValueError:
+            raise UserError(f"drops {self.drops!r} are no numbers", "such as 0.5,0.75") from None
 
     @property
     def name(self) -> str:
@@ -259,10 +261,20 @@ class Experiment:
         return round(PAPER_WARMUP * self.steps / PAPER_STEPS)
 
     def settle(self, steps_per_epoch: int) -> Self:
-        """The same experiment with ``epochs`` turned into ``steps``."""
-        if self.epochs is None:
-            return self
-        return replace(self, steps=max(1, round(self.epochs * steps_per_epoch)), epochs=None)
+        """The same experiment with ``epochs`` turned into ``steps``.
+
+        Raises:
+            UserError: the warm-up would be longer than the training.
+        """
+        steps = self.steps
+        if self.epochs is not None:
+            steps = max(1, round(self.epochs * steps_per_epoch))
+        if (self.warmup or 0) > steps:
+            hint = "give a shorter --warmup with shorter training"
+            raise UserError(
+                f"the warm-up of {self.warmup} is longer than the {steps} iterations", hint
+            )
+        return replace(self, steps=steps, epochs=None)
 
     @classmethod
     def load(cls, path: Path | str | None = None, /, **overrides: Any) -> Self:
@@ -278,10 +290,11 @@ class Experiment:
         for key in given:
             if key not in known:
                 raise unknown("key", key, known, where=f"{path}: ")
-        if "epochs" in overrides and "steps" not in overrides:
-            given.pop("steps", None)
-        if "steps" in overrides and "epochs" not in overrides:
-            given.pop("epochs", None)
+        if "epochs" in overrides and "steps" in overrides:
+            raise UserError("--steps and --epochs are both given", "give one of them")
+        for one, other in (("epochs", "steps"), ("steps", "epochs")):
+            if one in overrides:
+                given.pop(other, None)
         try:
             return cls(**{**given, **overrides})
         except UserError as error:
@@ -315,55 +328,3 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise UserError(f"{path} holds no keys", "one 'key: value' a line")
     return given
-
-
-def kinds(f: Any) -> tuple[type, tuple[Any, ...], bool]:
-    """The plain type of a field, its choices if it has them, and whether it may be None."""
-    parts = get_args(f.type) if get_origin(f.type) in (Union, types.UnionType) else (f.type,)
-    optional = type(None) in parts
-    [kind] = [p for p in parts if p is not type(None)]
-    if get_origin(kind) is Literal:
-        return str, get_args(kind), optional
-    return kind, (), optional
-
-
-def checked(f: Any, value: Any) -> Any:
-    """The value of a field, of the field's type; 1e-4, which YAML reads as text, becomes a number.
-
-    Raises:
-        UserError: the value has another type, is none of the choices, or is too small.
-    """
-    kind, choices, optional = kinds(f)
-    if value is None and optional:
-        return None
-    if choices:
-        if value not in choices:
-            raise unknown(f.name, value, choices)
-        return value
-    wrong = UserError(f"{f.name} must be {_A[kind]}, not {value!r}", f.metadata["doc"])
-    if kind is bool or isinstance(value, bool):
-        if kind is bool and isinstance(value, bool):
-            return value
-        raise wrong
-    if kind is str:
-        if isinstance(value, (str, int)):
-            return str(value)
-        raise wrong
-    try:
-        number = kind(value)
-        if (isinstance(value, float) and number != value) or number != number:
-            raise wrong
-    except (TypeError, ValueError, OverflowError):
-        raise wrong from None
-    least, most = f.metadata["least"], f.metadata["most"]
-    for wanted, broken in (
-        ("finite", abs(number) == float("inf")),
-        (f"at least {least}", least is not None and number < least),
-        (f"at most {most}", most is not None and number > most),
-    ):
-        if broken:
-            raise UserError(f"{f.name} must be {wanted}, not {value}", f.metadata["doc"])
-    return number
-
-
-_A = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -35,6 +35,10 @@ class Display(Callback):
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if data.train_images + data.experiment.val < data.dataset.train:
+            part = f"{data.train_images:,} of its {data.dataset.train:,} training images"
+            self.console.print(f"note: only a part of {data.experiment.dataset}: {part}")
         self.began, self.first = time.monotonic(), trainer.global_step
         if self.console.is_terminal:
             bar = BarColumn(bar_width=20)

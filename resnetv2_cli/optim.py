@@ -7,8 +7,6 @@ from torch import nn, optim
 
 from resnetv2_cli.config import Experiment
 
-DROPS = (0.5, 0.75)  # of the training: 32k and 48k of 64k iterations
-
 
 def lr_factor(experiment: Experiment, step: int) -> float:
     """What multiplies the learning rate at iteration ``step``, counted from 0.
@@ -18,7 +16,7 @@ def lr_factor(experiment: Experiment, step: int) -> float:
     """
     steps, warmup = experiment.steps, experiment.warmup_
     if experiment.schedule == "steps":
-        drops = sum(step >= round(drop * steps) for drop in DROPS)
+        drops = sum(step >= round(drop * steps) for drop in experiment.drops_)
         return 0.1 if step < warmup else 0.1**drops
     low, end = (0.0, 0.0) if experiment.schedule == "cosine" else (1 / 25, 1e-4)
     if step < warmup:

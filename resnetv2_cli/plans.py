@@ -154,7 +154,9 @@ def shortcuts() -> dict[str, ShortcutRow]:
             if isinstance(part, ast.FunctionDef) and part.name == "__init__":
                 defaults = [ast.literal_eval(d) for d in part.args.defaults]
                 names = [a.arg for a in part.args.args[len(part.args.args) - len(defaults) :]]
-                return dict(zip(names, defaults, strict=True))
+                alone = zip(part.args.kwonlyargs, part.args.kw_defaults, strict=True)
+                given = {a.arg: ast.literal_eval(d) for a, d in alone if d is not None}
+                return dict(zip(names, defaults, strict=True)) | given
         [base] = [b.id for b in node.bases if isinstance(b, ast.Name)] or [""]
         return settings(classes[base]) if base in classes else {}
 

@@ -1,6 +1,7 @@
 """Everything the user reads: results on stdout; errors, notes and progress on stderr."""
 
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,8 +28,17 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> 
 
 
 def as_json(value: Any) -> None:
-    """JSON, and nothing else, on stdout."""
-    print(json.dumps(value, indent=2, allow_nan=False))
+    """JSON, and nothing else, on stdout; null for what is not finite, which JSON does not know."""
+    print(json.dumps(finite(value), indent=2, allow_nan=False))
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def note(text: str) -> None:

@@ -1,11 +1,14 @@
 """Residual networks for CIFAR and ImageNet: stem, stages of units, head."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint_sequential
+from torch.utils.checkpoint import checkpoint
 
 from resnetv2_cli.layers import activation, conv, keep_layout, numbered
 from resnetv2_cli.plans import (
@@ -92,10 +95,43 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         if self.segments and self.training and torch.is_grad_enabled():
-            x = checkpoint_sequential(self.units, self.segments, x, use_reentrant=False)
+            x = recomputed(self.units, self.segments, x)
         else:
             x = self.body(x)
         return self.head(keep_layout(x))
+
+
+def recomputed(units: list[nn.Module], segments: int, x: Tensor) -> Tensor:
+    """The units in turn; of each segment only the input is kept, the rest is computed again in
+    backward.
+
+    Shape: (N, C, H, W) -> (N, C', H', W').
+    """
+    size = -(-len(units) // segments)
+    for start in range(0, len(units), size):
+        segment = nn.Sequential(*units[start : start + size])
+        again = partial(_second_pass, segment)
+        x = checkpoint(segment, x, use_reentrant=False, context_fn=again)  # type: ignore
+    return x
+
+
+def _second_pass(segment: nn.Module) -> tuple[Any, Any]:
+    return nullcontext(), _uncounted(segment)
+
+
+@contextmanager
+def _uncounted(segment: nn.Module) -> Iterator[None]:
+    """BN's running statistics have counted this batch already: leave them as they are."""
+    norms = [m for m in segment.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]  # type: ignore
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, tracked) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(tracked)  # type: ignore[union-attr]
 
 
 def initialize(net: nn.Module, mode: str) -> None:

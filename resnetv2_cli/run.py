@@ -21,7 +21,9 @@ from resnetv2_cli.callbacks import Keeper, Leaver, Recorder
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.errors import Diverged, UserError
-from resnetv2_cli.runfolder import CSVMetrics, RunFolder, environment, write_json
+from resnetv2_cli.plot import curves
+from resnetv2_cli.runfolder import CSVMetrics, RunFolder, environment, read_metrics, write_json
+from resnetv2_cli.settings import checked
 from resnetv2_cli.shortcuts import shortcut_class
 from resnetv2_cli.task import Classification
 
@@ -34,13 +36,18 @@ def first_process() -> bool:
 
 
 def precision(experiment: Experiment) -> str:
-    """The arithmetic that ``auto`` stands for on this machine: bf16 where the hardware has it."""
+    """The arithmetic that ``auto`` stands for on this machine: bf16 where the hardware has it.
+
+    Raises:
+        UserError: the one that is asked for does not exist here.
+    """
+    gpu = torch.cuda.is_available() and experiment.accelerator != "cpu"
+    if experiment.precision == "16-mixed" and not gpu:
+        raise UserError("16-mixed needs a GPU", "use --precision bf16-mixed or 32-true")
     if experiment.precision != "auto":
         return experiment.precision
-    if experiment.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+    if gpu:
         return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
-    if torch.backends.mps.is_available() and experiment.accelerator in ("auto", "gpu", "mps"):
-        return "32-true"
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     has = [getattr(torch.cpu, name, lambda: False)() for name in names]
     return "bf16-mixed" if any(has) else "32-true"
@@ -60,17 +67,19 @@ def trainer_of(experiment: Experiment, **more: Any) -> L.Trainer:
         UserError: it asks for devices that are not there.
     """
     quiet()
-    e = experiment
+    e, cuda = experiment, torch.cuda.is_available()
     try:
         devices: Any = e.devices
-        if e.devices == "auto" and not torch.cuda.is_available():
+        # Others than CUDA's lack float64, which sums over many images need.
+        accelerator = "cpu" if e.accelerator == "auto" and not cuda else e.accelerator
+        if e.devices == "auto" and not cuda:
             devices = 1
         elif e.devices.lstrip("-").isdigit():
             devices = int(e.devices)
-            if not torch.cuda.is_available() and devices > (os.cpu_count() or 1):
+            if not cuda and devices > (os.cpu_count() or 1):
                 raise ValueError(f"{devices} were asked for")
         trainer = L.Trainer(
-            accelerator=e.accelerator,
+            accelerator=accelerator,
             devices=devices,
             num_nodes=e.nodes,
             strategy=e.strategy,
@@ -104,6 +113,7 @@ def build(experiment: Experiment) -> tuple[Classification, ImageData]:
     data.prepare_data()
     data.setup()
     settled = experiment.settle(data.steps_per_epoch)
+    settled = replace(settled, precision=precision(settled))  # type: ignore[arg-type]
     data.experiment = settled
     torch.manual_seed(settled.seed)
     return Classification(settled, data.classes, data.normalize), data
@@ -188,22 +198,20 @@ def train(
         trainer.test(task, datamodule=data, verbose=False, weights_only=True)
         if data.scored == "test":
             recorder.evaluated(trainer, task)
-    return finish(trainer, task, data, folder, recorder)
+    return finish(task, data, folder) if trainer.is_global_zero else {}
 
 
-def finish(
-    trainer: L.Trainer, task: Classification, data: ImageData, folder: RunFolder, recorder: Recorder
-) -> dict[str, Any]:
+def finish(task: Classification, data: ImageData, folder: RunFolder) -> dict[str, Any]:
     """Write ``result.json`` and ``curves.png``; the headline is the last iteration's test error."""
-    e, scores = task.experiment, task.scores
+    e, scores, trained = task.experiment, task.scores, read_metrics(folder.metrics)
     result = {
         "name": e.name,
         "test_error": scores["error"],
         "test_top5_error": scores["top5_error"],
         "test_loss": scores["loss"],
         "test_images": scores["images"],
-        "train_loss": recorder.latest.get("train_loss"),
-        "train_error": recorder.latest.get("train_error"),
+        "train_loss": trained["train_loss"][-1][1],
+        "train_error": trained["train_error"][-1][1],
         "steps": e.steps,
         "epochs": round(e.steps / data.steps_per_epoch, 4),
         "train_images": data.train_images,
@@ -213,23 +221,23 @@ def finish(
         "data": data.digest,
         "environment": environment(),
     }
-    if trainer.is_global_zero:
-        from resnetv2_cli.plot import curves
-
-        write_json(folder.result, result)
-        curves({e.name: folder.metrics}, folder.curves)
+    write_json(folder.result, result)
+    folder.failed.unlink(missing_ok=True)
+    curves({e.name: folder.metrics}, folder.curves)
     return result
 
 
-def resumed(folder: RunFolder, given: dict[str, Any]) -> Experiment:
-    """The saved experiment, with those of the flags given that do not change what is learned.
+def resumed(folder: RunFolder, given: dict[str, Any]) -> tuple[Experiment, list[str]]:
+    """The saved experiment, with those of the flags given that do not change what is learned, and
+    a line for each of these.
 
     Raises:
         UserError: a flag would make it another experiment, or the folder is not that of a run.
     """
     saved = folder.experiment()
     free = {f.name for f in fields(Experiment) if f.metadata["free"]}
-    changed = {k: v for k, v in given.items() if getattr(saved, k) != v}
+    wished = {f.name: checked(f, given[f.name]) for f in fields(Experiment) if f.name in given}
+    changed = {k: v for k, v in wished.items() if getattr(saved, k) != v}
     for key, value in changed.items():
         if key not in free:
             flag = "--" + key.replace("_", "-")
@@ -238,7 +246,8 @@ def resumed(folder: RunFolder, given: dict[str, Any]) -> Experiment:
                 f"it was begun with {getattr(saved, key)}",
                 f"leave {flag} out, or start a new run",
             )
-    return replace(saved, **changed)
+    lines = [f"--{k.replace('_', '-')}: {getattr(saved, k)} -> {v}" for k, v in changed.items()]
+    return replace(saved, **changed), lines
 
 
 def evaluate(path: Path, **overrides: Any) -> tuple[dict[str, Any], Classification]:
@@ -250,10 +259,10 @@ def evaluate(path: Path, **overrides: Any) -> tuple[dict[str, Any], Classificati
     saved = checkpoints.read(path)
     experiment = checkpoints.experiment_of(saved, **overrides)
     task, data = build(experiment)
-    task.classes = tuple(saved["classes"])
-    if len(data.classes) != len(task.classes):
+    if list(data.classes) != saved["classes"]:
+        ours, theirs = ", ".join(data.classes[:3]), ", ".join(saved["classes"][:3])
         raise UserError(
-            f"{path} knows {len(task.classes)} classes, the images have {len(data.classes)}",
+            f"{path} knows other classes ({theirs}, ...) than the images have ({ours}, ...)",
             "name the dataset that it was trained on",
         )
     checkpoints.load_weights(task, saved, path)

@@ -135,7 +135,7 @@ def shortcut_class(name: str) -> type[Shortcut]:
         sys.path.append(str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), cls)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # importing runs the user's file, which may fail in any way
         hint = "write it as module:Class, importable from here"
         raise UserError(f"cannot import shortcut {name!r}: {error}", hint) from None
     if not (isinstance(found, type) and issubclass(found, Shortcut)):

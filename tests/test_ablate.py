@@ -123,6 +123,19 @@ def test_an_ablation_runs_and_never_runs_a_row_again(resnetv2, tmp_path):
         assert cell in again.stdout
 
 
+def test_runs_of_other_settings_do_not_pass_for_these(resnetv2, tmp_path):
+    command = ["ablate", "--shortcut", "conv1x1", "--row", "conv1x1", *TINY]
+    resnetv2(*command, "--output", tmp_path / "a")
+    done = resnetv2(*command, "--lr", 0.2, "--output", tmp_path / "a", status=2)
+    assert "has a run with lr 0.1, not 0.2" in done.stderr
+
+
+def test_a_setting_goes_to_the_rows_that_have_it(tmp_path):
+    table, rows = ablate.rows(shortcut="exclusive-gate")
+    lines = ablate.plan(table, rows, 1, {"gate_bias": -3.0}, tmp_path)
+    assert [line_.arms[0].experiment.gate_bias for line_ in lines] == [None, -3, -3, -3]
+
+
 def test_a_row_that_diverges_is_a_fail_and_not_the_end(resnetv2, tmp_path):
     command = ["ablate", "--shortcut", "conv1x1", *TINY, "--lr", 1e30, "--precision", "32-true"]
     done = resnetv2(*command, "--output", tmp_path / "a", "--format", "json")

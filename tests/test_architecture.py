@@ -10,35 +10,11 @@ import pytest
 
 import resnetv2_cli
 
-ORDER = [
-    "errors",
-    "plans",
-    "paper",
-    "layers",
-    "shortcuts",
-    "units",
-    "resnet",
-    "data.catalog",
-    "config",
-    "data.images",
-    "data.order",
-    "data.augment",
-    "data.folder",
-    "data.module",
-    "optim",
-    "describe",
-    "runfolder",
-    "checkpoint",
-    "task",
-    "callbacks",
-    "plot",
-    "run",
-    "ablate",
-    "display",
-    "report",
-    "bench",
-    "cli",
-]
+ORDER = """
+    errors plans paper layers shortcuts units resnet data.catalog settings config flags
+    data.images data.order data.augment data.folder data.module optim describe runfolder
+    checkpoint task callbacks plot run ablate display report bench cli
+""".split()
 HEAVY = ("torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "sklearn", "numpy")
 PACKAGE = Path(resnetv2_cli.__file__).parent
 MODULES = [p for p in PACKAGE.rglob("*.py") if not p.stem.startswith("_")]

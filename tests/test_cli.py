@@ -12,9 +12,9 @@ import torch
 from conftest import SCRIPT, SMALL, THREADS
 
 from resnetv2_cli import __version__
-from resnetv2_cli.cli import seconds
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.flags import seconds
 from resnetv2_cli.plans import BLOCKS, UNITS, shortcuts
 
 
@@ -72,7 +72,7 @@ def test_eval_of_a_checkpoint_and_of_a_run_folder(resnetv2, trained, tmp_path):
             for e, row in zip(scores["class_error"].values(), scores["confusion"], strict=True)
         )
         assert wrong == pytest.approx(3.6 * scores["error"])
-    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "confusion-checkpoint.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_eval_shows_a_table(resnetv2, trained):
@@ -122,6 +122,14 @@ def mistake(done) -> tuple[str, str]:
         (["train", "--dataset", "digits", "--devices", 99], "99 were asked for", "processors"),
         (["train", "--dataset", "folder", "--depth", 18, "--data-dir", "nowhere"],
          "there is no folder nowhere/train", "one folder for each class"),
+        (["train", "--steps", 9, "--epochs", 2], "both given", "one of them"),
+        (["train", "--dataset", "digits", "--epochs", 1, "--warmup", 99], "is longer than the 12",
+         "--warmup"),
+        (["train", "--batch-size", 4, "--accumulate", 8], "cannot be split into 8",
+         "micro-batches"),
+        (["train", "--drops", "half"], "drops 'half' are no numbers", "0.5,0.75"),
+        (["train", "--precision", "16-mixed", "--dataset", "digits"], "needs a GPU", "bf16-mixed"),
+        (["train", "--seed", 2**40], "seed must be at most", "Seed"),
         (["train", "--time", "soon"], "is no duration", "25m"),
         (["train", "--resume", "nowhere"], "nowhere is not the folder of a run", "config.yaml"),
         (["eval", "nothing.ckpt"], "there is no checkpoint nothing.ckpt", "a run folder"),
@@ -203,6 +211,22 @@ def test_checkpoints_that_are_none(resnetv2, trained, tmp_path, kind, error):
 def test_a_checkpoint_of_another_architecture(resnetv2, trained):
     said, _ = mistake(resnetv2("eval", trained, "--depth", 14, status=None))
     assert "is of another architecture: net.body.stage1.unit2" in said
+
+
+def test_a_checkpoint_of_other_classes(resnetv2, trained, shared_data):
+    flags = ["--dataset", "cifar10", "--data-dir", shared_data]
+    said, _ = mistake(resnetv2("eval", trained, *flags, status=None))
+    assert "knows other classes (0, 1, 2, ...) than the images have (airplane" in said
+
+
+def test_a_run_folder_that_became_read_only(resnetv2, trained, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    (copy / "result.json").unlink()
+    (copy / "metrics.csv").unlink()
+    (copy / "metrics.csv").mkdir()  # no file can be written there, whoever one is
+    done = resnetv2("train", "--resume", copy, status=2)
+    assert "metrics.csv" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("where", [0, 1, 3])

@@ -146,8 +146,8 @@ def test_every_shortcut_keeps_the_residuals_shape(shortcut, c_out, stride, block
 @pytest.mark.parametrize("shortcut", ["identity", "dropout"])
 def test_recomputing_activations_changes_no_gradient(unit, shortcut):
     """Activation checkpointing draws the same dropout twice and counts BN's statistics once."""
-    gradients = []
-    for segments in (0, 4):
+    gradients, buffers = [], []
+    for segments in (0, 1, 4, 99):
         torch.manual_seed(0)
         net = ResNet(20, unit=unit, shortcut=shortcut).double()
         net.segments = segments
@@ -155,7 +155,10 @@ def test_recomputing_activations_changes_no_gradient(unit, shortcut):
         torch.manual_seed(1)
         net(x).square().sum().backward()
         gradients.append([p.grad for p in net.parameters()])
-    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+        buffers.append(dict(net.named_buffers()))
+    for other in (1, 2, 3):
+        torch.testing.assert_close(gradients[other], gradients[0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(buffers[other], buffers[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])

@@ -81,12 +81,18 @@ PLANTED = {
         "step > round(drop * steps)",
         "optim",
     ),
-    "the error is a mean of batch means": (
+    "a batch weighs as the square of its size": (
         "task.py",
         "pairs = labels * self.classes + logits.argmax(1)",
         "labels = labels.repeat(len(labels)); logits = logits.repeat(len(logits), 1)\n"
         "        pairs = labels * self.classes + logits.argmax(1)",
         "task",
+    ),
+    "BN counts a recomputed batch twice": (
+        "resnet.py",
+        "norm.momentum = 0.0",
+        "pass",
+        "equations",
     ),
     "crops are mirrored before they are cut": (
         "data/augment.py",

@@ -40,6 +40,12 @@ def test_a_shorter_run_scales_the_schedule_with_it():
     assert Experiment(steps=640, warmup=7).warmup_ == 7
 
 
+def test_drops_where_the_paper_has_them_on_imagenet():
+    e = Experiment(steps=90, warmup=0, drops="0.3333,0.6667")
+    applied = [round(e.lr * lr_factor(e, step), 9) for step in range(90)]
+    assert applied == [0.1] * 30 + [0.01] * 30 + [0.001] * 30
+
+
 @pytest.mark.parametrize("name", ["cosine", "one-cycle"])
 def test_other_schedules_rise_to_the_peak_and_end_near_zero(name):
     e = Experiment(schedule=name, steps=1000, warmup=100)

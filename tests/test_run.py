@@ -32,7 +32,7 @@ def same_state(a, b) -> None:
 
 
 def test_a_run_folder_holds_what_scripts_rely_on(trained):
-    names = sorted(p.name for p in trained.iterdir() if p.name != "confusion.png")
+    names = sorted(p.name for p in trained.iterdir() if not p.name.startswith("confusion"))
     assert names == [
         "checkpoints", "config.yaml", "curves.png", "environment.json", "metrics.csv",
         "result.json", "speed.csv",
@@ -136,6 +136,11 @@ def test_resume_refuses_what_would_make_it_another_experiment(resnetv2, trained)
     assert "--lr 0.2 would make this another experiment" in done.stderr
 
 
+def test_resume_says_what_it_changes(resnetv2, never_stopped):
+    done = resnetv2("train", "--resume", never_stopped, "--workers", 1)
+    assert "--workers: 2 -> 1" in done.stderr
+
+
 def test_same_seed_same_run(resnetv2, tmp_path):
     for name in ("a", "b"):
         resnetv2("train", *SMALL, "--steps", 12, "--seed", 4, "--output", tmp_path / name)
@@ -155,6 +160,14 @@ def test_a_validation_split_chooses_the_best(resnetv2, tmp_path):
     assert sorted(p.name for p in saved.iterdir()) == [
         "best.ckpt", "last.ckpt", "step-00000010.ckpt", "step-00000030.ckpt", "step-00000050.ckpt",
     ]  # fmt: skip
+
+
+def test_a_checkpoint_is_never_replaced_by_one_that_is_not_finite(resnetv2, tmp_path):
+    """The evaluation at 23 would save it; the loss is only looked at every 1000 iterations."""
+    flags = ["--lr", 1e30, "--warmup", 0, "--precision", "32-true", "--steps", 40]
+    folder = tmp_path / "run"
+    resnetv2("train", *SMALL, *flags, "--log-every", 1000, "--output", folder, status=2)
+    assert not (folder / "checkpoints" / "last.ckpt").exists()
 
 
 def test_a_diverging_run_says_so_and_keeps_its_last_checkpoint(resnetv2, tmp_path):

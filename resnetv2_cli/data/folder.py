@@ -1,13 +1,13 @@
 """Photographs in class folders (ImageNet, or anybody's), decoded from files batch by batch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -17,6 +17,8 @@ from resnetv2_cli.errors import UserError
 SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
 SHORTER = (256, 480)  # pixels: range of the random shorter side ("scale" of Table 5, from [1])
 RESIZED = {224: 256}  # shorter side for a test crop; 320 is cropped from 320 (Sec. 5)
+
+BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # of ImageNet's training images, 0..1
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -66,7 +68,7 @@ def open_rgb(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except BROKEN as error:
         raise UserError(f"cannot read the image {path}: {str(error).splitlines()[0]}") from None
 
 
@@ -133,11 +135,11 @@ class FolderImages(Dataset):
 class Keys:
     """Batches of (index, epoch) for a DataLoader: what its workers decode."""
 
-    def __init__(self, batches: Iterator[list[tuple[int, int]]], length: int) -> None:
+    def __init__(self, batches: Iterable[list[tuple[int, int]]], length: int) -> None:
         self.batches, self.length = batches, length
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self.batches
+        return iter(self.batches)
 
     def __len__(self) -> int:
         return self.length

@@ -20,6 +20,10 @@ from resnetv2_cli.data.catalog import DATASETS, Dataset
 from resnetv2_cli.errors import UserError
 
 SIZE = 32
+ARCHIVES = {  # files of the official archive, unpacked
+    "cifar10": ("cifar-10-batches-py/*_batch*",),
+    "cifar100": ("cifar-100-python/train", "cifar-100-python/test"),
+}
 SPLITS = ("train", "test")
 SUFFIXES = {".png", ".webp", ".jpg", ".jpeg"}
 
@@ -61,8 +65,12 @@ def load(name: str, root: Path) -> Images:
     if name == "digits":
         return digits()
     if found := folder_copy(name, root):
-        return cached(name, found, lambda: from_files(name, dataset, list(tree(found))))
-    return cached(name, [root], lambda: from_archive(name, dataset, root))
+        files = list(tree(found))
+        archives = [p for p in found if p.is_file()]
+        sources = archives or [Path(f.name) for f in files]
+        return cached(name, sources, lambda: from_files(name, dataset, files))
+    official = [p for pattern in ARCHIVES[name] for p in sorted(root.glob(pattern))]
+    return cached(name, official, lambda: from_archive(name, dataset, root))
 
 
 def digits() -> Images:
@@ -207,14 +215,14 @@ def finished(train: Split, test: Split) -> Images:
     return Images(halves[0], halves[1], digest.hexdigest())
 
 
-def cached(name: str, places: list[Path], read: Callable[[], tuple[Split, Split]]) -> Images:
-    """What ``read`` gives, kept in the cache folder until a file of ``places`` changes."""
+def cached(name: str, sources: list[Path], read: Callable[[], tuple[Split, Split]]) -> Images:
+    """What ``read`` gives, kept in the cache folder until one of the ``sources`` changes."""
+    if not sources:  # not there yet: what is downloaded now is kept from the next time on
+        return finished(*read())
     stamp = hashlib.sha256()
-    for place in places:
-        inside = [place] if place.is_file() else sorted(place.glob("*/*"))
-        for path in inside:
-            stat = path.stat()
-            stamp.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    for path in sources:
+        stat = path.stat()
+        stamp.update(f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnetv2"
     file = folder / f"{name}-{stamp.hexdigest()[:16]}.npz"
     try:

@@ -1,6 +1,7 @@
 """The images of one experiment as a LightningDataModule."""
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,8 +112,16 @@ class FileStream:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for pixels, labels in self.loader:
-            yield Batch(pixels, labels, None, next(self.weights) if self.weights else 1.0)
+        try:
+            for pixels, labels in self.loader:
+                yield Batch(pixels, labels, None, next(self.weights) if self.weights else 1.0)
+        except UserError as error:  # from a worker, whose traceback stands before the message
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+
+
+def leave_ctrl_c(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the one that trains decides when to leave."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class ImageData(L.LightningDataModule):
@@ -215,6 +224,12 @@ class ImageData(L.LightningDataModule):
     def _schedule(self) -> Schedule:
         e, trainer = self.experiment, self.trainer
         rank, ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        if e.batch_size < e.accumulate * ranks:
+            raise UserError(
+                f"the batch of {e.batch_size} cannot be split into {e.accumulate} micro-batches "
+                f"on {ranks} devices",
+                "use a larger --batch-size",
+            )
         return Schedule(self.train_images, e.batch_size, e.accumulate, rank, ranks)
 
     def train_dataloader(self) -> Stream | FileStream:
@@ -252,13 +267,13 @@ class ImageData(L.LightningDataModule):
             return Sequence(split, rows, trainer.strategy.root_device)
         n = EVAL_BATCH[False]
         starts = range(rows.start, rows.stop, n)
-        keys = ([(i, -1) for i in range(s, min(s + n, rows.stop))] for s in starts)
+        keys = [[(i, -1) for i in range(s, min(s + n, rows.stop))] for s in starts]
         return self._files(split, keys, len(starts), None)
 
     def _files(
         self,
         split: folder.Folder,
-        keys: Iterator[list[tuple[int, int]]],
+        keys: Iterable[list[tuple[int, int]]],
         length: int,
         weights: Iterator[float] | None,
     ) -> FileStream:
@@ -269,6 +284,7 @@ class ImageData(L.LightningDataModule):
             folder.FolderImages(split, size, e.crop, e.seed),
             batch_sampler=folder.Keys(keys, length),
             num_workers=e.workers,
+            worker_init_fn=leave_ctrl_c,
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
         return FileStream(loader, weights)

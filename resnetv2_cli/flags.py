@@ -1,0 +1,70 @@
+"""The fields of an experiment as flags of the command line, and the words that flags take."""
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import Field, fields
+from inspect import Parameter
+from typing import Annotated, Any
+
+import typer
+
+from resnetv2_cli import plans
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.settings import kinds
+
+
+def flag(f: Field) -> Parameter:
+    """A field of Experiment as a flag; not given, it stays None."""
+    kind, choices, _ = kinds(f)
+    help_ = f.metadata["doc"]
+    if f.name == "shortcut":
+        choices = tuple(plans.shortcuts())
+    if choices:
+        help_ += f" One of {', '.join(choices)}."
+    default = "" if f.default is None else f" [dim](default: {f.default})[/]"
+    name = "--" + f.name.replace("_", "-")
+    option = typer.Option(
+        f"{name}/--no-{name[2:]}" if kind is bool else name,
+        help=re.sub(r"\[(\d)\]", r"\\[\1]", help_) + default,
+        metavar=None if kind is bool else "NAME" if kind is str else "NUMBER",
+        rich_help_panel=f.metadata["panel"],
+        show_default=False,
+    )
+    annotation: Any = Annotated[kind | None, option]  # type: ignore[valid-type]
+    return Parameter(f.name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def with_flags(*without: str) -> Callable:
+    """Give a command a flag for each field of Experiment but ``without``; it gets those given."""
+
+    def wrap(command: Callable) -> Callable:
+        own = [
+            p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD
+        ]
+        flags = [flag(f) for f in fields(Experiment) if f.name not in without]
+
+        def run(**given: Any) -> None:
+            names = {p.name for p in own}
+            chosen = {k: v for k, v in given.items() if k in names or v is not None}
+            command(**chosen)
+
+        run.__doc__, run.__name__ = command.__doc__, command.__name__
+        run.__signature__ = inspect.Signature(own + flags)  # type: ignore[attr-defined]
+        return run
+
+    return wrap
+
+
+def seconds(text: str) -> float:
+    """Seconds in ``90``, ``90s``, ``25m``, ``2h`` or ``1h30m``.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
+    if not match or not any(match.groups()):
+        raise UserError(f"--time {text!r} is no duration", "for instance 25m, 2h or 1h30m")
+    hours, minutes, rest = (int(g or 0) for g in match.groups())
+    return 3600 * hours + 60 * minutes + rest

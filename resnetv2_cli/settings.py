@@ -1,0 +1,82 @@
+"""How one option is declared, once: its default, type, limits and words; and how it is checked."""
+
+import types
+from dataclasses import field
+from typing import Any, Literal, Union, get_args, get_origin
+
+from resnetv2_cli.errors import UserError, unknown
+
+
+def setting(
+    default: Any,
+    doc: str,
+    panel: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    free: bool = False,
+) -> Any:
+    """A field that is also a config file's key, a flag of the command line and a line of help.
+
+    ``least``, ``most``: the values accepted. ``free``: may change when a run is resumed, because
+    it does not change what is learned.
+    """
+    metadata = {"doc": doc, "panel": panel, "least": least, "most": most, "free": free}
+    return field(default=default, metadata=metadata)
+
+
+def rows(table: dict[str, Any]) -> Any:
+    """The names of a table as a type."""
+    return Literal[tuple(table)]  # type: ignore[valid-type]
+
+
+def kinds(f: Any) -> tuple[type, tuple[Any, ...], bool]:
+    """The plain type of a field, its choices if it has them, and whether it may be None."""
+    parts = get_args(f.type) if get_origin(f.type) in (Union, types.UnionType) else (f.type,)
+    optional = type(None) in parts
+    [kind] = [p for p in parts if p is not type(None)]
+    if get_origin(kind) is Literal:
+        return str, get_args(kind), optional
+    return kind, (), optional
+
+
+def checked(f: Any, value: Any) -> Any:
+    """The value of a field, of the field's type; 1e-4, which YAML reads as text, becomes a number.
+
+    Raises:
+        UserError: the value has another type, is none of the choices, or is too small.
+    """
+    kind, choices, optional = kinds(f)
+    if value is None and optional:
+        return None
+    if choices:
+        if value not in choices:
+            raise unknown(f.name, value, choices)
+        return value
+    wrong = UserError(f"{f.name} must be {_A[kind]}, not {value!r}", f.metadata["doc"])
+    if kind is bool or isinstance(value, bool):
+        if kind is bool and isinstance(value, bool):
+            return value
+        raise wrong
+    if kind is str:
+        if isinstance(value, (str, int)):
+            return str(value)
+        raise wrong
+    try:
+        number = kind(value)
+        if (isinstance(value, float) and number != value) or number != number:
+            raise wrong
+    except (TypeError, ValueError, OverflowError):
+        raise wrong from None
+    least, most = f.metadata["least"], f.metadata["most"]
+    for wanted, broken in (
+        ("finite", abs(number) == float("inf")),
+        (f"at least {least}", least is not None and number < least),
+        (f"at most {most}", most is not None and number > most),
+    ):
+        if broken:
+            raise UserError(f"{f.name} must be {wanted}, not {value}", f.metadata["doc"])
+    return number
+
+
+_A = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
