@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from PIL import Image
+from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +23,7 @@ from resnetv2_cli.data import images
 from resnetv2_cli.data.augment import crop_and_flip
 from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.data.order import Schedule, epoch_order
+from resnetv2_cli.display import Display
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.optim import schedule, sgd
 from resnetv2_cli.resnet import ResNet
@@ -146,20 +149,21 @@ class Clock(Callback):
 
 
 def train_arm(task: Classification, data: ImageData, folder: Path) -> Arm:
-    """What ``resnetv2 train`` runs: the Trainer with all its callbacks and files."""
+    """What ``resnetv2 train`` runs: the Trainer with its callbacks, files and display."""
 
     def run(steps: int) -> float:
         place = RunFolder(folder / f"{time.monotonic_ns()}")
         place.checkpoints.mkdir(parents=True)
         write = loggers(task.experiment, place, data.scored)
         keeper, clock = Keeper(place, 0, choose=False), Clock()
+        display = Display(Console(file=StringIO(), force_terminal=True))
         recorder = Recorder(write[0], write[1], task.experiment.log_every, data.scored)  # type: ignore[arg-type]
         trainer = trainer_of(
             task.experiment,
             max_steps=WARM + steps,
             limit_val_batches=0,
             logger=write,
-            callbacks=[recorder, clock, keeper, Leaver(keeper, None)],
+            callbacks=[recorder, display, clock, keeper, Leaver(keeper, None)],
             default_root_dir=place.path,
         )
         trainer.fit(task, datamodule=data)
