@@ -1,0 +1,70 @@
+"""``describe``, ``list`` and ``show``: what there is, without running it."""
+
+from pathlib import Path
+from typing import Any
+
+from resnetv2_cli import console, paper, plans
+from resnetv2_cli.commands.app import Config, Json, app
+from resnetv2_cli.config import CONFIGS, Experiment
+from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.flags import with_flags
+
+
+@app.command(rich_help_panel="Study the paper")
+@with_flags()
+def describe(
+    config: Config = None,
+    json: Json = False,
+    **flags: Any,
+) -> None:
+    """Show a network's units, shapes, parameters and multiply-adds."""
+    experiment = Experiment.load(config, **flags)
+    from resnetv2_cli.describe import describe as described
+
+    known = len(DATASETS[experiment.dataset].classes) or 1000
+    made = described(experiment, known)
+    if json:
+        console.as_json(made)
+        return
+    rows = [
+        (p["name"], "x".join(map(str, p["output"])), f"{p['parameters']:,}", f"{p['macs']:,}")
+        for p in made["parts"]
+    ]
+    rows.append(("total", "", f"{made['parameters']:,}", f"{made['macs']:,}"))
+    console.table(made["network"], ["part", "output", "parameters", "MACs"], rows)
+    console.out.print(
+        f"{made['parameters_without_bn']:,} parameters without BN, as the paper counts"
+    )
+
+
+@app.command("list", rich_help_panel="Study the paper")
+def list_() -> None:
+    """List units, shortcuts, datasets and configs, with the errors the paper reports."""
+    units = [(u, cut, paper.published("unit", u)) for u, cut in plans.UNITS.items()]
+    columns = ["--unit", "between two units", "paper, %"]
+    console.table("Units: + ends one, | begins the next (Fig. 4)", columns, units)
+    shortcuts = [
+        (s, row.formula, paper.published("shortcut", s)) for s, row in plans.shortcuts().items()
+    ]
+    console.table("Shortcuts (Fig. 2)", ["--shortcut", "y", "paper, %"], shortcuts)
+    console.table(
+        "Datasets", ["--dataset", "what"], [(name, d.doc) for name, d in DATASETS.items()]
+    )
+    console.table("Configs", ["--config", "what"], [(p.stem, headline(p)) for p in configs()])
+
+
+def configs() -> list[Path]:
+    """The recipes that come with the tool."""
+    return sorted(CONFIGS.glob("*.yaml"))
+
+
+def headline(config: Path) -> str:
+    """The first comment of a recipe."""
+    return config.read_text().splitlines()[0].removeprefix("#").strip()
+
+
+@app.command(rich_help_panel="Study the paper")
+@with_flags()
+def show(config: Config = None, **flags: Any) -> None:
+    """Show the experiment that a config and flags make, without running it."""
+    print(Experiment.load(config, **flags).dump(), end="")

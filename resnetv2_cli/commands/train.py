@@ -1,0 +1,116 @@
+"""``train`` and ``eval``."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from resnetv2_cli import console
+from resnetv2_cli.commands.app import Config, Json, app
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import Stopped, UserError
+from resnetv2_cli.flags import seconds, with_flags
+
+
+@app.command(rich_help_panel="Train")
+@with_flags()
+def train(
+    config: Config = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The run's folder: new or empty.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Save and leave cleanly after this long: 25m, 2h.")
+    ] = None,
+    json: Json = False,
+    **flags: Any,
+) -> None:
+    """Train a network; the defaults are the paper's.
+
+    For instance: resnetv2 train --depth 1001 --unit full-preact
+    """
+    budget = seconds(time) if time else None
+    if resume and (config or output):
+        raise UserError("--resume takes no --config and no --output", "the folder has them")
+    experiment = None if resume else Experiment.load(config, **flags)
+    from resnetv2_cli import run
+    from resnetv2_cli.display import Display
+    from resnetv2_cli.runfolder import RunFolder
+
+    taken = os.environ.get(run.FOLDER)  # in the other processes of a run
+    if resume:
+        folder = RunFolder(resume)
+        experiment, changed = run.resumed(folder, flags)
+        for line in changed:
+            console.note(line)
+    else:
+        assert experiment is not None
+        named = Path(taken) if taken else output
+        folder = RunFolder(named) if named else RunFolder.free(experiment)
+    os.environ[run.FOLDER] = str(folder.path)
+    if run.first_process():
+        console.note(f"{experiment.name} -> {folder.path}, {run.precision(experiment)}")
+    display = Display(console.err)
+    try:
+        result = run.train(
+            experiment, folder, resume=bool(resume), seconds=budget, display=[display]
+        )
+    except Stopped as stopped:
+        if run.first_process():
+            console.note(f"{stopped}: saved; continue with: resnetv2 train --resume {folder.path}")
+        raise
+    if not run.first_process():
+        return
+    if json:
+        console.as_json(result)
+        return
+    error = f"{result['test_error']:.2f} %"
+    console.out.print(
+        f"test error {error} (top-5 {result['test_top5_error']:.2f} %) of "
+        f"{result['test_images']:,} images after {result['steps']:,} iterations"
+    )
+    console.note(f"curves:   {folder.curves}")
+    console.note(f"evaluate: resnetv2 eval {folder.path}")
+
+
+@app.command("eval", rich_help_panel="Train")
+@with_flags()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run's folder.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where the picture goes.")
+    ] = None,
+    json: Json = False,
+    **flags: Any,
+) -> None:
+    """Evaluate a checkpoint on its test images; it names network and data by itself."""
+    from resnetv2_cli import checkpoint as checkpoints
+    from resnetv2_cli import run
+    from resnetv2_cli.plot import confusion
+
+    file = checkpoints.find(checkpoint)
+    scores, task = run.evaluate(file, **flags)
+    if not run.first_process():
+        return
+    inside = file.parent.parent if file.parent.name == "checkpoints" else file.parent
+    picture = (output or inside) / f"confusion-{file.stem}.png"
+    per_class = [
+        100 * (sum(row) - row[i]) / max(1, sum(row)) for i, row in enumerate(scores["confusion"])
+    ]
+    try:
+        confusion(scores["confusion"], task.classes, picture)
+    except OSError as error:
+        console.note(f"no picture: cannot write {picture}: {error.strerror}")
+    named = dict(zip(task.classes, per_class, strict=True))
+    if json:
+        console.as_json(scores | {"class_error": named, "picture": str(picture)})
+        return
+    keys = ("error", "top5_error", "loss")
+    summary = [f"{scores[k]:.2f}" + ("" if k == "loss" else " %") for k in keys]
+    row = [task.experiment.name, *summary, f"{scores['images']:,}", f"{scores['step']:,}"]
+    console.table(str(file), ["network", "error", "top-5", "loss", "images", "iteration"], [row])
+    if len(named) <= 20:
+        console.table("error by class", ["class", "%"], [(c, f"{e:.2f}") for c, e in named.items()])
+    console.note(f"confusion matrix: {picture}")
