@@ -1,9 +1,11 @@
 """Everything the user reads: results on stdout; errors, notes and progress on stderr."""
 
+import csv
 import json
 import math
+import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,10 +23,31 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> 
     grid = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
         number = all(row[i][:1] in "0123456789+-—f" for row in cells)
-        grid.add_column(column, justify="right" if number and i else "left", overflow="fold")
+        # Names are read whole; what is long beside them folds.
+        justify: Literal["left", "right"] = "right" if number and i else "left"
+        whole = not i and max((len(row[0]) for row in cells), default=0) <= 40
+        grid.add_column(column, justify=justify, overflow="fold", no_wrap=whole)
     for row in cells:
         grid.add_row(*map(escape, row))
     out.print(grid)
+
+
+def as_csv(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Comma-separated values, and nothing else, on stdout; the title is left out."""
+    csv.writer(sys.stdout, lineterminator="\n").writerows([list(columns), *map(list, rows)])
+
+
+def as_markdown(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """A Markdown table on stdout; all columns but the first stand on the right."""
+    columns = list(columns)
+    lines = [columns, ["---", *["--:"] * (len(columns) - 1)], *map(list, rows)]
+    print("**" + title.replace("\n", "; ") + "**\n")
+    for cells in lines:
+        print("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    print()
+
+
+SHOW = {"table": table, "csv": as_csv, "md": as_markdown}
 
 
 def as_json(value: Any) -> None:
@@ -39,6 +62,15 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def duration(seconds: float) -> str:
+    """``40 s``, ``12 min``, ``3.5 h`` or ``2.1 days``."""
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size or (unit == "h" and seconds >= size):
+            number = seconds / size
+            return f"{number:.0f} {unit}" if number >= 10 else f"{number:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def note(text: str) -> None:

@@ -3,7 +3,7 @@
 A row names what it varies; its ``table`` says what stays fixed. FAIL is "above 20 %".
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 FAIL = float("inf")
@@ -20,15 +20,20 @@ class Row:
     figure: str = ""
     spread: str = ""  # mean±std, where the paper gives it
     note: str = ""
+    baseline: str = ""  # the row that it is compared with
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A table of the paper; ``base`` holds for every row of it."""
+    """A table of the paper; ``base`` holds for every row of it.
+
+    ``panels``: for a figure, the names of the rows whose curves each of its panels shows.
+    """
 
     title: str
     base: dict[str, Any]
     rows: tuple[Row, ...]
+    panels: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def of(self, **settings: Any) -> list[Row]:
         """The rows that agree with these settings."""
@@ -40,14 +45,14 @@ class PaperTable:
 
 
 def _gate(name: str, published: float, b_g: float, figure: str, note: str) -> Row:
-    return Row(
-        f"{name} b={b_g:g}", published, {"shortcut": name, "gate_bias": b_g}, figure, note=note
-    )
+    settings = {"shortcut": name, "gate_bias": b_g}
+    return Row(f"{name} b={b_g:g}", published, settings, figure, note=note, baseline="identity")
 
 
 def _scale(published: float, a: float, b: float, note: str) -> Row:
     settings = {"shortcut": "constant-scale", "shortcut_scale": a, "residual_scale": b}
-    return Row(f"constant-scale {a:g}/{b:g}", published, settings, "2(b)", note=note)
+    name = f"constant-scale {a:g}/{b:g}"
+    return Row(name, published, settings, "2(b)", note=note, baseline="identity")
 
 
 TABLE_1 = PaperTable(
@@ -63,18 +68,28 @@ TABLE_1 = PaperTable(
         _gate("exclusive-gate", 9.81, -7.0, "2(c)", ""),
         _gate("shortcut-only-gate", 12.86, 0.0, "2(d)", ""),
         _gate("shortcut-only-gate", 6.91, -6.0, "2(d)", ""),
-        Row("conv1x1", 12.22, {"shortcut": "conv1x1"}, "2(e)"),
-        Row("dropout 0.5", FAIL, {"shortcut": "dropout", "dropout_ratio": 0.5}, "2(f)"),
+        Row("conv1x1", 12.22, {"shortcut": "conv1x1"}, "2(e)", baseline="identity"),
+        Row(
+            "dropout 0.5",
+            FAIL,
+            {"shortcut": "dropout", "dropout_ratio": 0.5},
+            "2(f)",
+            baseline="identity",
+        ),
     ),
 )
 
 
 def _units(depth: int, block: str, errors: dict[str, float]) -> tuple[Row, ...]:
     figures = dict(zip(errors, ("4(a)", "4(b)", "4(c)", "4(d)", "4(e)"), strict=True))
-    return tuple(
-        Row(f"ResNet-{depth} {u}", e, {"depth": depth, "block": block, "unit": u}, figures[u])
-        for u, e in errors.items()
-    )
+    baseline = f"ResNet-{depth} original"
+
+    def row(unit: str, error: float) -> Row:
+        settings, name = {"depth": depth, "block": block, "unit": unit}, f"ResNet-{depth} {unit}"
+        compared = baseline if name != baseline else ""
+        return Row(name, error, settings, figures[unit], baseline=compared)
+
+    return tuple(row(unit, error) for unit, error in errors.items())
 
 
 _UNITS_110 = {
@@ -103,7 +118,12 @@ def _pair(name: str, baseline: float, ours: float, **settings: Any) -> tuple[Row
     """A line of Table 3: the original unit and the pre-activation unit."""
     return (
         Row(f"{name} original", baseline, settings | {"unit": "original"}),
-        Row(f"{name} full-preact", ours, settings | {"unit": "full-preact"}),
+        Row(
+            f"{name} full-preact",
+            ours,
+            settings | {"unit": "full-preact"},
+            baseline=f"{name} original",
+        ),
     )
 
 
@@ -186,6 +206,40 @@ TABLE_5 = PaperTable(
 )
 
 TABLES = {1: TABLE_1, 2: TABLE_2, 3: TABLE_3, 4: TABLE_4, 5: TABLE_5}
+
+
+def _figure(title: str, table: PaperTable, panels: dict[str, tuple[str, ...]]) -> PaperTable:
+    """The rows of a table that a figure shows the curves of."""
+    shown = {name for names in panels.values() for name in names}
+    rows = tuple(row for row in table.rows if row.name in shown)
+    return replace(table, title=title, rows=rows, panels=panels)
+
+
+FIGURES = {
+    1: _figure(
+        "Figure 1: ResNet-1001 on CIFAR-10",
+        TABLE_3,
+        {"ResNet-1001": ("ResNet-1001 original", "ResNet-1001 full-preact")},
+    ),
+    3: _figure(
+        "Figure 3: shortcuts, ResNet-110 on CIFAR-10",
+        TABLE_1,
+        {
+            "(a) constant scaling": ("identity", "constant-scale 0.5/0.5"),
+            "(b) exclusive gating": ("identity", "exclusive-gate b=-6"),
+            "(c) shortcut-only gating": ("identity", "shortcut-only-gate b=0"),
+            "(d) 1x1 conv shortcut": ("identity", "conv1x1"),
+        },
+    ),
+    6: _figure(
+        "Figure 6: units, CIFAR-10",
+        TABLE_2,
+        {
+            "ResNet-110": ("ResNet-110 original", "ResNet-110 bn-after-add"),
+            "ResNet-164": ("ResNet-164 original", "ResNet-164 full-preact"),
+        },
+    ),
+}
 
 
 def percent(error: float | None) -> str:

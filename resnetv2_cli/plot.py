@@ -8,18 +8,42 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from resnetv2_cli.runfolder import read_metrics
 
+COLORS = [f"C{i}" for i in range(10)] + ["black", "gold"]  # Table 1 has eleven rows
+
 
 def curves(runs: Mapping[str, Path], to: Path) -> None:
-    """Training loss (dashed, left axis) and test error (solid, right) against iterations, for
-    each run's metrics file, as in Figs. 1, 3 and 6."""
-    figure, left = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    """One panel: training loss (dashed) and test error (solid) of each run's metrics file."""
+    panels({"": runs}, to)
+
+
+def panels(groups: Mapping[str, Mapping[str, Path]], to: Path) -> None:
+    """A panel for each group of runs, in the style of Figs. 1, 3 and 6.
+
+    Training loss (dashed, left axis, logarithmic) and test error (solid, right) against
+    iterations; ``groups``: title: {name of the run: its metrics file}.
+    """
+    across = min(2, len(groups))
+    down = -(-len(groups) // across)
+    size = (7 * across, 4.5 * down)
+    figure, grid = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+    for axes in grid.flat[len(groups) :]:
+        axes.set_visible(False)
+    for axes, (title, runs) in zip(grid.flat, groups.items(), strict=False):
+        axes.set_title(title, fontsize=10)
+        panel(axes, runs)
+    save(figure, to)
+
+
+def panel(left: Axes, runs: Mapping[str, Path]) -> None:
+    """The curves of some runs, each in a colour of its own."""
     right = left.twinx()
     for i, (name, path) in enumerate(runs.items()):
-        series, color = read_metrics(path), f"C{i}"
+        series, color = read_metrics(path), COLORS[i % len(COLORS)]
         if "train_loss" in series:
             left.plot(*zip(*series["train_loss"], strict=True), "--", color=color, lw=1)
         for split in ("test", "val"):
@@ -35,8 +59,7 @@ def curves(runs: Mapping[str, Path], to: Path) -> None:
     right.set_ylim(bottom=0)
     right.grid(axis="y", alpha=0.3)
     if right.get_legend_handles_labels()[0]:
-        right.legend(loc="upper right", fontsize=8)
-    save(figure, to)
+        right.legend(loc="best", fontsize=8)
 
 
 def confusion(counts: list[list[int]], classes: tuple[str, ...], to: Path) -> None:

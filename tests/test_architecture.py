@@ -13,7 +13,8 @@ import resnetv2_cli
 ORDER = """
     errors plans paper layers shortcuts units resnet data.catalog settings config flags
     data.images data.order data.augment data.folder data.module optim describe runfolder
-    checkpoint task callbacks plot run ablate display console bench
+    checkpoint task callbacks plot run stats ablation.studies ablation.arms ablation.launch
+    ablation.sweep ablation.progress ablation.tables ablation.probe display console bench
     commands.app commands.train commands.ablate commands.bench commands.look cli
 """.split()
 HEAVY = ("torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "sklearn", "numpy")

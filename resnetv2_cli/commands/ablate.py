@@ -1,33 +1,70 @@
 """``ablate``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from resnetv2_cli import console, paper, plans
+from resnetv2_cli import console, plans
 from resnetv2_cli.commands.app import Format, app
-from resnetv2_cli.data.catalog import DATASETS
-from resnetv2_cli.errors import unknown
+from resnetv2_cli.errors import UserError, unknown
 from resnetv2_cli.flags import with_flags
+
+LAB = Path("runs/lab")
 
 
 @app.command(rich_help_panel="Study the paper")
 @with_flags("shortcut", "unit")
 def ablate(
+    axes: Annotated[
+        list[str] | None, typer.Argument(help="More axes of the grid.", show_default=False)
+    ] = None,
     shortcut: Annotated[
         str | None, typer.Option(help="Rows of Table 1 with this shortcut; or module:Class.")
     ] = None,
     unit: Annotated[str | None, typer.Option(help="Rows of Table 2 with this unit.")] = None,
-    table: Annotated[int | None, typer.Option(help="All rows of a table, 1 to 5.")] = None,
+    table: Annotated[
+        list[int] | None, typer.Option(help="All rows of a table, 1 to 5; may be given often.")
+    ] = None,
+    figure: Annotated[
+        list[int] | None, typer.Option(help="The rows of a figure with curves: 1, 3 or 6.")
+    ] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(help="Every combination: --grid depth=20,110 shortcut=identity,dropout"),
+    ] = None,
     row: Annotated[
         list[str] | None, typer.Option(help="Only this row, by its name; may be given often.")
     ] = None,
     runs: Annotated[int, typer.Option(help="Seeds of each row; the paper takes 5.", min=1)] = 1,
+    scale: Annotated[
+        str, typer.Option(help="paper: the full recipe; laptop: a small one for a CPU.")
+    ] = "paper",
+    protocol: Annotated[
+        Literal["paper", "val"],
+        typer.Option(
+            help="paper: 50k training images, last iteration; val: 45k/5k, the checkpoint chosen "
+            "on the 5k. Either way the test images are read once for the headline."
+        ),
+    ] = "paper",
+    jobs: Annotated[int, typer.Option(help="Runs at the same time.", min=1)] = 1,
+    launcher: Annotated[
+        Literal["process", "local", "slurm"],
+        typer.Option(help="Processes here; or jobs of submitit: its local stand-in, or SLURM."),
+    ] = "process",
+    hours: Annotated[float, typer.Option(help="Limit of one job of a queue.", min=0.1)] = 24.0,
+    detect: Annotated[
+        float, typer.Option(help="Points for which the needed number of seeds is given.", min=0.01)
+    ] = 0.5,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where the runs are; it may hold some.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan only.")] = False,
+        Path, typer.Option("--output", "-o", help="Where the runs are; it may hold some.")
+    ] = LAB,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan, with the time it would take.")
+    ] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Measure a few iterations for the plan.")
+    ] = True,
     format: Format = "table",
     **flags: Any,
 ) -> None:
@@ -35,56 +72,110 @@ def ablate(
 
     Finished runs are never run again. For instance: resnetv2 ablate --shortcut exclusive-gate
     """
-    from resnetv2_cli import ablate as ablation
+    from resnetv2_cli.ablation import arms, studies
 
     if unit is not None and unit not in plans.UNITS:
         raise unknown("unit", unit, plans.UNITS)
     if shortcut and ":" not in shortcut and shortcut not in plans.shortcuts():
         raise unknown("shortcut", shortcut, plans.shortcuts())
-    paper_table, rows = ablation.rows(shortcut, unit, table)
-    what = shortcut or unit or f"table{table}"
-    root = output or Path("runs") / f"ablate-{what.replace(':', '.')}"
-    lines = ablation.plan(paper_table, ablation.only(rows, row or []), runs, flags, root)
-    title = paper_table.title
-    if flags:
-        title += "\nhere with " + ", ".join(f"{k} {v}" for k, v in flags.items())
+    if scale not in studies.SCALES:
+        raise unknown("scale", scale, studies.SCALES)
+    if axes and not grid:
+        raise UserError(f"unexpected {axes[0]!r}", "axes of a grid come after --grid")
+    chosen = studies.studies(table, figure, shortcut, unit, [grid, *(axes or [])] if grid else None)
+    known = [r.name for study in chosen for r in study.table.rows]
+    for name in row or []:
+        if name not in known:
+            raise unknown("row", name, known)
+    chosen = [study.only(row or []) for study in chosen]
+    made = [
+        arms.plan(study, runs, flags, output, scale, protocol)
+        for study in chosen
+        if study.table.rows
+    ]
     if dry_run:
-        plan(title, lines, format)
+        plan(made, jobs, probe, format)
         return
-    console.note(f"runs are in {root}; a second call continues")
-    ablation.run(
-        lines, lambda arm, state: console.note(f"{arm.row}, seed {arm.experiment.seed}: {state}")
-    )
+    run(made, jobs, launcher, hours)
+    show(made, detect, format)
+
+
+def run(made: list, jobs: int, launcher: str, hours: float) -> None:
+    """Run what has no result yet, and draw what has curves to show."""
+    from resnetv2_cli.ablation.launch import Processes, Queue
+    from resnetv2_cli.ablation.progress import Progress
+    from resnetv2_cli.ablation.sweep import Sweep
+    from resnetv2_cli.plot import panels
+
+    root = made[0].root
+    for ablation in made:
+        ablation.write()
+    arms = {arm.folder: arm for ablation in made for line in ablation.lines for arm in line.arms}
+    start = Processes(jobs) if launcher == "process" else Queue(launcher, root, hours)
+    console.note(f"{len(arms)} runs in {root}; the same command continues, resnetv2 report shows")
+    with Progress(console.err, len(arms)) as progress:
+        Sweep(start, jobs, progress.announce, progress.watch).run(arms.values())
+    for ablation in made:
+        picture = root / f"{ablation.study.name}.png"
+        groups = ablation.curves()
+        if any(groups.values()):
+            panels(groups, picture)
+            console.note(f"curves: {picture}")
+
+
+def show(made: list, detect: float, format: str) -> None:
+    """The results, in one of the formats."""
+    from resnetv2_cli.ablation import tables
+
     if format == "json":
-        console.as_json([line.as_json() for line in lines])
+        console.as_json([tables.as_json(ablation, detect) for ablation in made])
         return
-    columns = ["row", "paper, %", "here, %", "n", "difference"]
-    console.table(title, columns, ablation.table_rows(lines))
+    for ablation in made:
+        columns, rows = tables.table(ablation, detect)
+        console.SHOW[format](ablation.title, columns, rows)
 
 
-def plan(title: str, lines: list, format: str) -> None:
-    """Show what an ablation would run."""
-    from resnetv2_cli.describe import describe
+def plan(made: list, jobs: int, probe: bool, format: str) -> None:
+    """What an ablation would run, and for how long."""
+    from resnetv2_cli.ablation import tables
+    from resnetv2_cli.ablation.probe import forecast, total
 
-    sizes = [
-        describe(e, len(DATASETS[e.dataset].classes) or 1000)
-        for e in (line.arms[0].experiment for line in lines)
-    ]
+    counted = [forecast(ablation, probe) for ablation in made]
     if format == "json":
-        counts = [{k: s[k] for k in ("parameters", "macs")} for s in sizes]
-        console.as_json([line.as_json() | c for line, c in zip(lines, counts, strict=True)])
-        return
-    rows = [
-        (
-            line.row.name,
-            line.row.figure or "—",
-            paper.percent(None if line.row.published != line.row.published else line.row.published),
-            f"{size['parameters']:,}",
-            f"{size['macs'] / 1e6:,.1f}M",
-            f"{len(line.arms)}",
-            f"{sum(arm.result is not None for arm in line.arms)}",
+        console.as_json(
+            [
+                {
+                    **tables.as_json(ablation, 0.5),
+                    "rows": [
+                        tables.row_as_json(ablation, line, 0.5) | counts
+                        for line, counts in zip(ablation.lines, lines, strict=True)
+                    ],
+                    "seconds": total(lines, jobs),
+                }
+                for ablation, lines in zip(made, counted, strict=True)
+            ]
         )
-        for line, size in zip(lines, sizes, strict=True)
-    ]
-    columns = ["row", "figure", "paper, %", "parameters", "MACs", "runs", "done"]
-    console.table(title, columns, rows)
+        return
+    columns = ["row", "paper", "network", "weights", "MACs", "memory", "runs", "done", "time"]
+    for ablation, lines in zip(made, counted, strict=True):
+        rows = [
+            [
+                line.row.name,
+                tables.published(line.row),
+                f"ResNet-{line.arms[0].experiment.depth}",
+                f"{counts['parameters'] / 1e6:.2f}M",
+                f"{counts['macs'] / 1e6:,.0f}M",
+                f"{counts['activation_bytes'] / 1e9:.1f} GB",
+                f"{counts['runs']}",
+                f"{counts['done']}",
+                "—" if counts["seconds"] is None else console.duration(counts["seconds"]),
+            ]
+            for line, counts in zip(ablation.lines, lines, strict=True)
+        ]
+        console.SHOW[format](ablation.title, columns, rows)
+        seconds = total(lines, jobs)
+        if seconds is not None:
+            console.note(
+                f"about {console.duration(seconds)} of training in all, from a few iterations "
+                "measured here; evaluation comes on top"
+            )

@@ -18,4 +18,6 @@ Config = Annotated[
     Path | None, typer.Option("--config", "-c", help="A file of configs/; flags win over it.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
-Format = Annotated[Literal["table", "json"], typer.Option("--format", help="table or json.")]
+Format = Annotated[
+    Literal["table", "json", "csv", "md"], typer.Option("--format", help="How results are shown.")
+]

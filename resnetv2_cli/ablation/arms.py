@@ -1,0 +1,257 @@
+"""One run of one row, its folder and what became of it; and the rows of a study with their runs."""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from resnetv2_cli import plans
+from resnetv2_cli.ablation.studies import Study, identity, slug
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.paper import FAIL, Row
+from resnetv2_cli.runfolder import RunFolder, write_json
+from resnetv2_cli.stats import Pairs, Summary
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run. Its folder is named after what it is, so that rows and studies share runs."""
+
+    row: str
+    experiment: Experiment
+    folder: Path
+
+    @classmethod
+    def of(cls, row: str, experiment: Experiment, root: Path) -> "Arm":
+        name = experiment.name.removesuffix(f"-s{experiment.seed}")
+        digest = hashlib.sha256(repr(identity(experiment)).encode()).hexdigest()[:6]
+        return cls(row, experiment, root / f"{slug(name)}-{digest}" / f"s{experiment.seed}")
+
+    @property
+    def config(self) -> Path:
+        """What the run is asked for, beside its folder."""
+        return self.folder.with_suffix(".yaml")
+
+    @property
+    def log(self) -> Path:
+        """What the run says."""
+        return self.folder.with_suffix(".log")
+
+    @property
+    def begun(self) -> bool:
+        return RunFolder(self.folder).config.exists()
+
+    @property
+    def error(self) -> float | None:
+        """Test error in percent, FAIL if it diverged, None if it has not come to an end."""
+        folder = RunFolder(self.folder)
+        if folder.result.exists():
+            return float(json.loads(folder.result.read_text())["test_error"])
+        return FAIL if self.failure and self.failure["diverged"] else None
+
+    @property
+    def failure(self) -> dict[str, Any] | None:
+        """Why it ended without a result: ``reason``, and whether the loss ``diverged``."""
+        file = RunFolder(self.folder).failed
+        if not file.exists():
+            return None
+        return {"diverged": True} | json.loads(file.read_text())
+
+    def fail(self, reason: str) -> None:
+        """Note that the run crashed; the next call of the same ablation tries it again."""
+        file = RunFolder(self.folder).failed
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"reason": reason, "diverged": False})
+
+    def clear(self) -> None:
+        """Forget a crash before the run is tried again."""
+        RunFolder(self.folder).failed.unlink(missing_ok=True)
+
+    def claim(self) -> int | None:
+        """A lock, open as a file, that the run's process inherits; None while another has it.
+
+        It is free again when all who hold it have gone, however they went.
+        """
+        path = self.folder.with_suffix(".lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        return lock
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row: what the paper published, and the runs of all seeds."""
+
+    row: Row
+    arms: list[Arm] = field(default_factory=list)
+
+    @property
+    def errors(self) -> dict[int, float]:
+        """Seed: test error in percent, FAIL for a run that diverged."""
+        found = {arm.experiment.seed: arm.error for arm in self.arms}
+        return {seed: error for seed, error in found.items() if error is not None}
+
+    @property
+    def summary(self) -> Summary:
+        return Summary(tuple(self.errors.values()))
+
+    @property
+    def failures(self) -> list[str]:
+        """The reasons of the runs that crashed, each once."""
+        reasons = [arm.failure["reason"] for arm in self.arms if arm.failure and arm.error is None]
+        return list(dict.fromkeys(reasons))
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A study and its runs, one line a row."""
+
+    study: Study
+    lines: list[Line]
+    root: Path
+    scale: str = "paper"
+    protocol: str = "paper"
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def file(self) -> Path:
+        """What a report reads: rows, published errors, and where the runs are."""
+        return self.root / f"ablation-{self.study.name}.json"
+
+    @property
+    def title(self) -> str:
+        """The table's, with all that differs from the paper's recipe."""
+        parts = [self.study.table.title]
+        if self.scale != "paper":
+            parts.append(f"{self.scale} scale, not the paper's recipe")
+        if self.protocol != "paper":
+            parts.append(f"protocol {self.protocol}")
+        if self.changed:
+            parts.append("here with " + ", ".join(f"{k} {v}" for k, v in self.changed.items()))
+        return "\n".join(parts)
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """What was given that changes what is learned, or from what."""
+        harmless = {f.name for f in fields(Experiment) if f.metadata["free"]}
+        harmless |= {"seed", "precision", "log_every", "eval_every"}
+        return {k: v for k, v in self.given.items() if k not in harmless}
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the paper's errors are of the same recipe."""
+        return self.scale == "paper" and not self.changed
+
+    def line(self, name: str) -> Line | None:
+        return next((line for line in self.lines if line.row.name == name), None)
+
+    def pairs(self, line: Line) -> Pairs:
+        """A row beside the one that it is compared with."""
+        baseline = self.line(line.row.baseline)
+        return Pairs.of(line.errors, baseline.errors if baseline else {})
+
+    def curves(self) -> dict[str, dict[str, Path]]:
+        """Metrics files of each panel's rows, first seed; all rows in one if it has no panels."""
+        panels = self.study.table.panels or {
+            self.study.table.title: tuple(line.row.name for line in self.lines)
+        }
+        drawn = {
+            line.row.name: RunFolder(line.arms[0].folder).metrics
+            for line in self.lines
+            if RunFolder(line.arms[0].folder).metrics.exists()
+        }
+        return {
+            panel: {name: drawn[name] for name in names if name in drawn}
+            for panel, names in panels.items()
+        }
+
+    def write(self) -> None:
+        """Leave ``file``, so that a report finds rows that have not begun too."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        rows = [
+            {
+                "name": line.row.name,
+                "figure": line.row.figure,
+                "published": number(line.row.published),
+                "spread": line.row.spread,
+                "note": line.row.note,
+                "baseline": line.row.baseline,
+                "arms": [str(arm.folder.relative_to(self.root)) for arm in line.arms],
+            }
+            for line in self.lines
+        ]
+        write_json(
+            self.file,
+            {
+                "title": self.title,
+                "scale": self.scale,
+                "protocol": self.protocol,
+                "comparable": self.comparable,
+                "panels": self.study.table.panels,
+                "rows": rows,
+            },
+        )
+
+
+def number(error: float | None) -> float | str | None:
+    """An error for JSON: percent, ``"fail"``, or null where there is none."""
+    if error is None or error != error:
+        return None
+    return "fail" if error == FAIL else error
+
+
+PROTOCOLS = {
+    "paper": {},  # 50k training images, test error of the last iteration, read once
+    "val": {"val": 5000},  # 45k/5k: the checkpoint is chosen on the 5k, and tested once
+}
+
+
+def plan(
+    study: Study,
+    runs: int,
+    given: Mapping[str, Any],
+    root: Path,
+    scale: str = "paper",
+    protocol: str = "paper",
+) -> Ablation:
+    """A line for each row, with a run for each seed; seeds are the same in all rows.
+
+    ``given``: settings that win over the rows' own.
+
+    Raises:
+        UserError: a setting does not fit a row.
+    """
+    study = study.at(scale)
+    first = given.get("seed", 0)
+    lines = []
+    for row in study.table.rows:
+        settings = {**study.table.base, **row.settings, **PROTOCOLS[protocol]}
+        if "steps" in given or "epochs" in given:
+            settings.pop("epochs", None)
+            settings.pop("steps", None)
+        settings |= fitting(given, settings.get("shortcut", "identity"))
+        arms = [
+            Arm.of(row.name, Experiment(**{**settings, "seed": seed}), root)
+            for seed in range(first, first + runs)
+        ]
+        lines.append(Line(row, arms))
+    return Ablation(study, lines, root, scale, protocol, given)
+
+
+def fitting(given: Mapping[str, Any], shortcut: str) -> dict[str, Any]:
+    """Those of the settings that a shortcut has: a gate's bias is nothing to identity."""
+    known = plans.shortcuts()
+    if shortcut not in known:
+        return dict(given)
+    others = {name for row in known.values() for name in row.settings}
+    others -= set(known[shortcut].settings)
+    return {k: v for k, v in given.items() if k not in others}

@@ -1,0 +1,129 @@
+"""How the process of one run is started: on this machine, or by a cluster's queue."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+from resnetv2_cli.ablation.arms import Arm
+from resnetv2_cli.errors import UserError
+
+LAUNCHERS = ("process", "local", "slurm")
+
+
+class Started(Protocol):
+    """A run that was started."""
+
+    def status(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
+
+    def stop(self) -> None:
+        """Ask it to save and leave."""
+
+
+class Launcher(Protocol):
+    """Starts runs."""
+
+    def start(self, arm: Arm, slot: int, lock: int) -> Started:
+        """Start a run in one of the places that there are for runs at the same time."""
+
+
+def command(arm: Arm) -> list[str]:
+    """The command of one run: a ``train`` that anybody could type."""
+    tool = [sys.executable, "-m", "resnetv2_cli", "train"]
+    if arm.begun:
+        return [*tool, "--resume", str(arm.folder)]
+    arm.config.parent.mkdir(parents=True, exist_ok=True)
+    arm.config.write_text(arm.experiment.dump())
+    return [*tool, "--config", str(arm.config), "--output", str(arm.folder)]
+
+
+class Process:
+    """A child of this process, which holds the run's lock as long as it lives."""
+
+    def __init__(self, arm: Arm, environment: dict[str, str], lock: int) -> None:
+        with arm.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command(arm),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=[lock],
+                start_new_session=True,  # Ctrl-C reaches it through ``stop``, once
+                preexec_fn=leave_with_parent,
+            )
+
+    def status(self) -> int | None:
+        return self.process.poll()
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+
+def leave_with_parent() -> None:
+    """In the child: save and leave when the parent is killed, where the system (Linux) says so."""
+    if sys.platform == "linux":
+        import ctypes
+
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Processes:
+    """Runs as children on this machine: each has its share of the processors, or a GPU."""
+
+    def __init__(self, jobs: int) -> None:
+        import torch
+
+        self.jobs, self.gpus = jobs, torch.cuda.device_count()
+
+    def start(self, arm: Arm, slot: int, lock: int) -> Process:
+        environment = dict(os.environ)
+        if self.jobs > 1:
+            share = max(1, (os.cpu_count() or 1) // self.jobs)
+            environment.setdefault("OMP_NUM_THREADS", str(share))
+            if self.gpus > 1 and arm.experiment.devices == "1":
+                environment.setdefault("CUDA_VISIBLE_DEVICES", str(slot % self.gpus))
+        return Process(arm, environment, lock)
+
+
+class Job:
+    """A job of submitit's."""
+
+    def __init__(self, job: Any) -> None:
+        self.job = job
+
+    def status(self) -> int | None:
+        if not self.job.done():
+            return None
+        error = self.job.exception()
+        return 0 if error is None else 1
+
+    def stop(self) -> None:
+        self.job.cancel()
+
+
+class Queue:
+    """Runs as jobs of a SLURM cluster, or of submitit's own stand-in for one (``local``)."""
+
+    def __init__(self, cluster: str, root: Path, hours: float) -> None:
+        try:
+            import submitit
+        except ModuleNotFoundError:
+            hint = "pip install 'resnetv2-cli[slurm]'"
+            raise UserError(f"--launcher {cluster} needs submitit", hint) from None
+        self.submitit = submitit
+        try:
+            self.executor = submitit.AutoExecutor(folder=root / "jobs", cluster=cluster)
+        except RuntimeError as error:
+            hint = "is this a machine that submits jobs? --launcher process needs no queue"
+            raise UserError(f"no queue: {str(error).splitlines()[0]}", hint) from None
+        self.executor.update_parameters(timeout_min=round(60 * hours), name="resnetv2")
+
+    def start(self, arm: Arm, slot: int, lock: int) -> Job:
+        function = self.submitit.helpers.CommandFunction(command(arm), verbose=False)
+        return Job(self.executor.submit(function))

@@ -1,0 +1,102 @@
+"""What an ablation would take: counts, memory of activations, and time by a short measurement."""
+
+import time
+from functools import cache
+from statistics import median
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from resnetv2_cli.ablation.arms import Ablation, Line
+from resnetv2_cli.ablation.studies import identity
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.describe import activation_bytes, describe
+from resnetv2_cli.optim import sgd
+from resnetv2_cli.plans import STEMS
+from resnetv2_cli.resnet import ResNet
+from resnetv2_cli.run import precision
+
+PROBE_IMAGES = 32  # of a batch; more would show the same, later
+PROBE_STEPS = 3
+
+
+def classes(experiment: Experiment) -> int:
+    """How many classes the dataset has, or ImageNet's thousand where the folder decides."""
+    return len(DATASETS[experiment.dataset].classes) or 1000
+
+
+def step_seconds(experiment: Experiment) -> float:
+    """Seconds of one training iteration here: the median of a few on a part of the batch."""
+    gpu = torch.cuda.is_available() and experiment.accelerator != "cpu"
+    device = torch.device("cuda" if gpu else "cpu")
+    mixed = precision(experiment)
+    dtype = torch.float16 if mixed == "16-mixed" else torch.bfloat16
+    net = ResNet(**experiment.architecture, classes=classes(experiment)).to(device)
+    net.to(memory_format=torch.channels_last)
+    optimizer = sgd(net, experiment)
+    n, side = min(PROBE_IMAGES, experiment.batch_size), STEMS[experiment.stem_].size
+    x = torch.randn(n, 3, side, side, device=device).to(memory_format=torch.channels_last)
+    y = torch.zeros(n, dtype=torch.long, device=device)
+    taken = []
+    for _ in range(1 + PROBE_STEPS):
+        began = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=mixed.endswith("mixed")):
+            loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        taken.append(time.perf_counter() - began)
+    return median(taken[1:]) * experiment.batch_size / n
+
+
+def steps_of(experiment: Experiment) -> int:
+    """Iterations, counted on the whole training set where epochs are given."""
+    if experiment.epochs is None:
+        return experiment.steps
+    images = (DATASETS[experiment.dataset].train or 1_281_167) - experiment.val
+    return max(1, round(experiment.epochs * -(-images // experiment.batch_size)))
+
+
+def forecast(ablation: Ablation, measure: bool) -> list[dict[str, Any]]:
+    """For each line: ``parameters``; ``macs`` of one image; ``activation_bytes`` that a batch keeps
+    for the backward pass; ``done`` of ``runs``; and the ``seconds`` of what is left, None where
+    nothing is measured. A network that several rows have is measured once.
+    """
+
+    @cache
+    def timed(key: tuple[tuple[str, Any], ...]) -> float:
+        return step_seconds(experiments[key])
+
+    experiments: dict[tuple[tuple[str, Any], ...], Experiment] = {}
+
+    def one(line: Line) -> dict[str, Any]:
+        e = line.arms[0].experiment
+        counts = describe(e, classes(e))
+        done = sum(arm.error is not None for arm in line.arms)
+        experiments.setdefault(identity(e), e)
+        left = (len(line.arms) - done) * steps_of(e)
+        return {
+            "parameters": counts["parameters"],
+            "macs": counts["macs"],
+            "activation_bytes": e.batch_size * activation_bytes(e, precision(e)),
+            "runs": len(line.arms),
+            "done": done,
+            "seconds": left * timed(identity(e)) if measure and left else None if left else 0.0,
+        }
+
+    return [one(line) for line in ablation.lines]
+
+
+def total(lines: list[dict[str, Any]], jobs: int) -> float | None:
+    """Seconds of all that is left, ``jobs`` at a time; None where nothing was measured.
+
+    Jobs on one device share it, so their number only counts devices.
+    """
+    seconds = [line["seconds"] for line in lines]
+    if any(s is None for s in seconds):
+        return None
+    devices = max(1, min(jobs, torch.cuda.device_count()))
+    return sum(seconds) / devices

@@ -1,0 +1,206 @@
+"""What an ablation runs: rows of the paper's tables and figures, or of a grid of one's own.
+
+To add a budget: one row in SCALES.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import UserError, unknown
+from resnetv2_cli.paper import FIGURES, TABLE_1, TABLE_2, TABLES, PaperTable, Row
+from resnetv2_cli.settings import checked, kinds
+
+UNPUBLISHED = float("nan")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A budget: which depth stands for a depth of the paper, and the recipe."""
+
+    doc: str
+    depths: Mapping[int, int] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+SCALES = {
+    "paper": Scale("the paper's depths and full recipe"),
+    # Deep enough that what harms a signal at every unit shows: 0.5 to the 18th is 4e-6.
+    "laptop": Scale(
+        "38 layers for 110 and 164, 65 for 1001, 56 for 1202; 400 iterations of 64 images, the "
+        "first 40 at a tenth of the learning rate of 0.05",
+        {110: 38, 164: 38, 1001: 65, 1202: 56},
+        {
+            "batch_size": 64,
+            "steps": 400,
+            "warmup": 40,
+            "lr": 0.05,
+            "log_every": 20,
+            "eval_every": 1.0,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Rows that stand in one table; ``name`` is what its files are called."""
+
+    name: str
+    table: PaperTable
+
+    def at(self, scale: str) -> "Study":
+        """The same rows at another budget.
+
+        Raises:
+            UserError: the budget has no depth for one of them.
+        """
+        small = SCALES[scale]
+        if not small.depths:
+            return self
+
+        def row(r: Row) -> Row:
+            whole = self.table.base | r.settings
+            depth = whole.get("depth", 110)
+            if whole.get("dataset") == "imagenet" or depth not in small.depths:
+                hint = f"leave out --scale {scale}, or name rows with --row"
+                raise UserError(f"{r.name} has no {scale} scale", hint)
+            kept = {k: v for k, v in r.settings.items() if k not in ("epochs", "drops")}
+            return replace(r, settings={**kept, "depth": small.depths[depth], **small.recipe})
+
+        rows = tuple(row(r) for r in self.table.rows)
+        return Study(f"{self.name}-{scale}", replace(self.table, rows=rows))
+
+    def only(self, wanted: list[str]) -> "Study":
+        """The rows that are named; all if none is."""
+        rows = tuple(row for row in self.table.rows if row.name in wanted or not wanted)
+        return replace(self, table=replace(self.table, rows=rows))
+
+
+def studies(
+    tables: list[int] | None = None,
+    figures: list[int] | None = None,
+    shortcut: str | None = None,
+    unit: str | None = None,
+    grid: list[str] | None = None,
+) -> list[Study]:
+    """The rows of tables or figures; those that concern a shortcut or a unit, after their
+    baseline; or every combination of a grid.
+
+    Raises:
+        UserError: none or several of these are given, or one does not exist.
+    """
+    given = [x for x in (tables, figures, shortcut, unit, grid) if x]
+    if len(given) != 1:
+        raise UserError(
+            "ablate what? give one of --table, --figure, --shortcut, --unit and --grid",
+            "for instance: resnetv2 ablate --shortcut exclusive-gate",
+        )
+    if shortcut:
+        return [Study(f"shortcut-{slug(shortcut)}", of_shortcut(shortcut))]
+    if unit:
+        return [Study(f"unit-{unit}", around(TABLE_2, TABLE_2.of(unit="original"), unit=unit))]
+    if grid:
+        return [of_grid(grid)]
+    kind, known, numbers = ("table", TABLES, tables) if tables else ("figure", FIGURES, figures)
+    for number in numbers or []:
+        if number not in known:
+            there = ", ".join(map(str, known))
+            hint = f"those that can be run: {there}"
+            raise UserError(f"there is no {kind.capitalize()} {number} to run", hint)
+    return [Study(f"{kind}-{number}", known[number]) for number in dict.fromkeys(numbers or [])]
+
+
+def around(table: PaperTable, baseline: list[Row], **settings: Any) -> PaperTable:
+    """The rows of a table that agree with some settings, after its baseline."""
+    chosen = [row for row in table.of(**settings) if row not in baseline]
+    return replace(table, rows=(*baseline, *chosen))
+
+
+def of_shortcut(shortcut: str) -> PaperTable:
+    """The rows of Table 1 with a shortcut, after identity; a row for one that it does not have."""
+    baseline = TABLE_1.of(shortcut="identity")
+    if TABLE_1.of(shortcut=shortcut):
+        return around(TABLE_1, baseline, shortcut=shortcut)
+    own = Row(
+        shortcut,
+        UNPUBLISHED,
+        {"shortcut": shortcut},
+        note="not in the paper",
+        baseline="identity",
+    )
+    return replace(TABLE_1, rows=(*baseline, own))
+
+
+def of_grid(axes: list[str]) -> Study:
+    """Every combination of ``depth=20,110 shortcut=identity,dropout``; the first is the baseline.
+
+    Raises:
+        UserError: an axis is no ``setting=value,value``, names no setting, or is there twice.
+    """
+    known = {f.name: f for f in fields(Experiment) if f.name != "seed"}
+    chosen: dict[str, list[Any]] = {}
+    for axis in axes:
+        name, _, values = axis.partition("=")
+        name = name.strip().lstrip("-").replace("-", "_")
+        if not values:
+            hint = "for instance: --grid depth=20,110 shortcut=identity,dropout"
+            raise UserError(f"{axis!r} is no axis of a grid", hint)
+        if name not in known:
+            raise unknown("setting", name, known)
+        if name in chosen:
+            raise UserError(f"the grid has {name} twice", "give all its values together")
+        chosen[name] = [typed(known[name], value) for value in values.split(",")]
+    title = " x ".join(f"{name} {', '.join(map(str, v))}" for name, v in chosen.items())
+    rows: list[Row] = []
+    for combination in itertools.product(*chosen.values()):
+        settings = dict(zip(chosen, combination, strict=True))
+        name = " ".join(f"{k}={v}" for k, v in settings.items())
+        baseline = rows[0].name if rows else ""
+        rows.append(Row(name, published(settings), settings, baseline=baseline))
+    return Study(f"grid-{slug(title)[:60]}", PaperTable(f"Grid: {title}", {}, tuple(rows)))
+
+
+def typed(f: Any, text: str) -> Any:
+    """A value of the command line as the setting has it.
+
+    Raises:
+        UserError: the setting takes no such value.
+    """
+    kind, _, optional = kinds(f)
+    if optional and text == "none":
+        return None
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise UserError(f"{f.name} must be true or false, not {text!r}", f.metadata["doc"])
+        return text == "true"
+    return checked(f, text)
+
+
+def published(settings: Mapping[str, Any]) -> float:
+    """The error of the row of the paper with just these settings; not a number if it has none.
+
+    What a row leaves open is the default of the tool, which is the paper's recipe.
+    """
+    wanted = identity(Experiment(**settings))
+    for table in TABLES.values():
+        for row in table.rows:
+            if identity(Experiment(**{**table.base, **row.settings})) == wanted:
+                return row.published
+    return UNPUBLISHED
+
+
+def identity(experiment: Experiment) -> tuple[tuple[str, Any], ...]:
+    """What makes an experiment what it is: all but its seed and what is free to change."""
+    names = [f.name for f in fields(Experiment) if not f.metadata["free"] and f.name != "seed"]
+    whole = {name: getattr(experiment, name) for name in names}
+    whole |= {"block": experiment.block_, "stem": experiment.stem_}
+    return tuple(whole.items())
+
+
+def slug(text: str) -> str:
+    """A name for a file: small letters, digits, dots and hyphens."""
+    return re.sub(r"[^a-z0-9.+]+", "-", text.lower()).strip("-")

@@ -1,0 +1,148 @@
+"""Runs everything that has no result yet, some at a time; what fails is a row that says so."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from resnetv2_cli.ablation.arms import Arm
+from resnetv2_cli.ablation.launch import Launcher, Started
+from resnetv2_cli.errors import Stopped, UserError
+
+POLL = 0.2  # seconds between looks at what runs
+PATIENCE = 120.0  # seconds that runs are left to save when the ablation is stopped
+
+Announce = Callable[[Arm, str], None]
+Watch = Callable[[Iterable[Arm]], None]
+
+
+@dataclass
+class Running:
+    """A run in one of the places."""
+
+    arm: Arm
+    slot: int
+    lock: int
+    started: Started
+
+
+@dataclass
+class Sweep:
+    """Runs in ``jobs`` places at a time, seed by seed; several ablations may share a folder.
+
+    ``announce`` is told what becomes of each run, ``watch`` what runs, again and again.
+    """
+
+    launcher: Launcher
+    jobs: int
+    announce: Announce
+    watch: Watch
+    running: list[Running] = field(default_factory=list)
+    signal: int = 0
+
+    def run(self, arms: Iterable[Arm]) -> None:
+        """
+        Raises:
+            Stopped: Ctrl-C or SIGTERM; runs were left time to save, and the same command continues.
+        """
+        waiting = list({arm.folder: arm for arm in sorted(arms, key=seed)}.values())
+        before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while (waiting or self.running) and not self.signal:
+                waiting = self.fill(waiting)
+                self.watch([r.arm for r in self.running])
+                time.sleep(POLL)
+                self.collect()
+        finally:
+            self.leave()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self.signal:
+            raise Stopped(signal.Signals(self.signal).name, 128 + self.signal)
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal == number == signal.SIGINT:  # the second Ctrl-C does not wait
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def fill(self, waiting: list[Arm]) -> list[Arm]:
+        """Start what there is a place for; what still waits is returned."""
+        left = []
+        for arm in waiting:
+            if arm.error is not None:
+                self.announce(arm, "done before")
+            elif len(self.running) == self.jobs or not self.start(arm):
+                left.append(arm)
+        return left
+
+    def start(self, arm: Arm) -> bool:
+        """Start a run, unless another ablation has it; whether it is looked after."""
+        lock = arm.claim()
+        if lock is None:
+            return False
+        if arm.error is not None:  # another ablation ended it a moment ago
+            os.close(lock)
+            self.announce(arm, "done before")
+            return True
+        arm.clear()
+        taken = {r.slot for r in self.running}
+        slot = min(set(range(self.jobs)) - taken)
+        self.announce(arm, "continuing" if arm.begun else "running")
+        try:
+            started = self.launcher.start(arm, slot, lock)
+        except OSError as error:
+            raise UserError(f"cannot start {arm.row}: {error.strerror}") from None
+        self.running.append(Running(arm, slot, lock, started))
+        return True
+
+    def collect(self) -> None:
+        """Take the runs that have ended out of their places."""
+        for r in list(self.running):
+            status = r.started.status()
+            if status is None:
+                continue
+            self.running.remove(r)
+            if r.arm.error is None and not self.signal:
+                r.arm.fail(reason(r.arm, status))
+            os.close(r.lock)
+            self.announce(r.arm, outcome(r.arm))
+
+    def leave(self) -> None:
+        """Ask what still runs to save, and wait for it."""
+        for r in self.running:
+            r.started.stop()
+        deadline = time.monotonic() + PATIENCE
+        while self.running and time.monotonic() < deadline:
+            time.sleep(POLL)
+            self.collect()
+
+
+def seed(arm: Arm) -> int:
+    """All rows get their first seed before any gets its second."""
+    return arm.experiment.seed
+
+
+def reason(arm: Arm, status: int) -> str:
+    """Why a run ended without a result: its own last words, or the signal that killed it."""
+    if status == -signal.SIGKILL:
+        return "killed by SIGKILL: was the memory full? try a smaller --batch-size or fewer --jobs"
+    lines: list[str] = []
+    if arm.log.exists():
+        text = arm.log.read_text(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if errors:
+        return errors[-1]
+    words = lines[-1] if lines else "it said nothing"
+    return f"status {status}: {words}"
+
+
+def outcome(arm: Arm) -> str:
+    """One line on a run that has ended."""
+    failure: dict[str, Any] | None = arm.failure
+    if arm.error is None:
+        return f"failed: {failure['reason']}" if failure else "stopped; the same command continues"
+    return f"fail: {failure['reason']}" if failure else f"test error {arm.error:.2f} %"

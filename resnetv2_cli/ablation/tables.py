@@ -1,0 +1,154 @@
+"""An ablation's results as rows of a table and as plain values, with their statistics."""
+
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+from resnetv2_cli.ablation.arms import Ablation, Line, number
+from resnetv2_cli.paper import FAIL, FAIL_ABOVE, Row, percent
+from resnetv2_cli.stats import CONFIDENCE, Summary, seeds_needed
+
+NONE = "—"
+
+
+def table(ablation: Ablation, detect: float) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows; a column that has nothing to say in any row is left out.
+
+    ``detect``: the difference, in points, for which the number of seeds is given.
+    """
+    columns = {
+        "row": lambda line: line.row.name,
+        "paper, %": lambda line: published(line.row),
+        "here, %": lambda line: measured(line),
+        "n": lambda line: str(line.summary.n),
+        f"{CONFIDENCE:.0%} interval": lambda line: interval(line.summary),
+        "to paper": lambda line: to_paper(ablation, line),
+        "to baseline": lambda line: to_baseline(ablation, line),
+        "p": lambda line: p(ablation, line),
+        "in the paper": lambda line: published_difference(ablation, line),
+        f"seeds for {detect:g}": lambda line: seeds(ablation, line, detect),
+    }
+    cells = {name: [cell(line) for line in ablation.lines] for name, cell in columns.items()}
+    kept = {
+        name: column
+        for name, column in cells.items()
+        if name in ("row", "here, %", "n") or any(cell != NONE for cell in column)
+    }
+    return list(kept), [list(row) for row in zip(*kept.values(), strict=True)]
+
+
+def published(row: Row) -> str:
+    """The paper's error, with mean±std where it gives them; a dash where it has no such row."""
+    if row.published != row.published:
+        return NONE
+    return percent(row.published) + (f" ({row.spread})" if row.spread else "")
+
+
+def measured(line: Line) -> str:
+    """Median (mean±std), as in Table 4; ``fail`` where the median is above 20 %, with the median.
+
+    Where nothing was measured because runs crashed: why.
+    """
+    s = line.summary
+    if s.median is None:
+        return f"crashed: {line.failures[0]}" if line.failures else NONE
+    crashed = f", {len(line.failures)} crashed" if line.failures else ""
+    if s.median == FAIL:
+        return f"fail (diverged{crashed})"
+    spread = f"{s.mean:.2f}±{s.std:.2f}" if s.std is not None else ""
+    if s.diverged:
+        spread = f"{s.diverged} of {s.n} diverged"
+    inside = (spread + crashed).removeprefix(", ")
+    text = f"{s.median:.2f}" + (f" ({inside})" if inside else "")
+    return f"fail: {text}" if s.median > FAIL_ABOVE else text
+
+
+def interval(summary: Summary) -> str:
+    """Where the mean of many seeds lies."""
+    if summary.interval is None:
+        return NONE
+    low, high = summary.interval
+    return f"{low:.2f} to {high:.2f}"
+
+
+def difference(line: Line) -> float | None:
+    """Median minus the published error, in points; none where either failed."""
+    ours, theirs = line.summary.median, line.row.published
+    if ours is None or ours > FAIL_ABOVE or theirs != theirs or theirs == FAIL:
+        return None
+    return ours - theirs
+
+
+def to_paper(ablation: Ablation, line: Line) -> str:
+    """Median minus the published error, where both are of the same recipe."""
+    points = difference(line) if ablation.comparable else None
+    return NONE if points is None else f"{points:+.2f}"
+
+
+def to_baseline(ablation: Ablation, line: Line) -> str:
+    """Mean difference to the row that it is compared with, over the seeds that both have."""
+    mean = ablation.pairs(line).mean
+    return NONE if mean is None else f"{mean:+.2f}"
+
+
+def p(ablation: Ablation, line: Line) -> str:
+    """That seeds alone make such a difference (paired t-test)."""
+    value = ablation.pairs(line).p
+    return NONE if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def published_difference(ablation: Ablation, line: Line) -> str:
+    """The same difference between the paper's own errors."""
+    baseline = ablation.line(line.row.baseline)
+    if baseline is None or line.row.published != line.row.published:
+        return NONE
+    if line.row.published == FAIL:
+        return "fail"
+    points = line.row.published - baseline.row.published
+    return f"{points:+.2f}" if points == points and abs(points) != FAIL else NONE
+
+
+def seeds(ablation: Ablation, line: Line, detect: float) -> str:
+    """With how many seeds a true difference of ``detect`` points would be seen 8 times in 10."""
+    std = ablation.pairs(line).std
+    return NONE if std is None else f"{seeds_needed(std, detect):,}"
+
+
+def as_json(ablation: Ablation, detect: float) -> dict[str, Any]:
+    """Everything that the table says, and the settings, as plain values."""
+    return {
+        "title": ablation.title,
+        "scale": ablation.scale,
+        "protocol": ablation.protocol,
+        "comparable": ablation.comparable,
+        "rows": [row_as_json(ablation, line, detect) for line in ablation.lines],
+    }
+
+
+def row_as_json(ablation: Ablation, line: Line, detect: float) -> dict[str, Any]:
+    """One row."""
+    s, pairs = line.summary, ablation.pairs(line)
+    return {
+        "name": line.row.name,
+        "published": number(line.row.published),
+        "spread": line.row.spread,
+        "figure": line.row.figure,
+        "note": line.row.note,
+        "errors": {str(seed): number(error) for seed, error in line.errors.items()},
+        "n": s.n,
+        "median": number(median(s.errors)) if s.errors else None,
+        "mean": s.mean,
+        "std": s.std,
+        "interval": s.interval,
+        "fail": s.median is not None and s.median > FAIL_ABOVE,
+        "to_paper": difference(line) if ablation.comparable else None,
+        "baseline": line.row.baseline,
+        "to_baseline": {"mean": pairs.mean, "std": pairs.std, "p": pairs.p},
+        "seeds_for": {
+            "difference": detect,
+            "seeds": None if pairs.std is None else seeds_needed(pairs.std, detect),
+        },
+        "failures": line.failures,
+        "settings": asdict(line.arms[0].experiment),
+        "runs": [str(arm.folder) for arm in line.arms],
+    }

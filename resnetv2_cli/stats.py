@@ -1,0 +1,127 @@
+"""What several runs of one row say together, and what they say beside another row."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import mean, median, stdev
+
+CONFIDENCE = 0.95
+POWER = (
+    0.8  # chance of seeing a difference that is there, of as many seeds as ``seeds_needed`` says
+)
+MOST_SEEDS = 10_000
+
+
+def quantile(degrees: int) -> float:
+    """Student's t that CONFIDENCE of all draws stay below in size."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.5 + CONFIDENCE / 2, degrees))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Errors of the seeds of one row, in percent; infinity is a run that diverged.
+
+    ``mean``, ``std`` (of n - 1) and the interval of the mean exist from two finite runs on.
+    """
+
+    errors: tuple[float, ...]
+
+    @property
+    def n(self) -> int:
+        return len(self.errors)
+
+    @property
+    def diverged(self) -> int:
+        return sum(math.isinf(e) for e in self.errors)
+
+    @property
+    def median(self) -> float | None:
+        return median(self.errors) if self.errors else None
+
+    @property
+    def mean(self) -> float | None:
+        return mean(self.errors) if self.errors and not self.diverged else None
+
+    @property
+    def std(self) -> float | None:
+        return stdev(self.errors) if self.n > 1 and not self.diverged else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Where the mean of many seeds lies, with a confidence of 95 % (Student's t)."""
+        if self.mean is None or self.std is None:
+            return None
+        half = quantile(self.n - 1) * self.std / math.sqrt(self.n)
+        return self.mean - half, self.mean + half
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Differences of two rows, seed by seed, in points of percent: this one minus the baseline.
+
+    Seeds give both rows the same order of images and the same crops, so a part of the noise is
+    common to both and falls out of the difference.
+    """
+
+    differences: tuple[float, ...]
+
+    @classmethod
+    def of(cls, ours: Mapping[int, float], baseline: Mapping[int, float]) -> "Pairs":
+        """The seeds that both have a finite error for."""
+        seeds = sorted(set(ours) & set(baseline))
+        pairs = [(ours[s], baseline[s]) for s in seeds]
+        return cls(tuple(a - b for a, b in pairs if math.isfinite(a) and math.isfinite(b)))
+
+    @property
+    def mean(self) -> float | None:
+        return mean(self.differences) if self.differences else None
+
+    @property
+    def std(self) -> float | None:
+        return stdev(self.differences) if len(self.differences) > 1 else None
+
+    @property
+    def p(self) -> float | None:
+        """Two-sided p of the paired t-test: that seeds alone make such a difference."""
+        if self.mean is None or self.std is None:
+            return None
+        if self.std == 0:
+            return 1.0 if self.mean == 0 else 0.0
+        from scipy.stats import t
+
+        n = len(self.differences)
+        return float(2 * t.sf(abs(self.mean) * math.sqrt(n) / self.std, n - 1))
+
+
+def seeds_needed(std: float, difference: float) -> int:
+    """The least number of seeds with which a paired test sees a true difference, 8 times in 10.
+
+    ``std``: of the differences between the rows, seed by seed, in points; ``difference``: the one
+    to be seen, in points. MOST_SEEDS where even that many do not do.
+    """
+    if std == 0:
+        return 2
+
+    def enough(n: int) -> bool:
+        return power(n, std, difference) >= POWER
+
+    low, high = 1, 2
+    while not enough(high):
+        low, high = high, 2 * high
+        if high > MOST_SEEDS:
+            return MOST_SEEDS
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def power(n: int, std: float, difference: float) -> float:
+    """Chance that a paired t-test over n seeds calls a true difference significant."""
+    from scipy.stats import nct
+
+    bound, shift = quantile(n - 1), abs(difference) * math.sqrt(n) / std
+    chance = float(nct.sf(bound, n - 1, shift) + nct.cdf(-bound, n - 1, shift))
+    return chance if math.isfinite(chance) else 1.0  # far out, where SciPy's series ends
