@@ -11,7 +11,7 @@ import yaml
 
 from resnetv2_cli import plans
 from resnetv2_cli.errors import UserError, unknown
-from resnetv2_cli.settings import checked, rows, setting
+from resnetv2_cli.settings import checked, kinds, rows, setting
 
 _PACKAGED = Path(__file__).parent / "configs"  # in a wheel; in a checkout they are beside it
 CONFIGS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "configs"
@@ -303,6 +303,21 @@ class Experiment:
     def dump(self) -> str:
         """The whole experiment as YAML: what a run folder keeps, and what reproduces the run."""
         return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+def parsed(name: str, text: str) -> Any:
+    """The value of a setting, from its text on the command line; ``none`` where it may be unset.
+
+    Raises:
+        UserError: there is no such setting, or it takes no such value.
+    """
+    known = {f.name: f for f in fields(Experiment)}
+    if name not in known:
+        raise unknown("setting", name, known)
+    kind, _, optional = kinds(known[name])
+    words: dict[str, Any] = {"true": True, "false": False} if kind is bool else {}
+    words |= {"none": None} if optional else {}
+    return checked(known[name], words.get(text, text))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from resnetv2_cli.config import Experiment
-from resnetv2_cli.errors import UserError, unknown
+from resnetv2_cli.config import Experiment, parsed
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.paper import FIGURES, TABLE_1, TABLE_2, TABLES, PaperTable, Row
-from resnetv2_cli.settings import checked, kinds
 
 UNPUBLISHED = float("nan")
 
@@ -141,7 +140,6 @@ def of_grid(axes: list[str]) -> Study:
     Raises:
         UserError: an axis is no ``setting=value,value``, names no setting, or is there twice.
     """
-    known = {f.name: f for f in fields(Experiment) if f.name != "seed"}
     chosen: dict[str, list[Any]] = {}
     for axis in axes:
         name, _, values = axis.partition("=")
@@ -149,11 +147,11 @@ def of_grid(axes: list[str]) -> Study:
         if not values:
             hint = "for instance: --grid depth=20,110 shortcut=identity,dropout"
             raise UserError(f"{axis!r} is no axis of a grid", hint)
-        if name not in known:
-            raise unknown("setting", name, known)
+        if name == "seed":
+            raise UserError("seeds are no axis", "--runs N gives every row N seeds")
         if name in chosen:
             raise UserError(f"the grid has {name} twice", "give all its values together")
-        chosen[name] = [typed(known[name], value) for value in values.split(",")]
+        chosen[name] = [parsed(name, value) for value in values.split(",")]
     title = " x ".join(f"{name} {', '.join(map(str, v))}" for name, v in chosen.items())
     rows: list[Row] = []
     for combination in itertools.product(*chosen.values()):
@@ -162,22 +160,6 @@ def of_grid(axes: list[str]) -> Study:
         baseline = rows[0].name if rows else ""
         rows.append(Row(name, published(settings), settings, baseline=baseline))
     return Study(f"grid-{slug(title)[:60]}", PaperTable(f"Grid: {title}", {}, tuple(rows)))
-
-
-def typed(f: Any, text: str) -> Any:
-    """A value of the command line as the setting has it.
-
-    Raises:
-        UserError: the setting takes no such value.
-    """
-    kind, _, optional = kinds(f)
-    if optional and text == "none":
-        return None
-    if kind is bool:
-        if text not in ("true", "false"):
-            raise UserError(f"{f.name} must be true or false, not {text!r}", f.metadata["doc"])
-        return text == "true"
-    return checked(f, text)
 
 
 def published(settings: Mapping[str, Any]) -> float:
