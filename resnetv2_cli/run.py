@@ -250,15 +250,17 @@ def resumed(folder: RunFolder, given: dict[str, Any]) -> tuple[Experiment, list[
     return replace(saved, **changed), lines
 
 
-def evaluate(path: Path, **overrides: Any) -> tuple[dict[str, Any], Classification]:
-    """Scores of a checkpoint on its test images; network and data settings come from it alone.
+def restore(
+    path: Path, experiment: Experiment | None = None, **overrides: Any
+) -> tuple[dict[str, Any], Classification, ImageData]:
+    """A checkpoint, and its network with its weights, and its images; the experiment comes from the
+    checkpoint alone unless one is given.
 
     Raises:
         UserError: the file is no checkpoint of this tool, or the images are missing.
     """
     saved = checkpoints.read(path)
-    experiment = checkpoints.experiment_of(saved, **overrides)
-    task, data = build(experiment)
+    task, data = build(experiment or checkpoints.experiment_of(saved, **overrides))
     if list(data.classes) != saved["classes"]:
         ours, theirs = ", ".join(data.classes[:3]), ", ".join(saved["classes"][:3])
         raise UserError(
@@ -266,7 +268,17 @@ def evaluate(path: Path, **overrides: Any) -> tuple[dict[str, Any], Classificati
             "name the dataset that it was trained on",
         )
     checkpoints.load_weights(task, saved, path)
-    trainer = trainer_of(experiment, logger=False)
+    return saved, task, data
+
+
+def evaluate(path: Path, **overrides: Any) -> tuple[dict[str, Any], Classification]:
+    """Scores of a checkpoint on its test images; network and data settings come from it alone.
+
+    Raises:
+        UserError: the file is no checkpoint of this tool, or the images are missing.
+    """
+    saved, task, data = restore(path, **overrides)
+    trainer = trainer_of(checkpoints.experiment_of(saved, **overrides), logger=False)
     trainer.test(task, datamodule=data, verbose=False, weights_only=True)
     scores = task.scores | {"step": saved["global_step"]}
     expected = len(data.test.labels)

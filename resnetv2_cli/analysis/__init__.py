@@ -1,1 +1,1 @@
-"""The paper's argument, checked on a network at work: what x, F and the gradient do along depth."""
+"""The paper's argument, checked by numbers: a module for each topic, listed in ``topics``."""

@@ -1,126 +1,183 @@
-"""The backward pass: the two terms of Eqs. 5 and 8, and the gradient by length of path.
+"""The gradient on its way down: dL/dx_l = direct term + term through the weights (Eqs. 5 and 8)."""
 
-A cotangent at x_{l+1} goes back through f, and then to x_l on two ways: through h, and through
-the weights (all that is left of y_l when h is taken away). Both are vector-Jacobian products of
-the unit itself; neither is got by subtracting the other from the gradient.
-"""
-
+from itertools import accumulate
+from operator import mul
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resnetv2_cli.analysis.trace import Step, stretches
+from resnetv2_cli.analysis.draw import Measured, Panels, by_stage, ends, named, of, short
+from resnetv2_cli.analysis.subject import Subject
+from resnetv2_cli.analysis.topics import Table
+from resnetv2_cli.analysis.trace import Trace, Unit, ratio, size
 
-LONGEST = 16  # residual branches on a path that is counted by itself; longer ones are together
-
-
-def product(out: Tensor, at: Tensor, cotangent: Tensor) -> Tensor:
-    """cotangent * d out / d at; zeros where ``out`` does not depend on ``at``."""
-    [grad] = torch.autograd.grad(out, at, cotangent, materialize_grads=True)
-    return grad
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()
+def vjp(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+    """The sum of cotangents times Jacobians, one for each input; zeros where nothing leads."""
+    found = torch.autograd.grad(
+        outputs, inputs, cotangents, retain_graph=True, materialize_grads=True
+    )
+    return list(found)
 
 
-def through_f(step: Step, cotangent: Tensor) -> Tensor:
-    """From x_{l+1} to y_l (Eq. 2)."""
-    y = leaf(step.y)
-    return product(step.unit.after(y), y, cotangent)
+def gradients(trace: Trace) -> tuple[dict[Unit, Tensor], dict[Unit, Tensor]]:
+    """dL/dx_l and dL/dx_{l+1} of every unit, from autograd through the whole network."""
+    tensors = [u.x for u in trace.units] + [trace.units[-1].out]
+    found = vjp([trace.loss], tensors, [torch.ones_like(trace.loss)])
+    units = trace.units
+    return dict(zip(units, found, strict=False)), dict(zip(units, found[1:], strict=True))
 
 
-def through_h(step: Step, cotangent: Tensor) -> Tensor:
-    """From y_l to x_l by the shortcut alone; of a gate that is diag(1-g) - diag(x) dg/dx."""
-    x = leaf(step.x)
-    return product(step.h(step.unit.shared(x)), x, cotangent)
+def direct_terms(span: list[Unit], at_end: Tensor) -> list[Tensor]:
+    """dL/dx_L times the product of h'_i from i = L-1 down to l, for l = L, L-1, ... of a span:
+    the vjp of the shortcuts alone, each at the x_i it had.
 
-
-def through_weights(step: Step, cotangent: Tensor) -> Tensor:
-    """From y_l to x_l by everything else: F, and a gate where it scales F."""
-    x = leaf(step.x)
-    shared = step.unit.shared(x)
-    y = step.shortcut(shared, step.unit.residual(shared))
-    return product(y - step.h(shared), x, cotangent)
-
-
-def backward(steps: list[Step], loss: Tensor) -> dict[str, Any]:
-    """``units``: size of dE/dx_l and of its direct term and its term through the weights, from
-    the end of the stage (Eq. 5; Eq. 8 where h scales); ``stages``: how well the two add up.
-
-    ``split_error``: max |direct + through weights - dE/dx_l| over max |dE/dx_l|, the worst of a
-    stage; zero to rounding, whatever the unit and the shortcut. ``direct_error``: max |direct -
-    dE/dx_L| over max |dE/dx_L|, zero where the path is clean.
+    Source: Eq. 8, and "h'" for others than constant scaling; in Eq. 5 it is dL/dx_L.
     """
-    ends = [s.x for s in steps] + [steps[-1].out]
-    grads = torch.autograd.grad(loss, ends, retain_graph=True)
-    gradient = dict(zip([s.name for s in steps] + ["end"], grads, strict=True))
-    following = dict(zip([s.name for s in steps], grads[1:], strict=True))
-    units = {s.name: {"name": s.name, "gradient": norm(gradient[s.name])} for s in steps}
-    stages = []
-    for name, part in stretches(steps).items():
-        at_end = following[part[-1].name]
-        direct, weights = at_end, torch.zeros_like(at_end)
-        split = clean = 0.0
-        for step in reversed(part):
-            back, rest = through_f(step, direct), through_f(step, weights)
-            weights = through_h(step, rest) + through_weights(step, rest + back)
-            direct = through_h(step, back)
-            whole = gradient[step.name]
-            split = max(split, relative(direct + weights - whole, whole))
-            clean = max(clean, relative(direct - at_end, at_end))
-            units[step.name] |= {"direct": norm(direct), "weights": norm(weights)}
-        stages.append(
-            {
-                "name": name,
-                "units": len(part),
-                "at_start": norm(gradient[part[0].name]),
-                "at_end": norm(at_end),
-                "direct": norm(direct),
-                "weights": norm(weights),
-                "split_error": split,
-                "direct_error": clean,
-            }
-        )
-    return {"units": list(units.values()), "at_end": norm(grads[-1]), "stages": stages}
+    terms = [at_end]
+    for unit in reversed(span):
+        terms += vjp([unit.h], [unit.x], [terms[-1]])
+    return terms
 
 
-def norm(x: Tensor) -> float:
-    return float(x.norm())
+def split(span: list[Unit], at_end: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The two terms of Eq. 8 at every x_l of a span: direct, and through the weights.
 
-
-def relative(error: Tensor, of: Tensor) -> float:
-    """max |error| over max |of|."""
-    return float(error.abs().max() / of.abs().max().clamp_min(torch.finfo(of.dtype).tiny))
-
-
-def paths(steps: list[Step], loss: Tensor) -> dict[str, Any]:
-    """The gradient at x_1, split by how many residual branches its paths pass.
-
-    A network of L units is a sum over 2^L paths, of which so many pass k branches as there are
-    ways to choose k of L (Veit, Wilber, Belongie 2016; not in the paper). ``lengths``: k and the
-    size of the gradient over these paths; ``share``: of the sum of all sizes; ``longer``: the
-    size of what passes more than LONGEST.
+    The second is d/dx_l of the sum of F-hat(x_i), times dL/dx_L, in one vjp. F-hat is F times the
+    product of h'_j above it, so F(x_i) has as its cotangent the direct term that arrives there;
+    with identity shortcuts every one of them is dL/dx_L (Eq. 5).
     """
-    [at_end] = torch.autograd.grad(loss, [steps[-1].out], retain_graph=True)
-    [whole] = torch.autograd.grad(loss, [steps[0].x], retain_graph=True)
-    terms = [at_end]  # by length of path
-    for step in reversed(steps):
-        terms = [through_f(step, term) for term in terms]
-        carried = [through_h(step, term) for term in terms]
-        passed = [through_weights(step, term) for term in terms[:LONGEST]]
-        grown = [torch.zeros_like(carried[0]), *passed]
-        padded = carried + [torch.zeros_like(carried[0])] * (len(grown) - len(carried))
-        terms = [a + b for a, b in zip(padded, grown, strict=True)]
-    longer = whole - torch.stack(terms).sum(0)
-    sizes = [norm(term) for term in terms]
-    total = sum(sizes) + norm(longer)
-    return {
-        "units": len(steps),
-        "lengths": [
-            {"length": k, "gradient": size, "share": size / total} for k, size in enumerate(sizes)
-        ],
-        "longer": norm(longer),
-        "whole": norm(whole),
+    direct = direct_terms(span, at_end)[::-1]
+    added, xs = [u.added for u in span], [u.x for u in span]
+    return list(zip(direct, vjp(added, xs, direct[1:]), strict=False))
+
+
+def shortcut_scale(unit: Unit, cotangent: Tensor) -> float:
+    """By how much h' alone scales a gradient: lambda_l for constant scaling.
+
+    Where the shape changes, padding or projecting is not counted: only what is done beside it.
+    """
+    [below] = vjp([unit.h], [unit.x], [cotangent])
+    if unit.keeps_shape:
+        return ratio(size(below), size(cotangent))
+    carried = unit.module.shortcut.carry(unit.split)  # type: ignore[union-attr, operator]
+    [alone] = vjp([carried], [unit.x], [cotangent])
+    return ratio(size(below), size(alone))
+
+
+def limits(products: list[float]) -> dict[str, dict[str, int | None]]:
+    """For each number format, after how many units a product of scales is no longer normal
+    (``underflow``), no longer finite (``overflow``), or too small to change a 1 that it is added
+    to (``lost``); None: it never is. ``products`` from the last unit down."""
+
+    def first(found: list[bool]) -> int | None:
+        return found.index(True) + 1 if True in found else None
+
+    made = {}
+    for name, dtype in TYPES.items():
+        info = torch.finfo(dtype)
+        made[name] = {
+            "underflow": first([p < info.tiny for p in products]),
+            "overflow": first([p > info.max for p in products]),
+            "lost": first([p < info.eps / 2 for p in products]),
+        }
+    return made
+
+
+def gate(unit: Unit) -> list[float] | None:
+    """Mean, least and most of g(x_l); None for a shortcut without a gate."""
+    g = unit.gate
+    return None if g is None else [float(v) for v in (g.mean(), g.min(), g.max())]
+
+
+def measure(subject: Subject, trace: Trace) -> dict[str, Any]:
+    """For every unit: ``gradient`` (norm of dL/dx_l), ``direct`` and ``weights`` (norms of the two
+    terms) and ``off`` (norm of gradient - direct - weights, over the gradient's), None where the
+    shape changes; ``scale`` of its shortcut, and ``product`` of these from the last unit down to
+    it; ``gate``. And ``limits`` of the products."""
+    at_x, at_out = gradients(trace)
+    terms = {
+        unit: pair
+        for span in trace.spans
+        for unit, pair in zip(span, split(span, at_out[span[-1]]), strict=True)
     }
+    off = {u: ratio(size(at_x[u] - sum(pair)), size(at_x[u])) for u, pair in terms.items()}
+    scales = [shortcut_scale(u, at_out[u]) for u in trace.units]
+    products = list(accumulate(reversed(scales), mul))
+    return {
+        "stage": [u.stage for u in trace.units],
+        "gradient": [size(at_x[u]) for u in trace.units],
+        "direct": [size(terms[u][0]) if u in terms else None for u in trace.units],
+        "weights": [size(terms[u][1]) if u in terms else None for u in trace.units],
+        "off": [off.get(u) for u in trace.units],
+        "scale": scales,
+        "product": products[::-1],
+        "gate": [gate(u) for u in trace.units],
+        "limits": limits(products),
+    }
+
+
+def table(measured: Measured) -> Table:
+    """A line for each stage of each network; the terms at its first unit that keeps the shape."""
+    columns = ["stage", "|dL/dx_l|", "direct", "weights", "off by", "scales", "g"]
+    rows = []
+    for label, m in measured.items():
+        for stage, units in by_stage(m):
+            kept = [i for i in units if m["off"][i] is not None]
+            rows.append(
+                [
+                    named(measured, label, stage),
+                    ends([m["gradient"][i] for i in units]),
+                    *(short(m[k][kept[0]]) if kept else "—" for k in ("direct", "weights")),
+                    short(max((m["off"][i] for i in kept), default=None)),
+                    short(m["product"][units[0]]),
+                    ends([m["gate"][i][0] for i in units]) if m["gate"][units[0]] else "—",
+                ]
+            )
+    title = f"dL/dx_l = direct + through the weights (Eqs. 5, 8), by stage{of(measured)}"
+    return Table(title, columns, rows, tuple(notes(measured)))
+
+
+def notes(measured: Measured) -> list[str]:
+    """Where the products of shortcut scales leave the formats that networks are trained in."""
+    words = {
+        "underflow": "is below the normal numbers of {} after {} units",
+        "overflow": "is above the largest {} after {} units",
+        "lost": "no longer changes a {} gradient of size 1 after {} units",
+    }
+    lines = []
+    for label, m in measured.items():
+        for what, sentence in words.items():
+            found = [(name, at[what]) for name, at in m["limits"].items() if at[what]]
+            if found:
+                said = ", ".join(sentence.format(name, n) for name, n in found[:1])
+                said += "".join(f", {name} after {n}" for name, n in found[1:])
+                lines.append(f"{label}: the product of shortcut scales {said}")
+    return lines
+
+
+def draw(measured: Measured, to: Path) -> None:
+    """Gradients, terms, products and, where there are any, gates, over depth."""
+    titles = [
+        "norm of dL/dx_l (solid) and of its direct term within the stage (dashed)",
+        "Eqs. 5, 8 off by: |dL/dx_l - direct - through weights| / |dL/dx_l|",
+        "product of shortcut scales from unit l to the last",
+    ]
+    gated = {label: m for label, m in measured.items() if any(m["gate"])}
+    if gated:
+        titles.append("1 - g, openness of the shortcut: mean, least and most")
+    panels = Panels(measured, *titles)
+    for label, m in measured.items():
+        panels.over_depth(0, label, m["gradient"])
+        panels.over_depth(0, label, m["direct"], "--")
+        panels.off(1, label, m["off"])
+        panels.over_depth(2, label, m["product"])
+    for label, m in gated.items():
+        for which, dash in enumerate(("-", ":", ":")):
+            panels.over_depth(3, label, [g and 1 - g[which] for g in m["gate"]], dash)
+    panels.log(0, 2)
+    panels.save(to)

@@ -1,107 +1,125 @@
-"""One picture a topic; several networks are laid over each other."""
+"""What the pictures of all topics share: panels over depth, several networks laid over each other.
 
-from collections.abc import Callable
+Color tells the network, dash the quantity, as in the paper's figures.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
+from resnetv2_cli.plot import COLORS, plt, save
 
-from resnetv2_cli.plot import COLORS, save
-
-Found = list[dict[str, Any]]
-
-
-def depths(units: list[Any]) -> list[float]:
-    """Where each unit stands between the first (0) and the last (1), for networks of any depth."""
-    return [i / max(1, len(units) - 1) for i in range(len(units))]
+Measured = Mapping[str, dict[str, Any]]  # by the network's label
+Value = float | None
+ROUND = 1e-17  # below what float64 can tell from 1
 
 
-def series(axes: Axes, color: str, units: list[dict], key: str, style: str, label: str) -> None:
-    """A quantity along depth; a unit that has none leaves a gap."""
-    values = [unit.get(key, float("nan")) for unit in units]
-    axes.plot(depths(units), values, style, color=color, lw=1.4, label=label)
+class Panels:
+    """Panels one above the other, for the networks of ``measured``.
+
+    Where all of them have the same units, these are counted along the bottom, l = 1 ... L; else
+    it is the share of the depth. Dotted lines stand where the feature-map size changes.
+    """
+
+    def __init__(self, measured: Measured, *titles: str, over_depth: bool = True) -> None:
+        self.colors = dict(zip(measured, cycle(COLORS), strict=False))
+        self.figure, axes = plt.subplots(
+            len(titles),
+            1,
+            figsize=(7, 2.3 * len(titles) + 0.8),
+            layout="constrained",
+            sharex=over_depth,
+            squeeze=False,
+        )
+        self.panels = [row[0] for row in axes]
+        for panel, title in zip(self.panels, titles, strict=True):
+            panel.set_title(title, loc="left", fontsize=9)
+            panel.grid(axis="y", alpha=0.3)
+            panel.tick_params(which="both", labelsize=8)
+        if over_depth:
+            self._depth(measured)
+
+    def _depth(self, measured: Measured) -> None:
+        stages = [m["stage"] for m in measured.values()]
+        self.relative = any(other != stages[0] for other in stages)
+        unit = 100 / len(stages[0]) if self.relative else 1
+        changes = [i + 0.5 for i in range(1, len(stages[0])) if stages[0][i] != stages[0][i - 1]]
+        for panel in self.panels:
+            for change in changes:
+                panel.axvline(change * unit, color="grey", lw=0.8, ls=":")
+        self.below("depth, % of the units" if self.relative else "unit l")
+
+    def over_depth(self, panel: int, label: str, ys: Sequence[Value], dash: str = "-") -> None:
+        """A value of every unit; gaps where there is none."""
+        n = len(ys)
+        xs = [(i + 1) * (100 / n if self.relative else 1) for i in range(n)]
+        self.line(panel, label, xs, ys, dash)
+
+    def line(
+        self, panel: int, label: str, xs: Sequence[float], ys: Sequence[Value], dash: str = "-"
+    ) -> None:
+        """A line in the color of its network."""
+        shown = [math.nan if y is None else y for y in ys]
+        self.panels[panel].plot(xs, shown, dash, color=self.colors[label], lw=1.4, ms=3)
+
+    def off(self, panel: int, label: str, ys: Sequence[Value]) -> None:
+        """By how much an equation is off, from rounding to all of it; nothing is drawn as ROUND."""
+        self.over_depth(panel, label, [y if y is None else max(y, ROUND) for y in ys])
+        self.panels[panel].set_yscale("log")
+        self.panels[panel].set_ylim(ROUND / 10, 100)
+
+    def below(self, text: str) -> None:
+        """What the last panel has along the bottom."""
+        self.panels[-1].set_xlabel(text, fontsize=9)
+
+    def log(self, *panels: int) -> None:
+        """Logarithmic; what is zero leaves a gap, and a panel of nothing but zeros stays as is."""
+        for panel in (self.panels[i] for i in panels):
+            ys = [y for line in panel.get_lines() for y in line.get_ydata()]
+            if any(y > 0 for y in ys):
+                panel.set_yscale("log", nonpositive="mask")
+
+    def save(self, to: Path) -> None:
+        """Write the picture, the networks named on top."""
+        handles = [plt.Line2D([], [], color=c, lw=2) for c in self.colors.values()]
+        self.figure.legend(
+            handles,
+            list(self.colors),
+            loc="outside upper left",
+            ncols=1 + (len(self.colors) > 4),
+            fontsize=8,
+            frameon=False,
+        )
+        save(self.figure, to)
 
 
-def forward(figure: plt.Figure, found: Found) -> None:
-    left, right = figure.subplots(1, 2)
-    for color, one in zip(COLORS, found, strict=False):
-        units = one["forward"]["units"]
-        series(left, color, units, "x", "-", f"$x_l$, {one['network']}")
-        series(left, color, units, "residual", ":", "$F(x_l)$")
-        series(right, color, units, "truncated", "-", one["network"])
-    left.set(title="Signal", ylabel="root mean square", yscale="log")
-    right.set(title="$y_l < 0$: what a ReLU behind the addition cuts", ylabel="share", ylim=(0, 1))
+def named(measured: Measured, label: str, part: object = "") -> str:
+    """What a line of a table is about; where there is one network, its title has the name."""
+    return ": ".join(filter(None, [label if len(measured) > 1 else "", str(part)]))
 
 
-def shortcuts(figure: plt.Figure, found: Found) -> None:
-    left, right = figure.subplots(1, 2)
-    for color, one in zip(COLORS, found, strict=False):
-        units = one["shortcuts"]["units"]
-        product, products = 1.0, []
-        for unit in units:
-            product *= unit["gain"]
-            products.append({"product": product or float("nan")})
-        series(left, color, units, "gain", "-", one["network"])
-        series(right, color, products, "product", "-", one["network"])
-    left.set(title="Gain of the shortcut, $|h(x_l)| / |x_l|$", ylabel="gain", ylim=(0, None))
-    right.set(title="Product of the gains up to here (Eq. 8)", ylabel="product", yscale="log")
+def of(measured: Measured) -> str:
+    """The end of a title: the network, where there is only one."""
+    return f"\n{next(iter(measured))}" if len(measured) == 1 else ""
 
 
-def backward(figure: plt.Figure, found: Found) -> None:
-    left, right = figure.subplots(1, 2)
-    for color, one in zip(COLORS, found, strict=False):
-        units = one["backward"]["units"]
-        series(left, color, units, "gradient", "-", one["network"])
-        series(right, color, units, "direct", "-", f"direct, {one['network']}")
-        series(right, color, units, "weights", ":", "through the weights")
-    left.set(title="Gradient, $|\\partial E / \\partial x_l|$", ylabel="norm", yscale="log")
-    right.set(title="Its two terms, from the end of the stage (Eq. 5)", yscale="log")
+def by_stage(measured: dict[str, Any]) -> list[tuple[int, list[int]]]:
+    """Every stage with the places of its units."""
+    stages = measured["stage"]
+    return [(s, [i for i, own in enumerate(stages) if own == s]) for s in sorted(set(stages))]
 
 
-def paths(figure: plt.Figure, found: Found) -> None:
-    axes = figure.subplots()
-    for color, one in zip(COLORS, found, strict=False):
-        lengths = one["paths"]["lengths"]
-        x, y = [p["length"] for p in lengths], [p["share"] for p in lengths]
-        axes.plot(x, y, "o-", color=color, label=one["network"])
-    axes.set(
-        title="Gradient at $x_1$ by length of path (Veit et al. 2016)",
-        xlabel="residual branches on the path",
-        ylabel="share",
-        ylim=(0, None),
-    )
+def ends(values: Sequence[float]) -> str:
+    """``1.2 - 8.5``: a value at the first and at the last unit."""
+    return f"{short(values[0], 2)} - {short(values[-1], 2)}"
 
 
-def lesion(figure: plt.Figure, found: Found) -> None:
-    left, right = figure.subplots(1, 2)
-    for color, one in zip(COLORS, found, strict=False):
-        made = one["lesion"]
-        series(left, color, made["deleted"], "error", "o-", one["network"])
-        left.axhline(made["intact"], color=color, ls="--", lw=1)
-        series(right, color, made["swapped"], "error", "o-", one["network"])
-        right.axhline(made["intact"], color=color, ls="--", lw=1)
-    left.set(title="One unit deleted (dashed: intact)", ylabel="test error, %", ylim=(0, 100))
-    right.set(title="A unit swapped with the next", ylabel="test error, %", ylim=(0, 100))
-
-
-PICTURES: dict[str, Callable[[plt.Figure, Found], None]] = {
-    "forward": forward,
-    "shortcuts": shortcuts,
-    "backward": backward,
-    "paths": paths,
-    "lesion": lesion,
-}
-
-
-def draw(topic: str, found: Found, to: Path) -> None:
-    """The picture of a topic, of all networks."""
-    figure = plt.figure(figsize=(12, 4.6), layout="constrained")
-    PICTURES[topic](figure, found)
-    for axes in figure.axes:
-        axes.grid(alpha=0.3)
-        if not axes.get_xlabel():
-            axes.set_xlabel("depth: first unit (0) to last (1)")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
-    save(figure, to)
+def short(value: Value, digits: int = 3) -> str:
+    """A few digits, one of what is tiny, or a dash for what there is not."""
+    if value is None:
+        return "—"
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.0e}"
+    return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.{digits}g}"

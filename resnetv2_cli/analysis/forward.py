@@ -1,91 +1,82 @@
-"""The forward pass: Eqs. 3, 4 and 7, and how open the shortcuts are."""
+"""The signal on its way up: x_L = x_l + sum of F(x_i, W_i) (Eq. 4), and where it breaks."""
 
-import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resnetv2_cli.analysis.trace import Step, stretches
-
-SMALLEST = {  # positive normal numbers
-    "float32": torch.finfo(torch.float32).tiny,
-    "float16": torch.finfo(torch.float16).tiny,
-}
+from resnetv2_cli.analysis.draw import Measured, Panels, by_stage, ends, named, of, short
+from resnetv2_cli.analysis.subject import Subject
+from resnetv2_cli.analysis.topics import Table
+from resnetv2_cli.analysis.trace import Trace, Unit, ratio, size
 
 
-def rms(x: Tensor) -> float:
-    """Root mean square of all elements."""
-    return float(x.double().square().mean().sqrt())
+def additive_residuals(span: list[Unit]) -> list[float]:
+    """||x_L - x_l - sum F(x_i, W_i)|| / ||x_L|| for every l of a span, L behind its last unit.
 
-
-def forward(steps: list[Step]) -> dict[str, Any]:
-    """``units``: sizes of x_l and F_l along depth; ``stages``: the additive form (Eq. 4).
-
-    ``additive_error``: max |x_L - x_l - sum F_i| over max |x_L|, zero to rounding where h and f
-    are the identity, for every pair of ends that a stage has, the worst. ``least_growth``: min of
-    x_{l+1} - x_l, not negative where F ends in ReLU, Fig. 4(c).
+    Zero to rounding where h and f are identities. Source: Eq. 4.
     """
+    x_L = span[-1].out.detach()
+    total, off = torch.zeros_like(x_L), list[float]()
+    for unit in reversed(span):
+        total = total + unit.residual.detach()
+        off.append(ratio(size(x_L - unit.x.detach() - total), size(x_L)))
+    return off[::-1]
+
+
+def each_image(x: Tensor) -> float:
+    """The norm of one image's feature map, the mean over the batch."""
+    return float(torch.linalg.vector_norm(x.detach().flatten(1), dim=1).mean())
+
+
+def measure(subject: Subject, trace: Trace) -> dict[str, Any]:
+    """``x``, ``residual`` (norms) and ``negative`` (share of y_l < 0) of every unit; ``off``, by
+    how much Eq. 4 breaks from there to the end of its stage, None where the shape changes."""
+    off = {
+        unit: value
+        for span in trace.spans
+        for unit, value in zip(span, additive_residuals(span), strict=True)
+    }
     return {
-        "units": [
-            {
-                "name": s.name,
-                "x": rms(s.x),
-                "residual": rms(s.residual),
-                "truncated": float((s.y < 0).double().mean()),
-            }
-            for s in steps
-        ],
-        "x_L": rms(steps[-1].out),
-        "stages": [
-            {
-                "name": name,
-                "units": len(part),
-                "additive_error": additive_error(part),
-                "least_growth": min(float((s.out - s.x).min()) for s in part),
-                "truncated": sum(float((s.y < 0).double().mean()) for s in part) / len(part),
-            }
-            for name, part in stretches(steps).items()
-        ],
+        "stage": [u.stage for u in trace.units],
+        "x": [each_image(u.x) for u in trace.units],
+        "residual": [each_image(u.residual) for u in trace.units],
+        "negative": [float((u.y < 0).double().mean()) for u in trace.units],
+        "off": [off.get(u) for u in trace.units],
     }
 
 
-def additive_error(part: list[Step]) -> float:
-    """Eq. 4 from each x_l of a stage to its end: the largest error, relative to max |x_L|."""
-    end = part[-1].out
-    total, worst = torch.zeros_like(end), 0.0
-    for step in reversed(part):
-        total = total + step.residual  # sum of F_i, i = l ... L-1
-        worst = max(worst, float((end - step.x - total).abs().max()))
-    return worst / float(end.abs().max())
+def table(measured: Measured) -> Table:
+    """A line for each stage of each network."""
+    columns = ["stage", "|x_l|", "|F_l|/|x_l|", "y_l < 0", "Eq. 4 off by"]
+    rows = [
+        [
+            named(measured, label, stage),
+            ends([m["x"][i] for i in units]),
+            ends([ratio(m["residual"][i], m["x"][i]) for i in units]),
+            ends([m["negative"][i] for i in units]),
+            short(max((m["off"][i] for i in units if m["off"][i] is not None), default=None)),
+        ]
+        for label, m in measured.items()
+        for stage, units in by_stage(m)
+    ]
+    title = f"x_L = x_l + sum F(x_i) (Eq. 4), first - last unit of a stage{of(measured)}"
+    return Table(title, columns, rows)
 
 
-def shortcuts(steps: list[Step]) -> dict[str, Any]:
-    """How much of x each h lets through, and what is left at the end of the stages (Eqs. 6-8).
-
-    ``gain``: size of h(x_l) over size of x_l; ``open``: mean of 1 - g(x_l), for gates, with its
-    ``least`` and ``most``. ``log10_product``: of all gains, the factor that Eq. 8 puts before the
-    direct term; ``underflows``: the arithmetics that cannot hold it.
-    """
-    units = [one(step) for step in steps]
-    product = sum(math.log10(u["gain"]) if u["gain"] > 0 else -math.inf for u in units)
-    return {
-        "units": units,
-        "log10_product": product,
-        "underflows": [name for name, tiny in SMALLEST.items() if product < math.log10(tiny)],
-    }
-
-
-def one(step: Step) -> dict[str, Any]:
-    """A unit's shortcut."""
-    with torch.no_grad():
-        shared = step.unit.shared(step.x)
-        found: dict[str, Any] = {"name": step.name, "gain": rms(step.h(shared)) / rms(shared)}
-        if gate := getattr(step.unit.shortcut, "gate", None):
-            carried = 1 - torch.sigmoid(gate(shared))
-            found |= {
-                "open": float(carried.mean()),
-                "least": float(carried.min()),
-                "most": float(carried.max()),
-            }
-    return found
+def draw(measured: Measured, to: Path) -> None:
+    """Norms, Eq. 4 and signs, over depth."""
+    panels = Panels(
+        measured,
+        "norm of x_l (solid) and of F(x_l) (dashed), one image",
+        "Eq. 4 off by: |x_L - x_l - sum F(x_i)| / |x_L|, L the stage's end",
+        "share of y_l < 0, before f",
+    )
+    for label, m in measured.items():
+        panels.over_depth(0, label, m["x"])
+        panels.over_depth(0, label, m["residual"], "--")
+        panels.off(1, label, m["off"])
+        panels.over_depth(2, label, m["negative"])
+    panels.log(0)
+    panels.save(to)

@@ -1,81 +1,174 @@
-"""Which units matter: test error after units are deleted or swapped (Veit et al. 2016; not in
-the paper)."""
+"""Which units matter: test error when units are deleted (F = 0) or change places.
 
-import random
-from typing import Any
+BN has its kept statistics here, as in every evaluation. Source: Veit, Wilber and Belongie 2016, for
+this kind of network; not of this paper.
+"""
+
+from copy import deepcopy
+from itertools import combinations
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from resnetv2_cli.analysis.draw import Measured, Panels, by_stage, named, of
+from resnetv2_cli.analysis.subject import Subject
+from resnetv2_cli.analysis.topics import Table
+from resnetv2_cli.analysis.trace import Trace
 from resnetv2_cli.resnet import ResNet
 
-PAIRS = 30  # pairs that are tried; all of them where there are no more
+CHUNK = 50  # images that pass at once; what enters each unit is kept for them
 
 
 class Deleted(nn.Module):
-    """A unit whose F is 0: f(h(x)).
+    """A unit with F = 0: x_{l+1} = f(h(x_l)).
 
-    Shape: as the unit's.
+    Shape: as the unit.
     """
 
-    def __init__(self, unit: nn.Module) -> None:
+    def __init__(self, unit: Any) -> None:
         super().__init__()
         self.unit = unit
 
     def forward(self, x: Tensor) -> Tensor:
-        unit: Any = self.unit
-        shared = unit.shared(x)
-        zero = torch.zeros_like(unit.shortcut.carry(shared))
-        return unit.after(unit.shortcut(shared, zero))
+        x = self.unit.shared(x)
+        none = torch.zeros_like(self.unit.shortcut.carry(x))
+        return self.unit.after(self.unit.shortcut(x, none))
 
 
-def error(net: ResNet, units: list[nn.Module], x: Tensor, labels: Tensor) -> float:
-    """Error in percent of what these units and the head make of x."""
-    for unit in units:
-        x = unit(x)
-    guesses = net.head(x).argmax(1)
-    return 100 * float((guesses != labels).double().mean())
+class Lesion(NamedTuple):
+    """What stands in the places of units, from the first that changes on."""
+
+    start: int
+    units: list[nn.Module]
+
+
+def deleted(units: list[nn.Module], *places: int) -> Lesion:
+    """Without F in some places, counted from 0."""
+    changed = [Deleted(u) if i in places else u for i, u in enumerate(units)]
+    return Lesion(min(places), changed[min(places) :])
+
+
+def swapped(units: list[nn.Module], i: int, j: int) -> Lesion:
+    """Two units in each other's place."""
+    changed = list(units)
+    changed[i], changed[j] = units[j], units[i]
+    return Lesion(min(i, j), changed[min(i, j) :])
 
 
 @torch.no_grad()
-def lesion(net: ResNet, images: Tensor, labels: Tensor, seed: int = 0) -> dict[str, Any]:
-    """Test error, in percent: intact; with each unit deleted; with pairs deleted; with
-    neighbours of the same shape swapped. The network is in evaluation mode.
+def errors(net: ResNet, x: Tensor, labels: Tensor, lesions: list[Lesion]) -> list[float]:
+    """Error of each, percent. Units below the first that changes are computed once for all.
 
-    Shape: images (N, 3, H, W), normalized; labels (N,).
+    Shape: x (N, 3, H, W), labels (N,).
     """
-    net.eval()
+    wrong = [0] * len(lesions)
+    for images, names in zip(x.split(CHUNK), labels.split(CHUNK), strict=True):
+        entering = [net.stem(images)]
+        for unit in net.units:
+            entering.append(unit(entering[-1]))
+        for i, lesion in enumerate(lesions):
+            features = entering[lesion.start]
+            for unit in lesion.units:
+                features = unit(features)
+            wrong[i] += int((net.head(features).argmax(1) != names).sum())
+    return [100 * n / len(labels) for n in wrong]
+
+
+def some_pairs(n: int, limit: int) -> list[tuple[int, int]]:
+    """All pairs of n units, or ``limit`` of them, drawn evenly; the same every time."""
+    pairs = list(combinations(range(n), 2))
+    if len(pairs) <= limit:
+        return pairs
+    drawn = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:limit]
+    return [pairs[i] for i in sorted(drawn.tolist())]
+
+
+def measure(subject: Subject, trace: Trace) -> dict[str, Any]:
+    """Test errors, percent: ``whole``; ``single``, without each unit; ``pairs``, [i, j, error]
+    without both, of ``possible`` pairs; ``swaps``, [i, i + 1, error] of neighbours that have one
+    shape. Units count from 1."""
+    net = deepcopy(subject.net).float().eval()
     units = net.units
-    names = [
-        f"{stage_name}.{name}"
-        for stage_name, stage in net.body.named_children()
-        for name, _ in stage.named_children()
+    pairs = some_pairs(len(units), subject.batch.pairs)
+    keeping = [u.keeps_shape for u in trace.units]
+    swaps = [
+        (i, i + 1)
+        for i in range(len(units) - 1)
+        if keeping[i] and keeping[i + 1] and trace.units[i].stage == trace.units[i + 1].stage
     ]
-    every = [(i, j) for j in range(len(units)) for i in range(j)]
-    pairs = sorted(random.Random(seed).sample(every, min(PAIRS, len(every))))
-    deleted, paired, swapped = [], [], []
-    x = net.stem(images)
-    intact = error(net, units, x, labels)
-    for i, unit in enumerate(units):  # x comes from the units before, which are as they were
-        following = units[i + 1 :]
-        deleted.append(
-            {"unit": names[i], "error": error(net, [Deleted(unit), *following], x, labels)}
-        )
-        for _, j in (pair for pair in pairs if pair[0] == i):
-            both = [Deleted(u) if i + k in (i, j) else u for k, u in enumerate(units[i:])]
-            found = error(net, both, x, labels)
-            paired.append({"units": [names[i], names[j]], "error": found})
-        out = unit(x)
-        if following and x.shape == out.shape == following[0](out).shape:
-            other = [following[0], unit, *following[1:]]
-            found = error(net, other, x, labels)
-            swapped.append({"units": [names[i], names[i + 1]], "error": found})
-        x = out
+    lesions = [
+        Lesion(0, units),
+        *(deleted(units, i) for i in range(len(units))),
+        *(deleted(units, *pair) for pair in pairs),
+        *(swapped(units, *swap) for swap in swaps),
+    ]
+    found = errors(net, subject.test_x, subject.test_labels, lesions)
+    single, rest = found[1 : len(units) + 1], found[len(units) + 1 :]
+
+    def listed(places: list[tuple[int, int]], values: list[float]) -> list[list[float]]:
+        return [[i + 1, j + 1, e] for (i, j), e in zip(places, values, strict=True)]
+
     return {
-        "images": len(labels),
-        "intact": intact,
-        "deleted": deleted,
-        "pairs_of": len(every),
-        "pairs": paired,
-        "swapped": swapped,
+        "stage": [u.stage for u in trace.units],
+        "images": len(subject.test_labels),
+        "whole": found[0],
+        "single": single,
+        "pairs": listed(pairs, rest[: len(pairs)]),
+        "possible": len(units) * (len(units) - 1) // 2,
+        "swaps": listed(swaps, rest[len(pairs) :]),
     }
+
+
+def worst(found: list[list[float]]) -> str:
+    """``median, most (where)`` of errors with the places of units before them."""
+    if not found:
+        return "—"
+    *places, most = max(found, key=lambda row: row[-1])
+    return f"{median(row[-1] for row in found):.1f}, {most:.1f} ({'-'.join(map(str, places))})"
+
+
+def table(measured: Measured) -> Table:
+    """A line for each stage of each network; pairs and swaps by the stage of their first unit."""
+    columns = ["stage", "whole", "without one", "without two", "two swapped"]
+    rows, notes = [], []
+    for label, m in measured.items():
+        for stage, places in by_stage(m):
+            single = [[i + 1, m["single"][i]] for i in places]
+            inside = [[f for f in m[k] if f[0] - 1 in places] for k in ("pairs", "swaps")]
+            rows.append(
+                [
+                    named(measured, label, stage),
+                    f"{m['whole']:.1f}",
+                    *map(worst, [single, *inside]),
+                ]
+            )
+        if len(m["pairs"]) < m["possible"]:
+            notes.append(f"{label}: {len(m['pairs'])} of {m['possible']:,} pairs, drawn at random")
+    counts = sorted({m["images"] for m in measured.values()})
+    images = " and ".join(f"{n:,}" for n in counts)
+    title = f"Test error, % of {images} images, if F = 0: median, most (units){of(measured)}"
+    return Table(title, columns, rows, tuple(notes))
+
+
+def draw(measured: Measured, to: Path) -> None:
+    """Errors over depth, those of pairs at the first of the two units."""
+    panels = Panels(
+        measured,
+        "test error without unit l, % (dashed: the whole network)",
+        "test error without l and a later unit, %",
+        "test error with l and l+1 swapped, %",
+    )
+    for label, m in measured.items():
+        n = len(m["stage"])
+        swaps = {row[0]: row[2] for row in m["swaps"]}
+        panels.over_depth(0, label, m["single"], "o-")
+        panels.over_depth(0, label, [m["whole"]] * n, "--")
+        panels.over_depth(2, label, [swaps.get(i + 1) for i in range(n)], "o-")
+        for first, _, error in m["pairs"]:
+            values: list[float | None] = [None] * n
+            values[first - 1] = error
+            panels.over_depth(1, label, values, ".")
+    panels.save(to)

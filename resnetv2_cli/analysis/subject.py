@@ -1,147 +1,151 @@
-"""The network that is looked at, the images it looks at, and what each topic finds."""
+"""What is studied: a network, at initialization or from a checkpoint, and real images for it."""
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import yaml
 from torch import Tensor
-from torch.nn import functional as F
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import run
-from resnetv2_cli.analysis import backward as back
-from resnetv2_cli.analysis import forward as ahead
-from resnetv2_cli.analysis.lesion import lesion
-from resnetv2_cli.analysis.trace import Step, trace
-from resnetv2_cli.config import Experiment, parsed
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.folder import Folder, FolderImages
 from resnetv2_cli.data.images import Split
-from resnetv2_cli.errors import UserError
+from resnetv2_cli.errors import unknown
+from resnetv2_cli.plans import STEMS
 from resnetv2_cli.resnet import ResNet
+from resnetv2_cli.run import build, restore
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
-@dataclass(frozen=True)
+class Source(NamedTuple):
+    """Where a network comes from: an experiment, at initialization, or a checkpoint."""
+
+    experiment: Experiment
+    checkpoint: Path | None = None
+    step: int | None = None  # iterations it was trained for
+    label: str = ""
+
+
+class Batch(NamedTuple):
+    """How a network is looked at. ``images``: training images that pass at once; ``test_images``:
+    at most so many for errors; ``precision``; ``bn``: whose statistics BN has."""
+
+    images: int = 8
+    test_images: int = 250
+    precision: str = "float64"
+    bn: str = "batch"
+    pairs: int = 100
+
+
+@dataclass(eq=False)
 class Subject:
-    """A network, with normalized training images (N, 3, H, W) and test images for lesions."""
+    """One network with its images, on the CPU.
 
-    label: str
+    ``net`` is in train mode if BN has the batch's statistics, else in eval mode.
+
+    Shape: x (images, 3, H, W), labels (images,); test_x and test_labels alike, float32.
+    """
+
     net: ResNet
-    images: Tensor
+    x: Tensor
     labels: Tensor
-    test_images: Tensor
+    test_x: Tensor
     test_labels: Tensor
-    trained: bool
-
-    def steps(self) -> tuple[list[Step], Tensor]:
-        """Every unit's step in training mode and float64, and the loss.
-
-        BN has the statistics of the batch in every pass, which couples its images; float64 is
-        what makes an equation visible to rounding.
-        """
-        net = copy.deepcopy(self.net).double().train()
-        steps, logits = trace(net, self.images.double())
-        return steps, F.cross_entropy(logits, self.labels)
+    batch: Batch = Batch()
 
 
-def subject(
-    given: Experiment | Path, images: int, tests: int, **overrides: Any
-) -> tuple[Subject, Experiment]:
-    """A network at initialization, from its experiment, or trained, from its checkpoint.
+def from_checkpoint(path: Path, **overrides: Any) -> Source:
+    """A checkpoint or a run's folder; it names network and images by itself.
 
     Raises:
-        UserError: the images are not whole in memory, or the checkpoint is none.
+        UserError: there is none, or it is none of this tool.
     """
-    saved = None
-    if isinstance(given, Path):
-        saved = checkpoints.read(given)
-        experiment = checkpoints.experiment_of(saved, **overrides)
-    else:
-        experiment = given
-    # One process, no arithmetic but float64; the rest of the engine is nothing to this.
-    task, data = run.build(replace(experiment, precision="32-true", recompute=0, compile=False))
-    if saved is not None:
-        checkpoints.load_weights(task, saved, given)  # type: ignore[arg-type]
-    if not isinstance(data.train, Split) or not isinstance(data.test, Split):
-        hint = "--dataset cifar10, cifar100 or digits"
-        raise UserError("analyze needs images that are whole in memory", hint)
-
-    def batch(split: Split, n: int) -> tuple[Tensor, Tensor]:
-        """Images from all over the split, which is sorted by class."""
-        n = min(n, len(split.labels))
-        rows = torch.arange(n) * len(split.labels) // n
-        pixels = torch.from_numpy(split.images[rows.numpy()])
-        return task.normalize(pixels), torch.from_numpy(split.labels[rows.numpy()]).long()
-
-    name = experiment.name.removesuffix(f"-s{experiment.seed}")
-    when = f"iteration {saved['global_step']:,}" if saved else "initialization"
-    found = Subject(
-        f"{name}, {when}",
-        task.net,
-        *batch(data.train, images),
-        *batch(data.test, tests),
-        trained=saved is not None,
-    )
-    return found, experiment
+    file = checkpoints.find(path)
+    saved = checkpoints.read(file)
+    experiment = checkpoints.experiment_of(saved, **overrides)
+    return Source(experiment, file, saved["global_step"])
 
 
-def other(text: str, experiment: Experiment) -> Experiment | Path:
-    """What ``--compare`` names: a checkpoint, or an experiment with some settings changed.
+def beside(main: Source, text: str) -> Source:
+    """What ``--compare`` names: a checkpoint or a run's folder, or the first network with other
+    settings, ``depth=110,unit=original``, at initialization.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither, or there is no such setting.
     """
-    path = Path(text)
-    if path.exists() or "=" not in text:
-        return checkpoints.find(path)
-    changed: dict[str, Any] = {}
+    if "=" not in text or Path(text).exists():
+        return from_checkpoint(Path(text), data_dir=main.experiment.data_dir)
+    known = [f.name for f in fields(Experiment)]
+    given: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
-        changed[name.strip()] = parsed(name.strip(), value)
-    # Another depth may have another block, unless that is said too.
-    return replace(experiment, **({"block": None} if "depth" in changed else {}) | changed)
+        name = name.strip().replace("-", "_")
+        if name not in known:
+            raise unknown("setting", name, known, where=f"--compare {text}: ")
+        try:
+            given[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            given[name] = value  # which the experiment refuses in its own words
+    own = {"block": None} if "depth" in given else {}  # another depth may have another block
+    return Source(replace(main.experiment, **(own | given)))
 
 
-Topic = Callable[[Subject], dict[str, Any]]
+def labelled(sources: list[Source]) -> list[Source]:
+    """The same with labels that tell them apart: what differs between their experiments, and after
+    how many iterations; or the whole name, where nothing does."""
+    named: dict[str, Source] = {}
+    for source in sources:
+        parts = [
+            value if isinstance(value, str) else f"{f.name}={value}"
+            for f in fields(Experiment)
+            if not f.metadata["free"]
+            and len({getattr(other.experiment, f.name) for other in sources}) > 1
+            and (value := getattr(source.experiment, f.name)) is not None
+        ]
+        label = ", ".join(parts) or source.experiment.name
+        if source.step is not None:
+            label += f" @{source.step}"
+        n = sum(other.split(" (")[0] == label for other in named) + 1
+        named[label if n == 1 else f"{label} ({n})"] = source
+    return [source._replace(label=label) for label, source in named.items()]
 
 
-def forward(subject: Subject) -> dict[str, Any]:
-    with torch.no_grad():
-        steps, _ = subject.steps()
-    return ahead.forward(steps)
+def chosen(split: Split | Folder, n: int, experiment: Experiment) -> tuple[Tensor, Tensor]:
+    """n images at equal distances, or all if there are fewer; sorted by class, all classes have
+    their share.
+
+    Shape: (n, H, W, 3) uint8, (n,).
+    """
+    count = len(split.labels)
+    n = min(n, count)
+    rows = (2 * np.arange(n) + 1) * count // (2 * n)
+    if isinstance(split, Split):
+        return torch.from_numpy(split.images[rows]), torch.from_numpy(split.labels[rows])
+    size = experiment.test_size or STEMS[experiment.stem_].size
+    views = FolderImages(split, size, experiment.crop, experiment.seed)
+    images, labels = zip(*(views[int(i), -1] for i in rows), strict=True)
+    return torch.stack(images), torch.tensor([int(label) for label in labels])
 
 
-def shortcuts(subject: Subject) -> dict[str, Any]:
-    with torch.no_grad():
-        steps, _ = subject.steps()
-    return ahead.shortcuts(steps)
+def subject(source: Source, batch: Batch) -> Subject:
+    """Build the network, give it its weights, and read its images.
 
-
-def backward(subject: Subject) -> dict[str, Any]:
-    steps, loss = subject.steps()
-    return back.backward(steps, loss)
-
-
-def paths(subject: Subject) -> dict[str, Any]:
-    steps, loss = subject.steps()
-    return back.paths(steps, loss)
-
-
-def lesions(subject: Subject) -> dict[str, Any]:
-    return lesion(copy.deepcopy(subject.net), subject.test_images, subject.test_labels)
-
-
-TOPICS: dict[str, Topic] = {  # to add one: a function, its row, its picture in draw.PICTURES
-    "forward": forward,
-    "shortcuts": shortcuts,
-    "backward": backward,
-    "paths": paths,
-    "lesion": lesions,
-}
-
-
-def analyze(subject: Subject, topics: list[str]) -> dict[str, Any]:
-    """What each topic finds."""
-    found: dict[str, Any] = {"network": subject.label, "images": len(subject.labels)}
-    return found | {topic: TOPICS[topic](subject) for topic in topics}
+    Raises:
+        UserError: the images are missing, or the checkpoint is of another network.
+    """
+    plain = replace(source.experiment, compile=False, recompute=0)
+    if source.checkpoint:
+        _, task, data = restore(source.checkpoint, plain)
+    else:
+        task, data = build(plain)
+    dtype = DTYPES[batch.precision]
+    some, labels = chosen(data.train, batch.images, plain)
+    test, test_labels = chosen(data.test, batch.test_images, plain)
+    test_x = task.normalize(test)
+    task.to(dtype)
+    net = task.net.train(batch.bn == "batch")
+    return Subject(net, task.normalize(some), labels, test_x, test_labels, batch)

@@ -1,93 +1,150 @@
-"""A forward pass that keeps x_l, F_l and y_l of every Residual Unit."""
+"""What happens in every unit of a network, kept while a batch passes: x_l, h, F, y_l, x_{l+1}."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from resnetv2_cli.layers import keep_layout
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.resnet import ResNet
-from resnetv2_cli.units import ResidualUnit
+from resnetv2_cli.shortcuts import ShortcutOnlyGate
 
 
-@dataclass(frozen=True)
-class Step:
-    """One unit at work: x_l -> F(x_l), y_l -> x_{l+1} = ``out``, all of shape (N, C, H, W).
+@dataclass(eq=False)
+class Unit:
+    """One Residual Unit while a batch passes, with the graph of autograd between its tensors.
 
-    ``draws``: the generator's state before the shortcut, so that a dropout can be drawn again.
+    Shape: x (N, c_in, H, W); the others (N, c_out, H/stride, W/stride), gate too.
     """
 
-    name: str
-    unit: ResidualUnit
-    x: Tensor
-    residual: Tensor
-    y: Tensor
-    out: Tensor
-    draws: Tensor
+    name: str  # as in checkpoints: stage1.unit1
+    module: nn.Module
+    x: Tensor = field(init=False)  # x_l
+    split: Tensor = field(init=False)  # x_l behind an activation that both paths share; else x_l
+    residual: Tensor = field(init=False)  # F(x_l, W_l)
+    h: Tensor = field(init=False)  # h(x_l), what the shortcut alone makes of x_l
+    added: Tensor = field(init=False)  # what F adds to it, scaled or gated: F, b F or g F
+    y: Tensor = field(init=False)  # y_l = h(x_l) + F(x_l, W_l)
+    out: Tensor = field(init=False)  # x_{l+1} = f(y_l)
+    gate: Tensor | None = None  # g(x_l)
 
     @property
-    def clean(self) -> bool:
-        """Whether x keeps its shape, so that x_l and x_{l+1} can be compared (footnote 1)."""
+    def stage(self) -> int:
+        """1, 2, 3, ..."""
+        return int(self.name.split(".")[0].removeprefix("stage"))
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether Eq. 3 can hold here: not where the feature map changes (footnote 1)."""
         return self.x.shape == self.out.shape
 
-    def shortcut(self, x: Tensor, residual: Tensor) -> Tensor:
-        """h(x) and F together, with the draws of this step."""
-        with drawn(self.draws):
-            return self.unit.shortcut(x, residual)
 
-    def h(self, x: Tensor) -> Tensor:
-        """h(x) alone: what the shortcut carries where F is 0."""
-        return self.shortcut(x, torch.zeros_like(self.residual))
+@dataclass(eq=False)
+class Trace:
+    """Every unit, l = 1 ... L, and the loss (nats, the batch's mean)."""
 
+    units: list[Unit]
+    loss: Tensor
 
-@contextmanager
-def drawn(state: Tensor) -> Iterator[None]:
-    """With the generator as it was; afterwards it is as it is."""
-    now = torch.get_rng_state()
-    torch.set_rng_state(state)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(now)
+    @property
+    def spans(self) -> list[list[Unit]]:
+        """Units in a row that share one feature-map size: where the derivations are strict."""
+        keeping = [u for u in self.units if u.keeps_shape]
+        return [list(units) for _, units in groupby(keeping, key=lambda u: u.stage)]
 
 
-def trace(net: ResNet, x: Tensor) -> tuple[list[Step], Tensor]:
-    """Every unit's step, l = 1 ... L, and the logits; nothing in them is overwritten later.
+def trace(net: ResNet, x: Tensor, labels: Tensor) -> Trace:
+    """Pass a batch once, in the mode that the network is in, and keep what every unit did.
 
-    Shape: x (N, 3, H, W), normalized.
+    The network itself is left as it was: BN's running statistics would count the batch, and h is
+    computed once more by itself, on the same statistics and with the same random numbers.
+
+    Shape: x (N, 3, H, W), labels (N,).
+
+    Raises:
+        UserError: a layer writes in place into x_l, F or y_l; names the unit.
     """
-    steps = []
-    x = net.stem(x)
+    net = deepcopy(net).requires_grad_(False)
+    net.segments = 0
+    watchers = [_Watcher(Unit(name, unit)) for name, unit in named_units(net)]
+    loss = F.cross_entropy(net(x.detach().requires_grad_()), labels)
+    for watcher in watchers:
+        watcher.refuse_if_rewritten()
+    return Trace([w.unit for w in watchers], loss)
+
+
+def named_units(net: ResNet) -> Iterator[tuple[str, nn.Module]]:
+    """Every unit with its name: ``stage1.unit1``."""
     for stage_name, stage in net.body.named_children():
-        for name, unit in stage.named_children():
-            draws = torch.get_rng_state()
-            shared = unit.shared(x)  # type: ignore[operator]
-            residual = unit.residual(shared)  # type: ignore[operator]
-            with drawn(draws):
-                y = unit.shortcut(shared, residual)  # type: ignore[operator]
-            out = unit.after(y)  # type: ignore[operator]
-            torch.set_rng_state(advanced(draws))
-            steps.append(Step(f"{stage_name}.{name}", unit, x, residual, y, out, draws))  # type: ignore
-            x = out
-    return steps, net.head(keep_layout(x))
+        for unit_name, unit in stage.named_children():
+            yield f"{stage_name}.{unit_name}", unit
 
 
-def advanced(state: Tensor) -> Tensor:
-    """The generator's state after some draws, so that no two units draw the same."""
-    with drawn(state):
-        torch.rand(1)
-        return torch.get_rng_state()
+class _Watcher:
+    """Fills a ``Unit`` from hooks on the module that it is about."""
+
+    def __init__(self, unit: Unit) -> None:
+        self.unit, self.versions = unit, dict[str, int]()
+        shortcut: Any = unit.module.shortcut
+        unit.module.register_forward_pre_hook(self.enters)
+        shortcut.register_forward_pre_hook(self.meets)
+        shortcut.register_forward_hook(self.adds)
+        unit.module.register_forward_hook(self.leaves)
+        if isinstance(shortcut, ShortcutOnlyGate):
+            shortcut.gate.register_forward_hook(self.opens)
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """In-place layers raise a tensor's version: what is kept must not change any more."""
+        setattr(self.unit, name, tensor)
+        self.versions[name] = tensor._version
+
+    def enters(self, _: nn.Module, args: tuple[Tensor]) -> None:
+        self.keep("x", args[0])
+
+    def meets(self, _: nn.Module, args: tuple[Tensor, Tensor]) -> None:
+        self.keep("split", args[0])
+        self.keep("residual", args[1])
+        self.random = torch.get_rng_state()
+
+    def adds(self, shortcut: nn.Module, args: tuple[Tensor, Tensor], y: Tensor) -> None:
+        def again(residual: Tensor) -> Tensor:
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(self.random)  # the mask that dropout drew for y
+                return shortcut.forward(args[0], residual)
+
+        self.refuse_if_rewritten()  # here, so that the unit that did it is named
+        self.keep("y", y)
+        self.unit.h = again(torch.zeros_like(args[1]))
+        # Not y - h: where f is the identity y_l is x_{l+1}, which no term below it may contain.
+        self.unit.added = again(args[1]) - self.unit.h
+
+    def opens(self, _: nn.Module, args: Any, out: Tensor) -> None:
+        self.unit.gate = torch.sigmoid(out.detach())
+
+    def leaves(self, _: nn.Module, args: Any, out: Tensor) -> None:
+        self.refuse_if_rewritten()
+        self.keep("out", out)
+
+    def refuse_if_rewritten(self) -> None:
+        for name, version in self.versions.items():
+            if getattr(self.unit, name)._version != version:
+                hint = "use layers that do not work in place where the two paths split or meet"
+                raise UserError(f"{self.unit.name} rewrites its {_WORDS[name]} in place", hint)
 
 
-def stretches(steps: list[Step]) -> dict[str, list[Step]]:
-    """The units of each stage over which the equations hold: all but one that changes the shape.
+_WORDS = {"x": "x_l", "split": "x_l", "residual": "F(x_l)", "y": "y_l", "out": "x_{l+1}"}
 
-    "Derivations are valid within one feature-map size" (footnote 1).
-    """
-    found: dict[str, list[Step]] = {}
-    for step in steps:
-        if step.clean:
-            found.setdefault(step.name.split(".")[0], []).append(step)
-    return found
+
+def size(x: Tensor) -> float:
+    """The Euclidean norm of all numbers of a tensor, images and all."""
+    return float(torch.linalg.vector_norm(x.detach()))
+
+
+def ratio(a: float, b: float) -> float:
+    """a / b, and 0 for 0 / 0."""
+    return a / b if b else (0.0 if not a else float("inf"))

@@ -1,0 +1,82 @@
+"""F made smaller and smaller: "the gradient of a layer does not vanish even when the weights are
+arbitrarily small" (Sec. 2)."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnetv2_cli.analysis.backward import gradients
+from resnetv2_cli.analysis.draw import Measured, Panels, named, of, short
+from resnetv2_cli.analysis.subject import Subject
+from resnetv2_cli.analysis.topics import Table
+from resnetv2_cli.analysis.trace import Trace, ratio, size, trace
+from resnetv2_cli.resnet import ResNet
+
+FACTORS = (1.0, 0.1, 0.01, 1e-4)
+
+
+@torch.no_grad()
+def shrunk(net: ResNet, factor: float) -> ResNet:
+    """A copy in which every F is ``factor`` times what it was.
+
+    What is scaled is F's last layer with parameters: its last convolution, or the BN behind that,
+    which would take any scale of the convolution away again.
+    """
+    net = deepcopy(net)
+    for unit in net.units:
+        inside = unit.residual.modules()  # type: ignore[union-attr, operator]
+        last = [m for m in inside if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))][-1]
+        for parameter in last.parameters():
+            parameter.mul_(factor)
+    return net
+
+
+def change(traced: Trace) -> list[float]:
+    """||dL/dx_l - dL/dx_L|| / ||dL/dx_L|| for the first l and the last L of each stage."""
+    at_x, at_out = gradients(traced)
+    found = []
+    for span in traced.spans:
+        start, end = at_x[span[0]], at_out[span[-1]]
+        found.append(ratio(size(start - end), size(end)))
+    return found
+
+
+def measure(subject: Subject, traced: Trace) -> dict[str, Any]:
+    """``factor``: what F is multiplied by; ``change``: of the gradient along each stage, a list for
+    each factor."""
+    changes = [
+        change(trace(shrunk(subject.net, factor), subject.x, subject.labels)) for factor in FACTORS
+    ]
+    return {"factor": list(FACTORS), "change": changes}
+
+
+def table(measured: Measured) -> Table:
+    """A line for each network and factor."""
+    columns = ["F times", "stage 1, 2, ..."]
+    rows = [
+        [named(measured, label, f"{factor:g}"), ", ".join(map(short, changes))]
+        for label, m in measured.items()
+        for factor, changes in zip(m["factor"], m["change"], strict=True)
+    ]
+    title = f"|dL/dx_l - dL/dx_L| / |dL/dx_L| when F is small (Eq. 5, its text){of(measured)}"
+    return Table(title, columns, rows)
+
+
+def draw(measured: Measured, to: Path) -> None:
+    """How far the gradient at a stage's start is from that at its end, against F."""
+    most = max(len(m["change"][0]) for m in measured.values())
+    start = "|dL/dx_l - dL/dx_L| / |dL/dx_L|, from its first l to its last L"
+    titles = [f"stage {i + 1}: {start}" for i in range(most)]
+    panels = Panels(measured, *titles, over_depth=False)
+    for label, m in measured.items():
+        for stage, changes in enumerate(zip(*m["change"], strict=True)):
+            panels.line(stage, label, m["factor"], changes, "o-")
+    panels.log(*range(most))
+    for panel in panels.panels:
+        panel.set_xscale("log")
+        panel.invert_xaxis()
+    panels.below("every F times this")
+    panels.save(to)

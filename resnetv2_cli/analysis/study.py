@@ -1,0 +1,107 @@
+"""Several topics of several networks: measured one after the other, drawn over each other."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from resnetv2_cli.analysis.subject import Batch, Source, subject
+from resnetv2_cli.analysis.topics import TOPICS, Table
+from resnetv2_cli.analysis.trace import trace
+from resnetv2_cli.console import finite
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.runfolder import environment, write_json
+
+
+def module(topic: str) -> Any:
+    """The module of a topic: ``measure``, ``table`` and ``draw``."""
+    return import_module(f"resnetv2_cli.analysis.{topic}")
+
+
+def fitting(topics: list[str], sources: list[Source]) -> list[str]:
+    """The topics asked for, or all of which something can be said of these networks.
+
+    Raises:
+        UserError: one needs a trained network, and there is none.
+    """
+    trained = any(source.checkpoint for source in sources)
+    for topic in topics:
+        if TOPICS[topic].trained and not trained:
+            raise UserError(
+                f"--topic {topic} needs a trained network", "name a checkpoint or a run's folder"
+            )
+    return topics or [name for name, topic in TOPICS.items() if trained or not topic.trained]
+
+
+def folder_of(main: Source) -> Path:
+    """Where an analysis goes by itself: into the run's folder, else beside the checkpoint, else
+    into ``runs``."""
+    file = main.checkpoint
+    if file is None:
+        return Path("runs") / f"analyze-{main.experiment.name}"
+    if file.parent.name == "checkpoints" and file.stem == "last":
+        return file.parent.parent / "analysis"
+    inside = file.parent.parent if file.parent.name == "checkpoints" else file.parent
+    return inside / f"analysis-{file.stem}"
+
+
+def study(
+    sources: list[Source],
+    topics: list[str],
+    batch: Batch,
+    to: Path,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure, draw ``TOPIC.png`` and write ``analysis.json``, which is returned.
+
+    Topics of an earlier analysis of the same networks stay in the file.
+    """
+    measured: dict[str, dict[str, Any]] = {topic: {} for topic in topics}
+    for source in sources:
+        tell(source.label)
+        studied = subject(source, batch)
+        traced = trace(studied.net, studied.x, studied.labels)
+        for topic in topics:
+            if source.checkpoint or not TOPICS[topic].trained:
+                measured[topic][source.label] = module(topic).measure(studied, traced)
+    head = {
+        "networks": [
+            {
+                "label": s.label,
+                "checkpoint": s.checkpoint and str(s.checkpoint),
+                "experiment": asdict(s.experiment),
+            }
+            for s in sources
+        ],
+        "batch": batch._asdict(),
+    }
+    for topic, found in measured.items():
+        module(topic).draw(found, to / f"{topic}.png")
+    every = kept(to / "analysis.json", head) | measured
+    result = finite(
+        head
+        | {
+            "environment": environment(),
+            "topics": every,
+            "pictures": {topic: f"{topic}.png" for topic in every},
+        }
+    )
+    write_json(to / "analysis.json", result)
+    return result
+
+
+def kept(file: Path, head: dict[str, Any]) -> dict[str, Any]:
+    """The topics of an earlier analysis, if it was of the same networks in the same way."""
+    try:
+        before = json.loads(file.read_text())
+        same = all(before[key] == finite(value) for key, value in head.items())
+        return before["topics"] if same else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # none, or of something else
+
+
+def tables(result: dict[str, Any], topics: list[str]) -> list[Table]:
+    """A short table for each topic."""
+    return [module(topic).table(result["topics"][topic]) for topic in topics]
