@@ -57,6 +57,14 @@ class Experiment:
     dropout_inverted: bool | None = setting(
         None, "Divide what is kept by 1 - ratio in training (the default).", "Network"
     )
+    survival: float | None = setting(
+        None,
+        "Chance that the last unit's F survives in training, of stochastic-depth: 0.5 unless "
+        "given.",
+        "Network",
+        least=0,
+        most=1,
+    )
     option: Literal["A", "B"] | None = setting(
         None,
         "Where the shape changes: A pads with zeros, B projects. By itself A for basic CIFAR "

@@ -80,6 +80,8 @@ class ResNet(nn.Module):
                 c = width * BLOCKS[block].expansion
             stages.append(numbered("unit", units))
         self.body = numbered("stage", stages)
+        for number, unit_ in enumerate(self.units, 1):
+            unit_.shortcut.place(number, len(self.units))  # type: ignore[operator, union-attr]
 
         _, _, before = places(unit)
         act = activation(before, c)  # the pre-activation of the unit that is not there

@@ -1,4 +1,4 @@
-"""h, and how it meets F: a class for each shortcut of Fig. 2.
+"""h, and how it meets F: a class for each shortcut of Fig. 2, and two of later papers.
 
 To add one: write a class whose ``forward(x, residual)`` is its formula, and give it a row in
 SHORTCUTS. A class of your own needs no row: ``--shortcut my_module:MyShortcut``.
@@ -29,6 +29,9 @@ class Shortcut(nn.Module):
     def __init__(self, c_in: int, c_out: int, stride: int, carry: nn.Module) -> None:
         super().__init__()
         self.carry = carry
+
+    def place(self, unit: int, units: int) -> None:
+        """Told which unit of the network it stands in, 1 ... L, and L."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.carry(x) + residual
@@ -110,6 +113,42 @@ class Dropout(Shortcut):
         return self.scale * self.drop(self.carry(x)) + residual
 
 
+class StochasticDepth(Shortcut):
+    """x + d F(x), where d is 1 or 0 for each batch: stochastic depth (not in the paper).
+
+    F of unit l survives with probability p_l = 1 - (1 - p_L) l / L, where p_L is ``survival``; at
+    test time d is p_l (Huang, Sun, Liu, Sedra, Weinberger 2016, Eqns. 2, 4 and 5).
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, stride: int, carry: nn.Module, survival: float = 0.5
+    ) -> None:
+        super().__init__(c_in, c_out, stride, carry)
+        self.survival = self.p = survival
+
+    def place(self, unit: int, units: int) -> None:
+        self.p = 1 - (1 - self.survival) * unit / units
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        d = torch.rand((), device=x.device) < self.p if self.training else self.p
+        return self.carry(x) + d * residual
+
+
+class ReZero(Shortcut):
+    """x + a F(x), where a is learned and 0 at first: ReZero, SkipInit (not in the paper).
+
+    Source: Bachlechner, Majumder, Mao, Cottrell, McAuley 2020, Eqn. 1; De and Smith 2020, who leave
+    BN out of F besides.
+    """
+
+    def __init__(self, c_in: int, c_out: int, stride: int, carry: nn.Module) -> None:
+        super().__init__(c_in, c_out, stride, carry)
+        self.a = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.carry(x) + self.a * residual
+
+
 SHORTCUTS: dict[str, type[Shortcut]] = {  # read as text by plans.shortcuts(): names only
     "identity": Shortcut,
     "constant-scale": ConstantScale,
@@ -117,6 +156,8 @@ SHORTCUTS: dict[str, type[Shortcut]] = {  # read as text by plans.shortcuts(): n
     "shortcut-only-gate": ShortcutOnlyGate,
     "conv1x1": Conv1x1,
     "dropout": Dropout,
+    "stochastic-depth": StochasticDepth,
+    "rezero": ReZero,
 }
 
 

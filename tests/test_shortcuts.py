@@ -25,6 +25,8 @@ FORMULAS = {  # h, x, F(x) -> y, in eval mode
     "shortcut-only-gate": lambda h, x, r: (1 - gate(h, x)) * x + r,
     "conv1x1": lambda h, x, r: h.carry(x) + r,
     "dropout": lambda h, x, r: x + r,
+    "stochastic-depth": lambda h, x, r: x + 0.5 * r,
+    "rezero": lambda h, x, r: x,
 }
 
 
@@ -88,6 +90,24 @@ def test_dropout_keeps_its_expectation_at_test_time():
         x, r = torch.ones(64, 16, 8, 8), torch.zeros(64, 16, 8, 8)
         training = h.train()(x, r).mean().item()
         assert h.eval()(x, r).mean().item() == pytest.approx(training, abs=0.02)
+
+
+def test_stochastic_depth_falls_linearly_and_draws_each_batch():
+    """Huang et al. 2016, Eqn. 4: p_l = 1 - (1 - p_L) l / L."""
+    units = ResNet(20, shortcut="stochastic-depth", settings={"survival": 0.1}).units
+    assert [u.shortcut.p for u in units] == pytest.approx([1 - 0.1 * k for k in range(1, 10)])
+    h, x, r = units[-1].shortcut, torch.zeros(2, 64, 1, 1), torch.ones(2, 64, 1, 1)
+    drawn = torch.stack([h(x, r) for _ in range(1000)])
+    assert all(len(y.unique()) == 1 for y in drawn)  # one draw for the whole batch
+    assert drawn.mean() == pytest.approx(0.1, abs=0.03)
+    torch.testing.assert_close(h.eval()(x, r), 0.1 * r)
+
+
+def test_rezero_is_the_identity_at_first_and_learns_its_way_out():
+    net = ResNet(8, shortcut="rezero")
+    net(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    for unit in net.units:
+        assert unit.shortcut.a == 0 and unit.shortcut.a.grad != 0
 
 
 @pytest.mark.parametrize("unit, block, shortcut", [*itertools.product(UNITS, BLOCKS, SHORTCUTS)])

@@ -176,10 +176,15 @@ def published(settings: Mapping[str, Any]) -> float:
 
 
 def identity(experiment: Experiment) -> tuple[tuple[str, Any], ...]:
-    """What makes an experiment what it is: all but its seed and what is free to change."""
-    names = [f.name for f in fields(Experiment) if not f.metadata["free"] and f.name != "seed"]
-    whole = {name: getattr(experiment, name) for name in names}
-    whole |= {"block": experiment.block_, "stem": experiment.stem_}
+    """What makes an experiment what it is: all but its seed and what is free to change.
+
+    Defaults are left out, so that runs are found again by a version that has more settings.
+    """
+    whole = {"block": experiment.block_, "stem": experiment.stem_}
+    for f in fields(Experiment):
+        value = getattr(experiment, f.name)
+        if not f.metadata["free"] and f.name != "seed" and value != f.default:
+            whole.setdefault(f.name, value)
     return tuple(whole.items())
 
 
