@@ -65,10 +65,10 @@ class Experiment:
         least=0,
         most=1,
     )
-    option: Literal["A", "B"] | None = setting(
+    option: Literal["A", "B", "C"] | None = setting(
         None,
-        "Where the shape changes: A pads with zeros, B projects. By itself A for basic CIFAR "
-        "networks, B else.",
+        "Where the shape changes: A pads with zeros, B projects; C projects in every unit. By "
+        "itself A for basic CIFAR networks, B else.",
         "Network",
     )
     pad: Literal["raw", "activated"] = setting(
@@ -76,6 +76,12 @@ class Experiment:
     )
     stride_on: Literal["first", "3x3"] = setting(
         "first", "Which convolution of a bottleneck has the stride.", "Network"
+    )
+    first_act: Literal["stem", "unit"] = setting(
+        "stem",
+        "Where the first activation stands: in the stem, before splitting and pooling; or in the "
+        "first unit, as in its others.",
+        "Network",
     )
     init: Literal["fan_out", "fan_in"] = setting(
         "fan_out", "Which fan He initialization counts.", "Network"
@@ -235,7 +241,8 @@ class Experiment:
     @property
     def architecture(self) -> dict[str, Any]:
         """The arguments of ``ResNet``, all but ``classes``."""
-        names = ["depth", "unit", "shortcut", "option", "pad", "stride_on", "init", "settings"]
+        names = ["depth", "unit", "shortcut", "option", "pad", "stride_on", "first_act", "init"]
+        names.append("settings")
         return {n: getattr(self, n) for n in names} | {"block": self.block_, "stem": self.stem_}
 
     @property
@@ -288,13 +295,14 @@ class Experiment:
     def load(cls, path: Path | str | None = None, /, **overrides: Any) -> Self:
         """Read a config file; ``overrides`` win over it, it wins over the defaults.
 
-        A name without a folder is looked for in ``configs/`` too.
+        A name without a folder is looked for in ``configs/`` too. ``layout`` stands for the
+        settings of its row, in a file as among the overrides.
 
         Raises:
             UserError: the file is missing or no YAML mapping, or holds a key that is no field.
         """
         given = read_yaml(Path(path)) if path else {}
-        known = [f.name for f in fields(cls)]
+        known = ["layout", *(f.name for f in fields(cls))]
         for key in given:
             if key not in known:
                 raise unknown("key", key, known, where=f"{path}: ")
@@ -304,7 +312,7 @@ class Experiment:
             if one in overrides:
                 given.pop(other, None)
         try:
-            return cls(**{**given, **overrides})
+            return cls(**{**plans.laid_out(given), **plans.laid_out(overrides)})
         except UserError as error:
             raise (UserError(f"{path}: {error}", error.hint) if path else error) from None
 

@@ -36,6 +36,24 @@ def flag(f: Field) -> Parameter:
     return Parameter(f.name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
+LAYOUT = Parameter(
+    "layout",
+    Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        str | None,
+        typer.Option(
+            "--layout",
+            help="As a code base builds what the paper leaves open: sets --stride-on, --pad, "
+            f"--option and --first-act, which win over it. One of {', '.join(plans.LAYOUTS)}.",
+            metavar="NAME",
+            rich_help_panel="Network",
+            show_default=False,
+        ),
+    ],
+)
+
+
 def with_flags(*without: str) -> Callable:
     """Give a command a flag for each field of Experiment but ``without``; it gets those given."""
 
@@ -44,11 +62,12 @@ def with_flags(*without: str) -> Callable:
             p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD
         ]
         flags = [flag(f) for f in fields(Experiment) if f.name not in without]
+        flags.insert(0, LAYOUT)
 
         def run(**given: Any) -> None:
             names = {p.name for p in own}
             chosen = {k: v for k, v in given.items() if k in names or v is not None}
-            command(**chosen)
+            command(**plans.laid_out(chosen))
 
         run.__doc__, run.__name__ = command.__doc__, command.__name__
         run.__signature__ = inspect.Signature(own + flags)  # type: ignore[attr-defined]

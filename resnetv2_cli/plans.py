@@ -1,16 +1,16 @@
-"""What the networks are, as data: unit types, blocks, stems and the arithmetic of depth.
+"""What the networks are, as data: unit types, blocks, stems, layouts and the arithmetic of depth.
 
-To add a unit type: one row in UNITS. To add a block: one row in BLOCKS. Nothing here needs torch,
-so that help and error messages come at once.
+To add a unit type: one row in UNITS. To add a block: one row in BLOCKS. To add a layout: one row in
+LAYOUTS. Nothing here needs torch, so that help and error messages come at once.
 """
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from resnetv2_cli.errors import UserError
+from resnetv2_cli.errors import UserError, unknown
 
 UNITS = {  # what stands between two units: + ends one, | begins the next (Fig. 4)
     "original": "bn + relu |",
@@ -60,6 +60,35 @@ IMAGENET = {  # depth: (block, units in each stage); Table 1 of [1], and footnot
     200: ("bottleneck", (3, 24, 36, 3)),
 }
 
+
+class Layout(NamedTuple):
+    """How one code base builds what the paper leaves open: settings of an experiment."""
+
+    doc: str
+    settings: dict[str, str]
+
+
+LAYOUTS = {
+    "authors": Layout(
+        "the authors' Caffe and Torch code, and the default: stride on the first 1x1, the first "
+        "activation in the stem",
+        {"stride_on": "first", "pad": "raw", "first_act": "stem"},
+    ),
+    "fb": Layout(
+        "fb.resnet.torch: stride on the 3x3, option A pads the activated x",
+        {"stride_on": "3x3", "pad": "activated", "first_act": "stem"},
+    ),
+    "torchvision": Layout(
+        "torchvision, and timm's resnet*: stride on the 3x3, projections at every depth",
+        {"stride_on": "3x3", "option": "B", "first_act": "stem"},
+    ),
+    "timm": Layout(
+        "timm's resnetv2*: as torchvision, but the max-pool takes what conv1 gives, and the first "
+        "unit activates it as every other does",
+        {"stride_on": "3x3", "option": "B", "first_act": "unit"},
+    ),
+}
+
 FIRST_BOTTLENECK = 164  # of the depths that fit both blocks, from here on: as the paper's networks
 
 
@@ -68,6 +97,21 @@ def places(unit: str) -> tuple[str, str, str]:
     last, rest = UNITS[unit].split("+")
     after, before = rest.split("|")
     return last, after, before
+
+
+def laid_out(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings, with those that a ``layout`` among them stands for; others win over it.
+
+    Raises:
+        UserError: there is no such layout.
+    """
+    rest = dict(given)
+    name = rest.pop("layout", None)
+    if name is None:
+        return rest
+    if str(name) not in LAYOUTS:
+        raise unknown("layout", name, LAYOUTS)
+    return LAYOUTS[str(name)].settings | rest
 
 
 def fits(depth: int, block: str) -> bool:

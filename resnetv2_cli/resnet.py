@@ -34,6 +34,8 @@ class ResNet(nn.Module):
     Without its shortcuts it is ``depth - 1`` times conv, BN, ReLU in a plain chain, whatever the
     unit type, which only says where along the chain shortcuts leave and return (Sec. 4.1).
     So the chain begins and ends complete: the stem activates, and the head takes what is left.
+    With ``first_act="unit"`` the first unit is like the others, and opens with its share of that
+    activation; the stem keeps the rest.
 
     Shape: (N, 3, H, W) -> logits (N, classes); made for H = W = 32 (cifar) or 224 (imagenet).
 
@@ -54,6 +56,7 @@ class ResNet(nn.Module):
         option: str | None = None,
         pad: str = "raw",
         stride_on: str = "first",
+        first_act: str = "stem",
         init: str = "fan_out",
     ) -> None:
         super().__init__()
@@ -63,8 +66,10 @@ class ResNet(nn.Module):
         kind = Kind(unit, block, shortcut, settings or {}, option, pad, stride_on)
         start, c = STEMS[stem], STEMS[stem].channels
         self.segments = 0  # of the body whose activations are recomputed in backward; 0: none
+        last, after, before = places(unit)
+        begun = "bn relu" if first_act == "stem" else last + after  # of the stem's activation
         layers = OrderedDict[str, nn.Module](
-            conv=conv(3, c, start.kernel, start.stride), act=activation("bn relu", c)
+            conv=conv(3, c, start.kernel, start.stride), act=activation(begun, c)
         )
         if start.pool:
             layers["pool"] = nn.MaxPool2d(3, stride=2, padding=1)
@@ -75,15 +80,14 @@ class ResNet(nn.Module):
             units = []
             for i in range(n):
                 stride = 2 if stages and i == 0 else 1
-                first = not stages and i == 0
-                units.append(residual_unit(kind, c, width, stride, activated=first))
+                activated = first_act == "stem" and not stages and i == 0
+                units.append(residual_unit(kind, c, width, stride, activated))
                 c = width * BLOCKS[block].expansion
             stages.append(numbered("unit", units))
         self.body = numbered("stage", stages)
         for number, unit_ in enumerate(self.units, 1):
             unit_.shortcut.place(number, len(self.units))  # type: ignore[operator, union-attr]
 
-        _, _, before = places(unit)
         act = activation(before, c)  # the pre-activation of the unit that is not there
         pool, fc = nn.AdaptiveAvgPool2d(1), nn.Linear(c, classes)
         self.head = nn.Sequential(OrderedDict(act=act, pool=pool, flat=nn.Flatten(), fc=fc))

@@ -1,7 +1,7 @@
 """The Residual Unit, x_{l+1} = f(h(x_l) + F(x_l, W_l)), and how one is filled from the tables."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -30,6 +30,15 @@ class ResidualUnit(nn.Module):
         return self.after(y)  # x_{l+1} = f(y_l)              (2)
 
 
+PROJECTS: dict[
+    str, Callable[[bool], bool]
+] = {  # whether a unit that changes the shape, or not, does
+    "A": lambda changes: False,
+    "B": lambda changes: changes,
+    "C": lambda changes: True,
+}
+
+
 @dataclass(frozen=True)
 class Kind:
     """What all units of a network have in common."""
@@ -38,7 +47,9 @@ class Kind:
     block: str = "basic"
     shortcut: str = "identity"
     settings: Mapping[str, object] = field(default_factory=dict)
-    option: str = "A"  # of [1], where the shape changes: A pads with zeros, B projects
+    option: str = (
+        "A"  # of [1]: where the shape changes A pads with zeros, B projects; C always does
+    )
     pad: str = "raw"  # what option A carries in a pre-activation unit: raw or activated x
     stride_on: str = "first"  # which weight layer of F has the stride: the first, or the 3x3
 
@@ -66,15 +77,14 @@ def residual_branch(
 def carry(
     kind: Kind, cls: type[Shortcut], last: str, c_in: int, c_out: int, stride: int
 ) -> nn.Module:
-    """What brings x to the addition: nothing, or option A or B of [1] where the shape changes.
+    """What brings x to the addition: nothing, or what the option of [1] says.
 
     Shape: (N, c_in, H, W) -> (N, c_out, H/stride, W/stride).
     """
     changes = stride != 1 or c_in != c_out
-    if not changes and not cls.projects:
-        return nn.Identity()
-    if kind.option == "A" and not cls.projects:
-        return ZeroPad(c_in, c_out, stride)
+    projects = cls.projects or PROJECTS[kind.option](changes)
+    if not projects:
+        return ZeroPad(c_in, c_out, stride) if changes else nn.Identity()
     bn = "bn" if "bn" in last else ""  # a unit that normalizes behind F's weights does so here too
     return nn.Sequential(OrderedDict(conv=conv(c_in, c_out, 1, stride), act=activation(bn, c_out)))
 

@@ -473,6 +473,7 @@ def test_networks_are_called_by_what_tells_them_apart(tmp_path):
     labels = [s.label for s in subject.labelled([main, main, trained, trained])]
     assert labels == [name, f"{name} (2)", f"{name} @64000", f"{name} @64000 (2)"]
     for text, message in [
+        ("layout=tim", "unknown layout 'tim'"),
         ("dept=20", "--compare dept=20: unknown setting 'dept'"),
         ("depth=111", "no network has 111 layers"),
         ("depth=", "depth must be"),

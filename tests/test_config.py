@@ -35,6 +35,16 @@ def test_flags_win_over_files_win_over_defaults(tmp_path):
     assert Experiment.load(file, lr=0.3) == Experiment(depth=20, lr=0.3)
 
 
+def test_a_layout_stands_for_its_settings_where_it_is_given(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("layout: timm\nstride_on: first\n")
+    assert Experiment.load(file) == Experiment(option="B", first_act="unit")
+    assert Experiment.load(file, pad="activated", layout="fb") == Experiment(
+        option="B", stride_on="3x3", pad="activated"
+    )
+    assert Experiment.load(layout="fb", stride_on="first") == Experiment(pad="activated")
+
+
 def test_a_length_by_flag_replaces_the_other_one_of_the_file(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("epochs: 3\n")
@@ -65,6 +75,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
         ("shortcut: exclusive", "unknown shortcut 'exclusive'", "did you mean 'exclusive-gate'?"),
         ("dataset: cifar", "unknown dataset 'cifar'", "did you mean 'cifar10'?"),
         ("batch_size: 0", "batch_size must be at least 1, not 0", "Images in one iteration"),
+        ("layout: tim", "unknown layout 'tim'", "did you mean 'timm'?"),
         ("lr: fast", "lr must be a number, not 'fast'", "Learning rate"),
         ("lr: .nan", "lr must be a number, not nan", "Learning rate"),
         ("lr: .inf", "lr must be finite, not inf", "Learning rate"),

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from resnetv2_cli.plans import BLOCKS, UNITS, places
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.layers import ZeroPad
+from resnetv2_cli.plans import BLOCKS, LAYOUTS, UNITS, places
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.units import Kind, residual_unit
 
@@ -135,3 +137,62 @@ def test_blocks_are_those_of_the_paper():
         "basic": ((3, 3), 1),
         "bottleneck": ((1, 3, 1), 4),
     }
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_where_the_first_activation_stands_changes_no_chain(unit):
+    """The stem leaves to the first unit what that unit's type opens with, and nothing else."""
+    net = ResNet(8, unit=unit, first_act="unit")
+    assert order(net) == "conv bn relu " * 7 + "pool fc"
+    last, after, before = places(unit)
+    assert order(net.stem) == " ".join(["conv", *(last + after).split()])
+    assert "conv1" in dict(net.units[0].residual.named_children())
+    assert f"{last}{after}{before}".split() == ["bn", "relu"]
+
+
+LAID_OUT = {  # layout: stem and first unit of ResNet-50, then which convolution halves
+    "authors": ("conv bn relu maxpool conv bn relu conv bn relu conv conv", [2, 1, 1]),
+    "fb": ("conv bn relu maxpool conv bn relu conv bn relu conv conv", [1, 2, 1]),
+    "torchvision": ("conv bn relu maxpool conv bn relu conv bn relu conv conv", [1, 2, 1]),
+    "timm": ("conv maxpool bn relu conv bn relu conv bn relu conv conv", [1, 2, 1]),
+}
+
+
+def test_every_layout_is_written_down():
+    assert set(LAID_OUT) == set(LAYOUTS)
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_layouts_on_imagenet(name):
+    began, strides = LAID_OUT[name]
+    e = Experiment.load(layout=name, depth=50, stem="imagenet")
+    net = ResNet(**e.architecture, classes=3)
+    assert order(net, size=64).startswith(began + " bn")
+    halves = net.body.stage2.unit1.residual
+    assert [m.stride[0] for m in halves.modules() if isinstance(m, nn.Conv2d)] == strides
+
+
+@pytest.mark.parametrize(
+    "name, carried, padded",
+    [("authors", "zeros", "raw"), ("fb", "zeros", "activated"), ("timm", "conv", None)],
+)
+def test_layouts_where_a_cifar_network_changes_shape(name, carried, padded):
+    e = Experiment.load(layout=name, depth=8)
+    unit = ResNet(**e.architecture).body.stage2.unit1
+    assert isinstance(unit.shortcut.carry, ZeroPad) == (carried == "zeros")
+    assert (len(unit.shared) > 0) == (padded != "raw")
+
+
+def test_the_default_is_the_authors_layout():
+    assert Experiment.load(layout="authors") == Experiment()
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_option_c_is_the_conv1x1_shortcut(unit):
+    """ "option C of [1]" (Fig. 2e): a projection in every unit."""
+    names = [list(ResNet(8, unit=unit, **how).state_dict()) for how in OPTION_C]
+    assert names[0] == names[1]
+    assert all(isinstance(u.shortcut.carry.conv, nn.Conv2d) for u in ResNet(8, option="C").units)
+
+
+OPTION_C = [{"option": "C"}, {"shortcut": "conv1x1"}]

@@ -14,7 +14,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.folder import Folder, FolderImages
 from resnetv2_cli.data.images import Split
 from resnetv2_cli.errors import unknown
-from resnetv2_cli.plans import STEMS
+from resnetv2_cli.plans import STEMS, laid_out
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.run import build, restore
 
@@ -79,7 +79,7 @@ def beside(main: Source, text: str) -> Source:
     """
     if "=" not in text or Path(text).exists():
         return from_checkpoint(Path(text), data_dir=main.experiment.data_dir)
-    known = [f.name for f in fields(Experiment)]
+    known = ["layout", *(f.name for f in fields(Experiment))]
     given: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
@@ -91,7 +91,7 @@ def beside(main: Source, text: str) -> Source:
         except yaml.YAMLError:
             given[name] = value  # which the experiment refuses in its own words
     own = {"block": None} if "depth" in given else {}  # another depth may have another block
-    return Source(replace(main.experiment, **(own | given)))
+    return Source(replace(main.experiment, **(own | laid_out(given))))
 
 
 def labelled(sources: list[Source]) -> list[Source]:

@@ -47,6 +47,8 @@ def list_() -> None:
         (s, row.formula, paper.published("shortcut", s)) for s, row in plans.shortcuts().items()
     ]
     console.table("Shortcuts (Fig. 2)", ["--shortcut", "y", "paper, %"], shortcuts)
+    layouts = [(name, row.doc) for name, row in plans.LAYOUTS.items()]
+    console.table("Layouts", ["--layout", "what it is"], layouts)
     console.table(
         "Datasets", ["--dataset", "what"], [(name, d.doc) for name, d in DATASETS.items()]
     )
