@@ -11,10 +11,11 @@ import pytest
 import resnetv2_cli
 
 ORDER = """
-    errors plans paper layers shortcuts units resnet data.catalog settings config flags
+    errors memory plans paper layers shortcuts units resnet data.catalog settings config flags
     data.images data.order data.augment data.folder data.module optim describe runfolder
     checkpoint task callbacks plot run stats ablation.studies ablation.arms ablation.launch
-    ablation.sweep ablation.progress ablation.tables ablation.probe display console bench
+    ablation.sweep ablation.progress ablation.tables ablation.probe display console
+    bench.turns bench.plain bench.floor bench.draw bench.step bench.train bench.data
     analysis.topics analysis.trace analysis.subject analysis.draw analysis.forward
     analysis.backward analysis.shrink analysis.paths analysis.lesion analysis.study
     commands.app commands.train commands.ablate commands.analyze commands.bench commands.look cli

@@ -1,5 +1,6 @@
-"""``bench``."""
+"""``bench step``, ``bench train`` and ``bench data``."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -7,38 +8,140 @@ import typer
 from resnetv2_cli import console
 from resnetv2_cli.commands.app import Config, Json, app
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import unknown
 from resnetv2_cli.flags import with_flags
 
+bench = typer.Typer(
+    no_args_is_help=True,
+    help="Time the tool beside what most people run, and beside what the machine allows.",
+)
+app.add_typer(bench, name="bench", rich_help_panel="Train")
 
-@app.command(rich_help_panel="Train")
+Rounds = Annotated[int, typer.Option(help="Turns that each arm has.", min=1)]
+Stretch = Annotated[int, typer.Option(help="Iterations of one turn.", min=1)]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder of the picture and the JSON.")
+]
+COLUMNS = ["", "images/s", "ratio", "of rounds", "peak"]
+
+
+def shown(made: dict[str, Any], output: Path | None, json: bool) -> bool:
+    """Leave a bench's picture and JSON in a folder, print its JSON; whether a table is wanted."""
+    if output:
+        from resnetv2_cli.bench.draw import bars
+        from resnetv2_cli.runfolder import write_json
+
+        rates = {name: a["images_per_second"] for name, a in made["arms"].items()}
+        output.mkdir(parents=True, exist_ok=True)
+        bars(title(made), rates, "images/s", output / f"{made['bench']}.png")
+        write_json(output / f"{made['bench']}.json", console.finite(made))
+    if json:
+        console.as_json(made)
+    return not json
+
+
+def title(made: dict[str, Any]) -> str:
+    """What was timed."""
+    parts = [made.get("network") or made["dataset"], f"batch {made['batch_size']}"]
+    return ", ".join([*parts, *filter(None, [made.get("precision")])])
+
+
+def row(name: str, arm: dict[str, Any]) -> list[str]:
+    """An arm as cells of a table, under COLUMNS."""
+    peak = arm["peak_bytes"]
+    return [
+        name,
+        f"{arm['images_per_second']:,.0f}",
+        f"{arm['ratio']:.2f}",
+        f"{arm['least']:.2f}-{arm['most']:.2f}",
+        "—" if peak is None else f"{peak / 1e9:.2f} GB",
+    ]
+
+
+@bench.command()
 @with_flags()
-def bench(
+def train(
     config: Config = None,
-    rounds: Annotated[int, typer.Option(help="Turns that each arm has.", min=1)] = 5,
-    stretch: Annotated[int, typer.Option(help="Iterations of one turn.", min=1)] = 5,
+    rounds: Rounds = 5,
+    stretch: Stretch = 5,
+    output: Output = None,
     json: Json = False,
     **flags: Any,
 ) -> None:
-    """Time training beside a plain PyTorch loop, taking turns in one process."""
+    """Time whole training beside a plain PyTorch loop, taking turns in one process."""
     experiment = Experiment.load(config, **flags)
-    from resnetv2_cli.bench import bench as timed
+    from resnetv2_cli.bench.train import bench_train
 
-    made = timed(experiment, rounds, stretch)
-    if json:
-        console.as_json(made)
+    made = bench_train(experiment, rounds, stretch)
+    if not shown(made, output, json):
         return
     rows = [
-        (
-            name,
-            f"{a['images_per_second']:,.0f}",
-            f"{a['ratio']:.2f}",
-            f"{a['least']:.2f}-{a['most']:.2f}",
-        )
+        [*row(name, a), f"{a['waiting']:.1%}" if "waiting" in a else "—"]
         for name, a in made["arms"].items()
     ]
-    title = f"{made['network']}, batch {made['batch_size']}, {made['precision']}"
-    console.table(title, ["", "images/s", "ratio", "least-most"], rows)
+    console.table(title(made), [*COLUMNS, "waiting"], rows)
     console.out.print(
         f"The Trainer, its files and callbacks cost {made['trainer_overhead']:+.1%} over the bare "
-        f"step; normalization and augmentation are {made['augmentation']:.2%} of it."
+        f"step; normalization and augmentation are {made['augmentation']:.2%} of it. A new process "
+        f"ends its first iteration after {made['first_step_seconds']:.1f} s."
     )
+
+
+@bench.command()
+@with_flags("accumulate", "compile", "recompute", "precision")
+def step(
+    config: Config = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this one, beside plain; may be given often.", metavar="NAME"),
+    ] = None,
+    rounds: Rounds = 5,
+    stretch: Stretch = 3,
+    output: Output = None,
+    json: Json = False,
+    **flags: Any,
+) -> None:
+    """Time one training step under each option, beside plain float32 and beside the floor.
+
+    The floor is the network's convolutions alone, in the same precision and layout.
+    """
+    experiment = Experiment.load(config, **flags)
+    from resnetv2_cli.bench.step import OPTIONS, bench_step
+
+    for name in arm or []:
+        if name not in OPTIONS:
+            raise unknown("arm", name, OPTIONS)
+    names = arm or [name for name, o in OPTIONS.items() if o.usual]
+    made = bench_step(experiment, names, rounds, stretch, console.note)
+    if not shown(made, output, json):
+        return
+    rows = [
+        [*row(name, a), f"{a['of_floor']:.0%}" if "of_floor" in a else "—"]
+        for name, a in made["arms"].items()
+    ]
+    console.table(title(made), [*COLUMNS, "of floor"], rows)
+    for dtype, floor in made["floors"].items():
+        console.out.print(
+            f"{dtype.removeprefix('torch.')}: {floor['bytes'] / 1e9:.2f} GB must move, which takes "
+            f"{floor['seconds']:.3f} s at the {floor['copy_bytes_per_second'] / 1e9:.1f} GB/s of a "
+            "copy."
+        )
+
+
+@bench.command()
+@with_flags("accumulate", "compile", "recompute", "precision")
+def data(
+    config: Config = None,
+    rounds: Rounds = 5,
+    stretch: Stretch = 20,
+    output: Output = None,
+    json: Json = False,
+    **flags: Any,
+) -> None:
+    """Time each way from stored images to batches, alone, beside torchvision's."""
+    experiment = Experiment.load(config, **flags)
+    from resnetv2_cli.bench.data import bench_data
+
+    made = bench_data(experiment, rounds, stretch)
+    if shown(made, output, json):
+        console.table(title(made), COLUMNS, [row(name, a) for name, a in made["arms"].items()])

@@ -1,0 +1,89 @@
+"""The loop that most people write: what everything else is measured beside."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from resnetv2_cli.bench.turns import WARM, finish
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.data import images
+from resnetv2_cli.resnet import ResNet
+
+MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]
+WORKERS = 2
+
+
+class PilImages(Dataset):
+    """Images as most loops have them: PIL, one by one, through torchvision's transforms."""
+
+    def __init__(self, split: images.Split) -> None:
+        self.pictures = [Image.fromarray(image) for image in split.images]
+        self.labels = split.labels.tolist()
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(self.pictures[index]), self.labels[index]
+
+
+def plain_loader(split: images.Split, batch: int, workers: int = WORKERS) -> DataLoader:
+    """A DataLoader that shuffles."""
+    return DataLoader(PilImages(split), batch, shuffle=True, num_workers=workers)
+
+
+def forever(loader: Any) -> Iterator[Any]:
+    """Epoch after epoch of it."""
+    while True:
+        yield from loader
+
+
+class PlainLoop:
+    """float32, NCHW, eager; a DataLoader of two workers; one ``.item()`` an iteration.
+
+    ``waited``: seconds of the last stretch that went into waiting for images.
+    """
+
+    def __init__(
+        self, experiment: Experiment, classes: int, split: images.Split, device: torch.device
+    ) -> None:
+        self.net = ResNet(**experiment.architecture, classes=classes).to(device)
+        parameters = self.net.parameters()
+        self.optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-4)
+        self.batches = forever(plain_loader(split, experiment.batch_size))
+        self.device = device
+        self.waited = 0.0
+
+    def step(self) -> None:
+        asked = time.perf_counter()
+        x, y = next(self.batches)
+        self.waited += time.perf_counter() - asked
+        loss = nn.functional.cross_entropy(self.net(x.to(self.device)), y.to(self.device))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        loss.item()
+
+    def __call__(self, steps: int) -> float:
+        self.net.train()
+        for i in range(WARM + steps):
+            if i == WARM:
+                finish(self.device)
+                began, self.waited = time.perf_counter(), 0.0
+            self.step()
+        finish(self.device)
+        return (time.perf_counter() - began) / steps

@@ -1,0 +1,129 @@
+"""One training step under each option that the tool has, beside plain float32 and the floor.
+
+To add an option: a row in OPTIONS.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from resnetv2_cli.bench.floor import convolutions_alone, floor
+from resnetv2_cli.bench.turns import Arm, in_turns, ratios, rows, timed
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.optim import sgd
+from resnetv2_cli.plans import STEMS
+from resnetv2_cli.resnet import ResNet
+from resnetv2_cli.run import trainer_of
+from resnetv2_cli.runfolder import environment
+
+PLAIN = "plain"
+
+
+class Option(NamedTuple):
+    """How a step is computed."""
+
+    doc: str
+    mixed: bool = True  # bf16 autocast; else float32
+    last: bool = True  # channels last; else NCHW
+    plain: bool = False  # the optimizer as most write it
+    compile: bool = False
+    recompute: bool = False
+    usual: bool = True  # timed when none is named
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.mixed else torch.float32
+
+    @property
+    def layout(self) -> torch.memory_format:
+        return torch.channels_last if self.last else torch.contiguous_format
+
+    @property
+    def floor(self) -> str:
+        """The arm of its convolutions alone."""
+        return f"floor {'bf16' if self.mixed else 'fp32'} {'NHWC' if self.last else 'NCHW'}"
+
+
+OPTIONS = {
+    PLAIN: Option("float32, NCHW, eager", mixed=False, last=False, plain=True),
+    "channels-last": Option("float32, channels last", mixed=False),
+    "bf16": Option("bf16 autocast, NCHW", last=False),
+    "bf16-channels-last": Option("bf16 autocast, channels last"),
+    "recompute": Option("the same, every unit computed again in backward", recompute=True),
+    "compile": Option("the same, compiled unit by unit", compile=True, usual=False),
+}
+
+
+def step_arm(experiment: Experiment, option: Option, device: torch.device) -> Arm:
+    """Forward, backward and update on one batch of noise."""
+    torch.manual_seed(experiment.seed)
+    classes = len(DATASETS[experiment.dataset].classes) or 1000
+    net = ResNet(**experiment.architecture, classes=classes).to(device)
+    net.to(memory_format=option.layout)  # type: ignore[call-overload]
+    if option.recompute:
+        net.segments = len(net.units)
+    if option.compile:
+        for unit in net.units:
+            unit.compile()
+    if option.plain:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    else:
+        optimizer = sgd(net, experiment)
+    size = STEMS[experiment.stem_].size
+    x = torch.randn(experiment.batch_size, 3, size, size, device=device)
+    x = x.contiguous(memory_format=option.layout)
+    y = torch.randint(classes, (experiment.batch_size,), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=option.mixed):
+            loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return timed(step, device)
+
+
+def bench_step(
+    experiment: Experiment,
+    names: list[str],
+    rounds: int,
+    steps: int,
+    tell: Callable[[str], object],
+) -> dict[str, Any]:
+    """Each option's time, its ratio to the plain step, and its share of the floor.
+
+    The floor of an option is the convolutions alone, in its precision and layout; it takes turns
+    with the options. ``floors``: beside it, the bytes that must move over the copy bandwidth.
+    """
+    device = trainer_of(experiment, logger=False).strategy.root_device
+    options = {name: OPTIONS[name] for name in [PLAIN, *(n for n in names if n != PLAIN)]}
+    arms: dict[str, Arm] = {}
+    of: dict[str, str] = {}  # option: the arm that is its floor
+    for name, option in options.items():
+        arms[name] = step_arm(experiment, option, device)
+        of[name] = option.floor
+    for name, option in options.items():
+        if of[name] not in arms:
+            arms[of[name]] = convolutions_alone(experiment, option.dtype, option.layout, device)
+    tell(f"{len(arms)} arms of {rounds} turns of {steps} iterations")
+    turns = in_turns(arms, rounds, steps, device)
+    made = rows(turns, PLAIN, experiment.batch_size)
+    for name in options:
+        shares = sorted(ratios(turns, name, of[name]))
+        made[name] |= {"doc": options[name].doc, "of_floor": shares[len(shares) // 2]}
+    return {
+        "bench": "step",
+        "network": experiment.name,
+        "batch_size": experiment.batch_size,
+        "rounds": rounds,
+        "steps": steps,
+        "arms": made,
+        "floors": {
+            str(d): floor(experiment, d, device) for d in {o.dtype for o in options.values()}
+        },
+        "environment": environment(),
+    }

@@ -1,0 +1,225 @@
+"""Whole training: the tool's command beside its bare step and beside the loop that most write."""
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from rich.console import Console
+from torch.nn import functional as F
+
+from resnetv2_cli.bench.plain import PlainLoop
+from resnetv2_cli.bench.turns import WARM, Arm, finish, in_turns, rows, timed
+from resnetv2_cli.callbacks import Keeper, Leaver, Recorder
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.data import images
+from resnetv2_cli.data.augment import crop_and_flip
+from resnetv2_cli.data.module import Batch, ImageData, Stream
+from resnetv2_cli.data.order import Schedule, epoch_order
+from resnetv2_cli.display import Display
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.optim import schedule, sgd
+from resnetv2_cli.run import build, loggers, precision, trainer_of
+from resnetv2_cli.runfolder import RunFolder, environment
+from resnetv2_cli.task import Classification
+
+PLAIN, BARE, TRAIN = "plain loop", "bare step", "resnetv2 train"
+PATIENCE = 600.0  # seconds that a new process may take to its first step
+
+
+def bare_arm(
+    task: Classification, data: ImageData, split: images.Split, device: torch.device
+) -> Arm:
+    """The tool's network, images, arithmetic and optimizer, without the Trainer around them."""
+    e = task.experiment
+    task = task.to(device).train()
+    optimizer = sgd(task.net, e)
+    scheduler = schedule(optimizer, e)
+    pixels = torch.from_numpy(split.images).to(device)
+    labels = torch.from_numpy(split.labels).to(device)
+    order = Schedule(data.train_images, e.batch_size)
+    epoch = epoch_order(data.train_images, e.seed, 0, data.dataset.flip)
+    mixed = precision(e)
+    dtype = torch.float16 if mixed == "16-mixed" else torch.bfloat16
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        [part] = order.parts(done % order.steps_per_epoch)
+        chosen = epoch.order[part.start : part.stop].to(device)
+        views = epoch.views[part.start : part.stop].to(device)
+        with torch.autocast(device.type, dtype, enabled=mixed.endswith("mixed")):
+            x = crop_and_flip(task.normalize(pixels[chosen]), views)
+            loss = F.cross_entropy(task.net(x), labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        done += 1
+
+    return timed(step, device)
+
+
+class Clock(Callback):
+    """When each iteration ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if len(self.ends) == WARM - 1 or trainer.global_step == trainer.max_steps:
+            finish(trainer.strategy.root_device)
+        self.ends.append(time.perf_counter())
+
+
+class Waited:
+    """Training batches, and the seconds that went into waiting for each."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.seconds: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.stream)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self.seconds.append(time.perf_counter() - asked)
+            yield batch
+
+
+class WholeTrain:
+    """What ``resnetv2 train`` runs: the Trainer with its callbacks, files and display.
+
+    ``waited``: seconds of the last stretch that went into waiting for images.
+    """
+
+    def __init__(self, task: Classification, data: ImageData, folder: Path) -> None:
+        self.task, self.data, self.folder = task, data, folder
+        self.stream = data.train_dataloader
+        self.waited = 0.0
+
+    def __call__(self, steps: int) -> float:
+        e, data = self.task.experiment, self.data
+        place = RunFolder(self.folder / f"{time.monotonic_ns()}")
+        place.checkpoints.mkdir(parents=True)
+        write = loggers(e, place, data.scored)
+        keeper, clock = Keeper(place, 0, choose=False), Clock()
+        display = Display(Console(file=StringIO(), force_terminal=True))
+        recorder = Recorder(write[0], write[1], e.log_every, data.scored)  # type: ignore[arg-type]
+        trainer = trainer_of(
+            e,
+            max_steps=WARM + steps,
+            limit_val_batches=0,
+            logger=write,
+            callbacks=[recorder, display, clock, keeper, Leaver(keeper, None)],
+            default_root_dir=place.path,
+        )
+        waited: list[Waited] = []
+
+        def watched() -> Waited:
+            waited.append(Waited(self.stream()))  # type: ignore[arg-type]
+            return waited[-1]
+
+        data.train_dataloader = watched  # type: ignore[method-assign, assignment]
+        trainer.fit(self.task, datamodule=data)
+        self.waited = sum(waited[-1].seconds[WARM : WARM + steps])
+        return (clock.ends[-1] - clock.ends[WARM - 1]) / steps
+
+
+def augmentation_seconds(
+    data: ImageData, split: images.Split, device: torch.device, times: int = 50
+) -> float:
+    """Normalization and augmentation of one batch: the median."""
+    n = data.experiment.batch_size
+    pixels = torch.from_numpy(split.images[:n]).to(device)
+    views, normalize = epoch_order(n, 0, 0).views.to(device), data.normalize.to(device)
+    taken = []
+    for _ in range(times):
+        began = time.perf_counter()
+        crop_and_flip(normalize(pixels), views)
+        finish(device)
+        taken.append(time.perf_counter() - began)
+    return median(taken)
+
+
+def first_step_seconds(experiment: Experiment, folder: Path) -> float:
+    """Seconds from the start of a ``train`` process to the end of its first iteration.
+
+    Raises:
+        UserError: it ended without one.
+    """
+    config, output = folder / "first.yaml", folder / "first"
+    config.write_text(experiment.dump())
+    command = [sys.executable, "-m", "resnetv2_cli", "train", "--config", str(config)]
+    command += ["--output", str(output), "--log-every", "1"]
+    began = time.perf_counter()
+    with open(folder / "first.log", "w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            lines = RunFolder(output).metrics
+            while not (lines.exists() and lines.read_text().count("\n") > 1):
+                if process.poll() is not None or time.perf_counter() - began > PATIENCE:
+                    log.seek(0)
+                    raise UserError("train made no first step", log.read().strip()[-300:])
+                time.sleep(0.01)
+            return time.perf_counter() - began
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def bench_train(experiment: Experiment, rounds: int, steps: int) -> dict[str, Any]:
+    """Images a second of each arm, and the ratio of each to the plain loop.
+
+    ``waiting``: of an arm's time, the share in which it waited for images. ``trainer_overhead``:
+    what the Trainer, its files and callbacks add to the bare step. ``first_step_seconds``: from
+    the start of a new ``train`` process.
+
+    Raises:
+        UserError: the dataset is not one of small decoded images, or batches are split.
+    """
+    if experiment.accumulate > 1 or experiment.devices not in ("1", "auto"):
+        raise UserError("bench times whole batches on one device", "leave out what splits them")
+    task, data = build(experiment)
+    split = data.train
+    if not isinstance(split, images.Split):
+        raise UserError("bench train needs small images", "--dataset cifar10, cifar100 or digits")
+    device = trainer_of(experiment, logger=False).strategy.root_device
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        first = first_step_seconds(experiment, folder)
+        plain = PlainLoop(experiment, len(data.classes), split, device)
+        whole = WholeTrain(task, data, folder)
+        bare = bare_arm(build(experiment)[0], data, split, device)
+        arms: dict[str, Arm] = {PLAIN: plain, BARE: bare, TRAIN: whole}
+        turns = in_turns(arms, rounds, steps, device)
+    made = rows(turns, PLAIN, experiment.batch_size)
+    for arm, waited in ((PLAIN, plain.waited), (TRAIN, whole.waited)):
+        made[arm]["waiting"] = waited / (turns[arm][-1].seconds * steps)
+    pairs = zip(turns[TRAIN], turns[BARE], strict=True)
+    return {
+        "bench": "train",
+        "network": experiment.name,
+        "batch_size": experiment.batch_size,
+        "precision": precision(experiment),
+        "rounds": rounds,
+        "steps": steps,
+        "arms": made,
+        "trainer_overhead": median(t.seconds / b.seconds - 1 for t, b in pairs),
+        "augmentation": augmentation_seconds(data, split, device) / made[BARE]["seconds"],
+        "first_step_seconds": first,
+        "environment": environment(),
+    }

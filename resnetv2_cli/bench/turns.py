@@ -1,0 +1,84 @@
+"""Arms that take turns in one process, and what is said of them: medians of ratios."""
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from resnetv2_cli import memory
+
+WARM = 2  # iterations before a stretch is timed: allocators, worker processes, kernels' choices
+Arm = Callable[[int], float]  # iterations -> seconds an iteration
+
+
+class Turn(NamedTuple):
+    """One stretch of one arm: seconds an iteration, and the most bytes the process had in it."""
+
+    seconds: float
+    peak: int | None
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what the device still has to do, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(step: Callable[[], object], device: torch.device) -> Arm:
+    """An arm that repeats one step."""
+
+    def run(steps: int) -> float:
+        for i in range(WARM + steps):
+            if i == WARM:
+                finish(device)
+                began = time.perf_counter()
+            step()
+        finish(device)
+        return (time.perf_counter() - began) / steps
+
+    return run
+
+
+def in_turns(
+    arms: Mapping[str, Arm], rounds: int, steps: int, device: torch.device
+) -> dict[str, list[Turn]]:
+    """``steps`` iterations of each arm, ``rounds`` times over.
+
+    A machine whose speed drifts slows all of them alike.
+    """
+    turns: dict[str, list[Turn]] = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, arm in arms.items():
+            fresh = memory.forget_peak()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            seconds = arm(steps)
+            peak = memory.peak(device)
+            known = peak["device"] or (peak["host"] if fresh else None)
+            turns[name].append(Turn(seconds, known))
+    return turns
+
+
+def ratios(turns: Mapping[str, list[Turn]], one: str, other: str) -> list[float]:
+    """How many times as fast ``one`` is as ``other``, round by round."""
+    pairs = zip(turns[other], turns[one], strict=True)
+    return [slow.seconds / fast.seconds for slow, fast in pairs]
+
+
+def rows(turns: Mapping[str, list[Turn]], first: str, images: int) -> dict[str, dict[str, Any]]:
+    """For each arm its images a second and its ratio to the ``first``: median, least and most over
+    rounds; and the peak of memory, bytes."""
+    made = {}
+    for name, taken in turns.items():
+        times, found = ratios(turns, name, first), [t.peak for t in taken]
+        made[name] = {
+            "seconds": median(t.seconds for t in taken),
+            "images_per_second": images / median(t.seconds for t in taken),
+            "ratio": median(times),
+            "least": min(times),
+            "most": max(times),
+            "peak_bytes": None if None in found else max(found),  # type: ignore[type-var]
+        }
+    return made

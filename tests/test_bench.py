@@ -1,0 +1,116 @@
+"""What bench says is what the arms did: ratios of turns, floors of the network that was timed."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from resnetv2_cli.bench.data import PATHS
+from resnetv2_cli.bench.floor import bytes_moved, convolutions
+from resnetv2_cli.bench.step import OPTIONS, PLAIN, bench_step
+from resnetv2_cli.bench.turns import Turn, in_turns, ratios, rows
+from resnetv2_cli.cli import main
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.describe import describe
+
+CPU = torch.device("cpu")
+
+
+def test_ratios_are_taken_within_a_round():
+    turns = {"slow": [Turn(2.0, 5), Turn(40.0, 7)], "fast": [Turn(1.0, 3), Turn(10.0, 3)]}
+    assert ratios(turns, "fast", "slow") == [2.0, 4.0]
+    made = rows(turns, "slow", images=10)
+    assert made["fast"]["ratio"] == 3.0 and made["slow"]["ratio"] == 1.0
+    assert made["slow"]["images_per_second"] == pytest.approx(10 / 21)
+    assert made["slow"]["peak_bytes"] == 7
+
+
+def test_arms_take_turns_and_their_peaks_are_their_own():
+    ran, size = [], 2**28
+
+    def arm(name, numbers):
+        def run(steps):
+            ran.append(name)
+            torch.ones(numbers)
+            return 1.0
+
+        return run
+
+    turns = in_turns({"big": arm("big", size // 4), "small": arm("small", 1)}, 2, 1, CPU)
+    assert ran == ["big", "small"] * 2
+    if turns["small"][0].peak is not None:  # the system tells
+        assert min(t.peak for t in turns["big"]) - turns["small"][1].peak > 0.9 * size
+
+
+@pytest.mark.parametrize("depth, block", [(20, "basic"), (29, "bottleneck")])
+def test_the_floor_has_the_convolutions_of_the_network(depth, block):
+    experiment = Experiment(depth=depth, block=block)
+    found = convolutions(experiment)
+    macs = sum(w.c_out * w.read[0] * w.kernel**2 * w.written[1] * w.written[2] for w in found)
+    made = describe(experiment)
+    classifier = made["parts"][-1]["macs"]
+    assert macs == made["macs"] - classifier
+    assert [w.first for w in found] == [True] + [False] * (len(found) - 1)
+
+
+def test_bytes_that_must_move():
+    """ResNet-8 by hand, in numbers of an image: two or three times in, twice out."""
+    big, middle, small = 16 * 32 * 32, 32 * 16 * 16, 64 * 8 * 8
+    read = 2 * 3 * 32 * 32 + 3 * (2 * big + big + middle + middle + small)
+    written = 2 * (3 * big + 2 * middle + 2 * small)
+    e = Experiment(depth=8, batch_size=4)
+    assert bytes_moved(e, torch.bfloat16) == (read + written) * 2 * 4
+
+
+def test_each_option_is_timed_beside_plain_and_its_own_floor():
+    e = Experiment(depth=8, batch_size=2)
+    names = [name for name, option in OPTIONS.items() if option.usual]
+    made = bench_step(e, names, rounds=1, steps=1, tell=lambda line: None)
+    assert list(made["arms"])[: len(names)] == names
+    for name in names:
+        row = made["arms"][name]
+        floor = made["arms"][OPTIONS[name].floor]
+        assert row["of_floor"] == pytest.approx(floor["seconds"] / row["seconds"])
+        assert row["ratio"] == pytest.approx(made["arms"][PLAIN]["seconds"] / row["seconds"])
+
+
+def run(capsys, *arguments, status=0):
+    """The command in this process: what it printed on stdout, and on stderr."""
+    try:
+        main(["bench", *map(str, arguments)])
+    except SystemExit as left:
+        assert (left.code or 0) == status
+    return capsys.readouterr()
+
+
+def test_the_command_leaves_a_picture_and_the_json_it_prints(capsys, tmp_path):
+    began = time.time()
+    small = ["--dataset", "digits", "--depth", 8, "--batch-size", 64]
+    shown = run(
+        capsys, "train", *small, "--rounds", 1, "--stretch", 1, "--output", tmp_path, "--json"
+    )
+    made = json.loads(shown.out)
+    assert made == json.loads((tmp_path / "train.json").read_text())
+    assert (tmp_path / "train.png").stat().st_mtime > began
+    assert set(made["arms"]) == {"plain loop", "bare step", "resnetv2 train"}
+    assert 0 < made["first_step_seconds"] < 300
+    assert 0 <= made["arms"]["resnetv2 train"]["waiting"] < 1
+
+
+def test_data_paths_are_timed_beside_torchvisions(capsys):
+    small = ["--dataset", "digits", "--batch-size", 16, "--rounds", 1, "--stretch", 1]
+    made = json.loads(run(capsys, "data", *small, "--json").out)
+    paths = [name for name, path in PATHS.items() if path.decoded]
+    assert list(made["arms"]) == paths and made["arms"][paths[0]]["ratio"] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["step", "--arm", "bf16-chanels-last"], "bf16-channels-last"),
+        (["train", "--dataset", "digits", "--accumulate", 2], "whole batches"),
+    ],
+)
+def test_what_bench_cannot_time_is_refused(arguments, said, capsys):
+    assert said in run(capsys, *arguments, status=2).err
