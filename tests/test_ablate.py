@@ -1,11 +1,19 @@
 """Ablations: which rows, which settings, what is run again and how it is summed up."""
 
 import json
+import os
+import shlex
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY, THREADS
 
 from resnetv2_cli.ablation import arms, studies
-from resnetv2_cli.errors import UserError
+from resnetv2_cli.ablation.sweep import Sweep
+from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.paper import TABLE_1
 from resnetv2_cli.stats import Pairs, Summary, seeds_needed
 
@@ -61,3 +69,80 @@ def test_an_ablation_runs_and_never_runs_a_row_again(resnetv2, tmp_path):
     again = resnetv2(*command)
     assert again.stderr.count("done before") == 2
     assert {p: p.stat().st_mtime_ns for p in results} == results
+
+
+def test_the_time_of_an_ablation_ends_it_with_its_runs_saved(tmp_path):
+    """A run that would never end, in a place of its own: asked to leave, it is no failure."""
+
+    class Endless:
+        asked = False
+
+        def status(self):
+            return 0 if self.asked else None
+
+        def stop(self):
+            self.asked = True
+
+    class Launcher:
+        def start(self, arm, slot, lock):
+            return Endless()
+
+    [study] = studies.studies(shortcut="conv1x1")
+    made = arms.plan(study, 1, {"depth": 8}, tmp_path)
+    runs = [arm for line in made.lines for arm in line.arms]
+    said = []
+    sweep = Sweep(Launcher(), 1, lambda arm, state: said.append(state), lambda running: None, 0.5)
+    with pytest.raises(Stopped, match="the time is over") as stopped:
+        sweep.run(runs)
+    assert stopped.value.status == 0
+    assert said == ["running", "stopped; the same command continues"]
+    assert all(arm.failure is None for arm in runs)
+
+
+def test_the_plan_of_the_paper_names_rows_that_exist():
+    lines = (REPOSITORY / "results" / "plan.txt").read_text().splitlines()
+    calls = [shlex.split(line) for line in lines if line and not line.startswith("#")]
+    assert len(calls) > 5
+    for words in calls:
+        tables = [int(w) for name, w in pairwise(words) if name == "--table"]
+        known = names(tables=tables) if tables else []
+        assert tables or words[0] == "--grid"
+        assert all(w in known for name, w in pairwise(words) if name == "--row")
+
+
+def test_a_reproduction_goes_on_from_the_small_files_of_the_last(resnetv2, tmp_path):
+    """What was kept of a run under way, its checkpoint in parts, is all that the next one has."""
+    [study] = studies.studies(tables=[1])
+    given = {"dataset": "digits", "depth": 8, "batch_size": 64, "steps": 60, "log_every": 10}
+    made = arms.plan(study.only(["identity"]), 1, given, tmp_path / "first")
+    [arm] = made.lines[0].arms
+    arm.config.parent.mkdir(parents=True)
+    arm.config.write_text(arm.experiment.dump())
+    stop = ["--time", "1s", "--steps", 60]
+    resnetv2("train", "--config", arm.config, *stop, "--output", arm.folder)
+    assert not (arm.folder / "result.json").exists()
+
+    def go_on(lab, plan):
+        (tmp_path / "plan.txt").write_text(plan)
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+        place = {
+            "LAB": str(lab),
+            "KEPT": str(tmp_path / "kept"),
+            "PLAN": str(tmp_path / "plan.txt"),
+        }
+        tool = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return subprocess.run(
+            [REPOSITORY / "results" / "continue.sh", "300", *flags],
+            env={**os.environ, **THREADS, **place, "PATH": tool},
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+
+    go_on(tmp_path / "first", "# nothing\n")
+    inside = tmp_path / "kept" / arm.folder.relative_to(tmp_path / "first")
+    assert (inside / "checkpoints" / "last.ckpt.part-aa").exists()
+    begun = (inside / "metrics.csv").read_text()
+    said = go_on(tmp_path / "second", "--table 1 --row identity\n")
+    assert "continuing" in said.stderr
+    assert (inside / "metrics.csv").read_text().startswith(begun)
+    assert json.loads((inside / "result.json").read_text())["steps"] == 60
+    assert not list(inside.rglob("*.part-*"))

@@ -1,5 +1,6 @@
 """Runs everything that has no result yet, some at a time; what fails is a row that says so."""
 
+import math
 import os
 import signal
 import time
@@ -33,25 +34,33 @@ class Running:
 class Sweep:
     """Runs in ``jobs`` places at a time, seed by seed; several ablations may share a folder.
 
-    ``announce`` is told what becomes of each run, ``watch`` what runs, again and again.
+    ``announce`` is told what becomes of each run, ``watch`` what runs, again and again. When
+    ``seconds`` are over, runs save and leave.
     """
 
     launcher: Launcher
     jobs: int
     announce: Announce
     watch: Watch
+    seconds: float = math.inf
     running: list[Running] = field(default_factory=list)
     signal: int = 0
+    over: bool = False
 
     def run(self, arms: Iterable[Arm]) -> None:
         """
         Raises:
-            Stopped: Ctrl-C or SIGTERM; runs were left time to save, and the same command continues.
+            Stopped: Ctrl-C, SIGTERM, or the time is over; runs were left time to save, and the
+                same command continues.
         """
+        deadline = time.monotonic() + self.seconds
         waiting = list({arm.folder: arm for arm in sorted(arms, key=seed)}.values())
         before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             while (waiting or self.running) and not self.signal:
+                if time.monotonic() > deadline:
+                    self.over = True
+                    break
                 waiting = self.fill(waiting)
                 self.watch([r.arm for r in self.running])
                 time.sleep(POLL)
@@ -62,6 +71,13 @@ class Sweep:
                 signal.signal(number, handler)
         if self.signal:
             raise Stopped(signal.Signals(self.signal).name, 128 + self.signal)
+        if self.over:
+            raise Stopped("the time is over", 0)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether runs are asked to leave, so that none of them failed by leaving."""
+        return bool(self.signal) or self.over
 
     def note(self, number: int, frame: FrameType | None) -> None:
         if self.signal == number == signal.SIGINT:  # the second Ctrl-C does not wait
@@ -105,7 +121,7 @@ class Sweep:
             if status is None:
                 continue
             self.running.remove(r)
-            if r.arm.error is None and not self.signal:
+            if r.arm.error is None and not self.stopping:
                 r.arm.fail(reason(r.arm, status))
             os.close(r.lock)
             self.announce(r.arm, outcome(r.arm))

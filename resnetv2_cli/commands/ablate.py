@@ -1,5 +1,6 @@
 """``ablate``."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -7,8 +8,8 @@ import typer
 
 from resnetv2_cli import console, plans
 from resnetv2_cli.commands.app import Format, app
-from resnetv2_cli.errors import UserError, unknown
-from resnetv2_cli.flags import with_flags
+from resnetv2_cli.errors import Stopped, UserError, unknown
+from resnetv2_cli.flags import seconds, with_flags
 
 LAB = Path("runs/lab")
 
@@ -65,6 +66,9 @@ def ablate(
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Measure a few iterations for the plan.")
     ] = True,
+    time: Annotated[
+        str | None, typer.Option(help="Save and leave cleanly after this long: 25m, 2h.")
+    ] = None,
     format: Format = "table",
     **flags: Any,
 ) -> None:
@@ -74,6 +78,7 @@ def ablate(
     """
     from resnetv2_cli.ablation import arms, studies
 
+    budget = seconds(time) if time else math.inf
     if unit is not None and unit not in plans.UNITS:
         raise unknown("unit", unit, plans.UNITS)
     if shortcut and ":" not in shortcut and shortcut not in plans.shortcuts():
@@ -96,12 +101,16 @@ def ablate(
     if dry_run:
         plan(made, jobs, probe, format)
         return
-    run(made, jobs, launcher, hours)
+    try:
+        run(made, jobs, launcher, hours, budget)
+    except Stopped as stopped:
+        console.note(f"{stopped}: saved; the same command continues")
+        raise
     show(made, detect, format)
 
 
-def run(made: list, jobs: int, launcher: str, hours: float) -> None:
-    """Run what has no result yet, and draw what has curves to show."""
+def run(made: list, jobs: int, launcher: str, hours: float, budget: float) -> None:
+    """Run what has no result yet, for ``budget`` seconds, and draw what has curves to show."""
     from resnetv2_cli.ablation.launch import Processes, Queue
     from resnetv2_cli.ablation.progress import Progress
     from resnetv2_cli.ablation.sweep import Sweep
@@ -114,7 +123,7 @@ def run(made: list, jobs: int, launcher: str, hours: float) -> None:
     start = Processes(jobs) if launcher == "process" else Queue(launcher, root, hours)
     console.note(f"{len(arms)} runs in {root}; the same command continues, resnetv2 report shows")
     with Progress(console.err, len(arms)) as progress:
-        Sweep(start, jobs, progress.announce, progress.watch).run(arms.values())
+        Sweep(start, jobs, progress.announce, progress.watch, budget).run(arms.values())
     for ablation in made:
         picture = root / f"{ablation.study.name}.png"
         groups = ablation.curves()

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Continue the reproduction of the paper's tables for a while, and keep what came of it in small files.
+#
+#   results/continue.sh SECONDS [flags of ablate, for every line of the plan]
+#   results/continue.sh 1500 --data-dir data --jobs 3
+#
+# Takes results/lab, trains what is missing in the order of results/plan.txt, and leaves the new results/lab:
+# each run's settings, metrics, manifest and result, and of a run under way its checkpoint in parts under 16 MB.
+# LAB is where training happens (default: a temporary folder), PLAN another plan, KEPT another store.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+plan=${PLAN:-$here/plan.txt} kept=${KEPT:-$here/lab} lab=${LAB:-$(mktemp -d)}
+end=$((SECONDS + ${1:?"how many seconds?"}))
+shift
+
+mkdir -p "$kept" "$lab"
+cp -R "$kept/." "$lab"
+find "$lab" -name '*.ckpt.part-aa' | while read -r first; do
+    whole=${first%.part-aa}
+    cat "$whole".part-* >"$whole"
+    rm "$whole".part-*
+done
+
+keep() { # after each line of the plan: a machine that is taken away loses one line at most
+    find "$lab" -name last.ckpt | while read -r whole; do
+        run=$(dirname "$(dirname "$whole")")
+        parts=$kept/${run#"$lab"/}/checkpoints/last.ckpt.part-
+        rm -f "$parts"*
+        [ -e "$run/result.json" ] && continue
+        mkdir -p "$(dirname "$parts")"
+        split -b 15M "$whole" "$parts"
+    done
+    (cd "$lab" && find . \( -name '*.json' -o -name '*.csv' -o -name '*.yaml' -o -name '*.jsonl' \) -print) |
+        tar -C "$lab" -cf - -T - | tar -C "$kept" -xf -
+}
+trap keep EXIT
+
+flags=("$@")
+{ grep -v -e '^#' -e '^ *$' "$plan" || true; } | while read -r line; do
+    left=$((end - SECONDS))
+    [ "$left" -gt 0 ] || break
+    echo "== ablate $line"
+    eval "rows=($line)"
+    resnetv2 ablate "${rows[@]}" "${flags[@]}" --output "$lab" --time "${left}s" </dev/null
+    keep
+done
