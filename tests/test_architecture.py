@@ -14,11 +14,12 @@ ORDER = """
     errors memory plans paper layers shortcuts units resnet data.catalog settings config flags
     data.images data.order data.augment data.folder data.module optim describe runfolder
     checkpoint task callbacks plot run stats ablation.studies ablation.arms ablation.launch
-    ablation.sweep ablation.progress ablation.tables ablation.probe display console
+    ablation.sweep ablation.progress ablation.tables ablation.probe inference sheet display console
     bench.turns bench.plain bench.floor bench.draw bench.step bench.train bench.data
     analysis.topics analysis.trace analysis.subject analysis.draw analysis.forward
     analysis.backward analysis.shrink analysis.paths analysis.lesion analysis.study
-    commands.app commands.train commands.ablate commands.analyze commands.bench commands.look cli
+    commands.app commands.train commands.predict commands.ablate commands.analyze commands.bench
+    commands.look cli
 """.split()
 HEAVY = ("torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "sklearn", "numpy")
 PACKAGE = Path(resnetv2_cli.__file__).parent

@@ -67,6 +67,9 @@ def open_rgb(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits of grey, which convert would cut off at 255
+                high = np.asarray(image).clip(0, 2**16 - 1) >> 8
+                return Image.fromarray(high.astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except BROKEN as error:
         raise UserError(f"cannot read the image {path}: {str(error).splitlines()[0]}") from None

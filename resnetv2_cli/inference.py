@@ -1,0 +1,173 @@
+"""What a checkpoint says of any pictures: each is looked at as evaluation would, batch by batch."""
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli.data.augment import Normalize
+from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.data.folder import BROKEN, SUFFIXES, Folder, FolderImages
+from resnetv2_cli.data.module import EVAL_BATCH, leave_ctrl_c
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.plans import STEMS
+from resnetv2_cli.run import trainer_of
+from resnetv2_cli.task import Classification
+
+STDIN = "-"
+
+
+class Picture(NamedTuple):
+    """A file to look at, and what it is called in results."""
+
+    name: str
+    path: Path
+
+
+class Prediction(NamedTuple):
+    """The most probable classes of a picture, or why it cannot be read.
+
+    ``pixels`` (size, size, 3) uint8: what the network saw.
+    """
+
+    name: str
+    top: list[tuple[str, float]]
+    error: str
+    pixels: Tensor
+
+
+def network(path: Path, **overrides: Any) -> Classification:
+    """The network of a checkpoint, from the file alone: no images are looked for.
+
+    Raises:
+        UserError: the file is no checkpoint of this tool.
+    """
+    saved = checkpoints.read(path)
+    experiment = checkpoints.experiment_of(saved, **overrides)
+    state = saved["state_dict"]
+    normalize = Normalize(state["normalize.mean"], state["normalize.std"])
+    task = Classification(experiment, tuple(saved["classes"]), normalize)
+    checkpoints.load_weights(task, saved, path)
+    return task.eval()
+
+
+def size_of(task: Classification) -> int:
+    """Side in pixels of the images that a network is evaluated on; a mean image decides it."""
+    mean, e = task.normalize.mean, task.experiment
+    return mean.shape[-1] if mean.shape[-1] > 1 else e.test_size or STEMS[e.stem_].size
+
+
+@contextmanager
+def pictures(names: Sequence[str], stdin: BinaryIO) -> Iterator[list[Picture]]:
+    """The files that some names stand for: a file itself, a folder all images below it, and ``-``
+    what comes on standard input, which is one image, or else the names of files.
+
+    Raises:
+        UserError: a folder has no images, or the names on standard input are no text.
+    """
+    with TemporaryDirectory() as scratch:
+        found: list[Picture] = []
+        for name in names:
+            if name == STDIN:
+                found += from_stdin(stdin.read(), Path(scratch) / "stdin")
+            elif Path(name).is_dir():
+                found += below(Path(name))
+            else:
+                found.append(Picture(name, Path(name)))
+        yield found
+
+
+def below(folder: Path) -> list[Picture]:
+    """The images of a folder and of those in it, by their suffixes, in the order of their names.
+
+    Raises:
+        UserError: there are none.
+    """
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not paths:
+        raise UserError(f"no images in {folder}", f"their names end in {', '.join(SUFFIXES)}")
+    return [Picture(str(p), p) for p in paths]
+
+
+def from_stdin(content: bytes, scratch: Path) -> list[Picture]:
+    """One picture if the bytes are an image; else one for each line, or each name before a zero
+    byte, as ``find -print0`` writes them.
+
+    Raises:
+        UserError: they are neither.
+    """
+    try:
+        with Image.open(io.BytesIO(content)):
+            scratch.write_bytes(content)
+            return [Picture(STDIN, scratch)]
+    except BROKEN:
+        pass
+    separator = b"\0" if b"\0" in content else b"\n"
+    names = [os.fsdecode(part.strip(b"\r")) for part in content.split(separator) if part.strip()]
+    if not names or any(not name.isprintable() for name in names):
+        hint = "for instance: find photos -name '*.jpg' | resnetv2 predict CHECKPOINT -"
+        raise UserError("standard input is neither an image nor names of files", hint)
+    return [Picture(name, Path(name)) for name in names]
+
+
+class Views(Dataset):
+    """The test view of each file, or a black one and why it cannot be read.
+
+    Shape: index -> (size, size, 3) uint8, error.
+    """
+
+    def __init__(self, found: Sequence[Picture], size: int) -> None:
+        paths = [picture.path for picture in found]
+        folder = Folder(paths, torch.zeros(len(paths), dtype=torch.int64), ())
+        self.size, self.paths = size, paths
+        self.images = FolderImages(folder, size, "scale", 0)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        try:
+            return self.images[index, -1][0], ""
+        except UserError as error:
+            why = str(error).removeprefix(f"cannot read the image {self.paths[index]}: ")
+            return torch.zeros(self.size, self.size, 3, dtype=torch.uint8), why
+
+
+def predict(task: Classification, found: Sequence[Picture], top: int) -> Iterator[Prediction]:
+    """Each picture's ``top`` classes, most probable first, with their probabilities (0 to 1).
+
+    Files are decoded by the ``workers`` of the experiment while the network computes, in the
+    arithmetic and in batches of the size that evaluation has.
+    """
+    e = task.experiment
+    batch = EVAL_BATCH[DATASETS[e.dataset].decoded]
+    loader: DataLoader = DataLoader(
+        Views(found, size_of(task)),
+        batch_size=batch,
+        # To start processes takes longer than to decode a batch of small images.
+        num_workers=min(e.workers, len(found) // batch),
+        worker_init_fn=leave_ctrl_c,
+    )
+    trainer = trainer_of(e, logger=False)
+    device = trainer.strategy.root_device
+    task.to(device)
+    names = iter(found)
+    for pixels, errors in loader:
+        with torch.inference_mode(), trainer.precision_plugin.forward_context():
+            shares = task(pixels.to(device)).float().softmax(1)
+        # Stable: of classes that are as probable, the first comes first, as evaluation counts.
+        values, indices = shares.sort(descending=True, stable=True)
+        best = values[:, :top].tolist(), indices[:, :top].tolist()
+        for row in zip(*best, errors, pixels, strict=True):
+            probable, named, error, seen = row
+            pairs = [(task.classes[i], p) for i, p in zip(named, probable, strict=True)]
+            yield Prediction(next(names).name, [] if error else pairs, error, seen)

@@ -1,0 +1,147 @@
+"""predict: any picture, by the eyes of evaluation; a broken file is a row, not the end."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resnetv2_cli.cli import main
+from resnetv2_cli.data import images
+from resnetv2_cli.inference import Picture, from_stdin, network, size_of
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The test digits as files, in the order that evaluation has them; and their labels."""
+    folder = tmp_path_factory.mktemp("digits")
+    test = images.digits().test
+    for i, pixels in enumerate(test.images):
+        Image.fromarray(pixels).save(folder / f"{i:04}.png")
+    return folder, test.labels
+
+
+def called(capsys, *arguments, status=0) -> tuple[str, str]:
+    """What the command writes to stdout and stderr."""
+    capsys.readouterr()
+    try:
+        main(["predict", *map(str, arguments)])
+        left = 0
+    except SystemExit as exit:
+        left = exit.code
+    said = capsys.readouterr()
+    assert left == status, said.err
+    return said.out, said.err
+
+
+def rows(out: str) -> list[dict]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_it_sees_what_evaluation_sees(trained, digits, capsys):
+    """Its error on the test images is the run's own, image by image through their files."""
+    folder, labels = digits
+    out, _ = called(capsys, trained, folder, "--format", "jsonl", "--top", 10)
+    found = rows(out)
+    guesses = [int(row["predictions"][0]["class"]) for row in found]
+    error = 100 * np.mean(np.array(guesses) != labels)
+    result = json.loads((trained / "result.json").read_text())
+    assert error == pytest.approx(result["test_error"])
+    for row in found:
+        assert sum(p["probability"] for p in row["predictions"]) == pytest.approx(1, abs=1e-4)
+
+
+SHAPES = {"L": (8, 8), "P": (33, 40), "RGBA": (640, 48), "CMYK": (50, 50), "1": (1, 700)}
+
+
+@pytest.mark.parametrize("mode", SHAPES)
+def test_any_size_and_mode(trained, tmp_path, capsys, mode):
+    suffix = "tiff" if mode == "CMYK" else "png"
+    Image.new(mode, SHAPES[mode]).save(tmp_path / f"a.{suffix}")
+    out, _ = called(capsys, trained, tmp_path / f"a.{suffix}", "--format", "jsonl")
+    assert len(rows(out)[0]["predictions"]) == 3
+
+
+def test_sixteen_bits_of_grey_are_not_cut_off_at_white(tmp_path):
+    """What convert("RGB") gives is white wherever there is more than 0.4 % of the light."""
+    from resnetv2_cli.data.folder import open_rgb
+
+    grey = np.linspace(0, 2**16 - 1, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    found = np.asarray(open_rgb(tmp_path / "a.png"))
+    assert np.abs(found[..., 0].astype(int) - grey / 257).max() < 1
+
+
+def test_a_broken_file_is_a_row_and_the_others_are_as_without_it(trained, digits, tmp_path, capsys):
+    folder, _ = digits
+    whole = sorted(folder.iterdir())[:2]
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.png").write_bytes(whole[0].read_bytes()[:-40])
+    mixed = [whole[0], tmp_path / "text.png", whole[1], tmp_path / "cut.png", "nowhere.png"]
+    out, err = called(capsys, trained, *mixed, "--format", "jsonl")
+    found = rows(out)
+    assert [row["file"] for row in found] == [str(name) for name in mixed]
+    assert [("error" in row, "predictions" in row) for row in found] == [
+        (False, True), (True, False), (False, True), (True, False), (True, False),
+    ]  # fmt: skip
+    assert "cannot identify" in found[1]["error"] and "No such file" in found[4]["error"]
+    assert "3 of 5 files cannot be read" in err
+    alone, _ = called(capsys, trained, *whole, "--format", "jsonl")
+    assert rows(alone) == [found[0], found[2]]
+
+
+def test_nothing_but_broken_files_is_a_mistake(trained, capsys):
+    _, err = called(capsys, trained, "nowhere.png", status=2)
+    assert "none of the 1 files can be read" in err and "No such file" in err
+
+
+def test_a_folder_without_images_is_a_mistake(trained, tmp_path, capsys):
+    _, err = called(capsys, trained, tmp_path, status=2)
+    assert "no images in" in err and ".png" in err
+
+
+def test_a_table_and_csv_say_the_same(trained, digits, capsys):
+    name = sorted(digits[0].iterdir())[0]
+    out, _ = called(capsys, trained, name, "--format", "csv", "--top", 2)
+    [row] = csv.DictReader(io.StringIO(out))
+    assert row["file"] == str(name) and row["error"] == ""
+    table, _ = called(capsys, trained, name, "--top", 2)
+    assert f"{row['class_1']} {100 * float(row['probability_1']):.1f} %" in table
+
+
+def test_standard_input_is_an_image_or_names_of_files(tmp_path):
+    scratch = tmp_path / "scratch"
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.bmp")  # all zeros but for its header: also text
+    content = (tmp_path / "a.bmp").read_bytes()
+    assert from_stdin(content, scratch) == [Picture("-", scratch)]
+    assert scratch.read_bytes() == content
+    lines = from_stdin(b"BMW of mine.png\r\nP3.png\n\n\xc3\xa4.jpg", scratch)
+    assert [p.name for p in lines] == ["BMW of mine.png", "P3.png", "ä.jpg"]
+    zeros = from_stdin(b"one of mine.png\0b.png\0", scratch)
+    assert [p.name for p in zeros] == ["one of mine.png", "b.png"]
+
+
+def test_names_come_on_standard_input(trained, digits, capsys, monkeypatch):
+    names = [str(p) for p in sorted(digits[0].iterdir())[:3]]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(names).encode())))
+    out, _ = called(capsys, trained, "-", "--format", "jsonl")
+    assert [row["file"] for row in rows(out)] == names
+
+
+def test_a_contact_sheet(trained, digits, tmp_path, capsys):
+    (tmp_path / "broken.png").write_text("")
+    picture = tmp_path / "sheet.png"
+    few = sorted(digits[0].iterdir())[:8]
+    called(capsys, trained, *few, tmp_path / "broken.png", "--picture", picture)
+    with Image.open(picture) as drawn:
+        pixels = np.asarray(drawn.convert("RGB"))
+    assert min(pixels.shape[:2]) > 400
+    black, red = (pixels == 0).all(-1), (pixels[..., 0] > 200) & (pixels[..., 1:] < 60).all(-1)
+    assert black.mean() > 0.01 and red.any()  # what is written under the broken one is red
+
+
+def test_a_network_with_a_mean_image_looks_at_images_of_its_size(trained):
+    task = network(trained / "checkpoints" / "last.ckpt", test_size=64)
+    assert task.normalize.mean.shape == (3, 32, 32) and size_of(task) == 32
