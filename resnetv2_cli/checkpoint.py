@@ -37,14 +37,14 @@ class WholeFiles(TorchCheckpointIO):
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that is meant: a file, or the last one of a run folder.
+    """The checkpoint that is meant: a file, or a run folder's, chosen or last.
 
     Raises:
         UserError: there is none.
     """
     if path.is_dir():
-        inside = [path / "checkpoints" / "last.ckpt", path / "last.ckpt"]
-        path = next((p for p in inside if p.is_file()), path / "checkpoints" / "last.ckpt")
+        names = ["checkpoints/best.ckpt", "checkpoints/last.ckpt", "last.ckpt"]
+        path = next((path / n for n in names if (path / n).is_file()), path / names[1])
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}", "name a .ckpt file or a run folder")
     return path

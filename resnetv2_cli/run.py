@@ -194,15 +194,22 @@ def train(
         if trainer.is_global_zero:
             write_json(folder.failed, {"reason": str(error)})
         raise
-    if task.scores.get("step") != e.steps or data.scored != "test":
+    if task.scores.get("step") != e.steps:  # the last iteration was not at the end of an epoch
+        trainer.validate(task, datamodule=data, verbose=False, weights_only=True)
+    if data.scored == "val":  # chosen without the test images, which are now read the first time
+        chosen = checkpoints.read(folder.best)
+        checkpoints.load_weights(task, chosen, folder.best)
         trainer.test(task, datamodule=data, verbose=False, weights_only=True)
-        if data.scored == "test":
-            recorder.evaluated(trainer, task)
+        task.scores["step"] = chosen["global_step"]
     return finish(task, data, folder) if trainer.is_global_zero else {}
 
 
 def finish(task: Classification, data: ImageData, folder: RunFolder) -> dict[str, Any]:
-    """Write ``result.json`` and ``curves.png``; the headline is the last iteration's test error."""
+    """Write ``result.json`` and ``curves.png``.
+
+    The headline is the test error of the last iteration, or of the one that was chosen on the
+    training images held out.
+    """
     e, scores, trained = task.experiment, task.scores, read_metrics(folder.metrics)
     result = {
         "name": e.name,
@@ -210,6 +217,7 @@ def finish(task: Classification, data: ImageData, folder: RunFolder) -> dict[str
         "test_top5_error": scores["top5_error"],
         "test_loss": scores["loss"],
         "test_images": scores["images"],
+        "test_step": scores["step"],
         "train_loss": trained["train_loss"][-1][1],
         "train_error": trained["train_error"][-1][1],
         "steps": e.steps,
