@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from resnetv2_cli.csvlog import CSVMetrics
 from resnetv2_cli.errors import Diverged, Stopped
-from resnetv2_cli.runfolder import CSVMetrics, RunFolder
+from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.task import Classification
 
 SAVE_SECONDS = 600.0  # last.ckpt is hardly older than this, however long an epoch takes

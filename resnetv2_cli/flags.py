@@ -76,7 +76,7 @@ def with_flags(*without: str) -> Callable:
     return wrap
 
 
-def seconds(text: str) -> float:
+def seconds(text: str, flag: str = "--time") -> float:
     """Seconds in ``90``, ``90s``, ``25m``, ``2h`` or ``1h30m``.
 
     Raises:
@@ -84,6 +84,6 @@ def seconds(text: str) -> float:
     """
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
     if not match or not any(match.groups()):
-        raise UserError(f"--time {text!r} is no duration", "for instance 25m, 2h or 1h30m")
+        raise UserError(f"{flag} {text!r} is no duration", "for instance 25m, 2h or 1h30m")
     hours, minutes, rest = (int(g or 0) for g in match.groups())
     return 3600 * hours + 60 * minutes + rest

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 
 import matplotlib
 
@@ -13,7 +14,15 @@ from matplotlib.ticker import FuncFormatter
 
 from resnetv2_cli.runfolder import read_metrics
 
-COLORS = [f"C{i}" for i in range(10)] + ["black", "gold"]  # Table 1 has eleven rows
+COLORS = """
+    #20262e #2b6cb0 #c2410c #2f855a #b7791f #97266d #0e7490 #7c5cd6 #9b2c2c #5f6b3a #d0619a #4a7fa5
+""".split()  # Table 1 has eleven rows; the first is what the others are compared with
+ABOVE = 1.5  # times the others' largest loss: a curve that explodes leaves the frame
+YS = {  # how loss and error are scaled
+    "paper": ("log", "linear"),
+    "log": ("log", "log"),
+    "linear": ("linear", "linear"),
+}
 
 
 def curves(runs: Mapping[str, Path], to: Path) -> None:
@@ -21,11 +30,11 @@ def curves(runs: Mapping[str, Path], to: Path) -> None:
     panels({"": runs}, to)
 
 
-def panels(groups: Mapping[str, Mapping[str, Path]], to: Path) -> None:
+def panels(groups: Mapping[str, Mapping[str, Path]], to: Path, y: str = "paper") -> None:
     """A panel for each group of runs, in the style of Figs. 1, 3 and 6.
 
-    Training loss (dashed, left axis, logarithmic) and test error (solid, right) against
-    iterations; ``groups``: title: {name of the run: its metrics file}.
+    Training loss (dashed, left axis) and test error (solid, right) against iterations;
+    ``groups``: title: {name of the run: its metrics file}; ``y``: one of YS.
     """
     across = min(2, len(groups))
     down = -(-len(groups) // across)
@@ -35,28 +44,35 @@ def panels(groups: Mapping[str, Mapping[str, Path]], to: Path) -> None:
         axes.set_visible(False)
     for axes, (title, runs) in zip(grid.flat, groups.items(), strict=False):
         axes.set_title(title, fontsize=10)
-        panel(axes, runs)
+        panel(axes, runs, y)
     save(figure, to)
 
 
-def panel(left: Axes, runs: Mapping[str, Path]) -> None:
+def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
     """The curves of some runs, each in a colour of its own."""
+    loss_scale, error_scale = YS[y]
     right = left.twinx()
+    largest = []
     for i, (name, path) in enumerate(runs.items()):
         series, color = read_metrics(path), COLORS[i % len(COLORS)]
         if "train_loss" in series:
+            largest.append(max(loss for _, loss in series["train_loss"]))
             left.plot(*zip(*series["train_loss"], strict=True), "--", color=color, lw=1)
         for split in ("test", "val"):
             if error := series.get(f"{split}_error"):
                 mark = "o" if len(error) == 1 else None
                 label = f"{name}: {error[-1][1]:.2f} % {split} error"
                 right.plot(*zip(*error, strict=True), color=color, lw=1.6, marker=mark, label=label)
-    left.set(xlabel="iterations", ylabel="training loss (dashed)", yscale="log")
+    left.set(xlabel="iterations", ylabel="training loss (dashed)", yscale=loss_scale)
     left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    for ticks in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
-        ticks(FuncFormatter(lambda y, _: f"{y:g}"))
-    right.set(ylabel="test error, % (solid)")
-    right.set_ylim(bottom=0)
+    right.set(ylabel="test error, % (solid)", yscale=error_scale)
+    for axis in (left.yaxis, right.yaxis):
+        for ticks in (axis.set_major_formatter, axis.set_minor_formatter):
+            ticks(FuncFormatter(lambda y, _: f"{y:g}"))
+    if largest and max(largest) > (most := ABOVE * median(largest)):
+        left.set_ylim(top=most)
+    if error_scale == "linear":
+        right.set_ylim(bottom=0)
     right.grid(axis="y", alpha=0.3)
     if right.get_legend_handles_labels()[0]:
         right.legend(loc="best", fontsize=8)

@@ -19,10 +19,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.callbacks import Keeper, Leaver, Recorder
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.csvlog import CSVMetrics
 from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.errors import Diverged, UserError
 from resnetv2_cli.plot import curves
-from resnetv2_cli.runfolder import CSVMetrics, RunFolder, environment, read_metrics, write_json
+from resnetv2_cli.runfolder import RunFolder, environment, read_metrics, write_json
 from resnetv2_cli.settings import checked
 from resnetv2_cli.shortcuts import shortcut_class
 from resnetv2_cli.task import Classification

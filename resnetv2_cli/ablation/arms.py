@@ -5,12 +5,12 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from resnetv2_cli import plans
-from resnetv2_cli.ablation.studies import Study, identity, slug
+from resnetv2_cli.ablation.studies import Study, identity, slug, unusual
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.paper import FAIL, Row
 from resnetv2_cli.runfolder import RunFolder, write_json
@@ -113,43 +113,24 @@ class Line:
 
 @dataclass(frozen=True)
 class Ablation:
-    """A study and its runs, one line a row."""
+    """A study and its runs, one line a row.
+
+    ``title``: the table's, with all that differs from the paper's recipe; ``comparable``: whether
+    nothing does.
+    """
 
     study: Study
     lines: list[Line]
     root: Path
+    title: str
     scale: str = "paper"
     protocol: str = "paper"
-    given: Mapping[str, Any] = field(default_factory=dict)
+    comparable: bool = True
 
     @property
     def file(self) -> Path:
         """What a report reads: rows, published errors, and where the runs are."""
         return self.root / f"ablation-{self.study.name}.json"
-
-    @property
-    def title(self) -> str:
-        """The table's, with all that differs from the paper's recipe."""
-        parts = [self.study.table.title]
-        if self.scale != "paper":
-            parts.append(f"{self.scale} scale, not the paper's recipe")
-        if self.protocol != "paper":
-            parts.append(f"protocol {self.protocol}")
-        if self.changed:
-            parts.append("here with " + ", ".join(f"{k} {v}" for k, v in self.changed.items()))
-        return "\n".join(parts)
-
-    @property
-    def changed(self) -> dict[str, Any]:
-        """What was given that changes what is learned, or from what."""
-        harmless = {f.name for f in fields(Experiment) if f.metadata["free"]}
-        harmless |= {"seed", "precision", "log_every", "eval_every"}
-        return {k: v for k, v in self.given.items() if k not in harmless}
-
-    @property
-    def comparable(self) -> bool:
-        """Whether the paper's errors are of the same recipe."""
-        return self.scale == "paper" and not self.changed
 
     def line(self, name: str) -> Line | None:
         return next((line for line in self.lines if line.row.name == name), None)
@@ -185,6 +166,7 @@ class Ablation:
                 "spread": line.row.spread,
                 "note": line.row.note,
                 "baseline": line.row.baseline,
+                "settings": unusual(asdict(replace(line.arms[0].experiment, seed=0))),
                 "arms": [str(arm.folder.relative_to(self.root)) for arm in line.arms],
             }
             for line in self.lines
@@ -244,7 +226,27 @@ def plan(
             for seed in range(first, first + runs)
         ]
         lines.append(Line(row, arms))
-    return Ablation(study, lines, root, scale, protocol, given)
+    changed = {k: v for k, v in given.items() if k not in HARMLESS}
+    comparable = scale == "paper" and not changed
+    title = titled(study.table.title, scale, protocol, changed)
+    return Ablation(study, lines, root, title, scale, protocol, comparable)
+
+
+# What may be given and the paper's errors are still of the same recipe.
+HARMLESS = {f.name for f in fields(Experiment) if f.metadata["free"]}
+HARMLESS |= {"seed", "precision", "log_every", "eval_every"}
+
+
+def titled(table: str, scale: str, protocol: str, changed: Mapping[str, Any]) -> str:
+    """A table's title, with a line for each thing that differs from the paper's recipe."""
+    parts = [table]
+    if scale != "paper":
+        parts.append(f"{scale} scale, not the paper's recipe")
+    if protocol != "paper":
+        parts.append(f"protocol {protocol}")
+    if changed:
+        parts.append("here with " + ", ".join(f"{k} {v}" for k, v in changed.items()))
+    return "\n".join(parts)
 
 
 def fitting(given: Mapping[str, Any], shortcut: str) -> dict[str, Any]:

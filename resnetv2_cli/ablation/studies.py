@@ -188,6 +188,12 @@ def identity(experiment: Experiment) -> tuple[tuple[str, Any], ...]:
     return tuple(whole.items())
 
 
+def unusual(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings that are not the defaults."""
+    usual = {f.name: f.default for f in fields(Experiment)}
+    return {k: v for k, v in settings.items() if k not in usual or v != usual[k]}
+
+
 def slug(text: str) -> str:
     """A name for a file: small letters, digits, dots and hyphens."""
     return re.sub(r"[^a-z0-9.+]+", "-", text.lower()).strip("-")

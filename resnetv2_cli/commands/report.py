@@ -1,0 +1,93 @@
+"""``report`` and ``plot``: what is on disk, to look at."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from resnetv2_cli import console
+from resnetv2_cli.commands.app import app
+from resnetv2_cli.errors import UserError, unknown
+from resnetv2_cli.flags import seconds
+
+SUFFIXES = ("png", "svg", "pdf")
+
+What = Annotated[
+    list[str],
+    typer.Argument(
+        help="Runs, folders of an ablation or of an analysis, or folders that hold such; or names "
+        "of runs, as in resnetv2 runs.",
+        metavar="RUNS...",
+    ),
+]
+
+
+@app.command(rich_help_panel="Look at runs")
+def plot(
+    what: What,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pictures.")] = Path(
+        "figures"
+    ),
+    format: Annotated[
+        list[str] | None,
+        typer.Option(help="png (unless given), svg or pdf; may be given often.", metavar="NAME"),
+    ] = None,
+    y: Annotated[
+        Literal["paper", "log", "linear"],
+        typer.Option("--y", help="paper: the loss logarithmic, the error not; or both alike."),
+    ] = "paper",
+) -> None:
+    """Draw the curves and analyses of runs, in the style of the paper's figures."""
+    for suffix in format or []:
+        if suffix not in SUFFIXES:
+            raise unknown("format", suffix, SUFFIXES)
+    from resnetv2_cli import figures
+    from resnetv2_cli.inventory import look, places
+
+    found = look(places(what))
+    drawn = [
+        file
+        for suffix in dict.fromkeys(format or ["png"])
+        for file in figures.every(found, output, suffix, y)
+    ]
+    if not drawn:
+        raise UserError(f"nothing to draw in {', '.join(what)}", "no run there has begun")
+    for file in drawn:
+        console.note(str(file))
+
+
+@app.command(rich_help_panel="Look at runs")
+def report(
+    what: What,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file; it is written anew.")
+    ] = Path("report.html"),
+    watch: Annotated[
+        str | None,
+        typer.Option(
+            help="Write it again after each 30s, 5m, ... until no run is open; the page follows."
+        ),
+    ] = None,
+    detect: Annotated[
+        float, typer.Option(help="Points for which the needed number of seeds is given.", min=0.01)
+    ] = 0.5,
+) -> None:
+    """Write one HTML page: tables beside the paper's, curves, analyses, settings, hardware.
+
+    It needs no network. For instance: resnetv2 report runs/lab --watch 30s
+    """
+    every = round(seconds(watch, "--watch")) if watch else 0
+    if output.is_dir():
+        raise UserError(f"{output} is a folder", "--output names the file, such as report.html")
+    from resnetv2_cli.inventory import OPEN, places
+    from resnetv2_cli.report.page import write
+
+    folders = places(what)
+    while True:
+        states = write(folders, output, detect, every)
+        said = ", ".join(f"{n} {state}" for state, n in states.items()) or "no runs"
+        console.note(f"{output}: {said}")
+        if not every or not any(states.get(state) for state in OPEN):
+            return
+        time.sleep(every)

@@ -1,0 +1,159 @@
+"""``runs``: ``ls``, ``show``, ``compare`` and ``rm``."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from resnetv2_cli import console
+from resnetv2_cli.commands.app import Format, app
+from resnetv2_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from resnetv2_cli.inventory import Run
+
+runs = typer.Typer(no_args_is_help=True, help="Find runs, compare them, remove them.")
+app.add_typer(runs, name="runs", rich_help_panel="Look at runs")
+
+Root = Annotated[Path, typer.Option("--root", help="The folder that runs are looked for in.")]
+Name = Annotated[
+    str,
+    typer.Argument(help="A name, its beginning if no other begins so, a folder, or last."),
+]
+RUNS = Path("runs")
+
+
+@runs.command()
+def ls(
+    root: Root = RUNS,
+    state: Annotated[
+        str | None,
+        typer.Option(help="Only those that are done, fail, crashed, running or stopped."),
+    ] = None,
+    format: Format = "table",
+) -> None:
+    """List the runs below a folder: what became of them, their error, when they last changed."""
+    from resnetv2_cli.inventory import STATES, runs_in
+
+    if state is not None and state not in STATES:
+        raise UserError(f"no run is ever {state!r}", f"one of {', '.join(STATES)}")
+    found = [run for run in runs_in(root) if state in (None, run.state)]
+    if format == "json":
+        console.as_json([listed(run) for run in found])
+        return
+    rows = [
+        [
+            run.name,
+            run.state,
+            f"{run.step:,}/{run.steps:,}" if run.steps else f"{run.step:,}",
+            percent(run),
+            age(run.changed),
+        ]
+        for run in found
+    ]
+    title = f"{len(found)} runs in {root}"
+    console.SHOW[format](title, ["run", "state", "iteration", "test error", "changed"], rows)
+
+
+def listed(run: "Run") -> dict[str, Any]:
+    """What ``ls`` says of a run, as plain values."""
+    error = run.error
+    return {
+        "name": run.name,
+        "folder": str(run.folder.path),
+        "state": run.state,
+        "step": run.step,
+        "steps": run.steps,
+        "test_error": error,
+        "changed": run.changed,
+    }
+
+
+def percent(run: "Run") -> str:
+    """Test error; of an open run the last one it saw, marked as such."""
+    if run.error is not None:
+        return "fail" if run.state == "fail" else f"{run.error:.2f} %"
+    seen = run.series.get(f"{run.scored}_error")
+    return f"({seen[-1][1]:.2f} % {run.scored})" if seen else "—"
+
+
+def age(changed: float) -> str:
+    """``3 min ago``."""
+    return f"{console.duration(max(0.0, time.time() - changed))} ago"
+
+
+@runs.command()
+def show(name: Name, root: Root = RUNS, format: Format = "table") -> None:
+    """Show what one run is, what became of it, and where it ran."""
+    from resnetv2_cli.ablation.studies import unusual
+    from resnetv2_cli.compare import RESULTS, flat, number, word
+    from resnetv2_cli.inventory import choose, runs_in
+
+    run = choose(name, runs_in(root) if root.is_dir() else [])
+    if format == "json":
+        facts = {k: v for k, v in run.result.items() if k != "environment"}
+        more = {"failure": run.failure} if run.failure else {}
+        made = listed(run) | {"settings": run.settings, "result": facts} | more
+        console.as_json(made | {"environment": run.environment})
+        return
+    rows = [["state", run.state], ["iteration", f"{run.step:,} of {run.steps:,}"]]
+    if run.failure:
+        rows.append(["reason", run.failure.get("reason", "")])
+    for key, value in run.result.items():
+        if key in RESULTS:
+            rows.append([f"{key}, {RESULTS[key]}", number(value)])
+        elif key not in ("environment", "name", "steps"):
+            rows.append([key, word(value)])
+    rows += [[f"--{k.replace('_', '-')}", word(v)] for k, v in unusual(run.settings).items()]
+    rows += [[key, word(value)] for key, value in flat(run.environment).items()]
+    console.SHOW[format](str(run.folder.path), ["", run.name], rows)
+
+
+@runs.command()
+def compare(
+    one: Name,
+    other: Name,
+    root: Root = RUNS,
+    format: Format = "table",
+) -> None:
+    """Say what differs between two runs, and by how much their results do."""
+    from resnetv2_cli import compare as comparing
+    from resnetv2_cli.inventory import choose, runs_in
+
+    known = runs_in(root) if root.is_dir() else []
+    a, b = choose(one, known), choose(other, known)
+    made = comparing.compare(a, b)
+    if format == "json":
+        console.as_json(made)
+        return
+    columns = ["", f"a: {a.name}", f"b: {b.name}", "b - a"]
+    console.SHOW[format]("What differs", columns, comparing.rows(made))
+    if format == "table":
+        for line in comparing.notes(made):
+            console.out.print(line, highlight=False)
+
+
+@runs.command()
+def rm(
+    names: Annotated[list[str], typer.Argument(help="Runs, as for show.", metavar="NAME...")],
+    root: Root = RUNS,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove runs with their checkpoints. It asks first; what still trains is refused."""
+    from resnetv2_cli.inventory import choose, remove, runs_in
+
+    known = runs_in(root) if root.is_dir() else []
+    chosen = {run.folder.path.resolve(): run for run in (choose(n, known) for n in names)}
+    for run in chosen.values():
+        if run.state == "running":
+            hint = "stop it first; one that was killed counts as running for twenty minutes"
+            raise UserError(f"{run.name} is running", hint)
+    for run in chosen.values():
+        console.note(f"{run.folder.path}: {run.state}, {run.step:,} iterations, {percent(run)}")
+    question = f"Remove {len(chosen)} run{'s' if len(chosen) > 1 else ''} for good?"
+    if not yes and not typer.confirm(question, err=True):
+        raise UserError("nothing was removed", "--yes removes without asking")
+    for run in chosen.values():
+        remove(run)
+    console.note(f"removed {len(chosen)}")

@@ -1,0 +1,114 @@
+"""Two runs side by side: what differs between them, and by how much their results do."""
+
+from typing import Any
+
+from resnetv2_cli.inventory import Run
+
+RESULTS = {  # of result.json, with what they are measured in
+    "test_error": "%",
+    "test_top5_error": "%",
+    "test_loss": "nats",
+    "train_loss": "nats",
+    "train_error": "%",
+}
+FACTS = ("test_images", "train_images", "parameters", "precision", "data")  # of result.json too
+NONE = "—"
+
+
+def compare(a: Run, b: Run) -> dict[str, Any]:
+    """``settings``, ``environment`` and ``facts`` that differ, as [of a, of b]; ``results``, as
+    [of a, of b, b - a]; ``curves``: for each column of both metrics files, how far they agree."""
+    return {
+        "runs": [a.name, b.name],
+        "states": [a.state, b.state],
+        "settings": differing(a.settings, b.settings),
+        "environment": differing(flat(a.environment), flat(b.environment)),
+        "facts": differing(*({k: r.result.get(k) for k in FACTS} for r in (a, b))),
+        "results": results(a, b),
+        "curves": {
+            name: agreement(a.series[name], b.series[name])
+            for name in a.series
+            if name in b.series and name not in ("epoch", "lr")
+        },
+    }
+
+
+def differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
+    """The keys whose values differ, in order; None where there is none."""
+    return {k: [a.get(k), b.get(k)] for k in {**a, **b} if a.get(k) != b.get(k)}
+
+
+def flat(value: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """``{"versions": {"torch": 1}}`` as ``{"versions.torch": 1}``."""
+    found: dict[str, Any] = {}
+    for key, inside in value.items():
+        found |= (
+            flat(inside, f"{before}{key}.") if isinstance(inside, dict) else {before + key: inside}
+        )
+    return found
+
+
+def results(a: Run, b: Run) -> dict[str, list[float | None]]:
+    """What was measured at their ends, and b - a; None before."""
+    found = {}
+    for key in RESULTS:
+        ours, theirs = a.result.get(key), b.result.get(key)
+        apart = None if ours is None or theirs is None else theirs - ours
+        found[key] = [ours, theirs, apart]
+    return found
+
+
+def agreement(a: list[tuple[int, float]], b: list[tuple[int, float]]) -> dict[str, Any]:
+    """``points``: iterations that both have; ``equal``: how many of these agree to the last digit
+    kept before the first that does not; ``first``: the iteration of that one; ``largest``: the
+    largest difference b - a, and the iteration ``at`` which it is."""
+    theirs = dict(b)
+    pairs = [(step, theirs[step] - value) for step, value in a if step in theirs]
+    apart = [i for i, (_, difference) in enumerate(pairs) if difference]
+    at, largest = max(pairs, key=lambda pair: abs(pair[1]), default=(None, None))
+    return {
+        "points": len(pairs),
+        "equal": apart[0] if apart else len(pairs),
+        "first": pairs[apart[0]][0] if apart else None,
+        "largest": largest,
+        "at": at,
+    }
+
+
+def rows(made: dict[str, Any]) -> list[list[str]]:
+    """Everything that differs, a line each: what, of a, of b, b - a."""
+    found = [
+        [key, word(a), word(b), ""]
+        for part in ("settings", "environment", "facts")
+        for key, (a, b) in made[part].items()
+    ]
+    for key, (a, b, difference) in made["results"].items():
+        if a is not None or b is not None:
+            unit = RESULTS[key]
+            found.append([f"{key}, {unit}", number(a), number(b), number(difference, "+")])
+    return found
+
+
+def notes(made: dict[str, Any]) -> list[str]:
+    """A sentence on each curve that both runs have."""
+    lines = []
+    for name, c in made["curves"].items():
+        if not c["points"]:
+            lines.append(f"{name}: no iteration in common")
+        elif c["first"] is None:
+            lines.append(f"{name}: the same at all {c['points']:,} iterations that both have")
+        else:
+            before = f"the same at the first {c['equal']:,} of {c['points']:,} iterations, "
+            start = (before if c["equal"] else "") + f"apart from {c['first']:,} on"
+            lines.append(f"{name}: {start}; most by {c['largest']:+.4g}, at {c['at']:,}")
+    return lines
+
+
+def word(value: Any) -> str:
+    """A value for a table."""
+    return NONE if value is None else str(value)
+
+
+def number(value: float | None, sign: str = "") -> str:
+    """Four digits behind the point, or a dash."""
+    return NONE if value is None else f"{value:{sign}.4f}"

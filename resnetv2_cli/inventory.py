@@ -1,0 +1,280 @@
+"""What is on disk: runs, ablations and analyses below some folders, and what became of each run."""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from resnetv2_cli.ablation.arms import Ablation
+from resnetv2_cli.ablation.record import read
+from resnetv2_cli.config import read_yaml
+from resnetv2_cli.errors import UserError, unknown
+from resnetv2_cli.paper import FAIL
+from resnetv2_cli.runfolder import RunFolder, read_metrics
+
+RUNS = Path("runs")  # where runs are, unless another folder is named
+FRESH = 1200.0  # seconds; a run that trains saves every ten minutes
+STATES = ("done", "fail", "crashed", "running", "stopped", "waiting")
+LIST = "resnetv2 runs ls shows what there is"
+OPEN = ("running", "waiting")  # more is to come
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as its folder has it at the first look; what is read is kept.
+
+    ``name``: the folder's, below the one that was looked through.
+    """
+
+    name: str
+    folder: RunFolder
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What ``config.yaml`` says, as it stands there: the run may be of another version."""
+        try:
+            return read_yaml(self.folder.config)
+        except UserError:
+            return {}
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        return mapping(self.folder.result)
+
+    @cached_property
+    def failure(self) -> dict[str, Any]:
+        return mapping(self.folder.failed)
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Command, versions and hardware: of its end, or of its beginning before that."""
+        return self.result.get("environment") or mapping(self.folder.environment)
+
+    @cached_property
+    def series(self) -> dict[str, list[tuple[int, float]]]:
+        """The columns of metrics.csv as (iteration, value) pairs; empty before the first."""
+        return columns(self.folder.metrics)
+
+    @property
+    def step(self) -> int:
+        """The last iteration that its metrics know of."""
+        return max((points[-1][0] for points in self.series.values()), default=0)
+
+    @property
+    def steps(self) -> int:
+        """The iterations that it was begun for; 0 where its settings cannot be read."""
+        steps = self.settings.get("steps", 0)
+        return steps if isinstance(steps, int) else 0
+
+    @property
+    def scored(self) -> str:
+        """What was evaluated during training: ``test``, or ``val``."""
+        return "val" if "val_error" in self.series else "test"
+
+    @cached_property
+    def state(self) -> str:
+        """``done``, ``fail`` (it diverged), ``crashed``, ``running``, ``stopped`` or ``waiting``
+        (it has not begun)."""
+        if self.result:
+            return "done"
+        if self.failure:
+            return "fail" if self.failure.get("diverged", True) else "crashed"
+        if not self.folder.config.exists():
+            return "waiting"
+        return "running" if alive(self.folder) else "stopped"
+
+    @property
+    def error(self) -> float | None:
+        """Test error in percent once it is done, FAIL if it diverged."""
+        if self.result:
+            return float(self.result["test_error"])
+        return FAIL if self.state == "fail" else None
+
+    @property
+    def changed(self) -> float:
+        """When something was last written, in seconds since 1970."""
+        return newest(self.folder)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What ``analyze`` left in a folder."""
+
+    name: str
+    folder: Path
+    found: dict[str, Any]
+
+
+@dataclass
+class Found:
+    """What is below some folders; ``runs`` are those that belong to no ablation."""
+
+    ablations: list[Ablation] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    analyses: list[Analysis] = field(default_factory=list)
+
+    @property
+    def every(self) -> list[Run]:
+        """All runs, each once: those of ablations first, in the order of their rows."""
+        arms = {arm.folder: arm for a in self.ablations for line in a.lines for arm in line.arms}
+        ours = [
+            Run(str(folder.relative_to(folder.parent.parent)), RunFolder(folder)) for folder in arms
+        ]
+        return [*ours, *self.runs]
+
+
+def mapping(file: Path) -> dict[str, Any]:
+    """A file's JSON object; empty if there is none, or none yet."""
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def columns(metrics: Path) -> dict[str, list[tuple[int, float]]]:
+    """The columns of a metrics file; empty if there is none, or none yet."""
+    try:
+        return read_metrics(metrics)
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def newest(folder: RunFolder) -> float:
+    """When something in a run's folder was last written, in seconds since 1970."""
+    files = [folder.config, folder.metrics, folder.last, folder.result, folder.failed]
+    return max((f.stat().st_mtime for f in files if f.exists()), default=0.0)
+
+
+def alive(folder: RunFolder) -> bool:
+    """Whether a run without a result is on its way: an ablation holds its lock; or, for one that
+    was started by itself, something was written not long ago."""
+    lock = folder.path.with_suffix(".lock")
+    if not lock.exists():
+        return time.time() - newest(folder) < FRESH
+    file = os.open(lock, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+
+
+def look(paths: Iterable[Path]) -> Found:
+    """Everything in some folders and below them, each once.
+
+    Raises:
+        UserError: there is no such folder, or a file in it is not what its name says.
+    """
+    found = Found()
+    seen: set[Path] = set()
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"there is no folder {path}", "name runs, or folders that hold some")
+        for folder in folders(path):
+            if folder.resolve() not in seen:
+                seen.add(folder.resolve())
+                add(found, folder, path)
+    arms = {arm.folder.resolve() for a in found.ablations for line in a.lines for arm in line.arms}
+    found.runs = [run for run in found.runs if run.folder.path.resolve() not in arms]
+    return found
+
+
+def folders(path: Path) -> Iterable[Path]:
+    """A folder and those below it, in order; not what runs keep for themselves."""
+    for here, below, files in os.walk(path):
+        if "config.yaml" in files:
+            below[:] = [name for name in below if name.startswith("analysis")]
+        below.sort()
+        yield Path(here)
+
+
+def add(found: Found, folder: Path, root: Path) -> None:
+    """What one folder itself is or holds."""
+    name = str(folder.relative_to(root)) if folder != root else folder.resolve().name
+    found.ablations += [read(file) for file in sorted(folder.glob("ablation-*.json"))]
+    if (folder / "config.yaml").is_file():
+        found.runs.append(Run(name, RunFolder(folder)))
+    if made := mapping(folder / "analysis.json"):
+        if not {"networks", "topics"} <= set(made):
+            raise UserError(f"{folder / 'analysis.json'} is not what an analysis leaves")
+        found.analyses.append(Analysis(name, folder, made))
+
+
+def runs_in(root: Path) -> list[Run]:
+    """All runs below a folder, by name.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}", "--root names the one that holds runs")
+    return [
+        Run(str(folder.relative_to(root)), RunFolder(folder))
+        for folder in folders(root)
+        if folder != root and (folder / "config.yaml").is_file()
+    ]
+
+
+def choose(word: str, runs: list[Run]) -> Run:
+    """The run that is meant: by its folder, its name, the only beginning that fits, or ``last``,
+    the one that was begun last. A beginning may leave out the folders that the run is in.
+
+    Raises:
+        UserError: there is none, or several begin like that.
+    """
+    path = Path(word)
+    if (path / "config.yaml").is_file():
+        return Run(str(path), RunFolder(path))
+    if word == "last" and runs:
+        return max(runs, key=lambda run: run.folder.config.stat().st_mtime)
+    exact = [run for run in runs if run.name == word]
+    if not runs:
+        raise UserError(f"there is no run {word!r}, nor any other", "--root names their folder")
+    fitting = exact or [run for run in runs if any(t.startswith(word) for t in tails(run.name))]
+    if not fitting:
+        known = [tail for run in runs for tail in tails(run.name)]
+        close = unknown("run", word, known).hint
+        raise UserError(f"unknown run {word!r}", close if "mean" in close else LIST)
+    if len(fitting) > 1:
+        names = ", ".join(run.name for run in fitting[:4]) + (", ..." if len(fitting) > 4 else "")
+        raise UserError(f"{len(fitting)} runs begin with {word!r}", f"one of {names}")
+    return fitting[0]
+
+
+def remove(run: Run) -> None:
+    """Remove a run's folder, and what an ablation keeps beside it: request, log and lock."""
+    path = run.folder.path
+    shutil.rmtree(path)
+    if path.with_suffix(".lock").exists():
+        for suffix in (".yaml", ".log", ".lock"):
+            path.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def tails(name: str) -> list[str]:
+    """``a/b/c``, ``b/c``, ``c``."""
+    parts = name.split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts))]
+
+
+def places(words: Iterable[str], root: Path = RUNS) -> list[Path]:
+    """The folders that words on the command line name: as they are, or as runs below ``root``.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    chosen = []
+    for word in words:
+        if Path(word).is_dir():
+            chosen.append(Path(word))
+        else:
+            chosen.append(choose(word, runs_in(root)).folder.path)
+    return chosen

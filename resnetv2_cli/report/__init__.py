@@ -1,0 +1,1 @@
+"""One page that shows what is on disk, beside the paper."""

@@ -1,0 +1,83 @@
+"""One self-contained HTML file: tables beside the paper's numbers, curves, analyses, every run."""
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from resnetv2_cli import __version__
+from resnetv2_cli.compare import word
+from resnetv2_cli.console import finite
+from resnetv2_cli.inventory import OPEN, Found, look
+from resnetv2_cli.plot import COLORS
+from resnetv2_cli.report.charts import everything
+from resnetv2_cli.report.facts import described, flag, in_common
+from resnetv2_cli.report.pictures import embedded
+from resnetv2_cli.report.rows import STATES, study
+
+MOST_BYTES = 2_000_000
+DARK = """
+    #f1f2f4 #6cabeb #f0905a #69c08b #e3b341 #e07fc4 #4cc3d9 #ad98f5 #ee7f7f #b3c07a #f2a3cd #8fc1e3
+""".split()  # COLORS by night
+
+
+def write(paths: list[Path], to: Path, detect: float, refresh: int = 0) -> dict[str, int]:
+    """Write the page of what is in some folders; how many runs are in each state.
+
+    ``detect``: points for which the needed number of seeds is given; ``refresh``: seconds after
+    which the page reads itself again while runs are open, 0 for never.
+
+    Raises:
+        UserError: a folder is not there, or what is in it cannot be read.
+    """
+    found = look(paths)
+    states = Counter(run.state for run in found.every)
+    still = any(states[state] for state in OPEN)
+    html = render(found, detect, refresh if still else 0, states)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    partial = to.with_name(to.name + ".tmp")
+    partial.write_text(html, encoding="utf-8")
+    partial.replace(to)
+    return dict(states)
+
+
+def render(found: Found, detect: float, refresh: int, states: Counter[str]) -> str:
+    """The page."""
+    templates = Environment(
+        loader=PackageLoader("resnetv2_cli.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    of_ablations, of_runs = everything(found)
+    charts = [chart for some in [*of_ablations, of_runs] for chart in some]
+    for i, chart in enumerate(charts):
+        chart["id"] = i
+    runs = found.every
+    shared = in_common(runs)
+    page = {
+        "version": __version__,
+        "written": time.strftime("%d %B %Y, %H:%M").lstrip("0"),
+        "states": [(STATES[s], s, n) for s in STATES if (n := states[s])],
+        "count": len(runs),
+        "studies": [
+            study(ablation, drawn, detect)
+            for ablation, drawn in zip(found.ablations, of_ablations, strict=True)
+        ],
+        "loose": of_runs,
+        "shared": [(flag(k), word(v)) for k, v in shared.items()],
+        "runs": [described(run, shared) for run in runs if run.state != "waiting"],
+        "hardware": sorted(
+            {r.environment["hardware"] for r in runs if "hardware" in r.environment}
+        ),
+        "colors": list(zip(COLORS, DARK, strict=True)),
+        "data": json.dumps(
+            finite({"refresh": refresh, "charts": charts}), separators=(",", ":")
+        ).replace("<", "\\u003c"),
+    }
+    template = templates.get_template("page.html.j2")
+    room = MOST_BYTES - len(template.render(**page, analyses=[]).encode()) - 10_000
+    return template.render(**page, analyses=embedded(found.analyses, room))

@@ -1,0 +1,60 @@
+"""The pictures of analyses inside a page, as SVG in colors that follow it by day and night."""
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from resnetv2_cli.analysis.topics import TOPICS
+from resnetv2_cli.figures import of_analysis
+from resnetv2_cli.inventory import Analysis
+from resnetv2_cli.plot import COLORS
+
+
+def embedded(analyses: list[Analysis], room: int) -> list[dict[str, Any]]:
+    """Every analysis with its pictures; those that ``room``, in bytes, is too small for, named."""
+    made = []
+    for number, analysis in enumerate(analyses):
+        drawn, left_out = [], []
+        for topic, svg in pictures(analysis, f"a{number}-"):
+            size = len(svg.encode())
+            if size <= room:
+                room -= size
+                drawn.append({"topic": topic, "doc": TOPICS[topic].doc, "svg": svg})
+            else:
+                left_out.append(topic)
+        made.append(
+            {
+                "name": analysis.name,
+                "networks": [network["label"] for network in analysis.found["networks"]],
+                "hardware": analysis.found.get("environment", {}).get("hardware", ""),
+                "pictures": drawn,
+                "left_out": left_out,
+            }
+        )
+    return made
+
+
+def pictures(analysis: Analysis, prefix: str) -> list[tuple[str, str]]:
+    """Topic and SVG of each picture; ``prefix`` keeps the names inside apart from others'."""
+    style: Any = {"svg.fonttype": "none", "savefig.transparent": True}
+    with tempfile.TemporaryDirectory() as folder, matplotlib.rc_context(style):
+        return [
+            (topic, themed(file.read_text(encoding="utf-8"), f"{prefix}{topic}-"))
+            for topic, file in of_analysis(analysis, Path(folder), "svg")
+        ]
+
+
+def themed(svg: str, prefix: str) -> str:
+    """The picture alone, as wide as its place, its colors those of the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", svg)
+    for i, color in enumerate(COLORS):
+        svg = svg.replace(color, f"var(--c{i})")
+    svg = re.sub(r"#000000|\bblack\b", "currentColor", svg)
+    svg = re.sub(r"#ffffff", "var(--card)", svg)
+    return re.sub(r"\s*\n\s*", "\n", svg)

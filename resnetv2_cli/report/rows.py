@@ -1,0 +1,92 @@
+"""The rows of an ablation for a page: cells, the states of their runs, marks on a common axis."""
+
+import math
+from typing import Any
+
+from resnetv2_cli.ablation import tables
+from resnetv2_cli.ablation.arms import Ablation, Line
+from resnetv2_cli.inventory import Run
+from resnetv2_cli.paper import FAIL, FAIL_ABOVE
+from resnetv2_cli.plot import COLORS
+from resnetv2_cli.runfolder import RunFolder
+
+TICKS = (1, 2, 5, 10, 20, 50, 100)  # percent
+STATES = {"done": "done", "fail": "diverged", "crashed": "crashed", "running": "running",
+          "stopped": "stopped", "waiting": "not begun"}  # fmt: skip
+
+
+def study(ablation: Ablation, charts: list[dict[str, Any]], detect: float) -> dict[str, Any]:
+    """One ablation: its table, a mark for each error on a common axis, its charts."""
+    columns, rows = tables.table(ablation, detect)
+    title, *notes = ablation.title.splitlines()
+    axis = Axis(ablation)
+    return {
+        "key": f"study-{ablation.study.name}",
+        "title": title,
+        "notes": notes,
+        "columns": columns[1:],
+        "rows": [
+            {
+                "name": line.row.name,
+                "figure": line.row.figure,
+                "note": line.row.note,
+                "color": i % len(COLORS),
+                "cells": cells[1:],
+                "marks": axis.marks(line),
+                "arms": [arm(line, seed) for seed in range(len(line.arms))],
+            }
+            for i, (line, cells) in enumerate(zip(ablation.lines, rows, strict=True))
+        ],
+        "ticks": axis.ticks,
+        "fail": axis.x(FAIL_ABOVE),
+        "charts": charts,
+    }
+
+
+def arm(line: Line, place: int) -> dict[str, str]:
+    """The state of one run of a row, and a sentence on it."""
+    one = line.arms[place]
+    run = Run(one.row, RunFolder(one.folder))
+    says = f"seed {one.experiment.seed}: {STATES[run.state]}"
+    if run.state == "done":
+        says += f", {run.error:.2f} %"
+    elif run.failure:
+        says += f", {run.failure.get('reason', '')}"
+    elif run.state in ("running", "stopped") and run.steps:
+        says += f" at iteration {run.step:,} of {run.steps:,}"
+    return {"state": run.state, "says": says}
+
+
+class Axis:
+    """A logarithmic axis of errors, in percent of its width, for all rows of a table."""
+
+    def __init__(self, ablation: Ablation) -> None:
+        ours = [e for line in ablation.lines for e in line.summary.errors]
+        theirs = [line.row.published for line in ablation.lines]
+        known = [e for e in [*ours, *theirs] if math.isfinite(e) and e > 0]
+        self.low = min([*known, FAIL_ABOVE]) / 1.25
+        self.high = max([*known, FAIL_ABOVE]) * 1.15
+
+    def x(self, error: float) -> float:
+        """Where an error stands; FAIL at the end."""
+        if error == FAIL:
+            return 100.0
+        low, high = math.log(self.low), math.log(self.high)
+        share = (math.log(max(error, self.low)) - low) / (high - low)
+        return round(100 * min(1.0, share), 2)
+
+    @property
+    def ticks(self) -> list[tuple[int, float]]:
+        return [(t, self.x(t)) for t in TICKS if self.low < t < self.high]
+
+    def marks(self, line: Line) -> dict[str, Any]:
+        """Where the published error, those of the seeds and their median stand."""
+        published = line.row.published
+        known = published == published
+        median = line.summary.median
+        return {
+            "published": self.x(published) if known and published != FAIL else None,
+            "failed": published == FAIL,
+            "seeds": [self.x(error) for error in line.summary.errors],
+            "median": None if median is None else self.x(median),
+        }

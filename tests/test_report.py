@@ -1,0 +1,290 @@
+"""What is on disk, found again: names, states, comparisons, figures and the page."""
+
+import fcntl
+import io
+import json
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+
+from resnetv2_cli import inventory, run
+from resnetv2_cli.ablation import arms, record, studies, tables
+from resnetv2_cli.cli import main
+from resnetv2_cli.plot import COLORS
+from resnetv2_cli.report import charts
+from resnetv2_cli.report.page import DARK, MOST_BYTES
+from resnetv2_cli.runfolder import RunFolder, read_metrics
+
+TINY = {"dataset": "digits", "depth": 8, "batch_size": 128, "steps": 6, "log_every": 2}
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """An ablation of which one run is done, one was killed, and the others have not begun; and a
+    run that diverged, beside it."""
+    root = tmp_path_factory.mktemp("runs")
+    [study] = studies.studies(shortcut="conv1x1")
+    made = arms.plan(study, 2, TINY, root / "lab")
+    made.write()
+    first, second = (line.arms[0] for line in made.lines)
+    for arm in (first, second):
+        run.train(arm.experiment, RunFolder(arm.folder))
+        os.close(arm.claim())  # as an ablation leaves it
+    (second.folder / "result.json").unlink()
+    shutil.copytree(first.folder, root / "alone")
+    (root / "alone" / "result.json").unlink()
+    (root / "alone" / "failed.json").write_text('{"reason": "the loss is not finite"}')
+    return root
+
+
+@pytest.fixture
+def called(capsys):
+    """Run a command in this process: status, stdout, stderr on one line."""
+
+    def call(*arguments):
+        status = 0
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as left:
+            status = left.code or 0
+        said = capsys.readouterr()
+        return status, said.out, " ".join(said.err.split())
+
+    return call
+
+
+def page(called, *what):
+    status, _, said = called("report", *what)
+    assert status == 0, said
+    return said
+
+
+def test_an_ablation_is_read_as_it_was_written(lab):
+    [study] = studies.studies(shortcut="conv1x1")
+    planned = arms.plan(study, 2, TINY, lab / "lab")
+    found = record.read(planned.file)
+    assert tables.as_json(found, 0.5) == tables.as_json(planned, 0.5)
+    assert [a.experiment for line in found.lines for a in line.arms] == [
+        a.experiment for line in planned.lines for a in line.arms
+    ]
+    assert found.title.endswith("here with dataset digits, depth 8, batch_size 128, steps 6")
+
+
+def test_every_state_is_told_apart(lab):
+    found = inventory.look([lab])
+    states = {r.name.split("/")[-1] if "/" in r.name else r.name: r.state for r in found.runs}
+    assert states == {"alone": "fail"}
+    assert [r.state for r in found.every] == ["done", "waiting", "stopped", "waiting", "fail"]
+    killed = found.ablations[0].lines[1].arms[0]
+    lock = os.open(killed.folder.with_suffix(".lock"), os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert [r.state for r in inventory.look([lab]).every][2] == "running"
+    os.close(lock)
+
+
+def test_a_run_by_itself_is_running_as_long_as_it_writes(lab, tmp_path):
+    folder = RunFolder(shutil.copytree(lab / "alone", tmp_path / "run"))
+    folder.failed.unlink()
+    assert inventory.Run("run", folder).state == "running"
+    for file in folder.path.rglob("*"):
+        os.utime(file, (0, 0))
+    assert inventory.Run("run", folder).state == "stopped"
+    os.utime(folder.metrics)
+    assert inventory.Run("run", folder).state == "running"
+
+
+def test_runs_are_named_by_any_beginning_that_only_one_has(lab):
+    runs = inventory.runs_in(lab)
+    names = [r.name for r in runs]
+    assert inventory.choose("al", runs).name == "alone"
+    assert inventory.choose("digits-resnet8-basic-original-conv", runs).name in names
+    assert inventory.choose("last", runs).name in names
+    assert inventory.choose(str(lab / "alone"), []).folder.path == lab / "alone"
+
+
+@pytest.mark.parametrize(
+    "word, error, hint",
+    [
+        ("alnoe", "unknown run 'alnoe'", "did you mean 'alone'?"),
+        ("zzz", "unknown run 'zzz'", "resnetv2 runs ls"),
+        ("digits", "2 runs begin with 'digits'", "one of lab/digits"),
+    ],
+)
+def test_names_that_mean_no_run(called, lab, word, error, hint):
+    status, _, said = called("runs", "show", word, "--root", lab)
+    assert status == 2 and error in said and hint in said
+
+
+def test_ls_lists_what_became_of_each(called, lab):
+    _, out, _ = called("runs", "ls", "--root", lab, "--format", "json")
+    made = {r["name"].split("/")[-2:][0]: r for r in json.loads(out)}
+    assert {r["state"] for r in made.values()} == {"done", "stopped", "fail"}
+    assert made["alone"]["test_error"] is None and made["alone"]["step"] == 6
+    _, out, _ = called("runs", "ls", "--root", lab, "--format", "csv", "--state", "fail")
+    assert [line.split(",")[:2] for line in out.splitlines()[1:]] == [["alone", "fail"]]
+    status, _, said = called("runs", "ls", "--root", lab, "--state", "dead")
+    assert status == 2 and "no run is ever 'dead'" in said
+
+
+def test_compare_says_what_differs_and_by_how_much(called, lab):
+    names = ("digits-resnet8-basic-original-conv1x1", "alone", "--root", lab)
+    _, out, _ = called("runs", "compare", *names, "--format", "json")
+    made = json.loads(out)
+    assert made["settings"] == {"shortcut": ["conv1x1", "identity"]}
+    a, b = (
+        read_metrics(inventory.choose(n, inventory.runs_in(lab)).folder.metrics) for n in names[:2]
+    )
+    ours, theirs = dict(a["train_loss"]), dict(b["train_loss"])
+    apart = {step: theirs[step] - ours[step] for step in ours}
+    largest = max(apart.values(), key=abs)
+    assert made["curves"]["train_loss"]["largest"] == pytest.approx(largest)
+    assert made["curves"]["train_loss"]["first"] == min(s for s, d in apart.items() if d)
+    _, out, _ = called("runs", "compare", "alone", "alone", "--root", lab)
+    assert "train_loss: the same at all 3 iterations" in out
+
+
+def test_rm_asks_first_and_leaves_nothing_behind(called, lab, tmp_path, monkeypatch):
+    root = shutil.copytree(lab, tmp_path / "runs")
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    status, _, _ = called("runs", "rm", "alone", "--root", root)
+    assert status != 0 and (root / "alone").exists()
+    [folder] = (root / "lab").glob("digits*conv1x1*")
+    assert called("runs", "rm", "alone", f"{folder.name}/s0", "--yes", "--root", root)[0] == 0
+    assert not (root / "alone").exists() and not list(folder.iterdir())
+    assert len(inventory.runs_in(root)) == 1
+
+
+def test_a_run_that_trains_is_not_removed(called, lab, tmp_path):
+    root = shutil.copytree(lab, tmp_path / "runs")
+    (root / "alone" / "failed.json").unlink()
+    os.utime(root / "alone" / "metrics.csv")
+    status, _, said = called("runs", "rm", "alone", "--yes", "--root", root)
+    assert status == 2 and "alone is running" in said and (root / "alone").exists()
+
+
+def test_plot_draws_every_figure_in_every_format(called, lab, tmp_path):
+    to = tmp_path / "figures"
+    formats = [word for f in ("png", "svg", "pdf") for word in ("--format", f)]
+    assert called("plot", lab, *formats, "--y", "log", "-o", to)[0] == 0
+    heads = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
+    files = sorted(p.name for p in to.iterdir())
+    assert files == [
+        f"{n}.{s}" for n in ("runs", "shortcut-conv1x1") for s in ("pdf", "png", "svg")
+    ]
+    for file in to.iterdir():
+        assert file.read_bytes().startswith(heads[file.suffix])
+    assert called("plot", lab, "--format", "gif")[2].startswith("error: unknown format 'gif'")
+    (tmp_path / "empty").mkdir()
+    assert "nothing to draw" in called("plot", tmp_path / "empty")[2]
+
+
+class Page(HTMLParser):
+    """The cells of its tables, what it would fetch, and its data."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.fetched, self.inside, self.data = [], [], "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.fetched += [given[k] for k in ("src", "href") if k in given]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th") and self.rows:
+            self.rows[-1].append("")
+        self.inside = "data" if given.get("id") == "data" else tag
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+        if tag == "table":
+            self.rows.append([])  # what follows stands in none
+
+    def handle_data(self, text):
+        if self.inside == "data":
+            self.data += text
+        elif self.rows and self.rows[-1] and self.inside not in ("small", "span"):
+            self.rows[-1][-1] += text.strip()
+
+
+def test_the_page_has_the_table_the_curves_and_every_run_and_fetches_nothing(called, lab, tmp_path):
+    to = tmp_path / "r.html"
+    said = page(called, lab, "-o", to)
+    assert "1 done" in said and "2 waiting" in said and "1 fail" in said
+    text = to.read_text()
+    assert len(text.encode()) < MOST_BYTES
+    made = Page(text)
+    assert all(f.startswith(("#", "data:")) for f in made.fetched)
+    assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org)", text)
+    columns, rows = tables.table(inventory.look([lab]).ablations[0], 0.5)
+    shown = [[cell for cell in row if cell] for row in made.rows]
+    for row in rows:
+        [found] = [s for s in shown if s[:1] == row[:1]]
+        assert found[1:] == row[1:]
+    assert [c for c in shown[0] if c in columns] == columns
+    [chart, _] = json.loads(made.data)["charts"]
+    loss = next(c for c in chart["curves"] if c["kind"] == "loss")
+    [folder] = [a.folder for a in inventory.look([lab]).ablations[0].lines[0].arms if a.begun]
+    metrics = read_metrics(RunFolder(folder).metrics)["train_loss"]
+    assert loss["steps"] == [s for s, _ in metrics]
+    assert loss["values"] == pytest.approx([v for _, v in metrics], rel=1e-4)
+    for word in ("AMD", "Intel", "cores"):
+        if word in (inventory.Run("", RunFolder(folder)).environment["hardware"]):
+            assert word in text
+    assert "the loss is not finite" in text and "--shortcut" in text
+
+
+def test_a_page_of_nothing_begun_and_its_mistakes(called, lab, tmp_path):
+    (tmp_path / "empty").mkdir()
+    page(called, tmp_path / "empty", "-o", tmp_path / "r.html")
+    assert "no runs" in (tmp_path / "r.html").read_text()
+    assert "is a folder" in called("report", lab, "-o", tmp_path)[2]
+    assert "--watch 'soon' is no duration" in called("report", lab, "--watch", "soon")[2]
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "ablation-x.json").write_text("{}")
+    status, _, said = called("report", broken, "-o", tmp_path / "r.html")
+    assert status == 2 and "is not what an ablation leaves" in said
+
+
+def test_watching_ends_with_the_last_open_run(called, lab, tmp_path, monkeypatch):
+    """The page asks to be read again while runs are open, and no longer when none is."""
+    root = shutil.copytree(lab, tmp_path / "runs")
+    to, seen = tmp_path / "r.html", []
+
+    def meanwhile(seconds):
+        seen.append((seconds, json.loads(Page(to.read_text()).data)["refresh"]))
+        for line in inventory.look([root]).ablations[0].lines:
+            for arm in line.arms:
+                arm.folder.mkdir(parents=True, exist_ok=True)
+                (arm.folder / "failed.json").write_text('{"reason": "x", "diverged": true}')
+
+    monkeypatch.setattr("time.sleep", meanwhile)
+    page(called, root, "-o", to, "--watch", "30s")
+    assert seen == [(30, 30)]
+    assert json.loads(Page(to.read_text()).data)["refresh"] == 0
+
+
+def test_names_cannot_break_out_of_the_page(called, lab, tmp_path):
+    evil = "</script><img src=x onerror=alert(1)>"
+    root = tmp_path / "runs"
+    shutil.copytree(lab / "alone", root / evil.replace("/", "%"))
+    (root / evil.replace("/", "%") / "failed.json").write_text(json.dumps({"reason": evil}))
+    page(called, root, "-o", tmp_path / "r.html")
+    assert "<img" not in (tmp_path / "r.html").read_text()
+
+
+def test_long_curves_are_thinned_and_keep_their_end():
+    steps = list(range(1, 5000))
+    made = [charts.chart("x", "", [{"name": "a", "color": 0, "steps": steps, "values": steps}])]
+    charts.thin(made)
+    [curve] = made[0]["curves"]
+    assert len(curve["steps"]) <= charts.MOST_POINTS and curve["steps"][-1] == 4999
+    assert curve["steps"] == curve["values"]
+
+
+def test_there_is_a_color_by_night_for_each_by_day():
+    assert len(DARK) == len(COLORS) == len(set(COLORS)) == len(set(DARK))
