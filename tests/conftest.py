@@ -1,6 +1,7 @@
 """What several test files share: small real images, small experiments, and the console script."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,3 +67,29 @@ def trained(resnetv2, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
     resnetv2("train", *SMALL, "--epochs", 4, "--output", folder)
     return folder
+
+
+LAB = {"dataset": "digits", "depth": 8, "batch_size": 128, "steps": 6, "log_every": 2}
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """An ablation of which one run is done, one was killed, and the others have not begun; and a
+    run that diverged, beside it."""
+    from resnetv2_cli import run
+    from resnetv2_cli.ablation import arms, studies
+    from resnetv2_cli.runfolder import RunFolder
+
+    root = tmp_path_factory.mktemp("runs")
+    [study] = studies.studies(shortcut="conv1x1")
+    made = arms.plan(study, 2, LAB, root / "lab")
+    made.write()
+    first, second = (line.arms[0] for line in made.lines)
+    for arm in (first, second):
+        run.train(arm.experiment, RunFolder(arm.folder))
+        os.close(arm.claim())  # as an ablation leaves it
+    (second.folder / "result.json").unlink()
+    shutil.copytree(first.folder, root / "alone")
+    (root / "alone" / "result.json").unlink()
+    (root / "alone" / "failed.json").write_text('{"reason": "the loss is not finite"}')
+    return root

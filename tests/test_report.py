@@ -9,35 +9,15 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
+from conftest import LAB
 
-from resnetv2_cli import inventory, run
+from resnetv2_cli import inventory
 from resnetv2_cli.ablation import arms, record, studies, tables
 from resnetv2_cli.cli import main
 from resnetv2_cli.plot import COLORS
 from resnetv2_cli.report import charts
 from resnetv2_cli.report.page import DARK, MOST_BYTES
 from resnetv2_cli.runfolder import RunFolder, read_metrics
-
-TINY = {"dataset": "digits", "depth": 8, "batch_size": 128, "steps": 6, "log_every": 2}
-
-
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory):
-    """An ablation of which one run is done, one was killed, and the others have not begun; and a
-    run that diverged, beside it."""
-    root = tmp_path_factory.mktemp("runs")
-    [study] = studies.studies(shortcut="conv1x1")
-    made = arms.plan(study, 2, TINY, root / "lab")
-    made.write()
-    first, second = (line.arms[0] for line in made.lines)
-    for arm in (first, second):
-        run.train(arm.experiment, RunFolder(arm.folder))
-        os.close(arm.claim())  # as an ablation leaves it
-    (second.folder / "result.json").unlink()
-    shutil.copytree(first.folder, root / "alone")
-    (root / "alone" / "result.json").unlink()
-    (root / "alone" / "failed.json").write_text('{"reason": "the loss is not finite"}')
-    return root
 
 
 @pytest.fixture
@@ -64,7 +44,7 @@ def page(called, *what):
 
 def test_an_ablation_is_read_as_it_was_written(lab):
     [study] = studies.studies(shortcut="conv1x1")
-    planned = arms.plan(study, 2, TINY, lab / "lab")
+    planned = arms.plan(study, 2, LAB, lab / "lab")
     found = record.read(planned.file)
     assert tables.as_json(found, 0.5) == tables.as_json(planned, 0.5)
     assert [a.experiment for line in found.lines for a in line.arms] == [

@@ -3,6 +3,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const tip = document.getElementById("tip");
 const round = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
+const exact = new Intl.NumberFormat("en", { maximumSignificantDigits: 5 });
 const whole = new Intl.NumberFormat("en");
 const REACH = 48; // pixels between the pointer and a point that it means
 
@@ -182,7 +183,7 @@ class Chart {
     name.textContent = curve.name + (curve.seed ? `, ${curve.seed}` : "");
     const unit = curve.kind === "error" ? " %" : "";
     tip.append(name, document.createElement("br"),
-      `${curve.what} ${round.format(value)}${unit} at iteration ${whole.format(step)}`);
+      `${curve.what} ${exact.format(value)}${unit} at iteration ${whole.format(step)}`);
     tip.hidden = false;
     const [w, h] = [tip.offsetWidth, tip.offsetHeight];
     const at = [box.left + nearest.x, box.top + nearest.y];
