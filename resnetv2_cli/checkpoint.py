@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from resnetv2_cli import form
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.errors import UserError
+from resnetv2_cli.errors import UserError, shown
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -58,6 +59,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            form.refuse_bomb(archive, path)
             broken = archive.testzip()
         if broken:
             raise UserError(f"{path} is damaged: {broken} fails its checksum", "copy it again")
@@ -67,10 +69,12 @@ def read(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError:
         hint = "such a file could run anything; only tensors and plain values are read"
         raise UserError(f"{path} holds more than tensors", hint) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
-    if not isinstance(checkpoint, dict) or not {"state_dict", "experiment"} <= set(checkpoint):
-        raise UserError(f"{path} is not a checkpoint of resnetv2", "it names no experiment")
+    except UserError:
+        raise
+    except Exception as error:  # what was tampered with fails in any way
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read {path}: {line}", "was it changed?") from None
+    form.refuse_misshapen(checkpoint, path)
     return checkpoint
 
 
@@ -85,7 +89,7 @@ def experiment_of(checkpoint: dict[str, Any], **overrides: Any) -> Experiment:
     for name in checkpoint["experiment"]:
         if name not in known:
             raise UserError(
-                f"the checkpoint has an unknown setting {name!r}", "of another version?"
+                f"the checkpoint has an unknown setting {shown(name)}", "of another version?"
             )
     saved = {
         name: value

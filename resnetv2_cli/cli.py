@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from resnetv2_cli import __version__, console
+from resnetv2_cli import __version__, console, trust
 from resnetv2_cli.commands.app import app
 from resnetv2_cli.errors import Stopped, UserError
 
@@ -27,11 +27,32 @@ def version(wanted: bool) -> None:
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    allow_code: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-code",
+            metavar="MODULE:CLASS",
+            help="Import this shortcut of your own, which a checkpoint or a config asks for.",
+        ),
+    ] = None,
     _: Annotated[
         bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """``debug`` is for the help alone: ``main`` takes it out wherever it stands."""
+    """For the help alone: ``main`` sees to ``debug`` and ``allow_code``, wherever they stand."""
+
+
+def code_first(given: list[str]) -> list[str]:
+    """The same words with every ``--allow-code NAME`` in front, where the app looks for it."""
+    first: list[str] = []
+    left: list[str] = []
+    words = iter(given)
+    for word in words:
+        if word == "--allow-code":
+            first += [word, next(words, "")]
+        else:
+            (first if word.startswith("--allow-code=") else left).append(word)
+    return first + left
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
@@ -40,6 +61,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     if "--debug" in given:  # wherever it stands
         os.environ["RESNETV2_DEBUG"] = "1"
         given = [a for a in given if a != "--debug"]
+    given = code_first(given)
+    trust.admit(given)
     try:
         app(given)
     except (UserError, OSError) as error:

@@ -3,6 +3,7 @@
 To add an option: one field of Experiment. Flag, help, config key, check and saved file follow.
 """
 
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -10,11 +11,22 @@ from typing import Any, Literal, Self
 import yaml
 
 from resnetv2_cli import plans
-from resnetv2_cli.errors import UserError, unknown
+from resnetv2_cli.errors import UserError, shown, unknown
 from resnetv2_cli.settings import checked, kinds, rows, setting
 
 _PACKAGED = Path(__file__).parent / "configs"  # in a wheel; in a checkout they are beside it
 CONFIGS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "configs"
+
+LARGEST = 100_000  # bytes of a config
+NOT_YAML = (  # what PyYAML raises: a tag such as !!bool fails on a strange value as Python does
+    yaml.YAMLError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 
 PAPER_STEPS, PAPER_WARMUP = 64_000, 400  # iterations
 
@@ -28,7 +40,7 @@ class Experiment:
     """What one training run is."""
 
     depth: int = setting(
-        110, "Weight layers, the stem's and the head's among them.", "Network", least=5
+        110, "Weight layers, the stem's and the head's among them.", "Network", least=5, most=10_000
     )
     block: Block | None = setting(  # type: ignore[valid-type]
         None,
@@ -113,10 +125,14 @@ class Experiment:
         "scale", "ImageNet: random scale, as [1], or scale and aspect ratio.", "Data"
     )
     test_size: int | None = setting(
-        None, "ImageNet: side of the single test crop; 224 unless given.", "Data", least=32
+        None,
+        "ImageNet: side of the single test crop; 224 unless given.",
+        "Data",
+        least=32,
+        most=4096,
     )
     workers: int = setting(
-        2, "Processes that decode images (folders only).", "Data", least=0, free=True
+        2, "Processes that decode images (folders only).", "Data", least=0, most=1024, free=True
     )
 
     lr: float = setting(0.1, "Learning rate, before warm-up and drops.", "Optimization", least=0)
@@ -132,7 +148,11 @@ class Experiment:
         least=1,
     )
     epochs: float | None = setting(
-        None, "Passes over the training images, instead of --steps.", "Optimization", least=0
+        None,
+        "Passes over the training images, instead of --steps.",
+        "Optimization",
+        least=0,
+        most=1e6,
     )
     drops: str = setting(
         "0.5,0.75",
@@ -186,7 +206,7 @@ class Experiment:
         False, "Only operations that give the same bits each time.", "Engine", free=True
     )
 
-    eval_every: float = setting(1.0, "Epochs between evaluations.", "Run", least=0.001)
+    eval_every: float = setting(1.0, "Epochs between evaluations.", "Run", least=0.001, most=1e6)
     log_every: int = setting(100, "Iterations between lines of metrics.csv.", "Run", least=1)
     save_every: int = setting(
         0,
@@ -201,11 +221,14 @@ class Experiment:
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, checked(f, getattr(self, f.name)))
-        if ":" not in self.shortcut:  # one's own is looked at when it is imported
+        if ":" not in self.shortcut:
             known = plans.shortcuts()
             if self.shortcut not in known:
                 raise unknown("shortcut", self.shortcut, known)
             plans.check_settings(self.shortcut, self.settings, known[self.shortcut].settings)
+        elif not re.fullmatch(r"\w+(\.\w+)*:\w+", self.shortcut):  # else looked at when imported
+            hint = "a class of your own is named as mine:LearnedScale"
+            raise UserError(f"{shown(self.shortcut)} is no module:Class", hint)
         if self.batch_size < self.accumulate:
             raise UserError(
                 f"the batch of {self.batch_size} cannot be split into {self.accumulate} parts",
@@ -214,7 +237,7 @@ class Experiment:
         drops = self.drops_  # their form is checked by reading them
         if list(drops) != sorted(drops) or not all(0 <= drop <= 1 for drop in drops):
             raise UserError(
-                f"drops must rise from 0 to 1, not {self.drops}", "the paper's: 0.5,0.75"
+                f"drops must rise from 0 to 1, not {shown(self.drops)}", "the paper's: 0.5,0.75"
             )
         if self.nesterov and not self.momentum:
             raise UserError("Nesterov's momentum needs a momentum", "--momentum 0.9")
@@ -255,7 +278,8 @@ class Experiment:
         try:
             return tuple(float(share) for share in self.drops.split(",") if share.strip())
         except ValueError:
-            raise UserError(f"drops {self.drops!r} are no numbers", "such as 0.5,0.75") from None
+            message = f"drops {shown(self.drops)} are no numbers"
+            raise UserError(message, "such as 0.5,0.75") from None
 
     @property
     def name(self) -> str:
@@ -340,16 +364,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A mapping from a YAML file; a bare name is looked for in ``configs/`` too.
 
     Raises:
-        UserError: no such file, not UTF-8, not YAML, or not a mapping.
+        UserError: no such file, too large a one, not UTF-8, not YAML, or not a mapping.
     """
     candidates = [path, CONFIGS / path, CONFIGS / f"{path}.yaml"]
     found = next((p for p in candidates if p.is_file()), None)
     if found is None:
         known = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
         raise unknown("config file", str(path), known)
+    if found.stat().st_size > LARGEST:
+        raise UserError(f"{path} is too large for a config", f"they have at most {LARGEST:,} bytes")
     try:
         given = yaml.safe_load(found.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except NOT_YAML as error:
         line = " ".join(str(error).split())
         raise UserError(f"{path} is not YAML: {line}", "one 'key: value' a line") from None
     except OSError as error:

@@ -2,6 +2,10 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from reprlib import Repr
+
+_brief = Repr()
+_brief.maxlevel, _brief.maxstring, _brief.maxother = 2, 80, 80
 
 
 class UserError(Exception):
@@ -27,9 +31,17 @@ class Stopped(Exception):
         self.status = status
 
 
+def shown(value: object) -> str:
+    """A value as a message shows it: cut short, because a few lines of YAML can hold a value whose
+    whole text would not fit into memory."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write longest ones
+        return f"a number of {value.bit_length()} bits"
+    return _brief.repr(value)
+
+
 def unknown(kind: str, name: object, known: Iterable[str], where: str = "") -> UserError:
     """``unknown key 'depht'``, with the closest known name as the hint."""
     known = list(known)
-    close = get_close_matches(str(name), known, n=1)
+    close = get_close_matches(name[:80], known, n=1) if isinstance(name, str) else []
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-    return UserError(f"{where}unknown {kind} {name!r}", hint)
+    return UserError(f"{where}unknown {kind} {shown(name)}", hint)

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.catalog import DATASETS
-from resnetv2_cli.data.folder import BROKEN, SUFFIXES, Folder, FolderImages
+from resnetv2_cli.data.folder import SUFFIXES, Folder, FolderImages
 from resnetv2_cli.data.module import EVAL_BATCH, leave_ctrl_c
+from resnetv2_cli.data.picture import BROKEN, FORMATS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.plans import STEMS
 from resnetv2_cli.run import trainer_of
@@ -106,7 +107,7 @@ def from_stdin(content: bytes, scratch: Path) -> list[Picture]:
         UserError: they are neither.
     """
     try:
-        with Image.open(io.BytesIO(content)):
+        with Image.open(io.BytesIO(content), formats=FORMATS):
             scratch.write_bytes(content)
             return [Picture(STDIN, scratch)]
     except BROKEN:

@@ -4,7 +4,10 @@ import types
 from dataclasses import field
 from typing import Any, Literal, Union, get_args, get_origin
 
-from resnetv2_cli.errors import UserError, unknown
+from resnetv2_cli.errors import UserError, shown, unknown
+
+LONGEST = 4096  # bytes of a text
+MOST = {int: 2**31 - 1, float: None}  # where a setting names no limit of its own
 
 
 def setting(
@@ -53,13 +56,15 @@ def checked(f: Any, value: Any) -> Any:
         if value not in choices:
             raise unknown(f.name, value, choices)
         return value
-    wrong = UserError(f"{f.name} must be {_A[kind]}, not {value!r}", f.metadata["doc"])
+    wrong = UserError(f"{f.name} must be {_A[kind]}, not {shown(value)}", f.metadata["doc"])
     if kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool):
             return value
         raise wrong
     if kind is str:
-        if isinstance(value, (str, int)):
+        if isinstance(value, str) and is_text(value):
+            return value
+        if isinstance(value, int) and value.bit_length() <= 64:  # devices: 2
             return str(value)
         raise wrong
     try:
@@ -68,15 +73,23 @@ def checked(f: Any, value: Any) -> Any:
             raise wrong
     except (TypeError, ValueError, OverflowError):
         raise wrong from None
-    least, most = f.metadata["least"], f.metadata["most"]
+    least, most = f.metadata["least"], f.metadata["most"] or MOST[kind]
     for wanted, broken in (
         ("finite", abs(number) == float("inf")),
         (f"at least {least}", least is not None and number < least),
         (f"at most {most}", most is not None and number > most),
     ):
         if broken:
-            raise UserError(f"{f.name} must be {wanted}, not {value}", f.metadata["doc"])
+            raise UserError(f"{f.name} must be {wanted}, not {shown(value)}", f.metadata["doc"])
     return number
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written to a file and be the name of one."""
+    try:
+        return len(value.encode()) <= LONGEST and "\0" not in value
+    except UnicodeEncodeError:
+        return False
 
 
 _A = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from resnetv2_cli import trust
 from resnetv2_cli.errors import UserError, unknown
 
 
@@ -165,12 +166,14 @@ def shortcut_class(name: str) -> type[Shortcut]:
     """The class of a row, or of ``module:Class``, looked for in the current folder too.
 
     Raises:
-        UserError: there is no such row, module or class, or the class is no ``Shortcut``.
+        UserError: there is no such row, module or class, the class is no ``Shortcut``, or only a
+            file asks for it (``trust``).
     """
     if ":" not in name:
         if name not in SHORTCUTS:
             raise unknown("shortcut", name, SHORTCUTS)
         return SHORTCUTS[name]
+    trust.refuse_strange(name)
     module, _, cls = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))

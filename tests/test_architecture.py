@@ -11,17 +11,33 @@ import pytest
 import resnetv2_cli
 
 ORDER = """
-    errors memory plans paper layers shortcuts units resnet data.catalog settings config flags
-    data.images data.order data.augment data.folder data.module optim describe runfolder
-    csvlog checkpoint task callbacks plot run stats ablation.studies ablation.arms ablation.launch
-    ablation.record ablation.sweep ablation.progress ablation.tables ablation.probe inventory
-    compare inference sheet display console
+    errors trust memory
+    plans paper
+    layers shortcuts units resnet
+    data.catalog
+    settings config flags
+    data.picture data.archive data.images
+    data.order data.augment data.folder data.module
+    optim describe
+    runfolder csvlog
+    form checkpoint
+    task callbacks
+    plot
+    run
+    stats
+    ablation.studies ablation.arms ablation.launch ablation.record
+    ablation.sweep ablation.progress ablation.tables ablation.probe
+    inventory compare
+    inference sheet
+    display console
     bench.turns bench.plain bench.floor bench.draw bench.step bench.train bench.data
     analysis.topics analysis.trace analysis.subject analysis.draw analysis.forward
     analysis.backward analysis.shrink analysis.paths analysis.lesion analysis.study
-    figures report.charts report.rows report.facts report.pictures report.page
+    figures
+    report.charts report.rows report.facts report.pictures report.page
     commands.app commands.train commands.predict commands.ablate commands.analyze commands.bench
-    commands.look commands.runs commands.report cli
+    commands.look commands.runs commands.report
+    cli
 """.split()
 HEAVY = ("torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "sklearn", "numpy")
 PACKAGE = Path(resnetv2_cli.__file__).parent

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from resnetv2_cli import trust
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.plans import BLOCKS, UNITS
 from resnetv2_cli.resnet import ResNet
@@ -132,6 +133,7 @@ class Other: pass
 def test_a_shortcut_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
+    trust.admit(["--shortcut", "mine:Halved", "--grid", "shortcut=nowhere:Halved,mine:Other"])
     h = shortcut("mine:Halved")
     x, r = torch.randn(2, 2, 16, 8, 8)
     torch.testing.assert_close(h(x, r), x / 2 + r)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol
 
+from resnetv2_cli import trust
 from resnetv2_cli.ablation.arms import Arm
 from resnetv2_cli.errors import UserError
 
@@ -32,7 +33,7 @@ class Launcher(Protocol):
 
 def command(arm: Arm) -> list[str]:
     """The command of one run: a ``train`` that anybody could type."""
-    tool = [sys.executable, "-m", "resnetv2_cli", "train"]
+    tool = [sys.executable, "-m", "resnetv2_cli", "train", *trust.flags(arm.experiment.shortcut)]
     if arm.begun:
         return [*tool, "--resume", str(arm.folder)]
     arm.config.parent.mkdir(parents=True, exist_ok=True)

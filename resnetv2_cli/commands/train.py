@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resnetv2_cli import console
+from resnetv2_cli import console, trust
 from resnetv2_cli.commands.app import Config, Json, app
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Stopped, UserError
@@ -59,7 +59,9 @@ def train(
         )
     except Stopped as stopped:
         if run.first_process():
-            console.note(f"{stopped}: saved; continue with: resnetv2 train --resume {folder.path}")
+            words = ["resnetv2", "train", "--resume", str(folder.path)]
+            again = " ".join([*words, *trust.flags(experiment.shortcut)])
+            console.note(f"{stopped}: saved; continue with: {again}")
         raise
     if not run.first_process():
         return
@@ -72,7 +74,8 @@ def train(
         f"{result['test_images']:,} images after {result['steps']:,} iterations"
     )
     console.note(f"curves:   {folder.curves}")
-    console.note(f"evaluate: resnetv2 eval {folder.path}")
+    also = "".join(f" {word}" for word in trust.flags(experiment.shortcut))
+    console.note(f"evaluate: resnetv2 eval {folder.path}{also}")
 
 
 @app.command("eval", rich_help_panel="Train")

@@ -11,14 +11,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from resnetv2_cli.data import picture
 from resnetv2_cli.data.order import STREAMS
 from resnetv2_cli.errors import UserError
 
 SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
 SHORTER = (256, 480)  # pixels: range of the random shorter side ("scale" of Table 5, from [1])
 RESIZED = {224: 256}  # shorter side for a test crop; 320 is cropped from 320 (Sec. 5)
-
-BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # of ImageNet's training images, 0..1
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -65,14 +64,7 @@ def open_rgb(path: Path) -> Image.Image:
     Raises:
         UserError: the file cannot be read as an image; says which.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits of grey, which convert would cut off at 255
-                high = np.asarray(image).clip(0, 2**16 - 1) >> 8
-                return Image.fromarray(high.astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
-    except BROKEN as error:
-        raise UserError(f"cannot read the image {path}: {str(error).splitlines()[0]}") from None
+    return picture.rgb(path, str(path))
 
 
 def random_box(

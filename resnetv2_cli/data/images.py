@@ -2,28 +2,25 @@
 
 import hashlib
 import os
-import tarfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from urllib.error import URLError
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from resnetv2_cli.data import archive, picture
 from resnetv2_cli.data.catalog import DATASETS, Dataset
 from resnetv2_cli.errors import UserError
 
 SIZE = 32
-ARCHIVES = {  # files of the official archive, unpacked
-    "cifar10": ("cifar-10-batches-py/*_batch*",),
-    "cifar100": ("cifar-100-python/train", "cifar-100-python/test"),
-}
+LARGEST = 2**20  # bytes of one image file: a member of an archive may claim to unpack to any size
 SPLITS = ("train", "test")
 SUFFIXES = {".png", ".webp", ".jpg", ".jpeg"}
 
@@ -49,6 +46,7 @@ class File(NamedTuple):
     name: str
     split: str
     label: str
+    size: int  # bytes
     read: Callable[[], bytes]
 
 
@@ -69,8 +67,8 @@ def load(name: str, root: Path) -> Images:
         archives = [p for p in found if p.is_file()]
         sources = archives or [Path(f.name) for f in files]
         return cached(name, sources, lambda: from_files(name, dataset, files))
-    official = [p for pattern in ARCHIVES[name] for p in sorted(root.glob(pattern))]
-    return cached(name, official, lambda: from_archive(name, dataset, root))
+    official = [p for pattern in archive.PLACES[name] for p in sorted(root.glob(pattern))]
+    return cached(name, official, lambda: from_archive(name, root))
 
 
 def digits() -> Images:
@@ -113,19 +111,19 @@ def tree(places: list[Path]) -> Iterator[File]:
     for place in places:
         if place.is_dir():
             for path in sorted(place.glob("*/*/*")):
-                if path.suffix.lower() in SUFFIXES:
+                if path.suffix.lower() in SUFFIXES and path.is_file():
                     split, label = path.parts[-3:-1]
-                    yield File(str(path), split, label, path.read_bytes)
+                    yield File(str(path), split, label, path.stat().st_size, path.read_bytes)
             continue
         try:
-            archive = zipfile.ZipFile(place)
+            packed = zipfile.ZipFile(place)
         except (zipfile.BadZipFile, OSError) as error:
             raise UserError(f"cannot read {place}: {error}", "copy the archive again") from None
-        for member in archive.namelist():
-            parts = member.split("/")
-            if len(parts) == 3 and Path(member).suffix.lower() in SUFFIXES:
-                read = lambda a=archive, m=member: a.read(m)  # noqa: E731
-                yield File(f"{place}:{member}", parts[0], parts[1], read)
+        for member in packed.infolist():
+            parts = member.filename.split("/")
+            if len(parts) == 3 and Path(parts[2]).suffix.lower() in SUFFIXES:
+                name, read = f"{place}:{member.filename}", partial(packed.read, member)
+                yield File(name, parts[0], parts[1], member.file_size, read)
 
 
 def decode(file: File) -> NDArray[np.uint8]:
@@ -134,16 +132,13 @@ def decode(file: File) -> NDArray[np.uint8]:
     Raises:
         UserError: the file is no image, is cut short, or has another size; says which file.
     """
+    if file.size > LARGEST:
+        raise UserError(f"{file.name} has {file.size:,} bytes", f"too many for {SIZE}x{SIZE}")
     try:
-        with Image.open(BytesIO(file.read())) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
-        line = str(error).splitlines()[0]
-        raise UserError(f"cannot read the image {file.name}: {line}", "copy it again") from None
-    if pixels.shape != (SIZE, SIZE, 3):
-        size = f"{pixels.shape[1]}x{pixels.shape[0]}"
-        raise UserError(f"{file.name} is {size}, not 32x32", "use --dataset folder for it")
-    return pixels
+        content = file.read()
+    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"cannot read {file.name}: {error}", "copy it again") from None
+    return np.asarray(picture.rgb(content, file.name, (SIZE, SIZE)))
 
 
 def from_files(name: str, dataset: Dataset, files: list[File]) -> tuple[Split, Split]:
@@ -177,28 +172,10 @@ def from_files(name: str, dataset: Dataset, files: list[File]) -> tuple[Split, S
     return halves[0], halves[1]
 
 
-def from_archive(name: str, dataset: Dataset, root: Path) -> tuple[Split, Split]:
-    """Train and test from the official archive, downloaded when absent; its md5 is checked.
-
-    Raises:
-        UserError: it is absent and cannot be downloaded, or it is damaged.
-    """
-    from torchvision import datasets
-
-    cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    try:
-        try:
-            halves = [cls(root, train=train) for train in (True, False)]
-        except RuntimeError:  # "not found or corrupted"
-            halves = [cls(root, train=train, download=True) for train in (True, False)]
-    except (URLError, RuntimeError, OSError, EOFError, tarfile.TarError) as error:
-        raise UserError(
-            f"{name} is not in {root} and could not be downloaded: {error}",
-            f"put it there as {name}/train/<class>/*.png and {name}/test/<class>/*.png, name "
-            "its folder with --data-dir, or try --dataset digits",
-        ) from None
-    train, test = (Split(half.data, np.array(half.targets)) for half in halves)
-    return train, test
+def from_archive(name: str, root: Path) -> tuple[Split, Split]:
+    """Train and test from the official archive."""
+    train, test = archive.read(name, root)
+    return Split(*train), Split(*test)
 
 
 def finished(train: Split, test: Split) -> Images:

@@ -1,0 +1,63 @@
+"""The form of a checkpoint: what must hold before anything in a file of a stranger's is used."""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnetv2_cli.errors import UserError, shown
+
+KEYS: dict[str, type] = {  # that evaluation needs, and what they hold
+    "state_dict": dict,
+    "experiment": dict,
+    "classes": list,
+    "global_step": int,
+}
+
+
+def refuse_bomb(archive: zipfile.ZipFile, path: Path) -> None:
+    """PyTorch stores its records as they are; packed ones could unpack to any size, and records
+    that lie over one another could be read for ever.
+
+    Raises:
+        UserError: a record is packed, or there is more in the records than in the file.
+    """
+    records = archive.infolist()
+    packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+    if packed or sum(record.file_size for record in records) > path.stat().st_size:
+        raise UserError(f"{path} is packed as no checkpoint is", "it could unpack to any size")
+
+
+def refuse_misshapen(checkpoint: Any, path: Path) -> None:
+    """
+    Raises:
+        UserError: it lacks a key, or a key holds something else than it must.
+    """
+    if not isinstance(checkpoint, dict) or not {"state_dict", "experiment"} <= set(checkpoint):
+        raise UserError(f"{path} is not a checkpoint of resnetv2", "it names no experiment")
+    for key, kind in KEYS.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise misshapen(path, f"its {key} is {shown(checkpoint.get(key))}")
+    for name, value in checkpoint["state_dict"].items():
+        if not isinstance(name, str) or not is_plain(value):
+            raise misshapen(path, f"its weight {shown(name)} is no plain tensor")
+    for name in [*checkpoint["experiment"], *checkpoint["classes"]]:
+        if not isinstance(name, str):
+            raise misshapen(path, f"{shown(name)} is no name")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is a tensor of numbers that lie in memory one by one."""
+    return (
+        type(value) is torch.Tensor
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and not value.is_complex()
+    )
+
+
+def misshapen(path: Path, why: str) -> UserError:
+    """The error of a file that is whole, and still not what this tool writes."""
+    return UserError(f"{path} is not a checkpoint of resnetv2: {why}", "of another version?")

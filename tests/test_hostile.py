@@ -1,0 +1,186 @@
+"""Files of strangers: at every door, a file that would run something if it were trusted."""
+
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_data import write_archive
+from torchvision.datasets import CIFAR10
+
+from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli import trust
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.data import archive, images
+from resnetv2_cli.data.catalog import CIFAR10 as CLASSES
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.shortcuts import shortcut_class
+
+
+class Canary:
+    """Unpickled by Python's own reader, it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def canary(tmp_path):
+    """A place that nothing may appear in; that the trap works is tried on another."""
+    trap = Canary(tmp_path / "trap-works")
+    pickle.loads(pickle.dumps(trap))
+    assert trap.path.exists()
+    place = tmp_path / "canary"
+    yield place
+    assert not place.exists(), "code of the file has run"
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle", "inside the weights"])
+def test_a_checkpoint(canary, tmp_path, form):
+    file = tmp_path / "stranger.ckpt"
+    if form == "pickle":
+        file.write_bytes(pickle.dumps(Canary(canary)))
+    else:
+        value = {"state_dict": {"w": Canary(canary)}} if "inside" in form else Canary(canary)
+        torch.save(value, file, _use_new_zipfile_serialization=form != "legacy")
+    with pytest.raises(UserError, match=r"holds more than tensors|is no checkpoint"):
+        checkpoints.read(file)
+
+
+def test_a_checkpoint_that_would_unpack_to_any_size(tmp_path):
+    file = tmp_path / "bomb.ckpt"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("archive/data.pkl", b"\0" * 10**7)
+    with pytest.raises(UserError, match="packed as no checkpoint is"):
+        checkpoints.read(file)
+
+
+@pytest.mark.parametrize("tag", ["object/apply:os.mkdir", "object/new:os.mkdir", "name:os.mkdir"])
+def test_a_config(canary, tmp_path, tag):
+    file = tmp_path / "stranger.yaml"
+    file.write_text(f"depth: !!python/{tag} [{canary}]\n")
+    with pytest.raises(UserError, match="is not YAML"):
+        Experiment.load(file)
+
+
+def test_a_config_that_would_grow_to_any_size(tmp_path):
+    """A billion laughs: each line is ten times the line before."""
+    lines = ["a0: &a0 [lol]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    file = tmp_path / "laughs.yaml"
+    file.write_text("\n".join([*lines, "unit: *a9"]))
+    with pytest.raises(UserError) as refused:
+        Experiment.load(file)
+    assert len(str(refused.value)) < 500
+
+
+def test_code_that_only_a_file_asks_for(canary, tmp_path, monkeypatch):
+    """A module lies in the folder; a config or a checkpoint names it: it is not imported."""
+    (tmp_path / "stranger.py").write_text(f"import os\nos.mkdir({str(canary)!r})\n")
+    monkeypatch.chdir(tmp_path)
+    trust.admit(["train", "--config", "stranger.yaml"])
+    with pytest.raises(UserError, match="not the command line") as refused:
+        shortcut_class("stranger:Shortcut")
+    assert "--allow-code stranger:Shortcut" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--shortcut", "allowed:Own"],
+        ["eval", "a.ckpt", "--allow-code", "allowed:Own"],
+        ["ablate", "--grid", "depth=20", "shortcut=identity,allowed:Own"],
+    ],
+)
+def test_code_that_the_command_line_names_is_run(tmp_path, monkeypatch, words):
+    source = "from resnetv2_cli.shortcuts import Shortcut\nclass Own(Shortcut): pass\n"
+    (tmp_path / "allowed.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    trust.admit(words)
+    assert shortcut_class("allowed:Own").__name__ == "Own"
+
+
+def few() -> dict:
+    """Five training images of each class and one test image."""
+    rng = np.random.default_rng(0)
+    picture = lambda: rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)  # noqa: E731
+    return {
+        split: {c: [picture() for _ in range(n)] for c in CLASSES}
+        for split, n in (("train", 5), ("test", 1))
+    }
+
+
+def test_cifar_whose_md5_is_another(canary, tmp_path, monkeypatch):
+    root = write_archive(tmp_path / "data", few(), monkeypatch)
+    (root / CIFAR10.base_folder / "data_batch_3").write_bytes(pickle.dumps(Canary(canary)))
+    with pytest.raises(UserError, match="has not the published md5"):
+        archive.read("cifar10", root)
+
+
+def test_cifar_whose_md5_is_right(canary, tmp_path, monkeypatch):
+    """Even then only arrays are read: md5 can be forged."""
+    root = write_archive(tmp_path / "data", few(), monkeypatch)
+    content = pickle.dumps({"data": Canary(canary), "labels": []})
+    (root / CIFAR10.base_folder / "test_batch").write_bytes(content)
+    md5 = hashlib.md5(content).hexdigest()
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5]])
+    with pytest.raises(UserError, match=r"holds more than arrays: it names posix\.mkdir"):
+        archive.read("cifar10", root)
+
+
+def test_an_archive_whose_members_lie_elsewhere(canary, tmp_path, monkeypatch):
+    """Members above the folder and links out of it: nothing is ever unpacked."""
+    root = write_archive(tmp_path / "data", few(), monkeypatch)
+    folder = root / CIFAR10.base_folder
+    file = root / CIFAR10.filename
+    with tarfile.open(file, "w:gz") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, f"{CIFAR10.base_folder}/{path.name}")
+        evil = tarfile.TarInfo("../canary")
+        evil.size = 4
+        tar.addfile(evil, io.BytesIO(b"evil"))
+        link = tarfile.TarInfo(f"{CIFAR10.base_folder}/data_batch_9")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(file.read_bytes()).hexdigest())
+    before = sorted(tmp_path.rglob("*"))
+    train, test = archive.read("cifar10", root)
+    assert len(train[1]) == 50 and len(test[1]) == 10
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_zip_archives_of_images(canary, tmp_path):
+    """A member that would unpack to much more than an image, and one above the folder."""
+    (tmp_path / "cifar10").mkdir()
+    with zipfile.ZipFile(tmp_path / "cifar10" / "a.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("../canary/x.png", b"evil")
+        for split in ("train", "test"):
+            for name in CLASSES:
+                file.writestr(f"{split}/{name}/bomb.png", b"\0" * 5_000_000)
+    with pytest.raises(UserError, match=r"bomb\.png has 5,000,000 bytes"):
+        images.load("cifar10", tmp_path)
+
+
+def test_what_lies_in_the_cache(canary, tmp_path, monkeypatch):
+    """Somebody else's file in the cache is read anew from the originals, and runs nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = write_archive(tmp_path / "data", few(), monkeypatch)
+    good = images.load("cifar10", root)
+    [kept] = (tmp_path / "cache").rglob("*.npz")
+    trapped = np.empty(1, dtype=object)
+    trapped[0] = Canary(canary)
+    with open(kept, "wb") as out:
+        np.savez(out, train_images=trapped, digest=np.array("x"))
+    assert images.load("cifar10", root).digest == good.digest
