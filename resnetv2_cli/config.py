@@ -195,6 +195,19 @@ class Experiment:
         least=0,
         free=True,
     )
+    recompute_bn: bool = setting(
+        False,
+        "Keep nothing of what BN and ReLU make, and make it again in backward: half the memory.",
+        "Engine",
+        free=True,
+    )
+    kernels: Literal["auto", "eager"] = setting(
+        "auto",
+        "BN and ReLU in training: auto has one compiled operation for both, on a CPU with gcc; "
+        "eager has PyTorch's.",
+        "Engine",
+        free=True,
+    )
     sync_bn: bool = setting(False, "BN statistics over all devices, not over each.", "Engine")
     accelerator: str = setting("auto", "auto, cpu or gpu.", "Engine", free=True)
     devices: str = setting(

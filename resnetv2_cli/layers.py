@@ -8,13 +8,45 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnetv2_cli.fused import bn_relu, fits
+
 
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     """A weight layer: (N, c_in, H, W) -> (N, c_out, H/stride, W/stride), no bias."""
     return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
 
 
-def activation(order: str, channels: int) -> nn.Sequential:
+class Activation(nn.Sequential):
+    """BN and ReLU in the order written; in training as one operation, where that is asked for.
+
+    ``compiled``: by the functions of ``kernels.c``, for tensors that fit them. ``forget``: what
+    comes out is not kept for backward but made again, whatever the tensor. Modules that somebody
+    watches through hooks run one by one.
+
+    Shape: (N, C, H, W) -> (N, C, H, W).
+    """
+
+    compiled = False
+    forget = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm: Any = getattr(self, "bn", None)
+        if not self.training or not (self.compiled or self.forget) or not plain(norm):
+            return super().forward(x)
+        compiled = self.compiled and fits(x, norm)
+        if any(m._forward_hooks or m._forward_pre_hooks for m in self) or not (
+            compiled or self.forget
+        ):
+            return super().forward(x)
+        return bn_relu(x, norm, "relu" in self._modules, compiled)
+
+
+def plain(norm: nn.Module | None) -> bool:
+    """Whether this is BN as it is here: not one that synchronizes processes or averages wholly."""
+    return type(norm) is nn.BatchNorm2d and norm.momentum is not None and norm.track_running_stats
+
+
+def activation(order: str, channels: int) -> Activation:
     """BN and ReLU in the order written: ``"bn relu"``, ``"relu"``, or ``""``, the identity.
 
     ReLU works in place only behind BN, whose output is nobody else's. Where F opens with ReLU that
@@ -24,7 +56,7 @@ def activation(order: str, channels: int) -> nn.Sequential:
     for name in order.split():
         fresh = "bn" in layers
         layers[name] = nn.ReLU(inplace=fresh) if name == "relu" else nn.BatchNorm2d(channels)
-    return nn.Sequential(layers)
+    return Activation(layers)
 
 
 class _KeepLayout(torch.autograd.Function):

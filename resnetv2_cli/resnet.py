@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from resnetv2_cli.layers import activation, conv, keep_layout, numbered
+from resnetv2_cli.fused import forgetting
+from resnetv2_cli.layers import Activation, activation, conv, keep_layout, numbered
 from resnetv2_cli.plans import (
     BLOCKS,
     STEMS,
@@ -65,6 +66,7 @@ class ResNet(nn.Module):
         check_settings(shortcut, settings or {}, settings_of(shortcut_class(shortcut)))
         kind = Kind(unit, block, shortcut, settings or {}, option, pad, stride_on)
         start, c = STEMS[stem], STEMS[stem].channels
+        self.forget = False
         self.segments = 0  # of the body whose activations are recomputed in backward; 0: none
         last, after, before = places(unit)
         begun = "bn relu" if first_act == "stem" else last + after  # of the stem's activation
@@ -98,13 +100,22 @@ class ResNet(nn.Module):
         """Every Residual Unit, l = 1 ... L."""
         return [unit for stage in self.body for unit in stage]  # type: ignore[attr-defined]
 
+    def activate(self, compiled: bool, forget: bool) -> None:
+        """How every BN and ReLU computes in training (``Activation``)."""
+        self.forget = forget
+        for module in self.modules():
+            if isinstance(module, Activation):
+                module.compiled, module.forget = compiled, forget
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        if self.segments and self.training and torch.is_grad_enabled():
-            x = recomputed(self.units, self.segments, x)
-        else:
-            x = self.body(x)
-        return self.head(keep_layout(x))
+        learns = self.training and torch.is_grad_enabled()
+        with forgetting() if learns and self.forget else nullcontext():
+            x = self.stem(x)
+            if learns and self.segments:
+                x = recomputed(self.units, self.segments, x)
+            else:
+                x = self.body(x)
+            return self.head(keep_layout(x))
 
 
 def recomputed(units: list[nn.Module], segments: int, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import resnetv2_cli
 ORDER = """
     errors trust memory
     plans paper
+    native fused
     layers shortcuts units resnet
     data.catalog
     settings config flags

@@ -137,7 +137,9 @@ def subject(source: Source, batch: Batch) -> Subject:
     Raises:
         UserError: the images are missing, or the checkpoint is of another network.
     """
-    plain = replace(source.experiment, compile=False, recompute=0)
+    plain = replace(
+        source.experiment, compile=False, recompute=0, recompute_bn=False, kernels="eager"
+    )
     if source.checkpoint:
         _, task, data = restore(source.checkpoint, plain)
     else:

@@ -29,8 +29,10 @@ class Option(NamedTuple):
     mixed: bool = True  # bf16 autocast; else float32
     last: bool = True  # channels last; else NCHW
     plain: bool = False  # the optimizer as most write it
+    fused: bool = False  # BN and ReLU as one compiled operation
+    forget: bool = False  # what they make is made again in backward
+    recompute: int = 0  # segments of the body; -1: every unit is one
     compile: bool = False
-    recompute: bool = False
     usual: bool = True  # timed when none is named
 
     @property
@@ -52,8 +54,10 @@ OPTIONS = {
     "channels-last": Option("float32, channels last", mixed=False),
     "bf16": Option("bf16 autocast, NCHW", last=False),
     "bf16-channels-last": Option("bf16 autocast, channels last"),
-    "recompute": Option("the same, every unit computed again in backward", recompute=True),
-    "compile": Option("the same, compiled unit by unit", compile=True, usual=False),
+    "fused": Option("the same, BN and ReLU one compiled operation", fused=True),
+    "recompute-bn": Option("the same, made again in backward", fused=True, forget=True),
+    "recompute-units": Option("fused, every unit computed again", fused=True, recompute=-1),
+    "compile": Option("bf16, channels last, compiled unit by unit", compile=True, usual=False),
 }
 
 
@@ -63,8 +67,8 @@ def step_arm(experiment: Experiment, option: Option, device: torch.device) -> Ar
     classes = len(DATASETS[experiment.dataset].classes) or 1000
     net = ResNet(**experiment.architecture, classes=classes).to(device)
     net.to(memory_format=option.layout)  # type: ignore[call-overload]
-    if option.recompute:
-        net.segments = len(net.units)
+    net.activate(option.fused, option.forget)
+    net.segments = len(net.units) if option.recompute < 0 else option.recompute
     if option.compile:
         for unit in net.units:
             unit.compile()

@@ -1,0 +1,139 @@
+"""BN and ReLU as one operation in training: fewer passes over memory, and less of it kept.
+
+Only x is kept for backward. What ReLU let through is found again from x; and so is the output, in
+the backward of the convolution behind it, inside ``forgetting()``.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from resnetv2_cli import native
+
+LANES, MOST = 16, 4096  # channels: a multiple of the first, at most the second (kernels.c)
+_AGAIN = "_resnetv2_again"  # on an activated tensor: the function that makes it again
+
+
+def fits(x: Tensor, norm: nn.BatchNorm2d) -> bool:
+    """Whether the compiled functions can take x: on a CPU, channels last, bf16 or float32."""
+    return (
+        x.device.type == "cpu"
+        and native.kind_of(x.dtype) is not None
+        and norm.weight.dtype == torch.float32
+        and x.shape[1] % LANES == 0
+        and x.shape[1] <= MOST
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and native.library() is not None
+    )
+
+
+def _call(name: str, dtype: torch.dtype, tensors: list[Tensor | None], *numbers: float) -> None:
+    """A function of ``kernels.c``. The caller holds the tensors, so that none is freed under it."""
+    function = getattr(native.library(), f"{name}_{native.kind_of(dtype)}")
+    function(*(t if t is None else t.data_ptr() for t in tensors), *numbers)
+
+
+def _rows(x: Tensor) -> tuple[int, int]:
+    n, c, h, w = x.shape
+    return n * h * w, c
+
+
+def _made_again(x: Tensor, saved: Tensor, relu: bool) -> Tensor:
+    y = torch.empty_like(x)
+    _call("again", x.dtype, [x, y, saved], *_rows(x), relu, torch.get_num_threads())
+    return y
+
+
+class _Compiled(torch.autograd.Function):
+    """By the functions of ``kernels.c``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, norm: Any, relu: bool) -> Tensor:
+        (rows, c), threads = _rows(x), torch.get_num_threads()
+        y, saved = torch.empty_like(x), torch.empty(4, c)
+        sums = torch.empty(threads, 2, c, dtype=torch.float64)
+        running = [norm.running_mean, norm.running_var]
+        tensors = [x, None, None, y, gamma, beta, *running, saved, sums]
+        _call("forward", x.dtype, tensors, rows, c, norm.momentum, norm.eps, relu, threads)
+        ctx.save_for_backward(x, saved)
+        ctx.relu = relu
+        setattr(y, _AGAIN, partial(_made_again, x.detach(), saved, relu))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, saved = ctx.saved_tensors
+        (rows, c), threads = _rows(x), torch.get_num_threads()
+        dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        dx, dgamma, dbeta = torch.empty_like(x), torch.empty(c), torch.empty(c)
+        sums = torch.empty(threads, 2, c, dtype=torch.float64)
+        tensors = [dy, x, None, dx, saved, dgamma, dbeta, sums]
+        _call("backward", x.dtype, tensors, rows, c, ctx.relu, threads)
+        return dx, dgamma, dbeta, None, None
+
+
+def _normalized(x: Tensor, mean: Tensor, inverse: Tensor, norm: Any, relu: bool) -> Tensor:
+    variance = inverse**-2 - norm.eps
+    y = nn.functional.batch_norm(x, mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps)
+    return y.relu_() if relu else y
+
+
+class _Plain(torch.autograd.Function):
+    """The same by PyTorch's own operations: slower, on any device and in any type."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, norm: Any, relu: bool) -> Tensor:
+        running = (norm.running_mean, norm.running_var)
+        y, mean, inverse = torch.native_batch_norm(
+            x, gamma, beta, *running, True, norm.momentum, norm.eps
+        )
+        ctx.save_for_backward(x, gamma, mean, inverse)
+        ctx.again = partial(_normalized, x.detach(), mean, inverse, norm, relu)
+        ctx.eps, ctx.relu = norm.eps, relu
+        y = y.relu_() if relu else y
+        setattr(y, _AGAIN, ctx.again)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, gamma, mean, inverse = ctx.saved_tensors
+        if ctx.relu:
+            dy = torch.ops.aten.threshold_backward(dy, ctx.again(), 0)
+        wanted = [True, True, True]
+        gradients = torch.ops.aten.native_batch_norm_backward(
+            dy, x, gamma, None, None, mean, inverse, True, ctx.eps, wanted
+        )
+        return *gradients, None, None
+
+
+def bn_relu(x: Tensor, norm: nn.BatchNorm2d, relu: bool, compiled: bool) -> Tensor:
+    """BN with the batch's statistics, counted in the running ones, and then ReLU if ``relu``.
+
+    ``compiled``: by ``kernels.c``, which x ``fits``.
+
+    Shape: (N, C, H, W) -> (N, C, H, W).
+    """
+    norm.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
+    made = _Compiled if compiled else _Plain
+    return made.apply(x, norm.weight, norm.bias, norm, relu)
+
+
+@contextmanager
+def forgetting() -> Iterator[None]:
+    """Whatever is computed inside keeps, of what ``bn_relu`` made, only how to make it again."""
+
+    def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
+        return getattr(tensor, _AGAIN, None) or tensor.detach()
+
+    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield

@@ -1,0 +1,221 @@
+/* Batch normalization with an optional ReLU, in training, forward and backward.
+
+   Numbers lie channels last: rows (images, times height, times width) of c channels, c a multiple
+   of 16. Each function exists for bf16 (T = uint16_t) and for float. A thread takes the same rows
+   in both passes, so that the second finds in its cache what the first brought there. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+#include <omp.h>
+
+#define LANES 16
+#define BLOCK 64 /* rows between additions to the sums in double */
+#define MOST 4096 /* channels */
+
+typedef float F __attribute__((vector_size(64)));
+typedef uint32_t U __attribute__((vector_size(64)));
+typedef uint16_t H __attribute__((vector_size(32)));
+typedef float F_ __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t H_ __attribute__((vector_size(32), aligned(2)));
+
+static inline F load_bf16(const uint16_t *p) {
+    return (F)(__builtin_convertvector(*(const H_ *)p, U) << 16);
+}
+
+static inline void store_bf16(uint16_t *p, F x) {
+#ifdef __AVX512BF16__
+    *(H_ *)p = (H)_mm512_cvtneps_pbh((__m512)x);
+#else
+    U u = (U)x; /* to the nearest, ties to even; a NaN made by arithmetic stays one */
+    u = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    *(H_ *)p = __builtin_convertvector(u, H);
+#endif
+}
+
+static inline F load_float(const float *p) { return *(const F_ *)p; }
+static inline void store_float(float *p, F x) { *(F_ *)p = x; }
+static inline F only(F x, U kept) { return (F)((U)x & kept); }
+
+static inline void widen(double *sum, F x) {
+    for (int i = 0; i < LANES; i++) sum[i] += x[i];
+}
+
+/* The rows of one thread. */
+static inline void rows_of(int64_t rows, int64_t *first, int64_t *last) {
+    int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
+    *first = rows * i / n;
+    *last = rows * (i + 1) / n;
+}
+
+/* The sums of all threads, into those of the first; sums: [threads][2][c]. */
+static inline void gather(double *sums, int64_t c) {
+    int n = omp_get_num_threads();
+    for (int t = 1; t < n; t++)
+        for (int64_t j = 0; j < 2 * c; j++) sums[j] += sums[2 * c * t + j];
+}
+
+/* saved: [4][c] of mean, 1 / std, scale and shift: y = scale x + shift, then ReLU if relu.
+   running: mean and variance are moved by momentum. With add, x + add is what is normalized, and
+   goes to total. */
+#define FORWARD(NAME, T, LOAD, STORE)                                                            \
+    void NAME(const T *x, const T *add, T *total, T *y, const float *gamma, const float *beta,   \
+              float *running_mean, float *running_var, float *saved, double *sums, int64_t rows, \
+              int64_t c, double momentum, double eps, int relu, int threads) {                   \
+        float origin[MOST];                                                                      \
+        for (int64_t j = 0; j < c; j += LANES)                                                   \
+            *(F_ *)(origin + j) = add ? LOAD(x + j) + LOAD(add + j) : LOAD(x + j);               \
+        _Pragma("omp parallel num_threads(threads)") {                                           \
+            double *mine = sums + 2 * c * omp_get_thread_num();                                  \
+            memset(mine, 0, 2 * c * sizeof(double));                                             \
+            int64_t first, last;                                                                 \
+            rows_of(rows, &first, &last);                                                        \
+            for (int64_t b = first; b < last; b += BLOCK) {                                      \
+                int64_t end = b + BLOCK < last ? b + BLOCK : last;                               \
+                for (int64_t j = 0; j < c; j += LANES) {                                         \
+                    F o = *(F_ *)(origin + j);                                                   \
+                    F s[4] = {0}, q[4] = {0};                                                    \
+                    int64_t r = b;                                                               \
+                    for (; r + 4 <= end; r += 4)                                                 \
+                        for (int k = 0; k < 4; k++) {                                            \
+                            F v = LOAD(x + (r + k) * c + j);                                     \
+                            if (add) {                                                           \
+                                STORE(total + (r + k) * c + j, v + LOAD(add + (r + k) * c + j)); \
+                                v = LOAD(total + (r + k) * c + j);                               \
+                            }                                                                    \
+                            v -= o;                                                              \
+                            s[k] += v;                                                           \
+                            q[k] += v * v;                                                       \
+                        }                                                                        \
+                    for (; r < end; r++) {                                                       \
+                        F v = LOAD(x + r * c + j);                                               \
+                        if (add) {                                                               \
+                            STORE(total + r * c + j, v + LOAD(add + r * c + j));                 \
+                            v = LOAD(total + r * c + j);                                         \
+                        }                                                                        \
+                        v -= o;                                                                  \
+                        s[0] += v;                                                               \
+                        q[0] += v * v;                                                           \
+                    }                                                                            \
+                    widen(mine + j, (s[0] + s[1]) + (s[2] + s[3]));                              \
+                    widen(mine + c + j, (q[0] + q[1]) + (q[2] + q[3]));                          \
+                }                                                                                \
+            }                                                                                    \
+            _Pragma("omp barrier") _Pragma("omp single") {                                       \
+                gather(sums, c);                                                                 \
+                for (int64_t j = 0; j < c; j++) {                                                \
+                    double off = sums[j] / rows, var = sums[c + j] / rows - off * off;           \
+                    if (var < 0) var = 0; /* rounding; a NaN stays */                            \
+                    double mean = origin[j] + off, inverse = 1 / sqrt(var + eps);                \
+                    double unbiased = var * rows / (rows - 1);                                   \
+                    saved[j] = mean;                                                             \
+                    saved[c + j] = inverse;                                                      \
+                    saved[2 * c + j] = gamma[j] * inverse;                                       \
+                    saved[3 * c + j] = beta[j] - mean * gamma[j] * inverse;                      \
+                    running_mean[j] += momentum * (mean - running_mean[j]);                      \
+                    running_var[j] += momentum * (unbiased - running_var[j]);                    \
+                }                                                                                \
+            }                                                                                    \
+            APPLY(add ? total : x, y, saved, first, last, c, relu, LOAD, STORE)                  \
+        }                                                                                        \
+    }
+
+#define APPLY(X, Y, SAVED, FIRST, LAST, C, RELU, LOAD, STORE)                                    \
+    for (int64_t b = FIRST; b < LAST; b += BLOCK) {                                              \
+        int64_t end = b + BLOCK < LAST ? b + BLOCK : LAST;                                       \
+        for (int64_t j = 0; j < C; j += LANES) {                                                 \
+            F scale = *(F_ *)(SAVED + 2 * C + j), shift = *(F_ *)(SAVED + 3 * C + j);            \
+            if (RELU)                                                                            \
+                for (int64_t r = b; r < end; r++) {                                              \
+                    F v = scale * LOAD((X) + r * C + j) + shift;                                 \
+                    STORE(Y + r * C + j, only(v, ~(U)(v < 0)));                                  \
+                }                                                                                \
+            else                                                                                 \
+                for (int64_t r = b; r < end; r++)                                                \
+                    STORE(Y + r * C + j, scale * LOAD((X) + r * C + j) + shift);                 \
+        }                                                                                        \
+    }
+
+/* y of a forward once more, from x and what was saved. */
+#define AGAIN(NAME, T, LOAD, STORE)                                                              \
+    void NAME(const T *x, T *y, const float *saved, int64_t rows, int64_t c, int relu,           \
+              int threads) {                                                                     \
+        _Pragma("omp parallel num_threads(threads)") {                                           \
+            int64_t first, last;                                                                 \
+            rows_of(rows, &first, &last);                                                        \
+            APPLY(x, y, saved, first, last, c, relu, LOAD, STORE)                                \
+        }                                                                                        \
+    }
+
+/* dx, dgamma and dbeta, from the gradient of y. What ReLU let pass is found again from x. With
+   skip, the gradient that x has from elsewhere is added to dx. */
+#define BACKWARD(NAME, T, LOAD, STORE)                                                           \
+    void NAME(const T *dy, const T *x, const T *skip, T *dx, const float *saved, float *dgamma,  \
+              float *dbeta, double *sums, int64_t rows, int64_t c, int relu, int threads) {      \
+        float slope[MOST], offset[MOST];                                                         \
+        _Pragma("omp parallel num_threads(threads)") {                                           \
+            double *mine = sums + 2 * c * omp_get_thread_num();                                  \
+            memset(mine, 0, 2 * c * sizeof(double));                                             \
+            int64_t first, last;                                                                 \
+            rows_of(rows, &first, &last);                                                        \
+            for (int64_t b = first; b < last; b += BLOCK) {                                      \
+                int64_t end = b + BLOCK < last ? b + BLOCK : last;                               \
+                for (int64_t j = 0; j < c; j += LANES) {                                         \
+                    F mean = *(F_ *)(saved + j), scale = *(F_ *)(saved + 2 * c + j);             \
+                    F shift = *(F_ *)(saved + 3 * c + j);                                        \
+                    F s[4] = {0}, q[4] = {0};                                                    \
+                    int64_t r = b;                                                               \
+                    for (; r + 4 <= end; r += 4)                                                 \
+                        for (int k = 0; k < 4; k++) {                                            \
+                            F v = LOAD(x + (r + k) * c + j), g = LOAD(dy + (r + k) * c + j);     \
+                            if (relu) g = only(g, ~(U)(scale * v + shift <= 0));                 \
+                            s[k] += g;                                                           \
+                            q[k] += g * (v - mean);                                              \
+                        }                                                                        \
+                    for (; r < end; r++) {                                                       \
+                        F v = LOAD(x + r * c + j), g = LOAD(dy + r * c + j);                     \
+                        if (relu) g = only(g, ~(U)(scale * v + shift <= 0));                     \
+                        s[0] += g;                                                               \
+                        q[0] += g * (v - mean);                                                  \
+                    }                                                                            \
+                    widen(mine + j, (s[0] + s[1]) + (s[2] + s[3]));                              \
+                    widen(mine + c + j, (q[0] + q[1]) + (q[2] + q[3]));                          \
+                }                                                                                \
+            }                                                                                    \
+            _Pragma("omp barrier") _Pragma("omp single") {                                       \
+                gather(sums, c);                                                                 \
+                for (int64_t j = 0; j < c; j++) {                                                \
+                    double inverse = saved[c + j], scale = saved[2 * c + j];                     \
+                    double slope_ = -scale * inverse * inverse * sums[c + j] / rows;             \
+                    slope[j] = slope_;                                                           \
+                    offset[j] = -scale * sums[j] / rows - slope_ * saved[j];                     \
+                    dgamma[j] = sums[c + j] * inverse;                                           \
+                    dbeta[j] = sums[j];                                                          \
+                }                                                                                \
+            }                                                                                    \
+            for (int64_t b = first; b < last; b += BLOCK) {                                      \
+                int64_t end = b + BLOCK < last ? b + BLOCK : last;                               \
+                for (int64_t j = 0; j < c; j += LANES) {                                         \
+                    F scale = *(F_ *)(saved + 2 * c + j), shift = *(F_ *)(saved + 3 * c + j);    \
+                    F m = *(F_ *)(slope + j), o = *(F_ *)(offset + j);                           \
+                    for (int64_t r = b; r < end; r++) {                                          \
+                        F v = LOAD(x + r * c + j), g = LOAD(dy + r * c + j);                     \
+                        if (relu) g = only(g, ~(U)(scale * v + shift <= 0));                     \
+                        F d = scale * g + (m * v + o);                                           \
+                        if (skip) d += LOAD(skip + r * c + j);                                   \
+                        STORE(dx + r * c + j, d);                                                \
+                    }                                                                            \
+                }                                                                                \
+            }                                                                                    \
+        }                                                                                        \
+    }
+
+FORWARD(forward_bf16, uint16_t, load_bf16, store_bf16)
+FORWARD(forward_float, float, load_float, store_float)
+AGAIN(again_bf16, uint16_t, load_bf16, store_bf16)
+AGAIN(again_float, float, load_float, store_float)
+BACKWARD(backward_bf16, uint16_t, load_bf16, store_bf16)
+BACKWARD(backward_float, float, load_float, store_float)

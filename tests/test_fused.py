@@ -1,0 +1,164 @@
+"""BN and ReLU as one compiled operation give the numbers of the plain ones, and say when not."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from resnetv2_cli import fused, native
+from resnetv2_cli.layers import activation
+from resnetv2_cli.plans import UNITS
+from resnetv2_cli.resnet import ResNet
+from resnetv2_cli.shortcuts import SHORTCUTS
+
+LAST = torch.channels_last
+needs_gcc = pytest.mark.skipif(native.library() is None, reason=f"no kernels: {native.why_not()}")
+MODES = {"eager": (False, False), "compiled": (True, False), "forget": (True, True)}
+MODES |= {"plain-forget": (False, True)}
+
+
+def pass_of(act, x, gradient, mode):
+    """y, the gradients of x, scale and shift, and the running statistics, all in float64."""
+    act, x = copy.deepcopy(act).train(), x.clone(memory_format=torch.preserve_format)
+    act.compiled, act.forget = MODES[mode]
+    y = act(x.requires_grad_())
+    y.backward(gradient.to(y.dtype))
+    grads = [x.grad, *(p.grad for p in act.parameters())]
+    return [t.detach().double() for t in (y, *grads, *act.buffers())]
+
+
+@needs_gcc
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("order", ["bn relu", "bn"])
+@pytest.mark.parametrize("shape", [(4, 16, 8, 8), (3, 48, 5, 7), (4, 256, 2, 2), (70, 64, 3, 3)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
+def test_an_activation_is_float64s(dtype, bound, shape, order, threads):
+    """Bounds: the largest deviation, over the largest number; half a unit in bf16's last place."""
+    act = activation(order, shape[1])
+    nn.init.normal_(act.bn.weight, 1, 0.3)
+    nn.init.normal_(act.bn.bias)
+    x = (2 * torch.randn(shape) + 5).to(dtype).to(memory_format=LAST)
+    gradient = torch.randn(shape).to(dtype).to(memory_format=LAST)
+    assert fused.fits(x, act.bn)
+    exact = pass_of(copy.deepcopy(act).double(), x.double(), gradient.double(), "eager")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = pass_of(act, x, gradient, "compiled")
+        again = pass_of(act, x, gradient, "compiled")
+    finally:
+        torch.set_num_threads(before)
+    for got, same, want in zip(found, again, exact, strict=True):
+        assert torch.equal(got, same)
+        torch.testing.assert_close(got, want, rtol=0, atol=bound * max(1.0, want.abs().max()))
+
+
+def trained_step(net, mode, mixed=False, seed=3):
+    """Logits and gradients of one training step; float64 unless the network has another type."""
+    net = copy.deepcopy(net).train()
+    net.activate(*MODES[mode])
+    net.to(memory_format=LAST)
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(8, 3, 32, 32, generator=g).to(net.head.fc.weight.dtype)
+    torch.manual_seed(seed)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        logits = net(x.contiguous(memory_format=LAST))
+        loss = F.cross_entropy(logits, torch.arange(8))
+    loss.backward()
+    gradient = torch.cat([p.grad.double().flatten() for p in net.parameters()])
+    return logits.detach().double(), gradient, dict(net.named_buffers())
+
+
+def distance(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@needs_gcc
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize("unit", UNITS)
+def test_every_unit_and_shortcut_against_float64(unit, shortcut):
+    """float32: logits and gradients within 1e-4 and 1e-3. bf16: no farther from float64 than eager
+    bf16 is, with room for the chance in it."""
+    settings = {"dropout_ratio": 0.0} if shortcut == "dropout" else {}  # it draws by the type
+    block = "bottleneck" if shortcut == "conv1x1" else "basic"
+    depth = 11 if block == "bottleneck" else 8
+    net = ResNet(depth, block, unit, shortcut, settings=settings)
+    exact = trained_step(copy.deepcopy(net).double(), "eager")
+    single = trained_step(net, "compiled")
+    assert distance(single[0], exact[0]) < 1e-4 and distance(single[1], exact[1]) < 1e-3
+    eager, compiled = (trained_step(net, mode, mixed=True) for mode in ("eager", "compiled"))
+    for i in (0, 1):
+        assert distance(compiled[i], exact[i]) < 1.3 * distance(eager[i], exact[i]) + 1e-3
+    counted = [v for k, v in compiled[2].items() if k.endswith("tracked")]
+    assert all(int(v) == 1 for v in counted)
+
+
+@pytest.mark.parametrize("segments", [0, 2])
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("mode", ["forget", "plain-forget"])
+def test_what_is_made_again_is_what_was(mode, unit, segments):
+    net = ResNet(14, unit=unit, shortcut="dropout")
+    net.segments = segments
+    kept = trained_step(net, "compiled" if mode == "forget" else "eager", mixed=True)
+    again = trained_step(net, mode, mixed=True)
+    bound = {"rtol": 0, "atol": 0} if mode == "forget" else {"rtol": 1e-2, "atol": 1e-3}
+    torch.testing.assert_close(again[0], kept[0], **bound)
+    torch.testing.assert_close(again[1], kept[1], **bound)
+    torch.testing.assert_close(again[2], kept[2], rtol=1e-6, atol=1e-6)
+
+
+def test_without_a_compiler_the_numbers_are_pytorchs(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    net = ResNet(8)
+    native._found.cache_clear()
+    try:
+        assert native.library() is None and native.why_not() == "no gcc"
+        found, eager = (trained_step(net, mode, mixed=True) for mode in ("compiled", "eager"))
+    finally:
+        native._found.cache_clear()
+    assert torch.equal(found[0], eager[0]) and torch.equal(found[1], eager[1])
+
+
+@needs_gcc
+def test_it_is_compiled_once_and_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = native._built()
+    made = first.stat().st_mtime_ns
+    assert native._built() == first and first.stat().st_mtime_ns == made
+    assert first.parent == tmp_path / "resnetv2" and len(list(first.parent.iterdir())) == 1
+
+
+@needs_gcc
+def test_a_source_that_does_not_compile_is_no_failure(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    broken = tmp_path / "kernels.c"
+    broken.write_text("int;}")
+    monkeypatch.setattr(native, "SOURCE", broken)
+    native._found.cache_clear()
+    try:
+        assert native.library() is None and "error" in native.why_not()
+    finally:
+        native._found.cache_clear()
+
+
+@needs_gcc
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_a_number_stays_none(dtype):
+    """A run that diverges must show it."""
+    act = activation("bn relu", 16)
+    act.compiled = True
+    x = torch.randn(2, 16, 4, 4).to(dtype).to(memory_format=LAST)
+    x[0, 3, 1, 1] = float("nan")
+    assert fused.fits(x, act.bn)
+    y = act(x)
+    assert y[:, 3].isnan().all() and not y[:, :3].isnan().any()
+
+
+def test_who_watches_a_module_sees_it_run():
+    act, ran = activation("bn relu", 16), []
+    act.compiled = act.forget = True
+    act.bn.register_forward_hook(lambda *_: ran.append("bn"))
+    act(torch.randn(2, 16, 4, 4).to(memory_format=LAST))
+    assert ran == ["bn"]
