@@ -12,6 +12,7 @@ import yaml
 
 from resnetv2_cli import plans
 from resnetv2_cli.errors import UserError, shown, unknown
+from resnetv2_cli.origin import located, sha256
 from resnetv2_cli.settings import checked, kinds, rows, setting
 
 _PACKAGED = Path(__file__).parent / "configs"  # in a wheel; in a checkout they are beside it
@@ -183,6 +184,21 @@ class Experiment:
         0, "Seed of weights, order and augmentation.", "Optimization", least=0, most=2**31 - 1
     )
 
+    weights: str | None = setting(
+        None,
+        "Weights to start from: a checkpoint, a run's folder, or a .safetensors file.",
+        "Fine-tuning",
+        free=True,
+    )
+    weights_sha256: str | None = setting(
+        None, "SHA-256 that the weights must have; found by itself.", "Fine-tuning"
+    )
+    freeze: str = setting(
+        "",
+        "Parts that stay as they come, BN's statistics too: stem,stage1,stage2.",
+        "Fine-tuning",
+    )
+
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = setting(
         "auto", "Arithmetic; auto takes the fast safe mode of the hardware.", "Engine"
     )
@@ -255,6 +271,26 @@ class Experiment:
         if self.nesterov and not self.momentum:
             raise UserError("Nesterov's momentum needs a momentum", "--momentum 0.9")
         plans.units_per_stage(self.depth, self.block_, self.stem_)
+        self._check_start()
+
+    def _check_start(self) -> None:
+        if self.weights and not self.weights_sha256:
+            # What is learned depends on the bytes, wherever they lie.
+            object.__setattr__(self, "weights_sha256", sha256(located(self.weights)))
+        known = plans.parts(self.stem_)
+        for part in self.freeze_:
+            if part not in known:
+                raise unknown("part", part, known, where="freeze: ")
+        if self.freeze_ and not self.weights:
+            hint = "--weights says where its weights come from"
+            raise UserError("what is frozen would stay at random", hint)
+        if set(self.freeze_) == set(known):
+            raise UserError("nothing is left to train", f"freeze some of {', '.join(known)}")
+
+    @property
+    def freeze_(self) -> tuple[str, ...]:
+        """The parts that are frozen."""
+        return tuple(part.strip() for part in self.freeze.split(",") if part.strip())
 
     @property
     def stem_(self) -> str:
@@ -348,6 +384,8 @@ class Experiment:
         for one, other in (("epochs", "steps"), ("steps", "epochs")):
             if one in overrides:
                 given.pop(other, None)
+        if "weights" in overrides:
+            given.pop("weights_sha256", None)
         try:
             return cls(**{**plans.laid_out(given), **plans.laid_out(overrides)})
         except UserError as error:

@@ -30,8 +30,9 @@ def sgd(net: nn.Module, experiment: Experiment) -> optim.SGD:
 
     ``decay``: the paper gives one number, 1e-4; its Torch code decays every parameter.
     """
-    weights = [p for p in net.parameters() if p.ndim > 1]
-    others = [p for p in net.parameters() if p.ndim <= 1]
+    trained = [p for p in net.parameters() if p.requires_grad]
+    weights = [p for p in trained if p.ndim > 1]
+    others = [p for p in trained if p.ndim <= 1]
     spared = 0.0 if experiment.decay == "weights" else experiment.weight_decay
     groups = [
         {"params": weights, "weight_decay": experiment.weight_decay},

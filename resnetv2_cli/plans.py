@@ -92,6 +92,11 @@ LAYOUTS = {
 FIRST_BOTTLENECK = 164  # of the depths that fit both blocks, from here on: as the paper's networks
 
 
+def parts(stem: str) -> tuple[str, ...]:
+    """What a network consists of, from the image to the classes."""
+    return ("stem", *(f"stage{i + 1}" for i in range(len(STEMS[stem].widths))), "head")
+
+
 def places(unit: str) -> tuple[str, str, str]:
     """A unit type cut at its marks: what ends F, what follows the addition (f), what opens F."""
     last, rest = UNITS[unit].split("+")

@@ -107,6 +107,10 @@ class ResNet(nn.Module):
             if isinstance(module, Activation):
                 module.compiled, module.forget = compiled, forget
 
+    def part(self, name: str) -> nn.Module:
+        """The stem, a stage or the head."""
+        return (self.body if name.startswith("stage") else self).get_submodule(name)
+
     def forward(self, x: Tensor) -> Tensor:
         learns = self.training and torch.is_grad_enabled()
         with forgetting() if learns and self.forget else nullcontext():

@@ -5,6 +5,7 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.csvlog import CSVMetrics
 from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.errors import Diverged, UserError
+from resnetv2_cli.finetune import begin
 from resnetv2_cli.plot import curves
 from resnetv2_cli.runfolder import RunFolder, environment, read_metrics, write_json
 from resnetv2_cli.settings import checked
@@ -143,6 +145,10 @@ def loggers(experiment: Experiment, folder: RunFolder, scored: str) -> list[Logg
     return chosen
 
 
+def silent(line: str) -> None:
+    """Where nobody is told."""
+
+
 def train(
     experiment: Experiment,
     folder: RunFolder,
@@ -150,10 +156,12 @@ def train(
     resume: bool = False,
     seconds: float | None = None,
     display: list[Callback] | None = None,
+    tell: Callable[[str], None] = silent,
 ) -> dict[str, Any]:
     """Train to the last iteration, evaluate, and leave ``result.json``, which is returned.
 
-    ``seconds``: save and leave cleanly when they are over.
+    ``seconds``: save and leave cleanly when they are over. ``tell``: gets what happens, a line at a
+    time.
 
     Raises:
         UserError: the images, devices, folder or checkpoint are not what is needed.
@@ -189,6 +197,9 @@ def train(
     if resume and folder.last.exists():
         last = folder.last
         checkpoints.load_weights(task, checkpoints.read(last), last)
+    else:
+        for line in begin(task):
+            tell(line)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
     except Diverged as error:

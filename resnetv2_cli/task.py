@@ -1,11 +1,11 @@
 """Classification as a LightningModule: loss, error rate, optimizer."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
@@ -85,9 +85,24 @@ class Classification(L.LightningModule):
         self.sums = torch.zeros(3, dtype=torch.float64)
         self.counted = Scores(len(classes))
         self.scores: dict[str, Any] = {}
+        self.frozen: list[nn.Module] = []
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(self.normalize(images))
+
+    def setup(self, stage: str) -> None:
+        # In training alone: an analysis of the same network wants all its gradients.
+        if stage == "fit":
+            self.frozen = [self.net.part(name) for name in self.experiment.freeze_]
+            for part in self.frozen:
+                part.requires_grad_(False)
+            self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
 
     def on_fit_start(self) -> None:
         self.sums = self.sums.to(self.device)

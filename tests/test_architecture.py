@@ -16,13 +16,13 @@ ORDER = """
     native fused
     layers shortcuts units resnet
     data.catalog
-    settings config flags
+    settings origin config flags
     data.picture data.archive data.images
     data.order data.augment data.folder data.module
     optim describe
     runfolder csvlog
     form checkpoint
-    task callbacks
+    task finetune callbacks
     plot
     run
     stats

@@ -106,7 +106,8 @@ def test_a_missing_file_names_the_nearest():
 def test_every_option_says_what_it_is():
     for field in fields(Experiment):
         assert field.metadata["doc"].endswith("."), field.name
-        assert field.metadata["panel"] in {"Network", "Data", "Optimization", "Engine", "Run"}
+        panels = {"Network", "Data", "Optimization", "Fine-tuning", "Engine", "Run"}
+        assert field.metadata["panel"] in panels
 
 
 values = (

@@ -55,7 +55,12 @@ def train(
     display = Display(console.err)
     try:
         result = run.train(
-            experiment, folder, resume=bool(resume), seconds=budget, display=[display]
+            experiment,
+            folder,
+            resume=bool(resume),
+            seconds=budget,
+            display=[display],
+            tell=console.note if run.first_process() else run.silent,
         )
     except Stopped as stopped:
         if run.first_process():

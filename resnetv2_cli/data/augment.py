@@ -1,5 +1,7 @@
 """Normalization and augmentation of whole batches, on the device that trains."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,13 @@ def statistics(split: Split, normalize: str) -> tuple[Tensor, Tensor]:
     return mean.float(), (squares[:, None, None] - mean**2).sqrt().float()
 
 
+def take_shapes(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Preprocessing belongs to weights: a mean image, or means of channels, as they come."""
+    for name, own in list(module.named_buffers()):
+        if (given := state.get(prefix + name)) is not None and given.shape != own.shape:
+            module.register_buffer(name, torch.empty_like(given, device=own.device))
+
+
 class Normalize(nn.Module):
     """(x / 255 - mean) / std, laid out channels last; part of what a checkpoint keeps.
 
@@ -34,6 +43,7 @@ class Normalize(nn.Module):
         super().__init__()
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
+        self.register_load_state_dict_pre_hook(take_shapes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = images.permute(0, 3, 1, 2).to(self.mean.dtype)

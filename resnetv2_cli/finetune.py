@@ -1,0 +1,112 @@
+"""Start from weights that are there: what is taken of them, what is new, and what does not fit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.origin import located, sha256
+from resnetv2_cli.resnet import default_option
+from resnetv2_cli.task import Classification
+
+HEAD = "net.head.fc."
+EXTRA = "pip install 'resnetv2-cli[export]'"
+
+
+def begin(task: Classification) -> list[str]:
+    """Give a new network the weights that its experiment names, and say what was taken.
+
+    The classifier stays new where the classes differ. Normalization comes with the weights: they
+    were learned behind it.
+
+    Raises:
+        UserError: the file is another one than the run began with, or of another architecture.
+    """
+    e = task.experiment
+    if not e.weights:
+        return []
+    path = located(e.weights)
+    if sha256(path) != e.weights_sha256:
+        hint = "name those with --weights, or begin another run"
+        raise UserError(f"{path} is not what this run began with: its SHA-256 differs", hint)
+    saved = read(path)
+    refuse_another_architecture(saved, e, path)
+    given, own = saved["state_dict"], task.state_dict()
+    classes = saved.get("classes")
+    shape = given.get(HEAD + "weight", torch.empty(0)).shape
+    known = list(task.classes) == classes if classes else shape == own[HEAD + "weight"].shape
+    new = [name for name in own if name.startswith(HEAD) and not known]
+    new += [name for name in own if name.startswith("normalize.") and name not in given]
+    state = given | {name: own[name] for name in new}
+    checkpoints.load_weights(task, {"state_dict": state}, path)
+    lines = [f"weights: {len(own) - len(new)} of {len(own)} tensors are those of {path}"]
+    if not known:
+        there = len(classes) if classes else int(shape[0]) if shape else 0
+        lines.append(f"the classifier is new: {there} classes there, {len(task.classes)} here")
+    if e.freeze_:
+        lines.append(f"frozen: {', '.join(e.freeze_)}")
+    return lines
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint, or a safetensors file as one: with ``experiment`` and ``classes`` if this tool
+    wrote it.
+
+    Raises:
+        UserError: it is neither, or its BN is folded.
+    """
+    if path.suffix != ".safetensors":
+        return checkpoints.read(path)
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ModuleNotFoundError:
+        raise UserError(f"{path} needs the package safetensors", EXTRA) from None
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+        known = {key: json.loads(metadata[key]) for key in KEYS if key in metadata}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}", "copy it again") from None
+    if known.get("folded"):
+        hint = "resnetv2 export --no-fold keeps it"
+        raise UserError(f"{path} has no BN to train on: it is folded into the weights", hint)
+    if not any(name.startswith("net.") for name in state):
+        state = {f"net.{name}": value for name, value in state.items()}
+    return {"state_dict": state, **known}
+
+
+KEYS = ("experiment", "classes", "folded", "global_step")
+
+
+def refuse_another_architecture(saved: dict[str, Any], here: Experiment, path: Path) -> None:
+    """
+    Raises:
+        UserError: the file names another network; says in which settings, and the flags for its.
+    """
+    if "experiment" not in saved:
+        return
+    theirs, ours = (plain(e) for e in (checkpoints.experiment_of(saved), here))
+    differing = [k for k in theirs | ours if theirs.get(k) != ours.get(k)]
+    if not differing:
+        return
+    there = ", ".join(f"{name} {theirs.get(name)}" for name in differing)
+    this = ", ".join(f"{name} {ours.get(name)}" for name in differing)
+    flags = " ".join(
+        f"--{name.replace('_', '-')} {theirs[name]}" for name in differing if name in theirs
+    )
+    message = f"{path} is of another architecture: {there} there, {this} here"
+    raise UserError(message, f"it is that of {flags}" if flags else "leave these flags out")
+
+
+def plain(experiment: Experiment) -> dict[str, Any]:
+    """What a network is, setting by setting, but for how it was initialized."""
+    whole = dict(experiment.architecture)
+    whole.pop("init")
+    settings = whole.pop("settings")
+    whole["option"] = whole["option"] or default_option(whole["block"], whole["stem"])
+    return whole | settings

@@ -1,0 +1,220 @@
+"""Fine-tuning: what is taken of given weights, what is new, what stays frozen; the walk-through."""
+
+import json
+import re
+import shlex
+import shutil
+import zipfile
+
+import pytest
+import torch
+from conftest import REPOSITORY, SHARED
+from PIL import Image
+
+from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli import run
+from resnetv2_cli.ablation.studies import identity
+from resnetv2_cli.cli import main
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.images import digits
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.finetune import begin
+from resnetv2_cli.runfolder import RunFolder
+
+SMALL = {"dataset": "digits", "depth": 8, "batch_size": 64, "warmup": 0, "precision": "32-true"}
+
+
+@pytest.fixture
+def own_folder(tmp_path):
+    """Photographs of one's own: digits 0 to 2, as larger files in class folders."""
+    for split, part in zip(("train", "val"), digits()[:2], strict=True):
+        for i, (pixels, label) in enumerate(zip(*part, strict=True)):
+            if label < 3 and i % 3 == 0:
+                place = tmp_path / "own" / split / "abc"[label]
+                place.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).resize((48, 40)).save(place / f"{i}.png")
+    return tmp_path / "own"
+
+
+def weights_of(folder) -> dict:
+    return checkpoints.read(folder / "checkpoints" / "last.ckpt")["state_dict"]
+
+
+def started(experiment: Experiment):
+    task, _ = run.build(experiment)
+    fresh = {name: value.clone() for name, value in task.state_dict().items()}
+    return fresh, begin(task), task.state_dict()
+
+
+def test_all_is_taken_where_the_classes_are_the_same(trained):
+    _, lines, now = started(Experiment(**SMALL, weights=str(trained)))
+    torch.testing.assert_close(now, weights_of(trained), rtol=0, atol=0)
+    assert lines[0].startswith(f"weights: {len(now)} of {len(now)} tensors")
+
+
+def test_other_classes_get_a_new_classifier_and_the_normalization_of_the_weights(
+    trained, own_folder
+):
+    """A frozen stem would be fed another scale by the normalization of photographs."""
+    data = {"dataset": "folder", "data_dir": str(own_folder), "stem": "cifar", "batch_size": 8}
+    fresh, lines, now = started(Experiment(**{**SMALL, **data}, weights=str(trained)))
+    given = weights_of(trained)
+    for name, value in now.items():
+        expected = fresh if name.startswith("net.head.fc.") else given
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+    assert now["net.head.fc.weight"].shape[0] == 3 and now["normalize.mean"].shape[-1] == 32
+    assert lines[1] == "the classifier is new: 10 classes there, 3 here"
+
+
+def test_another_architecture_is_explained(trained):
+    wrong = {**SMALL, "depth": 14, "unit": "original", "shortcut": "dropout", "dropout_ratio": 0.3}
+    with pytest.raises(UserError) as caught:
+        started(Experiment(**wrong, weights=str(trained)))
+    said = "depth 8, unit full-preact, shortcut identity, dropout_ratio None there, depth 14"
+    assert said in str(caught.value)
+    assert caught.value.hint == "it is that of --depth 8 --unit full-preact --shortcut identity"
+
+
+def test_plain_safetensors_are_taken_by_name(trained, tmp_path):
+    from safetensors.torch import save_file
+
+    given = weights_of(trained)
+    plain = {n.removeprefix("net."): v.contiguous() for n, v in given.items() if "net." in n}
+    save_file(plain, tmp_path / "plain.safetensors")
+    file = str(tmp_path / "plain.safetensors")
+    _, _, now = started(Experiment(**SMALL, weights=file))
+    torch.testing.assert_close(now, given, rtol=0, atol=0)  # the same data, so the same mean image
+    with pytest.raises(UserError, match="another architecture: net.body.stage1.unit1.*conv1"):
+        started(Experiment(**{**SMALL, "block": "bottleneck", "depth": 11}, weights=file))
+    (tmp_path / "broken.safetensors").write_bytes(b"not one")
+    with pytest.raises(UserError, match="cannot read"):
+        started(Experiment(**SMALL, weights=str(tmp_path / "broken.safetensors")))
+
+
+def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(trained, tmp_path):
+    frozen = {"weights": str(trained), "freeze": "stem, stage1,stage2", "weight_decay": 0.1}
+    e = Experiment(**SMALL, **frozen, steps=30, lr=0.01, eval_every=0.5)  # evaluated in between
+    run.train(e, RunFolder(tmp_path / "run"))
+    before, now = weights_of(trained), weights_of(tmp_path / "run")
+    for name, value in now.items():
+        part = "stage3" if "stage3" in name else "head" if "head" in name else "frozen"
+        same = torch.equal(value, before[name])
+        assert same if part == "frozen" or name.startswith("normalize.") else not same, name
+    error = json.loads((tmp_path / "run" / "result.json").read_text())["test_error"]
+    assert error < 40  # of chance, 90: it went on from there
+    momenta = checkpoints.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["optimizer_states"]
+    kept = [n for n, _ in run.build(e)[0].net.named_parameters() if "stage3" in n or "head" in n]
+    assert len(momenta[0]["state"]) == len(kept)
+
+
+def test_a_stopped_run_continues_without_its_weights_file(trained, tmp_path):
+    """Frozen as before, with the bits of a run that was never stopped."""
+    moved = tmp_path / "weights.ckpt"
+    shutil.copy(trained / "checkpoints" / "last.ckpt", moved)
+    e = Experiment(
+        **SMALL, weights=str(moved), freeze="stem,stage1", steps=30, save_every=10, lr=0.01
+    )
+    whole = RunFolder(tmp_path / "whole")
+    run.train(e, whole)
+    folder = RunFolder(tmp_path / "stopped")
+    shutil.copytree(whole.path, folder.path)
+    folder.result.unlink()
+    shutil.copy(folder.checkpoints / "step-00000010.ckpt", folder.last)
+    moved.unlink()
+    run.train(run.resumed(folder, {})[0], folder, resume=True)
+    ended, expected = (checkpoints.read(f.last) for f in (folder, whole))
+    assert ended["global_step"] == 30
+    torch.testing.assert_close(ended["state_dict"], expected["state_dict"], rtol=0, atol=0)
+
+
+def test_an_experiment_is_the_same_by_the_bytes_of_its_weights(trained, tmp_path):
+    one = shutil.copy(trained / "checkpoints" / "last.ckpt", tmp_path / "one.ckpt")
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"other bytes")
+    e = Experiment(**SMALL, weights=str(trained))
+    assert identity(e) == identity(Experiment(**SMALL, weights=str(one)))
+    assert identity(e) != identity(Experiment(**SMALL, weights=str(other)))
+    assert identity(e) != identity(Experiment(**SMALL))
+    assert identity(e) != identity(Experiment(**SMALL, weights=str(trained), freeze="stem"))
+    (tmp_path / "config.yaml").write_text(e.dump())
+    assert Experiment.load(tmp_path / "config.yaml") == e
+    changed = Experiment.load(tmp_path / "config.yaml", weights=str(other))
+    assert changed.weights_sha256 != e.weights_sha256
+    one.write_bytes(b"replaced since")
+    with pytest.raises(UserError, match="is not what this run began with: its SHA-256 differs"):
+        started(Experiment(**SMALL, weights=str(one), weights_sha256=e.weights_sha256))
+
+
+@pytest.mark.parametrize(
+    "given, error, hint",
+    [
+        ({"weights": "nowhere.ckpt"}, "there are no weights nowhere.ckpt", "folder of a run"),
+        ({"freeze": "stem"}, "what is frozen would stay at random", "--weights"),
+        ({"freeze": "stage9"}, "freeze: unknown part 'stage9'", "stage"),
+        ({"freeze": "stem,stage1,stage2,stage3,head", "weights": "x", "weights_sha256": "0"},
+         "nothing is left to train", "freeze some of"),
+    ],
+)  # fmt: skip
+def test_mistakes(given, error, hint):
+    with pytest.raises(UserError, match=error) as caught:
+        Experiment(**SMALL, **given)
+    assert hint in caught.value.hint
+
+
+WALK = (REPOSITORY / "docs" / "finetune.md").read_text()
+COMMANDS = re.findall(r"^resnetv2 (.+)$", WALK, re.MULTILINE)
+QUICK = {"train": ["--batch-size", "8", "--epochs", "0.3", "--warmup", "0", "--workers", "0"]}
+
+
+def unpacked(archive: str, choose) -> None:
+    """Some members of an archive of real images; ``choose``: name -> path, or None."""
+    with zipfile.ZipFile(SHARED / archive) as file:
+        for name in file.namelist():
+            if to := choose(name):
+                to.parent.mkdir(parents=True, exist_ok=True)
+                to.write_bytes(file.read(name))
+
+
+@pytest.fixture
+def walk(shared_data, tmp_path, monkeypatch):
+    """A few images of each class of CIFAR-10 in data/, and photographs in photos/."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    counts: dict[str, int] = {}
+
+    def few(name):
+        split, label, _ = name.split("/") if name.count("/") == 2 else ("", "", "")
+        most = {"train": 8, "test": 2}.get(split, 0)
+        counts[split + label] = counts.get(split + label, 0) + 1
+        return tmp_path / "data" / "cifar10" / name if counts[split + label] <= most else None
+
+    for part in sorted(p.name for p in (shared_data / "cifar10").glob("*.zip")):
+        unpacked(f"cifar10/{part}", few)
+    places = iter(range(1000))
+
+    def own(name):
+        if not name.endswith(".JPEG"):
+            return None
+        split = "val" if next(places) % 4 == 0 else "train"
+        label = "animal" if name.split("/")[1] < "n0266" else "thing"
+        return tmp_path / "photos" / split / label / name.split("/")[-1]
+
+    unpacked("imagenet-sample.zip", own)
+
+
+def test_the_walk_through_from_its_very_text(walk, tmp_path, monkeypatch, capfd):
+    """Each of its commands as it stands there, with three iterations instead of hundreds."""
+    assert [shlex.split(c)[0] for c in COMMANDS] == ["train", "train", "eval", "predict"]
+    for command in COMMANDS:
+        monkeypatch.delenv(run.FOLDER, raising=False)
+        words = shlex.split(command)
+        with pytest.raises(SystemExit) as left:
+            main([*words, *QUICK.get(words[0], [])])
+        assert left.value.code == 0, command
+    said, noted = capfd.readouterr()
+    assert "the classifier is new: 10 classes there, 2 here" in noted
+    assert "error by class" in said and "animal" in said and "thing" in said
+    assert (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
+    before, now = weights_of(tmp_path / "runs/pretrained"), weights_of(tmp_path / "runs/photos")
+    frozen = [name for name in now if re.search(r"stem|stage1|stage2", name)]
+    assert frozen and all(torch.equal(now[name], before[name]) for name in frozen)
