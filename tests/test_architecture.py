@@ -30,13 +30,14 @@ ORDER = """
     ablation.sweep ablation.progress ablation.tables ablation.probe
     inventory compare
     inference sheet
-    display console
+    export.fold export.formats export.check export.card export.hub export.study display console
     bench.turns bench.plain bench.floor bench.draw bench.step bench.train bench.data
     analysis.topics analysis.trace analysis.subject analysis.draw analysis.forward
     analysis.backward analysis.shrink analysis.paths analysis.lesion analysis.study
     figures
     report.charts report.rows report.facts report.pictures report.page
-    commands.app commands.train commands.predict commands.ablate commands.analyze commands.bench
+    commands.app commands.train commands.predict commands.export commands.ablate commands.analyze
+    commands.bench
     commands.look commands.runs commands.report
     cli
 """.split()

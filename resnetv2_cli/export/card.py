@@ -1,0 +1,152 @@
+"""The model card: what a file is, how it came to be, and how good it is, in Markdown."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from resnetv2_cli.ablation.studies import identity
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.runfolder import RunFolder
+from resnetv2_cli.stats import Summary
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card is made from."""
+
+    experiment: Experiment
+    classes: tuple[str, ...]
+    parameters: int
+    step: int
+    run: Path | None  # the folder of the run, where the checkpoint is in one
+    file: str
+    bytes: int
+    sha256: str
+    check: str
+    preprocessing: str
+    use: str
+
+
+def result_of(run: Path | None) -> dict[str, Any]:
+    """What a run came to; empty where that is not known."""
+    try:
+        return json.loads(RunFolder(run).result.read_text()) if run else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def seeds(run: Path) -> dict[int, float]:
+    """Seed: test error in percent, of the run and of those beside it that are the same experiment
+    but for their seed."""
+    wanted, found = identity(RunFolder(run).experiment()), {}
+    for other in sorted(run.absolute().parent.iterdir()):
+        folder, result = RunFolder(other), result_of(other)
+        if not result or not folder.config.is_file():
+            continue
+        try:
+            same = identity(folder.experiment()) == wanted
+        except UserError:  # of another version
+            continue
+        if same:
+            found[int(result["seed"])] = float(result["test_error"])
+    own = result_of(run)  # of two runs of one seed this one counts
+    return found | ({int(own["seed"]): float(own["test_error"])} if own else {})
+
+
+def card(facts: Facts) -> str:
+    """A Markdown page, with the header that hubs read."""
+    e, result = facts.experiment, result_of(facts.run)
+    header = {
+        "library_name": "resnetv2-cli",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "resnet", "pytorch"],
+        "datasets": [e.dataset],
+        "metrics": ["test error"],
+    }
+    network = (
+        f"ResNet-{e.depth}: {e.block_} blocks of {e.unit} units with {e.shortcut} shortcuts "
+        f"(He, Zhang, Ren, Sun 2016, arXiv:1603.05027), {facts.parameters:,} parameters."
+    )
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# {e.name}",
+        network,
+        "## Result",
+        outcome(facts, result),
+        "## Data",
+        data(facts, result),
+        "## Recipe",
+        recipe(e),
+        "## File",
+        f"`{facts.file}`, {facts.bytes:,} bytes, SHA-256 `{facts.sha256}`. Compared with the "
+        f"network that was trained, in float32: {facts.check}.",
+        "## Use",
+        f"{facts.preprocessing} The output is a logit for each class.",
+        f"```python\n{facts.use}\n```",
+        "## Trained with",
+        made_by(result.get("environment", {})),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def outcome(facts: Facts, result: dict[str, Any]) -> str:
+    """The test error, with the spread over seeds where there are several."""
+    if not result or facts.run is None:
+        return "Not known: the checkpoint lay in no run folder that has come to its end."
+    error, n = float(result["test_error"]), int(result["test_images"])
+    if facts.step != int(result.get("test_step", result["steps"])):
+        return (
+            f"Of this file, iteration {facts.step:,}: not measured. Of the run's headline, after "
+            f"{result['steps']:,} iterations: test error {error:.2f} % of {n:,} images."
+        )
+    lines = [f"Test error {error:.2f} % of {n:,} test images, after {facts.step:,} iterations."]
+    errors = seeds(facts.run)
+    summary = Summary(tuple(errors.values()))
+    if summary.n > 1 and summary.mean is not None:
+        named = ", ".join(f"{seed}: {error:.2f}" for seed, error in sorted(errors.items()))
+        lines.append(
+            f"Over seeds: {summary.median:.2f} ({summary.mean:.2f}±{summary.std:.2f}) %, median "
+            f"(mean±std), n = {summary.n} ({named})."
+        )
+    else:
+        lines.append("One seed, n = 1: there is no spread to tell.")
+    return " ".join(lines)
+
+
+def data(facts: Facts, result: dict[str, Any]) -> str:
+    """What it learned from, and its classes."""
+    e, names = facts.experiment, facts.classes
+    some = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    lines = [f"{e.dataset}: {DATASETS[e.dataset].doc}."]
+    if result:
+        lines.append(f"{result['train_images']:,} training images.")
+    if result.get("data"):
+        lines.append(f"SHA-256 of pixels and labels `{result['data']}`.")
+    if e.weights_sha256:
+        lines.append(f"It began with weights whose file has the SHA-256 `{e.weights_sha256}`.")
+    return " ".join([*lines, f"{len(names)} classes: {some}."])
+
+
+def recipe(e: Experiment) -> str:
+    """Every setting that changes what is learned, as a file that ``--config`` reads."""
+    panels = ("Network", "Data", "Optimization", "Fine-tuning")
+    whole = asdict(e)
+    kept = [f.name for f in fields(e) if f.metadata["panel"] in panels and not f.metadata["free"]]
+    given = {name: whole[name] for name in kept if whole[name] not in (None, "")}
+    return f"```yaml\n{yaml.safe_dump(given, sort_keys=False)}```"
+
+
+def made_by(environment: dict[str, Any]) -> str:
+    """Hardware and versions of the training."""
+    if not environment:
+        return "Not known."
+    versions = [f"{name} {v}" for name, v in environment.get("versions", {}).items()]
+    parts = [environment.get("hardware", ""), f"Python {environment.get('python', '')}", *versions]
+    if environment.get("commit"):
+        parts.append(f"commit {environment['commit']}")
+    return ", ".join(part for part in parts if part) + "."

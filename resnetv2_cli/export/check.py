@@ -1,0 +1,111 @@
+"""Write a file and keep it only if it computes what the network computes."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.data import folder, images
+from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.export.fold import Exported
+from resnetv2_cli.export.formats import FORMATS, Metadata
+from resnetv2_cli.inference import Picture, Views
+from resnetv2_cli.task import Classification
+
+LARGEST = 1e-4  # logit difference that is taken for rounding, over the largest logit or 1
+IMAGES = {True: 256, False: 16}  # that are compared, of datasets that are decoded and of files
+
+
+class Agreement(NamedTuple):
+    """How far a file's logits are from the network's."""
+
+    difference: float  # largest of all
+    logit: float  # largest, in magnitude
+    same: int  # images of the same likeliest class
+    images: int
+    source: str
+
+    def __str__(self) -> str:
+        return (
+            f"largest logit difference {self.difference:.2g} (logits up to {self.logit:.3g}), "
+            f"same class in {self.same} of {self.images} {self.source}"
+        )
+
+
+def test_images(task: Classification, size: int) -> tuple[Tensor, str]:
+    """Images to compare on, and what they are: of the test set where it is at hand (nothing is
+    downloaded), else noise.
+
+    Shape: (N, size, size, 3) uint8.
+    """
+    e = task.experiment
+    n = IMAGES[DATASETS[e.dataset].decoded]
+    try:
+        found = of_memory(e, n) if DATASETS[e.dataset].decoded else of_files(e, n, size)
+    except (UserError, OSError):  # half of a dataset is as good as none, here
+        found = None
+    if found is not None and found.shape[1:3] == (size, size):
+        return found, f"test images of {e.dataset}"
+    noise = torch.Generator().manual_seed(0)
+    shape = (n, size, size, 3)
+    return torch.randint(256, shape, generator=noise, dtype=torch.uint8), "images of noise"
+
+
+def of_memory(e: Experiment, n: int) -> Tensor | None:
+    root = Path(e.data_dir).expanduser()
+    official = [p for pattern in images.ARCHIVES.get(e.dataset, ()) for p in root.glob(pattern)]
+    if e.dataset != "digits" and not official and not images.folder_copy(e.dataset, root):
+        return None
+    test = images.load(e.dataset, root).test.images
+    return torch.from_numpy(test[:: max(1, len(test) // n)][:n])
+
+
+def of_files(e: Experiment, n: int, size: int) -> Tensor:
+    files = folder.scan(Path(e.data_dir).expanduser(), "test").files
+    some = files[:: max(1, len(files) // n)][:n]
+    views = Views([Picture(str(path), path) for path in some], size)
+    return torch.stack([pixels for pixels, error in map(views.__getitem__, range(len(some)))])
+
+
+@torch.inference_mode()
+def compare(task: Classification, run: object, pixels: Tensor, source: str) -> Agreement:
+    """The same images through both, the file's in two unequal batches.
+
+    Raises:
+        UserError: they differ by more than rounding.
+    """
+    expected = task.cpu().eval()(pixels)
+    parts = (pixels.permute(0, 3, 1, 2).float() / 255).contiguous().split(max(1, len(pixels) - 1))
+    found = torch.cat([run(part) for part in parts])  # type: ignore[operator]
+    largest = float(expected.abs().max())
+    same = int((found.argmax(1) == expected.argmax(1)).sum())
+    difference = float((found - expected).abs().max())
+    made = Agreement(difference, largest, same, len(pixels), source)
+    if not difference <= LARGEST * max(1.0, largest):  # not a number neither
+        raise UserError(f"what was exported computes something else: {made}", "nothing is kept")
+    return made
+
+
+def written(
+    task: Classification, model: Exported, format: str, size: int, to: Path, metadata: Metadata
+) -> Agreement:
+    """Write a file under another name, check it, and give it its name.
+
+    Raises:
+        UserError: the check fails; no file is left, and one that was there before stays.
+    """
+    row = FORMATS[format]
+    pixels, source = test_images(task, size)
+    partial = to.with_name(to.name + ".tmp")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        row.write(model, torch.zeros(2, 3, size, size), partial, metadata)
+        made = compare(task, row.read(model, partial), pixels, source)
+        os.replace(partial, to)
+    finally:
+        partial.unlink(missing_ok=True)
+    return made

@@ -1,0 +1,144 @@
+"""The files that a network can leave as; each is read back by what will run it.
+
+To add a format: one row in FORMATS.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.export.fold import Exported, blank
+
+Metadata = dict[str, str]
+Run = Callable[[Tensor], Tensor]  # images (N, 3, H, W), 0 to 1 -> logits (N, classes)
+
+INPUT, OUTPUT = "images", "logits"
+
+
+class Format(NamedTuple):
+    """``write`` and ``read`` a file; ``fold``: whether BN is folded unless it is said otherwise;
+    ``needs``: packages of the extra ``export``."""
+
+    doc: str
+    suffix: str
+    fold: bool
+    needs: tuple[str, ...]
+    write: Callable[[Exported, Tensor, Path, Metadata], None]
+    read: Callable[[Exported, Path], Run]
+
+
+def write_safetensors(model: Exported, example: Tensor, path: Path, metadata: Metadata) -> None:
+    from safetensors.torch import save_file
+
+    # Counters of batches are the training's alone, but --weights wants every tensor.
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(state, path, metadata)
+
+
+def read_safetensors(model: Exported, path: Path) -> Run:
+    from safetensors.torch import load_file
+
+    other = blank(model)
+    other.load_state_dict(load_file(path))
+    return other
+
+
+def write_onnx(model: Exported, example: Tensor, path: Path, metadata: Metadata) -> None:
+    import onnx
+
+    with quiet():
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            dynamic_shapes={INPUT: {0: "batch"}},
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            verbose=False,
+        )
+    assert program is not None
+    graph = program.model_proto
+    onnx.helper.set_model_props(graph, metadata)
+    onnx.checker.check_model(graph, full_check=True)
+    onnx.save(graph, path)
+
+
+def read_onnx(model: Exported, path: Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+
+def write_torch_export(model: Exported, example: Tensor, path: Path, metadata: Metadata) -> None:
+    shapes = {INPUT: {0: torch.export.Dim("batch")}}
+    with quiet():
+        program = torch.export.export(model, (example,), dynamic_shapes=shapes)
+    with quiet(), path.open("wb") as file:  # by its name it would insist on a suffix
+        torch.export.save(program, file, extra_files=metadata)  # type: ignore[arg-type]
+
+
+def read_torch_export(model: Exported, path: Path) -> Run:
+    with quiet(), path.open("rb") as file:
+        return torch.export.load(file).module()  # type: ignore[arg-type]
+
+
+FORMATS = {
+    "safetensors": Format(
+        "the weights alone, which --weights reads",
+        ".safetensors",
+        False,
+        ("safetensors",),
+        write_safetensors,
+        read_safetensors,
+    ),
+    "onnx": Format(
+        "a graph for onnxruntime and others",
+        ".onnx",
+        True,
+        ("onnx", "onnxscript", "onnxruntime"),
+        write_onnx,
+        read_onnx,
+    ),
+    "torch-export": Format(
+        "a graph for torch.export.load", ".pt2", True, (), write_torch_export, read_torch_export
+    ),
+}
+
+
+def check_packages(format: str) -> None:
+    """
+    Raises:
+        UserError: a package that the format needs is not installed.
+    """
+    from importlib.util import find_spec
+
+    missing = [name for name in FORMATS[format].needs if find_spec(name) is None]
+    if missing:
+        message = f"--format {format} needs {', '.join(missing)}"
+        raise UserError(message, "pip install 'resnetv2-cli[export]'")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what exporters say to their own developers off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,108 @@
+"""One export, from the checkpoint to the card beside the file."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from resnetv2_cli import __version__
+from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli.data.folder import RESIZED
+from resnetv2_cli.export.card import Facts, card
+from resnetv2_cli.export.check import Agreement, written
+from resnetv2_cli.export.fold import exported
+from resnetv2_cli.export.formats import FORMATS, INPUT, OUTPUT, check_packages
+from resnetv2_cli.inference import network, size_of
+from resnetv2_cli.origin import sha256
+from resnetv2_cli.task import Classification
+
+USE = {  # of each format: how it is run on images (N, 3, size, size), 0 to 1
+    "safetensors": "# resnetv2 train --weights FILE trains on from it\n"
+    "from safetensors.torch import load_file\n\nweights = load_file({file!r})",
+    "onnx": "import onnxruntime\n\nsession = onnxruntime.InferenceSession({file!r})\n"
+    'logits = session.run(["logits"], {{"images": images}})[0]',
+    "torch-export": "import torch\n\nnet = torch.export.load({file!r}).module()\n"
+    "logits = net(images)",
+}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and how it compared."""
+
+    file: Path
+    card: Path
+    size: int  # bytes
+    norms: int  # BN of the network
+    folded: list[str]  # names of those that are gone
+    agreement: Agreement
+
+    def as_json(self) -> dict[str, Any]:
+        paths = {"file": str(self.file), "card": str(self.card), "sha256": sha256(self.file)}
+        counts = {"bytes": self.size, "bn": self.norms, "folded": self.folded}
+        return {**paths, **counts, "check": self.agreement._asdict()}
+
+
+def export(
+    path: Path, format: str, output: Path | None, fold: bool | None, data_dir: str | None
+) -> Export:
+    """Write a checkpoint's network as a file of some format, with a card beside it.
+
+    Raises:
+        UserError: a package is missing, or the file computes something else; nothing is left.
+    """
+    check_packages(format)
+    row = FORMATS[format]
+    overrides = {"precision": "32-true"} | ({"data_dir": data_dir} if data_dir else {})
+    task = network(path, **overrides)
+    step = int(checkpoints.read(path).get("global_step", 0))
+    run = path.parent.parent if path.parent.name == "checkpoints" else None
+    to = output or (run or path.parent) / "export" / f"{path.stem}{row.suffix}"
+    model, folded = exported(task, row.fold if fold is None else fold)
+    agreement = written(task, model, format, size_of(task), to, metadata(task, step, folded))
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in task.net.modules())
+    size = to.stat().st_size
+    facts = Facts(
+        experiment=task.experiment,
+        classes=task.classes,
+        parameters=sum(p.numel() for p in task.net.parameters()),
+        step=step,
+        run=run,
+        file=to.name,
+        bytes=size,
+        sha256=sha256(to),
+        check=str(agreement),
+        preprocessing=preprocessing(size_of(task)),
+        use=USE[format].format(file=to.name),
+    )
+    beside = to.with_name(to.name + ".md")
+    beside.write_text(card(facts))
+    return Export(to, beside, size, norms, folded, agreement)
+
+
+def preprocessing(size: int) -> str:
+    """What an image goes through before the network, in words."""
+    return (
+        f"The input is RGB, float32 from 0 to 1, of the shape (N, 3, {size}, {size}), any N: an "
+        f"image whose shorter side is resized to {RESIZED.get(size, size)} (bicubic, antialiased) "
+        f"and whose middle {size}x{size} is cropped. Normalization is in the network."
+    )
+
+
+def metadata(task: Classification, step: int, folded: list[str]) -> dict[str, str]:
+    """What a file says of itself: text, and JSON where it is more than a word."""
+    size = size_of(task)
+    shape = {"name": INPUT, "shape": ["N", 3, size, size], "colors": "RGB", "range": [0, 1]}
+    resize = {"shorter_side": RESIZED.get(size, size), "interpolation": "bicubic", "crop": size}
+    return {
+        "format": "pt",
+        "made_by": f"resnetv2-cli {__version__}",
+        "experiment": json.dumps(asdict(task.experiment)),
+        "classes": json.dumps(list(task.classes)),
+        "global_step": json.dumps(step),
+        "folded": json.dumps(folded),
+        "input": json.dumps(shape | {"resize": resize, "normalized": "in the network"}),
+        "output": json.dumps({"name": OUTPUT, "shape": ["N", len(task.classes)]}),
+    }

@@ -1,0 +1,226 @@
+"""export: BN is folded where a convolution feeds it alone; files compute what the network does."""
+
+import json
+import re
+import shutil
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+
+from resnetv2_cli.checkpoint import read
+from resnetv2_cli.cli import main
+from resnetv2_cli.commands.export import Kind
+from resnetv2_cli.data.augment import Normalize
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.export import card, check, fold, formats, hub, study
+from resnetv2_cli.finetune import read as read_weights
+from resnetv2_cli.inference import network
+from resnetv2_cli.plans import UNITS, shortcuts
+from resnetv2_cli.resnet import ResNet
+from resnetv2_cli.runfolder import RunFolder
+
+
+def net_of(unit: str, shortcut: str, depth=5, block="single", **more) -> ResNet:
+    """A small network whose BN and learned scales are not what they begin as."""
+    net = ResNet(depth, block, unit, shortcut, 10, **more)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    for parameter in net.parameters():
+        if parameter.ndim == 0:  # ReZero's a, which would hide F
+            nn.init.constant_(parameter, 0.7)
+    return net.eval()
+
+
+def norms(net) -> int:
+    return sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+
+
+# Of 9 in a basic network of 8 layers with projections: the stem's, two of each F, one behind it
+# or a projection's. What stands behind an addition has no convolution to go into.
+LEFT = {
+    "original": 0,  # every BN is "right after the weight layers" (caption of Fig. 2)
+    "bn-after-add": 3,  # one behind each of three additions
+    "relu-before-add": 0,
+    "relu-only-preact": 0,
+    "full-preact": 3,  # two pre-activations and the head's; the first unit comes activated
+}
+
+
+def test_there_is_a_count_for_each_unit():
+    assert LEFT.keys() == UNITS.keys()
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("option", ["A", "B"])
+def test_bn_directly_behind_a_convolution_is_folded_and_no_other(unit, option):
+    net, x = net_of(unit, "identity", 8, "basic", option=option), torch.randn(4, 3, 32, 32)
+    expected, before = net(x), norms(net)
+    gone = fold.folded_into(net)
+    assert norms(net) == LEFT[unit] == before - len(gone)
+    torch.testing.assert_close(net(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shortcut", shortcuts())
+def test_folding_leaves_every_shortcut_what_it_is(shortcut):
+    net, x = net_of("original", shortcut, 11, "bottleneck"), torch.randn(4, 3, 32, 32)
+    expected = net(x)
+    fold.folded_into(net)
+    assert norms(net) == 0
+    torch.testing.assert_close(net(x), expected, rtol=1e-5, atol=1e-5)
+
+
+class Several(nn.Module):
+    """Networks side by side in one graph: an exporter takes seconds each time it is called."""
+
+    def __init__(self, nets) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+
+    def forward(self, images):
+        return torch.cat([net(images) for net in self.nets], 1)
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [[(unit, "identity") for unit in UNITS], [("full-preact", name) for name in shortcuts()]],
+    ids=["every unit", "every shortcut"],
+)
+def test_onnx_computes_every_unit_and_shortcut(pairs, tmp_path):
+    nets = [net_of(*pair) for pair in pairs]
+    model = fold.Exported(Normalize(torch.rand(3, 32, 32), torch.ones(1, 1, 1)), Several(nets))
+    model.eval()
+    file = tmp_path / "net.onnx"
+    formats.write_onnx(model, torch.zeros(2, 3, 32, 32), file, {})
+    run, images = formats.read_onnx(model, file), torch.rand(5, 3, 32, 32)
+    for n in (5, 1):  # the batch is dynamic
+        with torch.no_grad():
+            expected = model(images[:n])
+        torch.testing.assert_close(run(images[:n]), expected, rtol=1e-4, atol=1e-4)
+
+
+def called(*arguments) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(["export", *map(str, arguments)])
+    return left.value.code
+
+
+def test_the_command_offers_the_formats_that_there_are():
+    assert set(get_args(Kind)) == set(formats.FORMATS)
+
+
+@pytest.mark.parametrize("format", formats.FORMATS)
+def test_a_file_is_checked_on_the_test_images_and_has_its_card(trained, tmp_path, capsys, format):
+    file = tmp_path / f"net{formats.FORMATS[format].suffix}"
+    assert called(trained, "--format", format, "-o", file, "--json") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["check"]["source"] == "test images of digits"
+    assert made["check"]["same"] == made["check"]["images"] == 256
+    assert 0 < made["check"]["difference"] < 1e-4
+    assert len(made["folded"]) == (0 if format == "safetensors" else 4) and made["bn"] == 7
+    text = (tmp_path / f"{file.name}.md").read_text()
+    error = json.loads((trained / "result.json").read_text())["test_error"]
+    for part in (made["sha256"], f"Test error {error:.2f} % of 360 test images", "torch 2",
+                 "depth: 8", "10 classes: 0, 1", "n = 1", file.name):  # fmt: skip
+        assert part in text, part
+    assert sorted(p.name for p in tmp_path.iterdir()) == [file.name, f"{file.name}.md"]
+    says = {key: json.loads(metadata(format, file)[key]) for key in ("classes", "input", "folded")}
+    assert says["classes"] == [str(i) for i in range(10)] and says["folded"] == made["folded"]
+    assert says["input"]["shape"] == ["N", 3, 32, 32] and says["input"]["range"] == [0, 1]
+
+
+def metadata(format: str, file) -> dict[str, str]:
+    """What a file says of itself, by the package that reads its kind."""
+    if format == "onnx":
+        import onnx
+
+        return {p.key: p.value for p in onnx.load(file).metadata_props}
+    if format == "safetensors":
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as opened:
+            return opened.metadata()
+    found = dict.fromkeys(["classes", "input", "folded"], "")
+    torch.export.load(file, extra_files=found)
+    return found
+
+
+def test_safetensors_are_weights_to_start_from_unless_bn_is_folded(trained, tmp_path):
+    path = trained / "checkpoints" / "last.ckpt"
+    made = study.export(path, "safetensors", tmp_path / "a.safetensors", None, None)
+    saved, given = read_weights(made.file), read(path)
+    torch.testing.assert_close(saved["state_dict"], dict(given["state_dict"]), rtol=0, atol=0)
+    assert saved["classes"] == given["classes"]
+    folded = study.export(path, "safetensors", tmp_path / "b.safetensors", True, None)
+    with pytest.raises(UserError, match="has no BN to train on") as caught:
+        read_weights(folded.file)
+    assert "--no-fold" in caught.value.hint
+
+
+def test_a_failed_check_leaves_no_file_and_the_one_before(trained, tmp_path):
+    """A network that changed between the export and the check."""
+    task = network(trained / "checkpoints" / "last.ckpt", precision="32-true")
+    model, _ = fold.exported(task, False)
+    with torch.no_grad():
+        task.net.stem.conv.weight[0] += 0.01
+    to = tmp_path / "net.safetensors"
+    to.write_text("what was there before")
+    with pytest.raises(UserError, match="computes something else: largest logit difference"):
+        check.written(task, model, "safetensors", 32, to, {})
+    assert [p.name for p in tmp_path.iterdir()] == [to.name]
+    assert to.read_text() == "what was there before"
+
+
+def test_without_test_images_it_is_compared_on_noise(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = network(trained / "checkpoints" / "last.ckpt", dataset="cifar10")
+    pixels, source = check.test_images(task, 32)  # and nothing is downloaded
+    assert source == "images of noise" and pixels.float().std() > 70
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_card_has_the_spread_over_the_seeds_beside_the_run(trained, tmp_path):
+    """Runs of the same experiment count, each seed once; another experiment's do not."""
+    for seed, error, lr in ((0, 19.0, "0.1"), (1, 21.0, "0.1"), (2, 23.0, "0.1"), (3, 1.0, "0.2")):
+        other = RunFolder(tmp_path / f"s{seed}")
+        shutil.copytree(trained, other.path)
+        text = re.sub(r"^seed: 0", f"seed: {seed}", other.config.read_text(), flags=re.M)
+        other.config.write_text(re.sub(r"^lr: 0.1", f"lr: {lr}", text, flags=re.M))
+        result = json.loads(other.result.read_text()) | {"seed": seed, "test_error": error}
+        other.result.write_text(json.dumps(result))
+    (tmp_path / "no run").mkdir()
+    assert card.seeds(tmp_path / "s1") == {0: 19.0, 1: 21.0, 2: 23.0}
+    file = tmp_path / "s1" / "checkpoints" / "last.ckpt"
+    made = study.export(file, "safetensors", None, None, None)
+    assert made.file == tmp_path / "s1" / "export" / "last.safetensors"
+    assert "21.00 (21.00±2.00) %, median (mean±std), n = 3 (0: 19.00, 1: 21.00, 2: 23.00)" in (
+        made.card.read_text()
+    )
+
+
+def test_a_card_claims_nothing_for_weights_that_were_not_measured(trained, tmp_path):
+    loose = shutil.copy(trained / "checkpoints" / "last.ckpt", tmp_path / "loose.ckpt")
+    made = study.export(loose, "safetensors", None, None, None)
+    assert "Not known: the checkpoint lay in no run folder" in made.card.read_text()
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    result = json.loads((run / "result.json").read_text()) | {"steps": 500}
+    (run / "result.json").write_text(json.dumps(result))
+    made = study.export(run / "checkpoints" / "last.ckpt", "safetensors", None, None, None)
+    assert "Of this file, iteration 92: not measured" in made.card.read_text()
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_and_the_file_is_kept(tmp_path, monkeypatch):
+    """A port of this machine where nobody listens."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    file = tmp_path / "net.onnx"
+    file.write_bytes(b"x")
+    with pytest.raises(UserError, match="cannot upload to me/mine: ") as caught:
+        hub.push("me/mine", file, file)
+    assert "net.onnx is kept" in caught.value.hint and file.exists()
