@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from resnetv2_cli import form
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError, shown
+from resnetv2_cli.origin import find  # noqa: F401  (config needs it, and no torch)
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -35,20 +36,6 @@ class WholeFiles(TorchCheckpointIO):
             raise UserError(
                 f"cannot save {path}: {error.strerror}", "the checkpoint before it is kept"
             ) from None
-
-
-def find(path: Path) -> Path:
-    """The checkpoint that is meant: a file, or a run folder's, chosen or last.
-
-    Raises:
-        UserError: there is none.
-    """
-    if path.is_dir():
-        names = ["checkpoints/best.ckpt", "checkpoints/last.ckpt", "last.ckpt"]
-        path = next((path / n for n in names if (path / n).is_file()), path / names[1])
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}", "name a .ckpt file or a run folder")
-    return path
 
 
 def read(path: Path) -> dict[str, Any]:

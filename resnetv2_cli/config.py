@@ -12,7 +12,7 @@ import yaml
 
 from resnetv2_cli import plans
 from resnetv2_cli.errors import UserError, shown, unknown
-from resnetv2_cli.origin import located, sha256
+from resnetv2_cli.origin import find, sha256
 from resnetv2_cli.settings import checked, kinds, rows, setting
 
 _PACKAGED = Path(__file__).parent / "configs"  # in a wheel; in a checkout they are beside it
@@ -276,7 +276,9 @@ class Experiment:
     def _check_start(self) -> None:
         if self.weights and not self.weights_sha256:
             # What is learned depends on the bytes, wherever they lie.
-            object.__setattr__(self, "weights_sha256", sha256(located(self.weights)))
+            object.__setattr__(
+                self, "weights_sha256", sha256(find(Path(self.weights).expanduser()))
+            )
         known = plans.parts(self.stem_)
         for part in self.freeze_:
             if part not in known:

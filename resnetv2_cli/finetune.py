@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli import form
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.origin import located, sha256
+from resnetv2_cli.origin import sha256
 from resnetv2_cli.resnet import default_option
 from resnetv2_cli.task import Classification
 
@@ -29,7 +30,7 @@ def begin(task: Classification) -> list[str]:
     e = task.experiment
     if not e.weights:
         return []
-    path = located(e.weights)
+    path = checkpoints.find(Path(e.weights).expanduser())
     if sha256(path) != e.weights_sha256:
         hint = "name those with --weights, or begin another run"
         raise UserError(f"{path} is not what this run began with: its SHA-256 differs", hint)
@@ -72,6 +73,8 @@ def read(path: Path) -> dict[str, Any]:
         known = {key: json.loads(metadata[key]) for key in KEYS if key in metadata}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}", "copy it again") from None
+    if "experiment" in known:
+        form.refuse_misshapen({"state_dict": state, **known}, path)
     if known.get("folded"):
         hint = "resnetv2 export --no-fold keeps it"
         raise UserError(f"{path} has no BN to train on: it is folded into the weights", hint)

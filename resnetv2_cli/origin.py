@@ -7,17 +7,17 @@ from pathlib import Path
 from resnetv2_cli.errors import UserError
 
 
-def located(name: str) -> Path:
-    """A file of weights, or the last checkpoint of a run's folder.
+def find(path: Path) -> Path:
+    """The checkpoint that is meant: a file, or a run folder's, chosen or last.
 
     Raises:
         UserError: there is none.
     """
-    path = Path(name).expanduser()
-    path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    if path.is_dir():
+        names = ["checkpoints/best.ckpt", "checkpoints/last.ckpt", "last.ckpt"]
+        path = next((path / n for n in names if (path / n).is_file()), path / names[1])
     if not path.is_file():
-        hint = "--weights takes a checkpoint, the folder of a run, or a .safetensors file"
-        raise UserError(f"there are no weights {path}", hint)
+        raise UserError(f"there is no checkpoint {path}", "name a .ckpt file or a run folder")
     return path
 
 

@@ -148,7 +148,7 @@ def test_an_experiment_is_the_same_by_the_bytes_of_its_weights(trained, tmp_path
 @pytest.mark.parametrize(
     "given, error, hint",
     [
-        ({"weights": "nowhere.ckpt"}, "there are no weights nowhere.ckpt", "folder of a run"),
+        ({"weights": "nowhere.ckpt"}, "there is no checkpoint nowhere.ckpt", "a run folder"),
         ({"freeze": "stem"}, "what is frozen would stay at random", "--weights"),
         ({"freeze": "stage9"}, "freeze: unknown part 'stage9'", "stage"),
         ({"freeze": "stem,stage1,stage2,stage3,head", "weights": "x", "weights_sha256": "0"},
