@@ -13,9 +13,9 @@ from typing import Any
 
 from resnetv2_cli.ablation.arms import Ablation
 from resnetv2_cli.ablation.record import read
-from resnetv2_cli.config import read_yaml
 from resnetv2_cli.errors import UserError, unknown
 from resnetv2_cli.paper import FAIL
+from resnetv2_cli.recipes import read_yaml
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 
 RUNS = Path("runs")  # where runs are, unless another folder is named

@@ -16,7 +16,7 @@ ORDER = """
     native fused
     layers shortcuts units resnet
     data.catalog
-    settings origin config flags
+    settings origin recipes config flags
     data.picture data.archive data.images
     data.order data.augment data.folder data.module
     optim describe

@@ -5,9 +5,10 @@ from typing import Any
 
 from resnetv2_cli import console, paper, plans
 from resnetv2_cli.commands.app import Config, Json, app
-from resnetv2_cli.config import CONFIGS, Experiment
+from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.flags import with_flags
+from resnetv2_cli.recipes import CONFIGS
 
 
 @app.command(rich_help_panel="Study the paper")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.data import folder, images
+from resnetv2_cli.data import archive, folder, images
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.export.fold import Exported
@@ -57,7 +57,7 @@ def test_images(task: Classification, size: int) -> tuple[Tensor, str]:
 
 def of_memory(e: Experiment, n: int) -> Tensor | None:
     root = Path(e.data_dir).expanduser()
-    official = [p for pattern in images.ARCHIVES.get(e.dataset, ()) for p in root.glob(pattern)]
+    official = [p for pattern in archive.PLACES.get(e.dataset, ()) for p in root.glob(pattern)]
     if e.dataset != "digits" and not official and not images.folder_copy(e.dataset, root):
         return None
     test = images.load(e.dataset, root).test.images

@@ -1,0 +1,49 @@
+"""The files that ``--config`` reads: where the tool has its own, and how one is read."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from resnetv2_cli.errors import UserError, unknown
+
+_PACKAGED = Path(__file__).parent / "configs"  # in a wheel; in a checkout they are beside it
+CONFIGS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "configs"
+
+LARGEST = 100_000  # bytes of a config
+NOT_YAML = (  # what PyYAML raises: a tag such as !!bool fails on a strange value as Python does
+    yaml.YAMLError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping from a YAML file; a bare name is looked for in ``configs/`` too.
+
+    Raises:
+        UserError: no such file, too large a one, not UTF-8, not YAML, or not a mapping.
+    """
+    candidates = [path, CONFIGS / path, CONFIGS / f"{path}.yaml"]
+    found = next((p for p in candidates if p.is_file()), None)
+    if found is None:
+        known = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
+        raise unknown("config file", str(path), known)
+    if found.stat().st_size > LARGEST:
+        raise UserError(f"{path} is too large for a config", f"they have at most {LARGEST:,} bytes")
+    try:
+        given = yaml.safe_load(found.read_text(encoding="utf-8"))
+    except NOT_YAML as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{path} is not YAML: {line}", "one 'key: value' a line") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise UserError(f"{path} holds no keys", "one 'key: value' a line")
+    return given
