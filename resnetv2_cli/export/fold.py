@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from resnetv2_cli.data.augment import Normalize
+from resnetv2_cli.layers import Activation
 from resnetv2_cli.task import Classification
+
+SEQUENCES = (nn.Sequential, Activation)  # whose parts act one after the other, in evaluation
 
 
 class Exported(nn.Module):
@@ -59,7 +62,7 @@ def pairs(net: nn.Module) -> list[tuple[str, str]]:
     found = []
     for name, module in net.named_modules():
         parent = net.get_submodule(name.rpartition(".")[0])
-        if type(module) is not nn.Sequential or type(parent) is nn.Sequential:
+        if type(module) not in SEQUENCES or type(parent) in SEQUENCES:
             continue  # a part of a longer sequence, which is gone through as a whole
         layers = list(chain(module, name))
         for (first, conv), (second, bn) in pairwise(layers):
@@ -70,7 +73,7 @@ def pairs(net: nn.Module) -> list[tuple[str, str]]:
 
 def chain(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """The layers of a sequence and of the sequences in it, in the order in which they act."""
-    if type(module) is nn.Sequential:
+    if type(module) in SEQUENCES:
         for child, part in module.named_children():
             yield from chain(part, f"{name}.{child}")
     else:
