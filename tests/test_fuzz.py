@@ -1,0 +1,213 @@
+"""Random bytes and random words at every door: success or one clear error, never a traceback.
+
+Thousands of cases here; ``RESNETV2_FUZZ=50 pytest tests/test_fuzz.py`` tries fifty times as many.
+"""
+
+import contextlib
+import io
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli.cli import main
+from resnetv2_cli.config import CONFIGS, Experiment
+from resnetv2_cli.data import picture
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.resnet import ResNet
+
+MUCH = int(os.environ.get("RESNETV2_FUZZ", "1"))
+DOCUMENTED = (0, 2)  # exit statuses of commands that do not train
+
+SETTINGS = [f.name for f in fields(Experiment)]
+
+
+def cases(n: int):
+    return settings(max_examples=n * MUCH)
+
+
+def one_line(error: UserError) -> None:
+    """What the command line would print: never empty, and short enough to be read."""
+    assert 0 < len(str(error)) < 2000
+
+
+@st.composite
+def mutated(draw, contents: list[bytes]) -> bytes:
+    """One of the contents with bytes changed, cut out or put in, in a few places."""
+    content = bytearray(draw(st.sampled_from(contents)))
+    for _ in range(draw(st.integers(0, 8))):
+        place = draw(st.integers(0, len(content)))
+        what = draw(st.sampled_from(["flip", "cut", "insert", "end"]))
+        if what == "flip" and place < len(content):
+            content[place] ^= 1 << draw(st.integers(0, 7))
+        elif what == "cut":
+            del content[place : place + draw(st.integers(1, 64))]
+        elif what == "insert":
+            content[place:place] = draw(st.binary(max_size=16))
+        elif what == "end":
+            del content[place:]
+    return bytes(content)
+
+
+# Configs.
+
+CONTENTS = [p.read_bytes() for p in sorted(CONFIGS.glob("*.yaml"))]
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20),
+    st.sampled_from(["1e-4", "auto", "A", "mine:Own", "0.5,0.75", ".inf", "identity", "dropout"]),
+)  # fmt: skip
+VALUES = st.one_of(SCALARS, st.lists(SCALARS, max_size=3), st.dictionaries(SCALARS, SCALARS))
+
+
+@cases(1000)
+@given(content=st.one_of(mutated(CONTENTS), st.binary(max_size=200)))
+def test_configs_of_random_bytes(tmp_path_factory, content):
+    file = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
+    file.write_bytes(content)
+    try:
+        made = Experiment.load(file)
+    except UserError as error:
+        one_line(error)
+    else:
+        assert Experiment(**yaml.safe_load(made.dump())) == made
+
+
+@cases(1500)
+@given(chosen=st.dictionaries(st.sampled_from(SETTINGS), VALUES, max_size=6))
+def test_configs_of_random_values(chosen):
+    try:
+        made = Experiment(**chosen)
+    except UserError as error:
+        one_line(error)
+    else:
+        assert Experiment(**yaml.safe_load(made.dump())) == made
+
+
+# Command lines.
+
+FLAGS = st.sampled_from([f"--{name.replace('_', '-')}" for name in SETTINGS] + ["--config", "-c"])
+VALUE = st.one_of(
+    st.sampled_from(["8", "-1", "0", "1e9", "nan", "identity", "auto", "", "A", "digits_resnet20"]),
+    st.integers().map(str), st.floats().map(str), st.text(max_size=10),
+)  # fmt: skip
+LINE = st.lists(st.one_of(FLAGS, VALUE, st.tuples(FLAGS, VALUE).map("=".join)), max_size=8)
+
+
+def left_with(words: list[str]) -> tuple[int, str]:
+    """The status that ``main`` leaves with, and what it said; whatever else it raises is a bug."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            main(words)
+        except SystemExit as left:
+            return int(left.code or 0), said.getvalue()
+    return 0, said.getvalue()
+
+
+@cases(400)
+@given(words=LINE)
+def test_command_lines(words):
+    status, said = left_with(["show", *words])
+    assert status in DOCUMENTED and "Traceback" not in said
+
+
+@cases(200)
+@given(words=LINE)
+def test_command_lines_that_would_train(used_folder, words):
+    """In a folder that is used already, so that even a line without mistakes is refused."""
+    before = {p: p.read_bytes() for p in used_folder.iterdir()}
+    line = [w for w in words if not w.startswith("--help")]
+    status, said = left_with(["train", *line, f"--output={used_folder}"])
+    assert status == 2 and "Traceback" not in said
+    assert {p: p.read_bytes() for p in used_folder.iterdir()} == before
+
+
+@pytest.fixture(scope="module")
+def used_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("used")
+    (folder / "precious.txt").write_text("of last year")
+    return folder
+
+
+# Checkpoints: bytes changed, which a checksum notices; and whole files with something else in them.
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> dict:
+    net = ResNet(depth=8, classes=10)
+    weights = {f"net.{name}": value for name, value in net.state_dict().items()}
+    experiment = asdict(Experiment(depth=8, dataset="digits"))
+    names = [str(i) for i in range(10)]
+    return {"state_dict": weights, "experiment": experiment, "classes": names, "global_step": 1}
+
+
+def opened(file: Path) -> None:
+    """Read, and its experiment made: what every command does first."""
+    try:
+        checkpoints.experiment_of(checkpoints.read(file))
+    except UserError as error:
+        one_line(error)
+
+
+@pytest.fixture(scope="module")
+def content(checkpoint) -> bytes:
+    out = io.BytesIO()
+    torch.save(checkpoint | {"state_dict": {"net.w": torch.zeros(4)}}, out)
+    return out.getvalue()
+
+
+@cases(600)
+@given(data=st.data())
+def test_checkpoints_of_random_bytes(tmp_path_factory, content, data):
+    file = tmp_path_factory.getbasetemp() / "fuzzed.ckpt"
+    file.write_bytes(data.draw(mutated([content])))
+    opened(file)
+
+
+@cases(300)
+@given(
+    key=st.sampled_from(["state_dict", "experiment", "classes", "global_step"]),
+    value=st.one_of(VALUES, st.dictionaries(st.sampled_from(SETTINGS), VALUES, max_size=4)),
+)
+def test_checkpoints_of_random_values(tmp_path_factory, checkpoint, key, value):
+    file = tmp_path_factory.getbasetemp() / "fuzzed.ckpt"
+    few = checkpoint | {"state_dict": {"net.w": torch.zeros(4)}}
+    torch.save(few | {key: value}, file)
+    opened(file)
+
+
+# Images.
+
+
+def encoded(format: str, **how) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).convert(how.pop("mode", "RGB")).save(out, format, **how)
+    return out.getvalue()
+
+
+PICTURES = [
+    encoded("PNG"), encoded("PNG", mode="P"), encoded("PNG", mode="LA"), encoded("JPEG"),
+    encoded("JPEG", mode="CMYK"), encoded("JPEG", progressive=True), encoded("WEBP"),
+    encoded("WEBP", lossless=True), encoded("BMP"),
+]  # fmt: skip
+
+
+@cases(1500)
+@given(content=st.one_of(mutated(PICTURES), st.binary(max_size=100)))
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of images that it can still read
+def test_images(content):
+    try:
+        found = picture.rgb(content, "it")
+    except UserError as error:
+        one_line(error)
+    else:
+        assert found.mode == "RGB"
