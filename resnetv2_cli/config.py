@@ -95,7 +95,10 @@ class Experiment:
     )
     data_dir: str = setting("data", "Where images are, or are downloaded to.", "Data", free=True)
     batch_size: int = setting(
-        128, "Images in one iteration, over all devices and micro-batches.", "Data", least=1
+        128,
+        "Images in one iteration, over all devices and micro-batches; each takes its equal part.",
+        "Data",
+        least=1,
     )
     val: int = setting(
         0,
@@ -211,7 +214,12 @@ class Experiment:
         "Engine",
         free=True,
     )
-    sync_bn: bool = setting(False, "BN statistics over all devices, not over each.", "Engine")
+    sync_bn: bool = setting(
+        False,
+        "BN statistics over the whole batch. By itself BN sees each device's part alone, as the "
+        "paper's two GPUs saw 64 of 128 images each.",
+        "Engine",
+    )
     accelerator: str = setting("auto", "auto, cpu or gpu.", "Engine", free=True)
     devices: str = setting(
         "1", "How many devices; which (0,1); or auto, all there are.", "Engine", free=True

@@ -39,6 +39,12 @@ class Display(Callback):
         if data.train_images + data.experiment.val < data.dataset.train:
             part = f"{data.train_images:,} of its {data.dataset.train:,} training images"
             self.console.print(f"note: only a part of {data.experiment.dataset}: {part}")
+        parts, whole = trainer.world_size, data.experiment.batch_size
+        micro = data.experiment.accumulate
+        if parts * micro > 1:
+            each = f"{whole / parts / micro:g} on each of {parts} devices"
+            times = f", {micro} times" if micro > 1 else ""
+            self.console.print(f"{whole} images an iteration: {each}{times}")
         self.began, self.first = time.monotonic(), trainer.global_step
         if self.console.is_terminal:
             bar = BarColumn(bar_width=20)

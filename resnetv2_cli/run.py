@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.layer_sync import LayerSync
 from lightning.pytorch.utilities import rank_zero_only
 
 from resnetv2_cli import checkpoint as checkpoints
@@ -28,6 +29,7 @@ from resnetv2_cli.plot import curves
 from resnetv2_cli.runfolder import RunFolder, environment, read_metrics, write_json
 from resnetv2_cli.settings import checked
 from resnetv2_cli.shortcuts import shortcut_class
+from resnetv2_cli.syncbn import OverProcesses
 from resnetv2_cli.task import Classification
 
 FOLDER = "RESNETV2_RUN_FOLDER"  # tells the other processes of a run which folder the first took
@@ -63,6 +65,12 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module=r"(lightning|torchmetrics)\.")
 
 
+def bn_of_all(experiment: Experiment, accelerator: str) -> list[LayerSync]:
+    """What synchronizes BN where PyTorch's own, which knows GPUs alone, does not."""
+    gpu = torch.cuda.is_available() and accelerator != "cpu"
+    return [OverProcesses()] if experiment.sync_bn and not gpu else []
+
+
 def trainer_of(experiment: Experiment, **more: Any) -> L.Trainer:
     """A Trainer for the machine that the experiment names.
 
@@ -81,17 +89,18 @@ def trainer_of(experiment: Experiment, **more: Any) -> L.Trainer:
             devices = int(e.devices)
             if not cuda and devices > (os.cpu_count() or 1):
                 raise ValueError(f"{devices} were asked for")
+        shared = bn_of_all(e, accelerator)
         trainer = L.Trainer(
             accelerator=accelerator,
             devices=devices,
             num_nodes=e.nodes,
             strategy=e.strategy,
             precision=precision(e),  # type: ignore[arg-type]
-            sync_batchnorm=e.sync_bn,
+            sync_batchnorm=e.sync_bn and not shared,
             deterministic=e.deterministic,
             benchmark=not e.deterministic,
             use_distributed_sampler=False,  # it pads; ours count each image once
-            plugins=[checkpoints.WholeFiles()],
+            plugins=[checkpoints.WholeFiles(), *shared],
             num_sanity_val_steps=0,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -103,9 +112,6 @@ def trainer_of(experiment: Experiment, **more: Any) -> L.Trainer:
         hint = "see --devices, --accelerator and --strategy; this machine has "
         hint += f"{torch.cuda.device_count()} GPUs and {os.cpu_count()} processors"
         raise UserError(f"no such devices: {line}", hint) from None
-    if e.sync_bn and trainer.strategy.root_device.type != "cuda":
-        hint = "PyTorch synchronizes BN on GPUs alone; elsewhere each process has its own batch's"
-        raise UserError("--sync-bn needs GPUs", hint)
     return trainer
 
 

@@ -24,7 +24,7 @@ ORDER = """
     form checkpoint
     task finetune callbacks
     plot
-    run
+    syncbn run
     stats
     ablation.studies ablation.arms ablation.launch ablation.record
     ablation.sweep ablation.progress ablation.tables ablation.probe

@@ -11,6 +11,8 @@ import torch
 import yaml
 from conftest import SCRIPT, SMALL, THREADS
 
+from resnetv2_cli.runfolder import read_metrics
+
 STEPS = 46  # two epochs of 23
 
 
@@ -226,6 +228,15 @@ def test_two_processes_leave_together_and_continue_as_if_they_had_not(resnetv2, 
     assert rows[0] == pytest.approx(rows[1], rel=1e-5, nan_ok=True)
 
 
-def test_shared_bn_without_gpus_is_refused_with_the_reason(resnetv2, tmp_path):
-    done = resnetv2("train", *SMALL, *DDP, "--sync-bn", "--output", tmp_path / "run", status=2)
-    assert "error: --sync-bn needs GPUs" in done.stderr
+def test_two_processes_with_shared_bn_learn_what_one_learns(resnetv2, tmp_path):
+    """1 x 128 and 2 x 64 images, 50 iterations: the same losses to rounding, which grows."""
+    flags = ["--steps", 50, "--warmup", 50, "--batch-size", 128, "--precision", "32-true"]
+    resnetv2("train", *SMALL, *flags, "--output", tmp_path / "one")
+    two = [*DDP, "--sync-bn", "--output", tmp_path / "two"]
+    said = resnetv2("train", *SMALL, *flags, *two).stderr
+    assert "128 images an iteration: 64 on each of 2 devices" in said
+    losses = [read_metrics(tmp_path / run / "metrics.csv")["train_loss"] for run in ("one", "two")]
+    assert [step for step, _ in losses[0]] == list(range(5, 51, 5))
+    for rel, among in ((3e-5, slice(2)), (5e-4, slice(None))):
+        expected = [(step, pytest.approx(loss, rel=rel)) for step, loss in losses[0][among]]
+        assert losses[1][among] == expected

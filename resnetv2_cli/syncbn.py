@@ -1,0 +1,66 @@
+"""BN over the batches of all processes, on devices that PyTorch's SyncBatchNorm does not know."""
+
+from typing import cast
+
+import torch
+from lightning.pytorch.plugins.layer_sync import LayerSync
+from torch import Tensor, distributed, nn
+from torch.distributed.nn.functional import all_reduce
+
+
+class SyncBN(nn.BatchNorm2d):
+    """BN whose statistics in training are of every process's part of the batch together.
+
+    Sums in float64 travel, and their gradients back, so that parts of different sizes weigh as many
+    images as they have. Alone, or in evaluation, it is BN.
+
+    Shape: (N, C, H, W) -> (N, C, H, W), where N may differ from process to process.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and distributed.is_initialized()):
+            return super().forward(x)
+        c, over = x.shape[1], (0, 2, 3)
+        wide = x.double()
+        images = wide.new_tensor([x.numel() / c])
+        sums = all_reduce(torch.cat([wide.sum(over), (wide * wide).sum(over), images]))
+        n = sums[-1].detach()
+        mean = sums[:c] / n
+        variance = sums[c:-1] / n - mean**2
+        self._count(mean.detach(), variance.detach() * n / (n - 1))
+        scale = self.weight.double() * torch.rsqrt(variance + self.eps)
+        shift = self.bias.double() - mean * scale
+        kind = torch.promote_types(x.dtype, torch.float32)
+        scale, shift = (v.to(kind)[:, None, None] for v in (scale, shift))
+        return (x * scale + shift).to(x.dtype)
+
+    @torch.no_grad()
+    def _count(self, mean: Tensor, variance: Tensor) -> None:
+        """Into the moving averages, with the momentum that BN has."""
+        cast(Tensor, self.num_batches_tracked).add_(1)
+        for average, value in ((self.running_mean, mean), (self.running_var, variance)):
+            cast(Tensor, average).lerp_(
+                value.to(cast(Tensor, average).dtype), cast(float, self.momentum)
+            )
+
+
+class OverProcesses(LayerSync):
+    """Puts ``SyncBN`` in the place of every BN, with the same parameters and buffers."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        return exchange(model, nn.BatchNorm2d, SyncBN)
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        return exchange(model, SyncBN, nn.BatchNorm2d)
+
+
+def exchange(model: nn.Module, old: type[nn.BatchNorm2d], new: type[nn.BatchNorm2d]) -> nn.Module:
+    """Every module that is an ``old`` becomes a ``new`` with its state."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is old:
+                made = new(child.num_features, child.eps, child.momentum, device="meta")
+                made._parameters, made._buffers = child._parameters, child._buffers
+                made.train(child.training)
+                setattr(parent, name, made)
+    return model
