@@ -14,7 +14,7 @@ from resnetv2_cli import plans
 from resnetv2_cli.errors import UserError, shown, unknown
 from resnetv2_cli.origin import find, sha256
 from resnetv2_cli.recipes import read_yaml
-from resnetv2_cli.settings import checked, kinds, rows, setting
+from resnetv2_cli.settings import checked, rows, setting
 
 PAPER_STEPS, PAPER_WARMUP = 64_000, 400  # iterations
 
@@ -391,18 +391,3 @@ class Experiment:
     def dump(self) -> str:
         """The whole experiment as YAML: what a run folder keeps, and what reproduces the run."""
         return yaml.safe_dump(asdict(self), sort_keys=False)
-
-
-def parsed(name: str, text: str) -> Any:
-    """The value of a setting, from its text on the command line; ``none`` where it may be unset.
-
-    Raises:
-        UserError: there is no such setting, or it takes no such value.
-    """
-    known = {f.name: f for f in fields(Experiment)}
-    if name not in known:
-        raise unknown("setting", name, known)
-    kind, _, optional = kinds(known[name])
-    words: dict[str, Any] = {"true": True, "false": False} if kind is bool else {}
-    words |= {"none": None} if optional else {}
-    return checked(known[name], words.get(text, text))

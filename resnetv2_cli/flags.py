@@ -11,8 +11,8 @@ import typer
 
 from resnetv2_cli import plans
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.errors import UserError
-from resnetv2_cli.settings import kinds
+from resnetv2_cli.errors import UserError, unknown
+from resnetv2_cli.settings import checked, kinds
 
 
 def flag(f: Field) -> Parameter:
@@ -74,6 +74,21 @@ def with_flags(*without: str) -> Callable:
         return run
 
     return wrap
+
+
+def parsed(name: str, text: str) -> Any:
+    """The value of a setting, from its text on the command line; ``none`` where it may be unset.
+
+    Raises:
+        UserError: there is no such setting, or it takes no such value.
+    """
+    known = {f.name: f for f in fields(Experiment)}
+    if name not in known:
+        raise unknown("setting", name, known)
+    kind, _, optional = kinds(known[name])
+    words: dict[str, Any] = {"true": True, "false": False} if kind is bool else {}
+    words |= {"none": None} if optional else {}
+    return checked(known[name], words.get(text, text))
 
 
 def seconds(text: str, flag: str = "--time") -> float:

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from resnetv2_cli.config import Experiment, parsed
+from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.flags import parsed
 from resnetv2_cli.paper import FIGURES, TABLE_1, TABLE_2, TABLES, PaperTable, Row
 
 UNPUBLISHED = float("nan")
