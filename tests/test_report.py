@@ -11,11 +11,11 @@ from html.parser import HTMLParser
 import pytest
 from conftest import LAB
 
-from resnetv2_cli import inventory
+from resnetv2_cli import inventory, plot
 from resnetv2_cli.ablation import arms, record, studies, tables
 from resnetv2_cli.cli import main
-from resnetv2_cli.plot import COLORS
-from resnetv2_cli.report import charts
+from resnetv2_cli.plot import COLORS, plt
+from resnetv2_cli.report import charts, pictures
 from resnetv2_cli.report.page import DARK, MOST_BYTES
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 
@@ -268,3 +268,17 @@ def test_long_curves_are_thinned_and_keep_their_end():
 
 def test_there_is_a_color_by_night_for_each_by_day():
     assert len(DARK) == len(COLORS) == len(set(COLORS)) == len(set(DARK))
+
+
+def test_pictures_follow_the_page_and_keep_their_names_apart(tmp_path):
+    figure, axes = plt.subplots()
+    axes.plot([0, 1], [0, 1], color=COLORS[1], label="line")
+    axes.legend()
+    plot.save(figure, tmp_path / "a.svg")
+    svg = pictures.themed((tmp_path / "a.svg").read_text(), "p0-")
+    assert svg.startswith("<svg") and "var(--c1)" in svg and COLORS[1] not in svg
+    names = re.findall(r'\bid="([^"]+)"', svg)
+    meant = re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', svg)
+    assert names and meant and all(n.startswith("p0-") for n in names)
+    assert {a or b for a, b in meant} <= set(names)
+    assert not re.search(r"<svg[^>]* (width|height)=", svg)
