@@ -13,8 +13,8 @@ from resnetv2_cli.errors import Stopped, UserError
 
 # isort: off
 # They join the app, and help lists them in this order.
-from resnetv2_cli.commands import train, predict, export, ablate, analyze  # noqa: F401
-from resnetv2_cli.commands import report, runs, bench, look  # noqa: F401
+from resnetv2_cli.commands import train, predict, weights, export, ablate  # noqa: F401
+from resnetv2_cli.commands import analyze, report, runs, bench, look  # noqa: F401
 # isort: on
 
 

@@ -22,6 +22,7 @@ ORDER = """
     optim describe
     runfolder csvlog
     form checkpoint
+    foreign.names foreign.sources foreign.files foreign.convert
     task finetune callbacks
     plot
     syncbn run
@@ -36,8 +37,8 @@ ORDER = """
     analysis.backward analysis.shrink analysis.paths analysis.lesion analysis.study
     figures
     report.charts report.rows report.facts report.pictures report.page
-    commands.app commands.train commands.predict commands.export commands.ablate commands.analyze
-    commands.bench
+    commands.app commands.train commands.predict commands.weights commands.export commands.ablate
+    commands.analyze commands.bench
     commands.look commands.runs commands.report
     cli
 """.split()

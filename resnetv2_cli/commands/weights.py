@@ -1,0 +1,88 @@
+"""``import``: weights that other code bases have trained."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from resnetv2_cli import console
+from resnetv2_cli.commands.app import Json, app
+from resnetv2_cli.errors import UserError, unknown
+from resnetv2_cli.foreign.sources import SOURCES
+
+FROM_HELP = "; ".join(f"{name}: {source.doc}" for name, source in SOURCES.items())
+
+
+@app.command("import", rich_help_panel="Train")
+def import_(
+    file: Annotated[Path, typer.Argument(help="safetensors, .pth or .h5: opened as tensors only.")],
+    source: Annotated[
+        str, typer.Option("--from", help=f"Whose weights they are. {FROM_HELP}.", metavar="NAME")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The checkpoint: a new file.")
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            help="Names of the classes: a file, one a line, or a folder with one folder a class. "
+            "By itself those of CIFAR or ImageNet.",
+            metavar="FILE|FOLDER",
+        ),
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Of channels, of 0..1, such as 0.5,0.5,0.5: the source's.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="As --mean.")] = None,
+    json: Json = False,
+) -> None:
+    """Turn another code base's weights into a checkpoint, or say what differs.
+
+    For instance: resnetv2 import resnet50.pth --from torchvision
+    """
+    if source not in SOURCES:
+        raise unknown("source", source, SOURCES)
+    if (mean is None) != (std is None):
+        raise UserError("--mean and --std go together", "as --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5")
+    given = (channels("--mean", mean), channels("--std", std)) if mean and std else None
+    from resnetv2_cli.checkpoint import WholeFiles
+    from resnetv2_cli.foreign.convert import checkpoint, imported
+    from resnetv2_cli.foreign.files import tensors
+
+    made = imported(tensors(file), source, str(file))
+    saved = checkpoint(made, source, file, classes, given)
+    e = made.experiment
+    to = output or Path(f"{source}-resnet{e.depth}-{e.block_}-{e.unit}.ckpt")
+    if to.exists():
+        raise UserError(f"{to} exists", "name another file with --output")
+    WholeFiles().save_checkpoint(saved, to)
+    learned = sum(v.numel() for n, v in made.weights.items() if n.endswith(("weight", "bias")))
+    facts = {
+        "checkpoint": str(to),
+        "from": source,
+        "network": made.network.doc,
+        "depth": e.depth,
+        "block": e.block_,
+        **{name: getattr(e, name) for name in ("unit", "option", "stride_on", "first_act", "pad")},
+        "classes": made.classes,
+        "parameters": learned,
+    }
+    if json:
+        console.as_json(facts)
+        return
+    rows = [(k, f"{v:,}" if k == "parameters" else str(v)) for k, v in facts.items()]
+    console.table(f"{file}, imported", ["what", "is"], rows)
+    console.note(f"evaluate: resnetv2 eval {to} --data-dir FOLDER")
+
+
+def channels(flag: str, text: str) -> tuple[float, ...]:
+    """Three numbers from ``0.5,0.5,0.5``.
+
+    Raises:
+        UserError: they are not three, or no numbers.
+    """
+    try:
+        red, green, blue = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{flag} {text!r} is not three numbers", "such as 0.5,0.5,0.5") from None
+    return red, green, blue

@@ -1,0 +1,1 @@
+"""Weights that other code bases have trained."""

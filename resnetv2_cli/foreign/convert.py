@@ -1,0 +1,258 @@
+"""Another code base's weights as a checkpoint of this tool."""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.describe import skeleton
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.foreign.names import filled, numbers
+from resnetv2_cli.foreign.sources import SOURCES, UNIT, Network, Source
+from resnetv2_cli.plans import BLOCKS, IMAGENET
+
+PARTS = ("weight", "bias", "running_mean", "running_var")
+WNIDS = Path(__file__).parent.parent / "data" / "imagenet_classes.txt"
+BN = nn.BatchNorm2d(1).eps
+
+
+class Imported(NamedTuple):
+    """A network of this tool, and what it was made from."""
+
+    experiment: Experiment
+    weights: dict[str, Tensor]  # of ResNet, float64
+    classes: int
+    network: Network
+
+
+def imported(given: Mapping[str, Tensor], source: str, file: str = "the file") -> Imported:
+    """The network that tensors of another code base make, exactly.
+
+    Raises:
+        UserError: it is none of this tool's; says what differs.
+    """
+    row = SOURCES[source]
+    network = recognized(given, row, f"{file}, from {source}")
+    key = head(given, network, file)
+    experiment = experiment_of(given, network, file)
+    classes = len(given[key])
+    weights = translated(experiment, classes, given, network, row.shapes, file)
+    return Imported(experiment, weights, classes, network)
+
+
+def recognized(names: Iterable[str], source: Source, where: str) -> Network:
+    """
+    Raises:
+        UserError: the source's network has no counterpart here, with the reason; or it is unknown.
+    """
+    names = list(names)
+
+    def like(has: str, lacks: str) -> bool:
+        there = any(re.search(has, name) for name in names)
+        return there and not (lacks and any(re.search(lacks, name) for name in names))
+
+    for refusal in source.refusals:
+        if like(refusal.has, refusal.lacks):
+            raise UserError(f"{where}, cannot be imported: {refusal.why}", source.doc)
+    for network in source.networks:
+        if like(network.has, network.lacks):
+            return network
+    seen = ", ".join(names[:3])
+    raise UserError(f"{where}, is no network that is known: it has {seen}, ...", source.doc)
+
+
+def head(given: Mapping[str, Tensor], network: Network, file: str) -> str:
+    """The name of the classifier's weights.
+
+    Raises:
+        UserError: the file has none.
+    """
+    key = network.keys["head.fc"] + ".weight"
+    if key not in given or given[key].ndim < 2:
+        raise UserError(f"{file} has no classifier {key}", "import the whole network")
+    return key
+
+
+def places(given: Mapping[str, Tensor], network: Network, ending: str) -> list[dict[str, int]]:
+    """Stage, unit and k of every 4-dimensional weight that is called ``ending`` here."""
+    found = []
+    for name, tensor in given.items():
+        there = name.removesuffix(".weight")
+        if there == name or tensor.ndim != 4:
+            continue
+        for ours, theirs in network.keys.items():
+            if ours.endswith(ending) and (holes := numbers(theirs, there)) is not None:
+                found.append(numbers(UNIT + ending, filled(ours, holes)) or {})
+                break
+    return found
+
+
+def experiment_of(given: Mapping[str, Tensor], network: Network, file: str) -> Experiment:
+    """The experiment that builds it: depth and block from the layers that are there.
+
+    Raises:
+        UserError: no network here has so many units.
+    """
+    convolutions = places(given, network, "residual.conv{k}")
+    units = Counter(p["s"] for p in convolutions if p["k"] == 1)
+    stages = tuple(units[s] for s in sorted(units))
+    deep = max((p["k"] for p in convolutions), default=0)
+    block = next((b for b, row in BLOCKS.items() if len(row.kernels) == deep), None)
+    if network.settings["stem"] == "imagenet":
+        depth = next((d for d, known in IMAGENET.items() if known == (block, stages)), None)
+    else:
+        even = len(stages) == 3 and len(set(stages)) == 1
+        depth = deep * sum(stages) + 2 if even else None
+    if depth is None or block is None:
+        raise UserError(
+            f"{file}: no network here has stages of {', '.join(map(str, stages)) or 'no'} units of "
+            f"{deep} convolutions",
+            "resnetv2 list shows what there is",
+        )
+    projections = len(places(given, network, "shortcut.carry.conv"))
+    option = "A" if not projections else "C" if projections == sum(stages) else "B"
+    settings: dict[str, Any] = {"option": option} | network.settings
+    return Experiment(depth=depth, block=block, dataset="folder", **settings)
+
+
+def translated(
+    experiment: Experiment,
+    classes: int,
+    given: Mapping[str, Tensor],
+    network: Network,
+    shapes: str,
+    file: str,
+) -> dict[str, Tensor]:
+    """Our names and the tensors they get, in float64.
+
+    Where their convolutions have biases, BN behind takes them off its mean: (x + b) - m is
+    x - (m - b). Another epsilon goes into the variance: v + e' is (v + e' - e) + e.
+
+    Raises:
+        UserError: a layer is missing, left over or of another shape; names the first.
+    """
+    left, made = dict(given), dict[str, Tensor]()
+    waiting: Tensor | float = 0.0  # the bias of a convolution, until its BN comes
+    deep = len(BLOCKS[experiment.block_].kernels)
+    for name, module in skeleton(experiment, classes).named_modules():
+        if not isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)):
+            continue
+        there = called(name, network, deep)
+        for part, ours in tensors_of(module):
+            value = taken(left, f"{there}.{part}", tuple(ours.shape), shapes, file)
+            made[f"{name}.{part}"] = value
+        if isinstance(module, nn.Conv2d) and network.biased:
+            waiting = left.pop(f"{there}.bias", torch.zeros(1)).double()
+        if isinstance(module, nn.BatchNorm2d):
+            counted = left.pop(f"{there}.num_batches_tracked", torch.tensor(0))
+            made[f"{name}.num_batches_tracked"] = counted
+            made[f"{name}.running_mean"] -= waiting
+            made[f"{name}.running_var"] += network.epsilon - BN
+            waiting = 0.0
+    if left:
+        raise UserError(
+            f"{file} has {next(iter(left))}, which the network here lacks",
+            f"{len(left)} of its tensors would be left over",
+        )
+    if network.bgr:
+        made["stem.conv.weight"] = made["stem.conv.weight"].flip(1)
+    return made
+
+
+def tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """What a layer learns and what BN keeps, but for its count of batches."""
+    there = [(part, getattr(module, part, None)) for part in PARTS]
+    return [(part, tensor) for part, tensor in there if tensor is not None]
+
+
+def called(name: str, network: Network, deep: int) -> str:
+    """What one of our layers is called there; ``deep``: K, the weight layers of F."""
+    for ours, theirs in network.keys.items():
+        if (holes := numbers(ours, name)) is not None:
+            return filled(theirs, holes | {"K": deep})
+    raise AssertionError(f"no name for {name}")  # the tests import every kind of network
+
+
+def taken(
+    left: dict[str, Tensor], name: str, shape: tuple[int, ...], shapes: str, file: str
+) -> Tensor:
+    """Take a tensor out of those that are left, in float64.
+
+    Raises:
+        UserError: it is missing, or of another shape than here.
+    """
+    value = left.pop(name, None)
+    if value is None:
+        raise UserError(f"{file} has no {name}, which the network here needs", "is it whole?")
+    if value.ndim == len(shape) + 2 and value.shape[len(shape) :] == (1, 1):
+        value = value.flatten(1)  # a classifier written as a 1x1 convolution
+    if tuple(value.shape) != shape:
+        raise UserError(f"{file}: {name} is {tuple(value.shape)} there and {shape} here", shapes)
+    return value.double().clone()
+
+
+def class_names(classes: int, stem: str, given: Path | None) -> tuple[str, tuple[str, ...]]:
+    """The dataset, and its classes in the order of the logits: those of a text file, one a line; of
+    a folder of class folders, by name; else those that CIFAR and ImageNet have.
+
+    Raises:
+        UserError: they are not as many as the network's, or nothing says which they are.
+    """
+    if given is None:
+        known = {
+            ("cifar", 10): ("cifar10", DATASETS["cifar10"].classes),
+            ("cifar", 100): ("cifar100", DATASETS["cifar100"].classes),
+            ("imagenet", 1000): ("imagenet", tuple(WNIDS.read_text().split())),
+        }
+        if (stem, classes) not in known:
+            hint = "--classes FILE, one name a line, or a folder with one folder a class"
+            raise UserError(f"the network has {classes} classes, and nothing names them", hint)
+        return known[stem, classes]
+    if given.is_dir():
+        inside = given / "train" if (given / "train").is_dir() else given
+        names = tuple(sorted(p.name for p in inside.iterdir() if p.is_dir()))
+    else:
+        names = tuple(filter(None, map(str.strip, given.read_text(encoding="utf-8").splitlines())))
+    if len(names) != classes or len(set(names)) != classes:
+        what = f"{len(names)} classes" if len(names) == len(set(names)) else "a class twice"
+        raise UserError(f"{given} names {what}, and the network has {classes}", "one name a line")
+    return "folder", names
+
+
+def checkpoint(
+    made: Imported, source: str, file: Path, classes: Path | None, normalize: Any = None
+) -> dict[str, Any]:
+    """What ``checkpoint.read`` expects, with the source's normalization; never trained here, so
+    its step is 0.
+
+    Raises:
+        UserError: the classes are not known.
+    """
+    dataset, names = class_names(made.classes, made.experiment.stem_, classes)
+    experiment = replace(made.experiment, dataset=dataset)  # type: ignore[arg-type]
+    weights = {
+        f"net.{name}": value if value.dtype == torch.int64 else value.float()
+        for name, value in made.weights.items()
+    }
+    for name, values in zip(("mean", "std"), normalize or made.network.normalize, strict=True):
+        weights[f"normalize.{name}"] = torch.tensor(values)[:, None, None]
+    return {
+        "state_dict": weights,
+        "experiment": asdict(experiment),
+        "classes": list(names),
+        "global_step": 0,
+        "imported": {
+            "from": source,
+            "network": made.network.doc,
+            "file": file.name,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        },
+    }

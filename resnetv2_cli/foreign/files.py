@@ -1,0 +1,120 @@
+"""Files of tensors: opened without running anything that is in them."""
+
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnetv2_cli.errors import UserError
+
+WRAPPERS = ("state_dict", "model", "net")  # where training scripts keep weights beside the rest
+PARALLEL = "module."  # what DataParallel puts before every name
+
+KERAS = {  # a variable's name in Keras: in PyTorch
+    "kernel": "weight",
+    "gamma": "weight",
+    "beta": "bias",
+    "bias": "bias",
+    "moving_mean": "running_mean",
+    "moving_variance": "running_var",
+}
+KERAS_ORDER = {1: ("kernel",), 2: ("kernel", "bias"), 4: tuple(KERAS)[1:3] + tuple(KERAS)[4:]}
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file by its name, laid out as PyTorch has it.
+
+    Raises:
+        UserError: the file is missing, of a kind that is not read, or holds more than tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}", "name a file of weights")
+    reader = READERS.get(path.suffix.lower(), _torch)
+    try:
+        found = reader(path)
+    except UserError:
+        raise
+    except pickle.UnpicklingError:
+        hint = "such a file could run anything; save its state_dict() alone, or as safetensors"
+        raise UserError(f"{path} holds more than tensors", hint) from None
+    except Exception as error:  # three libraries, each with its own errors for a broken file
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot read {path}: {line}", "is it whole?") from None
+    if not found:
+        raise UserError(f"{path} holds no tensors", "name a file of weights")
+    return found
+
+
+def _torch(path: Path) -> dict[str, Tensor]:
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    for key in WRAPPERS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    return _plain(loaded)
+
+
+def _plain(loaded: Any) -> dict[str, Tensor]:
+    given = loaded if isinstance(loaded, Mapping) else {}
+    found = {str(name): value for name, value in given.items() if isinstance(value, Tensor)}
+    if found and all(name.startswith(PARALLEL) for name in found):
+        return {name.removeprefix(PARALLEL): value for name, value in found.items()}
+    return found
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return _plain(load_file(path))
+
+
+def _torch7(path: Path) -> dict[str, Tensor]:
+    raise UserError(
+        f"{path} is a file of Torch7, which no maintained reader opens",
+        "PyTorch reads them no more since 1.0; --from fb takes tensors named by their places in "
+        "Torch7's containers, as converters of that time saved them (.pth)",
+    )
+
+
+def _keras(path: Path) -> dict[str, Tensor]:
+    """Both forms: by the names of layers and variables, and Keras 3's ``.weights.h5``, which
+    numbers the variables of a layer and keeps its name beside them."""
+    try:
+        import h5py
+    except ModuleNotFoundError:
+        raise UserError(
+            f"{path} needs h5py to be read", "pip install 'resnetv2-cli[import]'"
+        ) from None
+    found: dict[str, Tensor] = {}
+
+    def keep(layer: str, variable: str, data: Any) -> None:
+        array = torch.from_numpy(data[()])
+        if variable == "kernel":  # (H, W, in, out) or (in, out) there
+            array = array.permute(3, 2, 0, 1) if array.ndim == 4 else array.T
+        found[f"{layer}.{KERAS[variable]}"] = array.contiguous()
+
+    def visit(name: str, node: Any) -> None:
+        if not isinstance(node, h5py.Dataset) or not node.shape:
+            return
+        variable = name.rsplit("/", 1)[-1].removesuffix(":0")
+        if variable in KERAS:
+            keep(name.split("/")[-2], variable, node)
+        elif variable.isdigit() and "name" in node.parent.attrs:
+            order = KERAS_ORDER.get(len(node.parent), ())
+            if int(variable) < len(order):
+                keep(str(node.parent.attrs["name"]), order[int(variable)], node)
+
+    with h5py.File(path) as file:
+        file.visititems(visit)
+    return found
+
+
+READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
+    ".safetensors": _safetensors,
+    ".h5": _keras,
+    ".hdf5": _keras,
+    ".keras": _keras,
+    ".t7": _torch7,
+}

@@ -1,0 +1,36 @@
+"""Names of layers as patterns: ``layer{s}.{u-1}.conv{k}``, where s, u, k and K are whole numbers.
+
+A hole holds a letter, before it perhaps a factor and behind it a sum: ``{3k-5}``.
+"""
+
+import re
+from collections.abc import Mapping
+from functools import cache
+
+HOLE = re.compile(r"\{(\d*)(\w)([+-]\d+)?\}")
+
+
+def filled(pattern: str, numbers: Mapping[str, int]) -> str:
+    """The pattern with numbers in its holes."""
+    return HOLE.sub(
+        lambda hole: str(int(hole[1] or 1) * numbers[hole[2]] + int(hole[3] or 0)), pattern
+    )
+
+
+def numbers(pattern: str, name: str) -> dict[str, int] | None:
+    """What its holes hold in a name; None if the name is no such one."""
+    match = _expression(pattern).fullmatch(name)
+    if match is None:
+        return None
+    found: dict[str, int] = {}
+    for (factor, letter, offset), text in zip(HOLE.findall(pattern), match.groups(), strict=True):
+        number, rest = divmod(int(text) - int(offset or 0), int(factor or 1))
+        if rest or number < 1 or found.setdefault(letter, number) != number:
+            return None
+    return found
+
+
+@cache
+def _expression(pattern: str) -> re.Pattern[str]:
+    between = re.split(r"\{[^}]*\}", pattern)
+    return re.compile(r"(\d+)".join(map(re.escape, between)))

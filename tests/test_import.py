@@ -1,0 +1,363 @@
+"""Networks of other code bases give the same logits here, or say why they cannot."""
+
+import copy
+import json
+
+import pytest
+import torch
+from elsewhere import BEARPAW, HYSTS, KUANGLIU, Cifar, torch7
+from torch import nn
+
+from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli.cli import main
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.foreign.convert import class_names, imported
+from resnetv2_cli.foreign.files import READERS, tensors
+from resnetv2_cli.foreign.names import filled, numbers
+from resnetv2_cli.foreign.sources import SOURCES
+from resnetv2_cli.resnet import ResNet
+
+timm = pytest.importorskip("timm")
+torchvision = pytest.importorskip("torchvision")
+
+
+def shaken(net: nn.Module) -> nn.Module:
+    """Random BN: scales, shifts, means and variances that no two layers share."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.2, 0.8)
+            nn.init.normal_(module.bias, 0, 0.1)
+            nn.init.normal_(module.running_mean, 0, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return net.double().eval()
+
+
+def here(given: dict, source: str) -> tuple[nn.Module, object]:
+    made = imported(given, source)
+    e = made.experiment
+    net = ResNet(**e.architecture, classes=made.classes).double().eval()
+    net.load_state_dict(made.weights)
+    return net, e
+
+
+def parity(net: nn.Module, source: str, size: int = 64) -> tuple[float, float, object]:
+    """Largest difference between the logits of both, their largest size, and the experiment."""
+    ours, experiment = here(net.state_dict(), source)
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    with torch.no_grad():
+        theirs = net(x)
+        return (ours(x) - theirs).abs().max().item(), theirs.abs().max().item(), experiment
+
+
+@pytest.mark.parametrize("name, depth", [("resnet18", 18), ("resnet50", 50)])
+def test_torchvision(name, depth):
+    net = shaken(getattr(torchvision.models, name)(num_classes=7))
+    difference, size, e = parity(net, "torchvision")
+    assert difference < 1e-10 and size > 0.01
+    assert (e.depth, e.unit, e.option, e.stride_on) == (depth, "original", "B", "3x3")
+
+
+@pytest.mark.parametrize("name, depth", [("resnetv2_18", 18), ("resnetv2_50", 50)])
+def test_timm(name, depth):
+    net = shaken(timm.create_model(name, num_classes=7))
+    difference, size, e = parity(net, "timm")
+    assert difference < 1e-10 and size > 0.01
+    assert (e.depth, e.unit, e.first_act) == (depth, "full-preact", "unit")
+
+
+def test_timm_post_activation():
+    difference, size, e = parity(shaken(timm.create_model("resnet18", num_classes=7)), "timm")
+    assert difference < 1e-10 and size > 0.01 and e.unit == "original"
+
+
+@pytest.mark.parametrize("post", [True, False])
+def test_hysts(post):
+    net = shaken(Cifar(2, 2, not post, HYSTS))
+    difference, size, e = parity(net, "hysts", 32)
+    assert difference < 1e-10 and size > 0.01
+    assert (e.depth, e.unit) == (14, "original" if post else "full-preact")
+    assert (e.option, e.stem_, e.normalize) == ("B", "cifar", "channel")
+
+
+@pytest.mark.parametrize("deep, depth", [(2, 14), (3, 20)])
+def test_bearpaw(deep, depth):
+    difference, size, e = parity(shaken(Cifar(2, deep, False, BEARPAW)), "bearpaw", 32)
+    assert difference < 1e-10 and size > 0.01
+    assert (e.depth, e.unit, e.block) == (depth, "original", {2: "basic", 3: "bottleneck"}[deep])
+
+
+@pytest.mark.parametrize("pre", [False, True])
+@pytest.mark.parametrize(
+    "stem, deep, stages, option, depth",
+    [
+        ("cifar", 2, (2, 2, 2), "A", 14),
+        ("cifar", 2, (1, 1, 1), "B", 8),
+        ("imagenet", 2, (2, 2, 2, 2), "B", 18),
+        ("imagenet", 3, (3, 4, 6, 3), "B", 50),
+    ],
+)
+def test_fb(stem, deep, stages, option, depth, pre):
+    net = shaken(torch7(stem, deep, stages, pre, option))
+    difference, size, e = parity(net, "fb", 32 if stem == "cifar" else 64)
+    assert difference < 1e-10 and size > 0.01
+    assert (e.depth, e.option, e.unit) == (depth, option, "full-preact" if pre else "original")
+
+
+def test_every_source_has_its_test():
+    assert set(SOURCES) == {"torchvision", "timm", "fb", "keras", "bearpaw", "hysts", "kuangliu"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Keras's own
+def test_keras(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    pytest.importorskip("h5py")
+    keras = pytest.importorskip("keras")
+    shape = (64, 64, 3)
+    net = keras.applications.ResNet50(
+        weights=None, classes=7, classifier_activation=None, input_shape=shape
+    )
+    for layer in net.layers:
+        for variable in layer.weights:
+            spread = {"moving_variance": (0.5, 2), "gamma": (0.2, 0.8)}
+            low, high = spread.get(variable.path.split("/")[-1], (-0.2, 0.2))
+            if "kernel" not in variable.path:
+                variable.assign(low + (high - low) * torch.rand(*variable.shape))
+    net.save(tmp_path / "old.h5")
+    net.save_weights(tmp_path / "new.weights.h5")
+    forms = [tensors(tmp_path / name) for name in ("old.h5", "new.weights.h5")]
+    assert all(torch.equal(value, forms[1].pop(name)) for name, value in forms[0].items())
+    assert not forms[1]
+    ours, e = here(forms[0], "keras")
+    assert (e.depth, e.unit, e.stride_on) == (50, "original", "first")
+    images = 255 * torch.rand(2, *shape)
+    with torch.no_grad():
+        theirs = net(keras.applications.resnet.preprocess_input(images.numpy().copy())).double()
+        mean, std = torch.tensor(SOURCES["keras"].networks[0].normalize, dtype=torch.float64)
+        x = (images.double() / 255 - mean) / std
+        found = ours(x.permute(0, 3, 1, 2))
+    # Keras computes in float32.
+    assert (found - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def state(net: nn.Module) -> dict:
+    return net.state_dict()
+
+
+def slim(net: dict, *gone: str) -> dict:
+    return {name: value for name, value in net.items() if not name.startswith(gone)}
+
+
+REFUSED = {
+    "bit": (
+        lambda: state(timm.create_model("resnetv2_50x1_bit", num_classes=7)),
+        "timm",
+        "GroupNorm and standardized weights",
+    ),
+    "deep stem": (
+        lambda: state(timm.create_model("resnetv2_50d", num_classes=7)),
+        "timm",
+        "three 3x3 convolutions",
+    ),
+    "wide": (
+        lambda: state(torchvision.models.wide_resnet50_2(num_classes=7)),
+        "torchvision",
+        r"layer1.0.conv1.weight is \(128, 64, 1, 1\) there and \(64, 64, 1, 1\) here",
+    ),
+    "other": (
+        lambda: state(torchvision.models.squeezenet1_0(num_classes=7)),
+        "torchvision",
+        "is no network that is known",
+    ),
+    "raw projection": (
+        lambda: state(Cifar(1, 2, True, BEARPAW, shared=False)),
+        "bearpaw",
+        "projects the raw input",
+    ),
+    "narrow": (lambda: state(Cifar(1, 3, True, HYSTS)), "hysts", "four times narrower"),
+    "no last bn": (
+        lambda: state(Cifar(1, 2, True, KUANGLIU, last=False)),
+        "kuangliu",
+        "lacks the BN and ReLU behind the last unit",
+    ),
+    "cut": (
+        lambda: slim(state(torchvision.models.resnet18(num_classes=7)), "layer3.1.bn2"),
+        "torchvision",
+        "has no layer3.1.bn2.weight, which the network here needs",
+    ),
+    "headless": (
+        lambda: slim(state(torchvision.models.resnet18(num_classes=7)), "fc"),
+        "torchvision",
+        "has no classifier fc.weight",
+    ),
+    "shallow": (
+        lambda: slim(state(torchvision.models.resnet18(num_classes=7)), "layer2.1"),
+        "torchvision",
+        "stages of 2, 1, 2, 2 units of 2 convolutions",
+    ),
+    "more": (
+        lambda: state(torchvision.models.resnet18(num_classes=7)) | {"extra": torch.ones(1)},
+        "torchvision",
+        "has extra, which the network here lacks",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_differs_is_refused_with_the_reason(what):
+    make, source, message = REFUSED[what]
+    with pytest.raises(UserError, match=message):
+        imported(make(), source)
+
+
+def test_keras_v2_is_refused():
+    names = {"conv1_conv.weight": torch.ones(1), "post_bn.weight": torch.ones(1)}
+    with pytest.raises(UserError, match="halves in the last unit of a stage"):
+        imported(names, "keras")
+
+
+def test_the_first_preresnet_of_fb_is_refused():
+    names = {"5.0.0.1.1.running_mean": torch.ones(1), "9.running_mean": torch.ones(1)}
+    with pytest.raises(UserError, match="projections with BN that read the raw input"):
+        imported(names, "fb")
+
+
+@pytest.fixture
+def called(capsys):
+    def call(*arguments):
+        with pytest.raises(SystemExit) as left:
+            main(map(str, arguments))
+        return left.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+def tree(root, classes):
+    """Six images of noise in each class of train/ and val/."""
+    import numpy as np
+    from PIL import Image
+
+    numbers = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in classes:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(6):
+                pixels = numbers.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def test_an_imported_file_evaluates(tmp_path, monkeypatch, called):
+    monkeypatch.chdir(tmp_path)
+    net = shaken(torchvision.models.resnet18(num_classes=2)).float()
+    wrapped = {"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}, "epoch": 3}
+    torch.save(wrapped, "theirs.pth")
+    data = tree(tmp_path / "images", ["cat", "dog"])
+    arguments = ["import", "theirs.pth", "--from", "torchvision", "--classes", data, "-o", "a.ckpt"]
+    status, out, _ = called(*arguments, "--json")
+    assert status == 0
+    facts = json.loads(out)
+    assert facts["parameters"] == sum(p.numel() for p in net.parameters())
+    saved = checkpoints.read(tmp_path / "a.ckpt")
+    assert saved["classes"] == ["cat", "dog"] and saved["global_step"] == 0
+    assert saved["imported"]["from"] == "torchvision" and len(saved["imported"]["sha256"]) == 64
+    status, out, err = called(
+        "eval", "a.ckpt", "--data-dir", data, "--batch-size", 4, "--test-size", 64, "--workers", 0,
+        "--precision", "32-true", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    scores = json.loads(out)
+    assert scores["images"] == 12
+    from resnetv2_cli.data.folder import MEAN, STD, FolderImages, scan
+
+    views = FolderImages(scan(data, "test", ("cat", "dog")), 64, "scale", 0)
+    x, labels = zip(*(views[i, -1] for i in range(12)), strict=True)
+    x = (torch.stack(x).permute(0, 3, 1, 2) / 255 - MEAN) / STD
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(net(x), torch.stack(labels))
+    assert scores["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    status, _, err = called(*arguments)
+    assert status == 2 and "a.ckpt exists" in err
+
+
+def test_safetensors_and_the_normalization_given(tmp_path, monkeypatch, called):
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(tmp_path)
+    save_file(timm.create_model("resnetv2_18", num_classes=1000).state_dict(), "t.safetensors")
+    assert called("import", "t.safetensors", "--from", "timm")[0] == 0
+    saved = checkpoints.read(tmp_path / "timm-resnet18-basic-full-preact.ckpt")
+    assert saved["classes"][:2] == ["n01440764", "n01443537"] and len(saved["classes"]) == 1000
+    assert saved["experiment"]["dataset"] == "imagenet"
+    assert saved["state_dict"]["normalize.mean"].flatten().tolist() == [0.5, 0.5, 0.5]
+    given = ["--mean", "0.1,0.2,0.3", "--std", "1,1,1", "--output", "b.ckpt"]
+    assert called("import", "t.safetensors", "--from", "timm", *given)[0] == 0
+    kept = checkpoints.read(tmp_path / "b.ckpt")["state_dict"]["normalize.mean"].flatten()
+    torch.testing.assert_close(kept, torch.tensor([0.1, 0.2, 0.3]))
+
+
+class Runs:
+    def __reduce__(self):
+        return print, ("it ran",)
+
+
+def test_files_that_are_refused(tmp_path, capsys):
+    torch.save({"state_dict": Runs()}, tmp_path / "pickle.pth")
+    (tmp_path / "net.t7").write_bytes(b"4")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 7)
+    (tmp_path / "cut.h5").write_bytes(b"HDF")
+    torch.save({"epoch": 3}, tmp_path / "none.pth")
+    for name, message in [
+        ("pickle.pth", "holds more than tensors"),
+        ("net.t7", "no maintained reader"),
+        ("cut.safetensors", "cannot read"),
+        ("cut.h5", "cannot read"),
+        ("none.pth", "holds no tensors"),
+        ("missing.pth", "there is no file"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            tensors(tmp_path / name)
+    assert "it ran" not in capsys.readouterr().out
+    assert ".t7" in READERS
+
+
+@pytest.mark.parametrize(
+    "arguments, message, hint",
+    [
+        (["--from", "tim"], "unknown source 'tim'", "did you mean 'timm'?"),
+        (["--from", "timm", "--mean", "1,1,1"], "--mean and --std go together", "--std"),
+        (["--from", "timm", "--mean", "1,1", "--std", "1,1,1"], "'1,1' is not three", "0.5,0.5"),
+    ],
+)
+def test_mistakes_on_the_command_line(called, arguments, message, hint):
+    status, _, err = called("import", "a.pth", *arguments)
+    assert status == 2 and message in err and hint in err
+
+
+def test_class_names(tmp_path):
+    file = tmp_path / "names.txt"
+    file.write_text("cat\ndog\n\n")
+    assert class_names(2, "imagenet", file) == ("folder", ("cat", "dog"))
+    assert class_names(10, "cifar", None)[0] == "cifar10"
+    with pytest.raises(UserError, match="names 2 classes, and the network has 3"):
+        class_names(3, "imagenet", file)
+    with pytest.raises(UserError, match="the network has 3 classes, and nothing names them"):
+        class_names(3, "imagenet", None)
+    file.write_text("cat\ncat\n")
+    with pytest.raises(UserError, match="names a class twice"):
+        class_names(2, "imagenet", file)
+
+
+def test_patterns_of_names():
+    assert filled("layer{s}.{u-1}.{3k-5}", {"s": 2, "u": 1, "k": 3}) == "layer2.0.4"
+    assert numbers("layer{s}.{u-1}.{3k-5}", "layer2.0.4") == {"s": 2, "u": 1, "k": 3}
+    assert numbers("layer{s}.{3k-5}", "layer2.5") is None  # no whole k
+    assert numbers("{s}.{s}", "1.2") is None
+    assert numbers("a.{u-1}", "a.x") is None
+
+
+def test_what_was_imported_is_left_as_it_was():
+    net = shaken(torchvision.models.resnet18(num_classes=7))
+    before = copy.deepcopy(net.state_dict())
+    imported(net.state_dict(), "torchvision")
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
