@@ -19,8 +19,8 @@ err = Console(stderr=True, highlight=False)
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     """A table on stdout; columns whose cells are numbers stand on the right."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    grid = Table(title=title, title_justify="left", title_style="bold")
+    cells = [[plain(str(cell)) for cell in row] for row in rows]
+    grid = Table(title=escape(plain(title)), title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
         number = all(row[i][:1] in "0123456789+-—f" for row in cells)
         # Names are read whole; what is long beside them folds.
@@ -30,6 +30,11 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> 
     for row in cells:
         grid.add_row(*map(escape, row))
     out.print(grid)
+
+
+def plain(text: str) -> str:
+    """Without what a terminal would obey: names in a file of a stranger's may hold such codes."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def as_csv(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
@@ -75,12 +80,12 @@ def duration(seconds: float) -> str:
 
 def note(text: str) -> None:
     """A line on stderr."""
-    err.print(escape(text), soft_wrap=True)
+    err.print(escape(plain(text)), soft_wrap=True)
 
 
 def fail(error: UserError) -> None:
     """One line that says what is wrong, and a hint."""
     line = " ".join(str(error).split())
-    err.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
+    err.print(f"[bold red]error:[/] {escape(plain(line))}", soft_wrap=True)
     if error.hint:
-        err.print(f"[dim]hint: {escape(error.hint)}[/]", soft_wrap=True)
+        err.print(f"[dim]hint: {escape(plain(error.hint))}[/]", soft_wrap=True)

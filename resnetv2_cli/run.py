@@ -34,6 +34,8 @@ from resnetv2_cli.task import Classification
 
 FOLDER = "RESNETV2_RUN_FOLDER"  # tells the other processes of a run which folder the first took
 
+CROWD = 4  # processes on one processor, at most: slow, but as good as on many to try things out
+
 
 def first_process() -> bool:
     """Whether this is the process that writes and reports, of one or of many."""
@@ -87,7 +89,7 @@ def trainer_of(experiment: Experiment, **more: Any) -> L.Trainer:
             devices = 1
         elif e.devices.lstrip("-").isdigit():
             devices = int(e.devices)
-            if not cuda and devices > (os.cpu_count() or 1):
+            if not cuda and devices > CROWD * (os.cpu_count() or 1):
                 raise ValueError(f"{devices} were asked for")
         shared = bn_of_all(e, accelerator)
         trainer = L.Trainer(

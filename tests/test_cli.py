@@ -120,7 +120,7 @@ def mistake(done) -> tuple[str, str]:
         (["train", "--dataset", "digits", "--batch-size", 5000], "larger than the 1437", "1437"),
         (["train", "--dataset", "digits", "--devices", 64, "--accelerator", "gpu"],
          "no such devices", "this machine has"),
-        (["train", "--dataset", "digits", "--devices", 99], "99 were asked for", "processors"),
+        (["train", "--dataset", "digits", "--devices", 9999], "9999 were asked for", "processors"),
         (["train", "--dataset", "folder", "--depth", 18, "--data-dir", "nowhere"],
          "there is no folder nowhere/train", "one folder for each class"),
         (["train", "--steps", 9, "--epochs", 2], "both given", "one of them"),

@@ -15,7 +15,7 @@ from test_data import write_archive
 from torchvision.datasets import CIFAR10
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import trust
+from resnetv2_cli import console, trust
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import archive, images
 from resnetv2_cli.data.catalog import CIFAR10 as CLASSES
@@ -184,3 +184,10 @@ def test_what_lies_in_the_cache(canary, tmp_path, monkeypatch):
     with open(kept, "wb") as out:
         np.savez(out, train_images=trapped, digest=np.array("x"))
     assert images.load("cifar10", root).digest == good.digest
+
+
+def test_names_that_a_terminal_would_obey(capsys):
+    console.table("[/].ckpt \x1b[2J", ["class", "%"], [["cat\x1b]0;owned\x07", "1.0"]])
+    said = capsys.readouterr().out
+    assert "[/].ckpt" in said and "cat" in said
+    assert not any(c in said for c in "\x1b\x07")

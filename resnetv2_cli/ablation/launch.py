@@ -33,7 +33,15 @@ class Launcher(Protocol):
 
 def command(arm: Arm) -> list[str]:
     """The command of one run: a ``train`` that anybody could type."""
-    tool = [sys.executable, "-m", "resnetv2_cli", "train", *trust.flags(arm.experiment.shortcut)]
+    # -P: a file that lies in the current folder must not stand in for a package.
+    tool = [
+        sys.executable,
+        "-P",
+        "-m",
+        "resnetv2_cli",
+        "train",
+        *trust.flags(arm.experiment.shortcut),
+    ]
     if arm.begun:
         return [*tool, "--resume", str(arm.folder)]
     arm.config.parent.mkdir(parents=True, exist_ok=True)

@@ -163,7 +163,7 @@ def first_step_seconds(experiment: Experiment, folder: Path) -> float:
     """
     config, output = folder / "first.yaml", folder / "first"
     config.write_text(experiment.dump())
-    command = [sys.executable, "-m", "resnetv2_cli", "train", "--config", str(config)]
+    command = [sys.executable, "-P", "-m", "resnetv2_cli", "train", "--config", str(config)]
     command += ["--output", str(output), "--log-every", "1"]
     began = time.perf_counter()
     with open(folder / "first.log", "w+") as log:
