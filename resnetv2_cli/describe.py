@@ -72,30 +72,6 @@ def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
     }
 
 
-def activation_bytes(experiment: Experiment, precision: str) -> int:
-    """Bytes that a training step keeps of each image for its backward pass; weights are not in it.
-
-    Counted on the meta device, with everything in 16 bits where the precision is a mixed one.
-    """
-    dtype = torch.float32 if precision == "32-true" else torch.bfloat16
-    net = skeleton(experiment).to(dtype).train()
-    size = STEMS[experiment.stem_].size
-    own = {t.untyped_storage()._cdata for t in (*net.parameters(), *net.buffers())}
-    kept: dict[int, Tensor] = {}  # by storage, which views share
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in own:
-            kept[storage] = tensor
-        return tensor
-
-    images = 2  # BN asks for more than one value a channel
-    x = torch.empty(images, 3, size, size, device="meta", dtype=dtype)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        net(x).sum()
-    return sum(t.untyped_storage().nbytes() for t in kept.values()) // images
-
-
 def parameters(module: nn.Module) -> int:
     """How many numbers it learns."""
     return sum(p.numel() for p in module.parameters())

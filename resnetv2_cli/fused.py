@@ -125,12 +125,17 @@ def bn_relu(x: Tensor, norm: nn.BatchNorm2d, relu: bool, compiled: bool) -> Tens
     return made.apply(x, norm.weight, norm.bias, norm, relu)
 
 
+def made_again(tensor: Tensor) -> Callable[[], Tensor] | None:
+    """The function that makes this output of ``bn_relu`` again; None for any other tensor."""
+    return getattr(tensor, _AGAIN, None)
+
+
 @contextmanager
 def forgetting() -> Iterator[None]:
     """Whatever is computed inside keeps, of what ``bn_relu`` made, only how to make it again."""
 
     def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
-        return getattr(tensor, _AGAIN, None) or tensor.detach()
+        return made_again(tensor) or tensor.detach()
 
     def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept()

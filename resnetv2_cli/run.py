@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.layer_sync import LayerSync
 from lightning.pytorch.utilities import rank_zero_only
 
 from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli import footprint, memory
 from resnetv2_cli.callbacks import Keeper, Leaver, Recorder
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.csvlog import CSVMetrics
@@ -115,6 +116,37 @@ def trainer_of(experiment: Experiment, **more: Any) -> L.Trainer:
         hint += f"{torch.cuda.device_count()} GPUs and {os.cpu_count()} processors"
         raise UserError(f"no such devices: {line}", hint) from None
     return trainer
+
+
+def device_of(experiment: Experiment) -> torch.device:
+    """Where it trains: a GPU if there is one, unless the experiment says otherwise."""
+    gpu = torch.cuda.is_available() and experiment.accelerator in ("auto", "gpu", "cuda")
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def in_parts(experiment: Experiment, micro_batch: str) -> Experiment:
+    """The same with its batch split into micro-batches of a size, or of one that fits (``auto``).
+
+    Raises:
+        UserError: there is no such size.
+    """
+    free = memory.available(device_of(experiment))
+    return footprint.split(experiment, micro_batch, precision(experiment), free)
+
+
+def memory_line(experiment: Experiment) -> str:
+    """What a training step will need, beside what is free."""
+    devices = int(experiment.devices) if experiment.devices.isdecimal() else 1
+    images = footprint.part_size(experiment, max(1, devices))
+    needed = footprint.step_bytes(experiment, precision(experiment), images)
+    free = memory.available(device_of(experiment))
+    parts = f", {experiment.accumulate} parts" if experiment.accumulate > 1 else ""
+    line = f"a step needs about {needed / 1e9:.1f} GB ({images} images{parts})"
+    if free is None:
+        return line
+    line += f"; {free / 1e9:.1f} GB are free"
+    fits = needed <= free
+    return line if fits else f"{line}: try --micro-batch auto or --recompute-bn"
 
 
 def build(experiment: Experiment) -> tuple[Classification, ImageData]:

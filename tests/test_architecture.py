@@ -20,6 +20,7 @@ ORDER = """
     data.picture data.archive data.images
     data.order data.augment data.folder data.module
     optim describe
+    footprint
     runfolder csvlog
     form checkpoint
     foreign.names foreign.sources foreign.files foreign.convert

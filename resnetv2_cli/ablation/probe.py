@@ -12,7 +12,8 @@ from resnetv2_cli.ablation.arms import Ablation, Line
 from resnetv2_cli.ablation.studies import identity
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
-from resnetv2_cli.describe import activation_bytes, describe
+from resnetv2_cli.describe import describe
+from resnetv2_cli.footprint import activation_bytes
 from resnetv2_cli.optim import sgd
 from resnetv2_cli.plans import STEMS
 from resnetv2_cli.resnet import ResNet

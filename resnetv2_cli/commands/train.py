@@ -24,6 +24,16 @@ def train(
     time: Annotated[
         str | None, typer.Option(help="Save and leave cleanly after this long: 25m, 2h.")
     ] = None,
+    micro_batch: Annotated[
+        str | None,
+        typer.Option(
+            help="Images at a time: a number, or auto, the most that memory has room for; sets "
+            "--accumulate. The gradients of the parts add up to the whole batch's, but for BN, "
+            "which has each part's statistics.",
+            metavar="NUMBER|auto",
+            rich_help_panel="Engine",
+        ),
+    ] = None,
     json: Json = False,
     **flags: Any,
 ) -> None:
@@ -34,6 +44,10 @@ def train(
     budget = seconds(time) if time else None
     if resume and (config or output):
         raise UserError("--resume takes no --config and no --output", "the folder has them")
+    if micro_batch and (resume or "accumulate" in flags):
+        raise UserError(
+            "--micro-batch sets --accumulate, which is settled", "leave one of them out"
+        )
     experiment = None if resume else Experiment.load(config, **flags)
     from resnetv2_cli import run
     from resnetv2_cli.display import Display
@@ -47,11 +61,14 @@ def train(
             console.note(line)
     else:
         assert experiment is not None
+        if micro_batch:
+            experiment = run.in_parts(experiment, micro_batch)
         named = Path(taken) if taken else output
         folder = RunFolder(named) if named else RunFolder.free(experiment)
     os.environ[run.FOLDER] = str(folder.path)
     if run.first_process():
         console.note(f"{experiment.name} -> {folder.path}, {run.precision(experiment)}")
+        console.note(run.memory_line(experiment))
     display = Display(console.err)
     try:
         result = run.train(
