@@ -20,7 +20,8 @@ def skeleton(experiment: Experiment, classes: int = CLASSES) -> ResNet:
 
 def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
     """``parameters``, ``macs`` (multiply-adds of one image) and ``parts``: stem, units and head,
-    each with its output shape (C, H, W), parameters and MACs.
+    each with its output shape (C, H, W), parameters, MACs, and the side of the square of pixels
+    that one value of it can see (``receptive_field``; none behind the global pooling).
 
     Every multiply-add of a convolution or the classifier counts as one; BN, ReLU, additions and
     gates' products are left out, as in [1].
@@ -42,20 +43,27 @@ def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
     with torch.no_grad():
         net(torch.empty(1, 3, size, size, device="meta"))
 
-    def part(name: str, module: nn.Module) -> dict[str, Any]:
+    field, step = 1, 1  # what one value sees, and how far apart two neighbours look, in pixels
+
+    def part(name: str, module: nn.Module, path: nn.Module | None = None) -> dict[str, Any]:
+        nonlocal field, step
+        for kernel, stride in windows(path) if path else ():
+            field, step = field + (kernel - 1) * step, step * stride
         return {
             "name": name,
             "output": list(shapes[module]),
+            "receptive_field": field if path else None,
             "parameters": parameters(module),
             "macs": sum(macs.get(m, 0) for m in module.modules()),
         }
 
+    stem = part("stem", net.stem, net.stem)
     units = [
-        part(f"{stage_name}.{unit_name}", unit)
+        part(f"{stage_name}.{unit_name}", unit, unit.residual)  # type: ignore[arg-type]
         for stage_name, stage in net.body.named_children()
         for unit_name, unit in stage.named_children()
     ]
-    parts = [part("stem", net.stem), *units, part("head", net.head)]
+    parts = [stem, *units, part("head", net.head)]
     batch_norm = sum(parameters(m) for m in net.modules() if isinstance(m, nn.BatchNorm2d))
     return {
         "network": experiment.name.removesuffix(f"-s{experiment.seed}"),
@@ -70,6 +78,13 @@ def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
         "macs": sum(macs.values()),
         "parts": parts,
     }
+
+
+def windows(path: nn.Module) -> list[tuple[int, int]]:
+    """Kernel and stride, in pixels, of all that looks at more than one place or skips some."""
+    layers = [m for m in path.modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d)]
+    sizes = [(m.kernel_size, m.stride) for m in layers]
+    return [tuple(s[0] if isinstance(s, tuple) else s for s in pair) for pair in sizes]  # type: ignore
 
 
 def parameters(module: nn.Module) -> int:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.describe import describe
 from resnetv2_cli.layers import ZeroPad
 from resnetv2_cli.plans import BLOCKS, LAYOUTS, UNITS, places
 from resnetv2_cli.resnet import ResNet
@@ -196,3 +197,23 @@ def test_option_c_is_the_conv1x1_shortcut(unit):
 
 
 OPTION_C = [{"option": "C"}, {"shortcut": "conv1x1"}]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"depth": 8}, {"depth": 11}, {"depth": 11, "stride_on": "3x3"}]
+)
+def test_receptive_fields_are_what_a_gradient_reaches(settings):
+    """Weights and images that are positive everywhere, so that nothing cancels."""
+    e = Experiment(unit="original", option="A", **settings)
+    net = ResNet(**e.architecture).double().eval()
+    for p in net.parameters():
+        nn.init.constant_(p, 0.1)
+    x = torch.ones(1, 3, 96, 96, dtype=torch.float64, requires_grad=True)
+    at, seen = net.stem(x), []
+    for unit in (nn.Identity(), *net.units):
+        at = unit(at)
+        middle = at[0, :, at.shape[2] // 2, at.shape[3] // 2].sum()
+        [grad] = torch.autograd.grad(middle, x, retain_graph=True)
+        rows = grad.abs().sum((0, 1, 3)).nonzero().flatten()
+        seen.append(int(rows[-1] - rows[0]) + 1)
+    assert [p["receptive_field"] for p in describe(e)["parts"]] == [*seen, None]

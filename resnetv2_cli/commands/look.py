@@ -28,11 +28,17 @@ def describe(
         console.as_json(made)
         return
     rows = [
-        (p["name"], "x".join(map(str, p["output"])), f"{p['parameters']:,}", f"{p['macs']:,}")
+        (
+            p["name"],
+            "x".join(map(str, p["output"])),
+            str(p["receptive_field"] or "all"),
+            f"{p['parameters']:,}",
+            f"{p['macs']:,}",
+        )
         for p in made["parts"]
     ]
-    rows.append(("total", "", f"{made['parameters']:,}", f"{made['macs']:,}"))
-    console.table(made["network"], ["part", "output", "parameters", "MACs"], rows)
+    rows.append(("total", "", "", f"{made['parameters']:,}", f"{made['macs']:,}"))
+    console.table(made["network"], ["part", "output", "sees, pixels", "parameters", "MACs"], rows)
     console.out.print(
         f"{made['parameters_without_bn']:,} parameters without BN, as the paper counts"
     )
