@@ -4,18 +4,29 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.nn.utils import get_total_norm
 
+from resnetv2_cli.checkpoint import WholeFiles
+from resnetv2_cli.config import Experiment
 from resnetv2_cli.csvlog import CSVMetrics
-from resnetv2_cli.errors import Diverged, Stopped
+from resnetv2_cli.errors import Diverged, NotSaved, Stopped
+from resnetv2_cli.manifest import Manifest
+from resnetv2_cli.nonfinite import IN_A_ROW, began
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.task import Classification
 
 SAVE_SECONDS = 600.0  # last.ckpt is hardly older than this, however long an epoch takes
+ADVICE = "try a lower --lr, a longer --warmup or --precision 32-true; the last checkpoint is kept"
 AGREE_EVERY = 10  # iterations between the questions of several processes what they wish
 
 
@@ -23,16 +34,30 @@ def agreed(trainer: Trainer, wish: int) -> int:
     """The largest wish of all processes, so that they do the same at the same iteration."""
     if trainer.world_size == 1:
         return wish
-    number = torch.tensor(wish, device=trainer.strategy.root_device)
+    number = torch.tensor(int(wish), device=trainer.strategy.root_device)
     return int(trainer.strategy.reduce(number, reduce_op="max"))
 
 
-def diverged(step: int) -> Diverged:
-    """The error of a run whose loss is no longer finite."""
-    return Diverged(
-        f"the loss is not finite at iteration {step}",
-        "try a lower --lr, a longer --warmup or --precision 32-true; the last checkpoint is kept",
-    )
+def refuse_diverged(trainer: Trainer, task: Classification) -> None:
+    """
+    Raises:
+        Diverged: an iteration was not finite, and they are not skipped; or too many were skipped.
+    """
+    _, first, in_a_row = (agreed(trainer, n) for n in task.guard.read())
+    if task.guard.stop and first >= 0:
+        micro = task.experiment.accumulate
+        loaded = islice(iter(trainer.datamodule.batches(first)), micro)  # type: ignore[attr-defined]
+        batches = map(trainer.strategy.batch_to_device, loaded)
+        found, places = began(task, first, batches, trainer.precision_plugin.forward_context)
+        code = -agreed(trainer, -(len(places) if found is None else found))
+        what = "gradient" if len(places) // 2 <= code < len(places) else "loss"
+        where = places[code] if code < len(places) else ""
+        says = f"it began in {where}" if where else "run again, the iteration was finite"
+        message = f"the {what} is not finite at iteration {first + 1}: {says}"
+        raise Diverged(message, ADVICE, first + 1, where)
+    if in_a_row >= min(IN_A_ROW, trainer.max_steps):
+        message = f"{in_a_row} iterations in a row were not finite, and were skipped"
+        raise Diverged(message, ADVICE, trainer.global_step - in_a_row + 1, "")
 
 
 def stepped(trainer: Trainer, batch_idx: int) -> bool:
@@ -54,25 +79,35 @@ class Recorder(Callback):
         self.before = 0.0
         self.lr = 0.0
         self.kept: torch.Tensor | None = None
+        self.non_finite = torch.tensor([0, -1, 0])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.kept}
+        return {"sums": self.kept, "non_finite": self.non_finite}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.kept = state_dict["sums"]
+        self.non_finite = state_dict.get("non_finite", self.non_finite)
 
     def on_save_checkpoint(self, trainer: Trainer, task: Classification, checkpoint: Any) -> None:
-        # Every process has its own sums: the first takes them all, the others start again.
-        total = trainer.strategy.reduce(task.sums.clone(), reduce_op="sum")
-        task.sums.copy_(total if trainer.is_global_zero else torch.zeros_like(total))
-        checkpoint["callbacks"][self.state_key] = {"sums": task.sums.cpu().clone()}
+        # Every process has its own sums, and takes them again: added up now, they would be rounded
+        # otherwise than in a run that never stopped.
+        sums = trainer.strategy.all_gather(task.sums).reshape(-1, 3)
+        checkpoint["callbacks"][self.state_key] = {
+            "sums": sums.cpu(), "non_finite": task.guard.found.cpu()
+        }  # fmt: skip
 
     def on_train_start(self, trainer: Trainer, task: Classification) -> None:
-        if self.kept is not None and trainer.is_global_zero:
-            task.sums.copy_(self.kept)
+        self.before = 0.0
+        if self.kept is not None:
+            each = self.kept.reshape(-1, 3)
+            if len(each) != trainer.world_size:  # the first of another number takes them all
+                each = torch.zeros(trainer.world_size, 3, dtype=each.dtype)
+                each[0] = self.kept.reshape(-1, 3).sum(0)
+            task.sums.copy_(each[trainer.global_rank])
+            task.guard.found.copy_(self.non_finite)
+            self.before = float(each[:, 2].sum())
         for file in (self.csv, self.speed):
             file.start(trainer.global_step)
-        self.before = float(task.sums[2])
         self.mark = time.perf_counter()
 
     def on_before_optimizer_step(
@@ -90,20 +125,21 @@ class Recorder(Callback):
             return
         sums = trainer.strategy.reduce(task.sums.clone(), reduce_op="sum")
         task.sums.zero_()
+        refuse_diverged(trainer, task)
         loss, wrong, images = sums.tolist()
-        if not math.isfinite(loss):
-            raise diverged(step)
         now = time.perf_counter()
         rate = (images - self.before) / (now - self.mark)
         self.mark, self.before = now, 0.0
         metrics = {
             "epoch": round(step / trainer.datamodule.steps_per_epoch, 4),  # type: ignore
             "lr": self.lr,
-            "train_loss": loss / images,
-            "train_error": 100 * wrong / images,
             "images_per_second": rate,
         }
+        if images:  # else all were skipped
+            metrics |= {"train_loss": loss / images, "train_error": 100 * wrong / images}
         self.latest |= metrics
+        if skipped := task.guard.read()[0]:
+            self.latest["skipped"] = skipped
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
 
@@ -125,15 +161,39 @@ class Recorder(Callback):
                 logger.log_metrics(metrics, step)
 
 
+class Readings(Callback):
+    """Counts in the manifest how often the test set was read, by whatever reads it."""
+
+    def __init__(self, manifest: Manifest, scored: str) -> None:
+        self.manifest, self.scored = manifest, scored
+
+    def on_validation_start(self, trainer: Trainer, task: Classification) -> None:
+        if self.scored == "test":
+            self.on_test_start(trainer, task)
+
+    def on_test_start(self, trainer: Trainer, task: Classification) -> None:
+        if trainer.is_global_zero:
+            with suppress(OSError):  # a full disk is told of by what cannot be saved
+                self.manifest.count_reading()
+
+
 class Keeper(Callback):
-    """Keeps ``last.ckpt`` after each evaluation, every ten minutes, and on leaving early;
-    ``best.ckpt`` by the validation error; and a numbered one every ``save_every`` iterations.
+    """Keeps ``last.ckpt`` after each evaluation, every ten minutes, and on leaving early, with the
+    one before it as ``previous.ckpt``; ``best.ckpt`` by the validation error; and a numbered name
+    for ``last.ckpt`` every ``save_every`` iterations.
 
     The best on the test set is never kept: choosing by it is what a test set must not be used for.
+    ``metrics``: files whose lines must be on the disk before a checkpoint that is later than they.
     """
 
-    def __init__(self, folder: RunFolder, save_every: int, choose: bool) -> None:
-        self.folder, self.save_every, self.choose = folder, save_every, choose
+    def __init__(
+        self,
+        folder: RunFolder,
+        experiment: Experiment,
+        metrics: list[CSVMetrics],
+        tell: Callable[[str], None],
+    ) -> None:
+        self.folder, self.experiment, self.metrics, self.tell = folder, experiment, metrics, tell
         self.best = math.inf
         self.saved_at = time.monotonic()
 
@@ -143,23 +203,65 @@ class Keeper(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
 
-    def save(self, trainer: Trainer, task: Classification) -> None:
-        """Replace ``last.ckpt``.
+    def save(self, trainer: Trainer, task: Classification, *, leaving: bool = False) -> None:
+        """Replace ``last.ckpt``; ``leaving``: the run ends with it.
 
         Raises:
             Diverged: something in the network is not finite; the last checkpoint stays.
+            NotSaved: it cannot be written, and the run ends here or ``save_failure`` says stop.
         """
-        values = [task.sums, *task.net.parameters()]
-        if agreed(trainer, not all(bool(torch.isfinite(v).all()) for v in values)):
-            raise diverged(trainer.global_step)
-        trainer.save_checkpoint(self.folder.last)
+        refuse_diverged(trainer, task)
+        largest = get_total_norm(task.net.parameters(), math.inf)
+        if agreed(trainer, not bool(largest.isfinite())):
+            step = trainer.global_step
+            raise Diverged(f"the weights are not finite at iteration {step}", ADVICE, step, "")
+        names: dict[str, Any] = {"before": self.folder.previous}
+        if self.numbered(trainer.global_step):
+            name = f"step-{trainer.global_step:08d}.ckpt"
+            names["also"] = [self.folder.checkpoints / name]
+        self.write(trainer, self.folder.last, names, leaving)
         self.saved_at = time.monotonic()
 
+    def numbered(self, step: int) -> bool:
+        """Whether the checkpoint of this iteration is kept beside the last."""
+        return self.experiment.save_every > 0 and step % self.experiment.save_every == 0
+
+    def write(
+        self, trainer: Trainer, path: Path, names: dict[str, Any], leaving: bool = False
+    ) -> bool:
+        """Write a checkpoint, after the metrics; whether that went well. All processes agree."""
+        writer = trainer.strategy.checkpoint_io
+        assert isinstance(writer, WholeFiles)
+        failure = self.flush() if trainer.is_global_zero else None
+        if not agreed(trainer, failure is not None):
+            trainer.save_checkpoint(path, storage_options=names)
+            failure = writer.failure
+        if not agreed(trainer, failure is not None):
+            return True
+        failure = failure or NotSaved(f"cannot save {path}", "the first process says why")
+        if leaving or self.experiment.save_failure == "stop":
+            raise failure
+        if trainer.is_global_zero:
+            self.tell(f"{failure}; {failure.hint}; training goes on (--save-failure stop: stop)")
+        return False
+
+    def flush(self) -> NotSaved | None:
+        """Bring the metrics to the disk; why that cannot be done."""
+        try:
+            for file in self.metrics:
+                file.write(flush=True)
+        except OSError as error:
+            said = error.strerror or str(error)
+            return NotSaved(f"cannot write {file.path}: {said}", "the last checkpoint is kept")
+        return None
+
     def on_validation_end(self, trainer: Trainer, task: Classification) -> None:
-        if self.choose and task.scores["error"] < self.best:
-            self.best = task.scores["error"]
-            trainer.save_checkpoint(self.folder.best)
-        self.save(trainer, task)
+        if self.experiment.val and task.scores["error"] < self.best:
+            before, self.best = self.best, task.scores["error"]
+            if not self.write(trainer, self.folder.best, {}):
+                self.best = before
+        if trainer.state.fn == TrainerFn.FITTING:  # else the last is there already
+            self.save(trainer, task, leaving=trainer.global_step == trainer.max_steps)
 
     def on_train_batch_end(
         self, trainer: Trainer, task: Classification, outputs: Any, batch: Any, batch_idx: int
@@ -167,11 +269,10 @@ class Keeper(Callback):
         if not stepped(trainer, batch_idx) or evaluates(trainer, batch_idx):
             return  # after an evaluation it is saved anyway, and then with its result
         step = trainer.global_step
-        if self.save_every and step % self.save_every == 0:
-            trainer.save_checkpoint(self.folder.checkpoints / f"step-{step:08d}.ckpt")
+        last = step == trainer.max_steps
         late = time.monotonic() - self.saved_at > SAVE_SECONDS
-        if step == trainer.max_steps or (step % AGREE_EVERY == 0 and agreed(trainer, late)):
-            self.save(trainer, task)
+        if last or self.numbered(step) or (step % AGREE_EVERY == 0 and agreed(trainer, late)):
+            self.save(trainer, task, leaving=last)
 
 
 def evaluates(trainer: Trainer, batch_idx: int) -> bool:
@@ -227,7 +328,7 @@ class Leaver(Callback):
         late = time.monotonic() > self.deadline
         wish = agreed(trainer, self.signal or (TIME_OVER if late else 0))
         if wish and trainer.global_step < trainer.max_steps:
-            self.keeper.save(trainer, task)
+            self.keeper.save(trainer, task, leaving=True)
             if wish == TIME_OVER:
                 raise Stopped("the time is over", 0)
             raise Stopped(signal.Signals(wish).name, SIGNALS[signal.Signals(wish)])

@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, and opened without running anything in them."""
 
-import os
 import pickle
 import zipfile
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,49 +11,89 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from resnetv2_cli import form
+from resnetv2_cli import files, form
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.errors import UserError, shown
+from resnetv2_cli.errors import Damaged, NotSaved, UserError, shown
 from resnetv2_cli.origin import find  # noqa: F401  (config needs it, and no torch)
+
+SEALED = "sealed"  # a key that says that the file ends with its digest
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes to a temporary name in the same folder, flushes it to disk, then renames it."""
+    """Writes to a temporary name in the same folder, flushes it to disk, reads it back, renames it.
+
+    ``failure``: why the last one could not be written. It is not raised, because of several
+    processes only the first writes, and the others wait for it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failure: NotSaved | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".tmp")
+        """``storage_options``: the name that the file in this place gets, and more names for the
+        new one: ``{"before": path, "also": [path]}``."""
+        path, names = Path(path), storage_options or {}
+        beside = files.partial(path)
+        self.failure = None
         try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(checkpoint, beside)
+            if path.exists() and "before" in names:
+                files.name_too(path, names["before"])
+            beside.replace(path)
+            for name in names.get("also", []):
+                files.name_too(path, name)
+            files.flush_folder(path.parent)
         except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise UserError(
-                f"cannot save {path}: {error.strerror}", "the checkpoint before it is kept"
-            ) from None
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+            self.failure = NotSaved(
+                f"cannot save {path}: {error.strerror or error}", "the checkpoint before it is kept"
+            )
+
+
+def write(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint with its seal, and read it back from the disk.
+
+    Raises:
+        OSError: it cannot be written, or is read as something else.
+    """
+    with path.open("wb") as file:
+        sealing = files.Sealing(file)
+        try:
+            torch.save({**checkpoint, SEALED: True}, sealing)  # type: ignore[arg-type]
+        except RuntimeError:
+            if sealing.error is None:
+                raise
+        written = sealing.seal()
+        files.flush(file)
+    if files.seal_of(path) != (written, written):
+        raise OSError(f"{path} is read back as something else than what was written")
 
 
 def read(path: Path) -> dict[str, Any]:
     """What a checkpoint of this tool holds, as tensors and plain values.
 
     Raises:
-        UserError: the file is cut short, is no checkpoint, or is not one of this tool.
+        Damaged: the file is cut short or changed.
+        UserError: it is no checkpoint, or is not one of this tool.
     """
+    again = "copy it again; in the folder of a run, resnetv2 train --resume takes the one before"
     try:
+        sealed, digest = files.seal_of(path)
+        if sealed not in (None, digest):
+            raise Damaged(f"{path} is damaged: it fails its checksum, SHA-256", again)
         with zipfile.ZipFile(path) as archive:
             form.refuse_bomb(archive, path)
-            broken = archive.testzip()
+            broken = None if sealed else archive.testzip()
         if broken:
-            raise UserError(f"{path} is damaged: {broken} fails its checksum", "copy it again")
+            raise Damaged(f"{path} is damaged: {broken} fails its checksum", again)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except zipfile.BadZipFile:
-        raise UserError(f"{path} is no checkpoint, or is cut short", "copy it again") from None
+        raise Damaged(f"{path} is no checkpoint, or is cut short", again) from None
     except pickle.UnpicklingError:
         hint = "such a file could run anything; only tensors and plain values are read"
         raise UserError(f"{path} holds more than tensors", hint) from None
@@ -62,7 +103,36 @@ def read(path: Path) -> dict[str, Any]:
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read {path}: {line}", "was it changed?") from None
     form.refuse_misshapen(checkpoint, path)
+    if checkpoint.get(SEALED) and not sealed:
+        raise Damaged(f"{path} is damaged: its checksum at its end is not whole", again)
     return checkpoint
+
+
+def newest(
+    folder: Path, last: Path, tell: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that a run continues from, and what it holds: ``last``, or, if that is not
+    whole, the one with the most iterations of those in ``folder`` that are; None if there is none.
+
+    Raises:
+        UserError: there are some, and none is whole.
+    """
+    if not any(folder.glob("*.ckpt")):
+        return None
+    try:
+        return last, read(last)
+    except UserError as error:
+        damaged = error
+    path, held = last, None
+    for other in sorted(folder.glob("*.ckpt")):
+        with suppress(UserError):
+            found = read(other)
+            if held is None or found["global_step"] > held["global_step"]:
+                path, held = other, found
+    if held is None:
+        raise UserError(f"{damaged}, and there is no whole one beside it", damaged.hint)
+    tell(f"{damaged}; continuing from {path.name}, iteration {held['global_step']:,}")
+    return path, held
 
 
 def experiment_of(checkpoint: dict[str, Any], **overrides: Any) -> Experiment:

@@ -14,7 +14,7 @@ from resnetv2_cli import plans
 from resnetv2_cli.errors import UserError, shown, unknown
 from resnetv2_cli.origin import find, sha256
 from resnetv2_cli.recipes import read_yaml
-from resnetv2_cli.settings import checked, rows, setting
+from resnetv2_cli.settings import BITS, PARTS, SAME, checked, rows, setting
 
 PAPER_STEPS, PAPER_WARMUP = 64_000, 400  # iterations
 
@@ -93,7 +93,7 @@ class Experiment:
     dataset: Literal["cifar10", "cifar100", "digits", "imagenet", "folder"] = setting(
         "cifar10", "Images to learn from.", "Data"
     )
-    data_dir: str = setting("data", "Where images are, or are downloaded to.", "Data", free=True)
+    data_dir: str = setting("data", "Where images are, or are downloaded to.", "Data", free=SAME)
     batch_size: int = setting(
         128,
         "Images in one iteration, over all devices and micro-batches; each takes its equal part.",
@@ -123,7 +123,7 @@ class Experiment:
         most=4096,
     )
     workers: int = setting(
-        2, "Processes that decode images (folders only).", "Data", least=0, most=1024, free=True
+        2, "Processes that decode images (folders only).", "Data", least=0, most=1024, free=SAME
     )
 
     lr: float = setting(0.1, "Learning rate, before warm-up and drops.", "Optimization", least=0)
@@ -170,6 +170,11 @@ class Experiment:
     label_smoothing: float = setting(
         0.0, "Share of the label given to all classes.", "Optimization", least=0, most=1
     )
+    non_finite: Literal["stop", "skip"] = setting(
+        "stop",
+        "Loss or gradient not finite: stop, and say where it began; or skip the iteration.",
+        "Optimization",
+    )
     seed: int = setting(
         0, "Seed of weights, order and augmentation.", "Optimization", least=0, most=2**31 - 1
     )
@@ -178,7 +183,7 @@ class Experiment:
         None,
         "Weights to start from: a checkpoint, a run's folder, or a .safetensors file.",
         "Fine-tuning",
-        free=True,
+        free="the file may have moved; the weights are the same",
     )
     weights_sha256: str | None = setting(
         None, "SHA-256 that the weights must have; found by itself.", "Fine-tuning"
@@ -193,26 +198,26 @@ class Experiment:
         "auto", "Arithmetic; auto takes the fast safe mode of the hardware.", "Engine"
     )
     accumulate: int = setting(1, "Micro-batches that one batch is split into.", "Engine", least=1)
-    compile: bool = setting(False, "Compile the network, unit by unit.", "Engine", free=True)
+    compile: bool = setting(False, "Compile the network, unit by unit.", "Engine", free=BITS)
     recompute: int = setting(
         0,
         "Segments whose activations are recomputed in backward, to save memory; 0: none.",
         "Engine",
         least=0,
-        free=True,
+        free="memory against time",
     )
     recompute_bn: bool = setting(
         False,
         "Keep nothing of what BN and ReLU make, and make it again in backward: half the memory.",
         "Engine",
-        free=True,
+        free="memory against time",
     )
     kernels: Literal["auto", "eager"] = setting(
         "auto",
         "BN and ReLU in training: auto has one compiled operation for both, on a CPU with gcc; "
         "eager has PyTorch's.",
         "Engine",
-        free=True,
+        free=BITS,
     )
     sync_bn: bool = setting(
         False,
@@ -220,14 +225,14 @@ class Experiment:
         "paper's two GPUs saw 64 of 128 images each.",
         "Engine",
     )
-    accelerator: str = setting("auto", "auto, cpu or gpu.", "Engine", free=True)
+    accelerator: str = setting("auto", "auto, cpu or gpu.", "Engine", free=BITS)
     devices: str = setting(
-        "1", "How many devices; which (0,1); or auto, all there are.", "Engine", free=True
+        "1", "How many devices; which (0,1); or auto, all there are.", "Engine", free=PARTS
     )
-    nodes: int = setting(1, "Machines.", "Engine", least=1, free=True)
-    strategy: str = setting("auto", "How devices share the work: auto or ddp.", "Engine", free=True)
+    nodes: int = setting(1, "Machines.", "Engine", least=1, free=PARTS)
+    strategy: str = setting("auto", "How devices share the work: auto or ddp.", "Engine", free=BITS)
     deterministic: bool = setting(
-        False, "Only operations that give the same bits each time.", "Engine", free=True
+        False, "Only operations that give the same bits each time.", "Engine", free=BITS
     )
 
     eval_every: float = setting(1.0, "Epochs between evaluations.", "Run", least=0.001, most=1e6)
@@ -237,10 +242,17 @@ class Experiment:
         "Iterations between checkpoints that are kept beside last.ckpt; 0: none.",
         "Run",
         least=0,
-        free=True,
+        free="numbered checkpoints stand at other iterations from here on",
     )
-    tensorboard: bool = setting(False, "Log to TensorBoard too.", "Run", free=True)
-    wandb: bool = setting(False, "Log to Weights & Biases too.", "Run", free=True)
+    save_failure: Literal["continue", "stop"] = setting(
+        "continue",
+        "When a checkpoint cannot be written (disk full, quota, read-only): train on and try again "
+        "at the next one, or stop.",
+        "Run",
+        free="it counts from here on",
+    )
+    tensorboard: bool = setting(False, "Log to TensorBoard too.", "Run", free="from here on")
+    wandb: bool = setting(False, "Log to Weights & Biases too.", "Run", free="from here on")
 
     def __post_init__(self) -> None:
         for f in fields(self):

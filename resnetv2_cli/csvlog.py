@@ -1,21 +1,29 @@
 """Metrics files as they are written; ``runfolder`` reads them, without waiting for a framework."""
 
+import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from resnetv2_cli.files import write_text
+
 
 class CSVMetrics(Logger):
-    """A CSV file that is only ever appended to; a resumed run continues it after its step."""
+    """A CSV file that is only ever appended to; a resumed run continues it after its step.
+
+    Lines that cannot be written, because the disk is full, wait for the next ones.
+    """
 
     def __init__(self, path: Path, columns: list[str]) -> None:
         super().__init__()
         self.path, self.columns = path, columns
+        self.waiting = ""
         # A run that was killed after its last evaluation makes that evaluation again.
-        self.newest = path.read_text().splitlines()[-1] if path.exists() else ""
+        self.newest = self.lines()[-1]
 
     @property
     def name(self) -> str:
@@ -28,16 +36,23 @@ class CSVMetrics(Logger):
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: ``config.yaml`` has them."""
 
+    def lines(self) -> list[str]:
+        """The header and the whole lines: power that fails leaves parts of one, or none."""
+        text = self.path.read_text(errors="replace") if self.path.exists() else ""
+        whole = [line for line in text.split("\n")[1:-1] if self.is_whole(line)]
+        return [",".join(self.columns), *whole]
+
+    def is_whole(self, line: str) -> bool:
+        cells = line.split(",")
+        return len(cells) == len(self.columns) and cells[0].isdecimal()
+
     @rank_zero_only
     def start(self, step: int) -> None:
         """Keep the lines up to iteration ``step``: later ones will be written again."""
-        lines = [",".join(self.columns)]
-        if self.path.exists():
-            kept = self.path.read_text().splitlines()[1:]
-            lines += [line for line in kept if int(line.split(",")[0]) <= step]
-        partial = self.path.with_name(self.path.name + ".tmp")
-        partial.write_text("\n".join(lines) + "\n")
-        os.replace(partial, self.path)
+        header, *lines = self.lines()
+        kept = [header, *(line for line in lines if int(line.split(",")[0]) <= step)]
+        write_text(self.path, "\n".join(kept) + "\n")
+        self.newest = kept[-1]
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -46,8 +61,28 @@ class CSVMetrics(Logger):
         line = ",".join(cells)
         if any(cells[1:]) and line != self.newest:
             self.newest = line
-            with self.path.open("a") as file:
-                file.write(line + "\n")
+            self.waiting += line + "\n"
+            with suppress(OSError):  # the next checkpoint, which needs them on the disk, says so
+                self.write()
+
+    def write(self, *, flush: bool = False) -> None:
+        """Append the lines that wait; ``flush``: and bring all of them to the disk.
+
+        Raises:
+            OSError: it cannot be done; then they wait on, and none of them is in the file.
+        """
+        data = self.waiting.encode()
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            before = os.fstat(file).st_size
+            if os.write(file, data) < len(data):
+                os.ftruncate(file, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            self.waiting = ""
+            if flush:
+                os.fsync(file)
+        finally:
+            os.close(file)
 
 
 def format_cell(value: float | int | None) -> str:

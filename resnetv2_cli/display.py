@@ -21,6 +21,7 @@ SCORES: dict[str, Callable[[float], str]] = {
     "val_error": lambda v: f"val {v:.2f} %",
     "test_error": lambda v: f"test {v:.2f} %",
     "lr": lambda v: f"lr {v:.3g}",
+    "skipped": lambda v: f"skipped {v:.0f}",
 }
 
 

@@ -16,8 +16,23 @@ class UserError(Exception):
         self.hint = hint
 
 
+class Damaged(UserError):
+    """A file that was whole once and is not any more."""
+
+
+class NotSaved(UserError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
 class Diverged(UserError):
-    """The loss is no longer finite; in a table such a run is a ``fail``."""
+    """The loss is no longer finite; in a table such a run is a ``fail``.
+
+    ``iteration``: the first that was not. ``where``: the part of the network where it began.
+    """
+
+    def __init__(self, message: str, hint: str, iteration: int, where: str) -> None:
+        super().__init__(message, hint)
+        self.iteration, self.where = iteration, where
 
 
 class Stopped(Exception):

@@ -54,7 +54,7 @@ class Run:
     @cached_property
     def environment(self) -> dict[str, Any]:
         """Command, versions and hardware: of its end, or of its beginning before that."""
-        return self.result.get("environment") or mapping(self.folder.environment)
+        return self.result.get("environment") or mapping(self.folder.manifest.path)
 
     @cached_property
     def series(self) -> dict[str, list[tuple[int, float]]]:

@@ -1,12 +1,11 @@
 """Train one experiment in a run folder, continue it, and evaluate what came of it."""
 
-import json
 import logging
 import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,16 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import footprint, memory
-from resnetv2_cli.callbacks import Keeper, Leaver, Recorder
+from resnetv2_cli.callbacks import Keeper, Leaver, Readings, Recorder
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.csvlog import CSVMetrics
 from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.errors import Diverged, UserError
 from resnetv2_cli.finetune import begin
+from resnetv2_cli.manifest import Manifest, begun, environment
 from resnetv2_cli.plot import curves
-from resnetv2_cli.runfolder import RunFolder, environment, read_metrics, write_json
-from resnetv2_cli.settings import checked
+from resnetv2_cli.resume import extend, finished, same_run
+from resnetv2_cli.runfolder import RunFolder, read_metrics, write_json
 from resnetv2_cli.shortcuts import shortcut_class
 from resnetv2_cli.syncbn import OverProcesses
 from resnetv2_cli.task import Classification
@@ -196,31 +196,60 @@ def train(
     resume: bool = False,
     seconds: float | None = None,
     display: list[Callback] | None = None,
+    origins: dict[str, str] | None = None,
     tell: Callable[[str], None] = silent,
 ) -> dict[str, Any]:
     """Train to the last iteration, evaluate, and leave ``result.json``, which is returned.
 
-    ``seconds``: save and leave cleanly when they are over. ``tell``: gets what happens, a line at a
-    time.
+    ``seconds``: save and leave cleanly when they are over. ``origins``: where settings came from.
+    ``tell``: gets what happens, a line at a time.
 
     Raises:
         UserError: the images, devices, folder or checkpoint are not what is needed.
         Stopped: a signal came or the time was over; the run can be continued.
     """
-    began = time.monotonic()
-    if resume and folder.result.exists():
-        return json.loads(folder.result.read_text())
-    new = not resume and first_process()
-    if new:
+    left = Left(seconds)
+    if not first_process():
+        return _train(experiment, folder, resume, left, display or [], origins or {}, silent)
+    if not resume:
         folder.refuse_if_used()
+    with folder.claimed():
+        if not resume:
+            folder.refuse_if_used()  # another process may have ended in it just now
+        return _train(experiment, folder, resume, left, display or [], origins or {}, tell)
+
+
+class Left:
+    """Seconds that are left of those that were given, None where none were."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.end = None if seconds is None else time.monotonic() + seconds
+
+    def __call__(self) -> float | None:
+        return None if self.end is None else max(1.0, self.end - time.monotonic())
+
+
+def _train(
+    experiment: Experiment,
+    folder: RunFolder,
+    resume: bool,
+    left: Left,
+    display: list[Callback],
+    origins: dict[str, str],
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    if resume and (result := finished(folder, experiment)):
+        tell(f"{folder.path} is finished: nothing is left to do; --steps trains it longer")
+        draw(experiment, folder)
+        return result
     task, data = build(experiment)
     e = task.experiment
     write = loggers(e, folder, data.scored)
-    if new:
-        folder.create(e)
+    if not resume and first_process():
+        folder.create(e, begun(experiment, e, origins, data.facts))
     recorder = Recorder(write[0], write[1], e.log_every, data.scored)  # type: ignore[arg-type]
-    keeper = Keeper(folder, e.save_every, choose=e.val > 0)
-    left = None if seconds is None else max(1.0, seconds - (time.monotonic() - began))
+    keeper = Keeper(folder, e, write[:2], tell)  # type: ignore[arg-type]
+    readings = Readings(folder.manifest, data.scored)
     steps_between = max(1, round(e.eval_every * data.steps_per_epoch))
     trainer = trainer_of(
         e,
@@ -230,21 +259,20 @@ def train(
         check_val_every_n_epoch=None,
         log_every_n_steps=10**9,
         logger=write,
-        callbacks=[recorder, *(display or []), keeper, Leaver(keeper, left)],
+        callbacks=[readings, recorder, *display, keeper, Leaver(keeper, left())],
         default_root_dir=folder.path,
     )
-    last = None  # a run that was killed before its first checkpoint starts again
-    if resume and folder.last.exists():
-        last = folder.last
-        checkpoints.load_weights(task, checkpoints.read(last), last)
-    else:
+    last = _continue(task, data, folder, tell) if resume else None
+    if last is None:
         for line in begin(task):
             tell(line)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
     except Diverged as error:
         if trainer.is_global_zero:
-            write_json(folder.failed, {"reason": str(error)})
+            said = {"reason": str(error), "diverged": True}
+            said |= {"iteration": error.iteration, "where": error.where}
+            write_json(folder.failed, said)
         raise
     if task.scores.get("step") != e.steps:  # the last iteration was not at the end of an epoch
         trainer.validate(task, datamodule=data, verbose=False, weights_only=True)
@@ -253,7 +281,34 @@ def train(
         checkpoints.load_weights(task, chosen, folder.best)
         trainer.test(task, datamodule=data, verbose=False, weights_only=True)
         task.scores["step"] = chosen["global_step"]
-    return finish(task, data, folder) if trainer.is_global_zero else {}
+    if not trainer.is_global_zero:
+        return {}
+    recorder.csv.write(flush=True)
+    return finish(task, data, folder)
+
+
+def _continue(
+    task: Classification, data: ImageData, folder: RunFolder, tell: Callable[[str], None]
+) -> Path | None:
+    """The checkpoint to continue from, after a look at what is in it; None if there is none yet.
+
+    Raises:
+        UserError: it is of another run than the folder's, or the images are others.
+    """
+    saved, e = folder.experiment(), task.experiment
+    found = checkpoints.newest(folder.checkpoints, folder.last, tell)
+    path, held = found or (None, {})
+    if path is None:  # it was killed before its first
+        tell("there is no checkpoint yet: it begins again")
+    else:
+        same_run(path, held, e, data.digest)
+        checkpoints.load_weights(task, held, path)
+    if first_process():
+        step = held.get("global_step", 0)
+        extended = extend(saved, e, step, tell)
+        changed = {k: v for k, v in asdict(e).items() if getattr(saved, k) != v}
+        folder.go_on(e, step, changed, extended)
+    return path
 
 
 def finish(task: Classification, data: ImageData, folder: RunFolder) -> dict[str, Any]:
@@ -263,6 +318,8 @@ def finish(task: Classification, data: ImageData, folder: RunFolder) -> dict[str
     training images held out.
     """
     e, scores, trained = task.experiment, task.scores, read_metrics(folder.metrics)
+    said = folder.manifest.read()
+    extended = [r["extended"] for r in said.get("resumes", []) if r.get("extended")]
     result = {
         "name": e.name,
         "test_error": scores["error"],
@@ -279,35 +336,21 @@ def finish(task: Classification, data: ImageData, folder: RunFolder) -> dict[str
         "seed": e.seed,
         "precision": precision(e),
         "data": data.digest,
+        "test_set_readings": said.get("test_set_readings"),
+        "extended": extended,
+        "skipped_iterations": task.guard.read()[0],
         "environment": environment(),
     }
     write_json(folder.result, result)
     folder.failed.unlink(missing_ok=True)
-    curves({e.name: folder.metrics}, folder.curves)
+    draw(e, folder)
     return result
 
 
-def resumed(folder: RunFolder, given: dict[str, Any]) -> tuple[Experiment, list[str]]:
-    """The saved experiment, with those of the flags given that do not change what is learned, and
-    a line for each of these.
-
-    Raises:
-        UserError: a flag would make it another experiment, or the folder is not that of a run.
-    """
-    saved = folder.experiment()
-    free = {f.name for f in fields(Experiment) if f.metadata["free"]}
-    wished = {f.name: checked(f, given[f.name]) for f in fields(Experiment) if f.name in given}
-    changed = {k: v for k, v in wished.items() if getattr(saved, k) != v}
-    for key, value in changed.items():
-        if key not in free:
-            flag = "--" + key.replace("_", "-")
-            raise UserError(
-                f"{flag} {value} would make this another experiment: "
-                f"it was begun with {getattr(saved, key)}",
-                f"leave {flag} out, or start a new run",
-            )
-    lines = [f"--{k.replace('_', '-')}: {getattr(saved, k)} -> {v}" for k, v in changed.items()]
-    return replace(saved, **changed), lines
+def draw(experiment: Experiment, folder: RunFolder) -> None:
+    """Draw ``curves.png``, unless it is there."""
+    if not folder.curves.exists():
+        curves({experiment.name: folder.metrics}, folder.curves)
 
 
 def restore(
@@ -331,6 +374,12 @@ def restore(
     return saved, task, data
 
 
+def manifest_of(checkpoint: Path) -> Manifest | None:
+    """The manifest of the run whose folder a checkpoint is in."""
+    folder = RunFolder(checkpoint.absolute().parent.parent)
+    return folder.manifest if folder.manifest.path.exists() else None
+
+
 def evaluate(path: Path, **overrides: Any) -> tuple[dict[str, Any], Classification]:
     """Scores of a checkpoint on its test images; network and data settings come from it alone.
 
@@ -338,7 +387,9 @@ def evaluate(path: Path, **overrides: Any) -> tuple[dict[str, Any], Classificati
         UserError: the file is no checkpoint of this tool, or the images are missing.
     """
     saved, task, data = restore(path, **overrides)
-    trainer = trainer_of(checkpoints.experiment_of(saved, **overrides), logger=False)
+    counted = [Readings(manifest, "test")] if (manifest := manifest_of(path)) else []
+    e = checkpoints.experiment_of(saved, **overrides)
+    trainer = trainer_of(e, logger=False, callbacks=counted)
     trainer.test(task, datamodule=data, verbose=False, weights_only=True)
     scores = task.scores | {"step": saved["global_step"]}
     expected = len(data.test.labels)

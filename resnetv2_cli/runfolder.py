@@ -1,29 +1,31 @@
 """The folder of one run: what is in it, and that nothing in it is overwritten or lost."""
 
 import csv
+import fcntl
 import json
 import os
-import platform
-import subprocess
-import sys
-from importlib.metadata import PackageNotFoundError, version
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
-
-PACKAGES = ["resnetv2-cli", "torch", "torchvision", "lightning", "torchmetrics", "numpy"]
+from resnetv2_cli.files import write_text
+from resnetv2_cli.manifest import Manifest
 
 
 class RunFolder:
-    """``config.yaml``, ``environment.json``, ``metrics.csv``, ``speed.csv``, ``checkpoints/``,
-    and at the end ``result.json`` and ``curves.png``, or ``failed.json`` if the loss diverged."""
+    """``config.yaml``, ``manifest.json``, ``metrics.csv``, ``speed.csv``, ``run.lock``,
+    ``checkpoints/``, and at the end ``result.json`` and ``curves.png``, or ``failed.json`` if the
+    loss diverged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
-        self.environment = path / "environment.json"
+        self.lock = path / "run.lock"
+        self.manifest = Manifest(path / "manifest.json")
         self.metrics = path / "metrics.csv"
         self.speed = path / "speed.csv"
         self.result = path / "result.json"
@@ -31,6 +33,7 @@ class RunFolder:
         self.curves = path / "curves.png"
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
+        self.previous = self.checkpoints / "previous.ckpt"
         self.best = self.checkpoints / "best.ckpt"
 
     @classmethod
@@ -45,27 +48,87 @@ class RunFolder:
     def refuse_if_used(self) -> None:
         """
         Raises:
-            UserError: the folder holds something already.
+            UserError: the folder holds something already, and not only what a run leaves that was
+                killed before it began.
         """
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        begun = {self.lock.name, self.manifest.path.name, self.checkpoints.name}
+        if self.path.is_dir():
+            inside = [p for p in self.path.iterdir() if p.suffix != ".tmp" and p.name not in begun]
+            free = not inside and not any(self.checkpoints.glob("*"))
+        else:
+            free = not self.path.exists()
+        if not free:
             raise UserError(
                 f"{self.path} is not empty",
                 f"name another with --output, or continue it: resnetv2 train --resume {self.path}",
             )
 
-    def create(self, experiment: Experiment) -> None:
-        """Make the folder of a new run.
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Hold the folder: no other process trains in it meanwhile. It is free again when this one
+        has gone, however it went.
+
+        Raises:
+            UserError: another process has it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = self.lock.open("a+")
+        except OSError as error:
+            hint = "name another folder with --output"
+            raise UserError(f"cannot write {self.path}: {error.strerror}", hint) from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(
+                    f"{self.path} is in use by {file.read().strip() or 'another process'}",
+                    "wait for it, or let it save and leave: kill -TERM",
+                ) from None
+            except OSError:  # a filesystem without locks
+                pass
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+
+    def create(self, experiment: Experiment, manifest: dict[str, Any]) -> None:
+        """Begin a new run; it is one as soon as it has a ``config.yaml``.
 
         Raises:
             UserError: it cannot be written.
         """
         try:
-            self.checkpoints.mkdir(parents=True)
-            self.config.write_text(experiment.dump())
-            write_json(self.environment, environment())
+            self.checkpoints.mkdir(exist_ok=True)
+            write_json(self.manifest.path, manifest)
+            write_text(self.config, experiment.dump())
         except OSError as error:
             hint = "name another folder with --output"
             raise UserError(f"cannot write {self.path}: {error.strerror}", hint) from None
+
+    def go_on(
+        self, experiment: Experiment, step: int, changed: dict[str, Any], extended: dict[str, Any]
+    ) -> None:
+        """Continue the run after iteration ``step``: ``config.yaml`` gets what was changed, and the
+        result of a shorter training another name.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.manifest.add_resume(step, changed, extended)
+        if changed:
+            write_text(self.config, experiment.dump())
+        if self.result.exists():
+            self.result.rename(self.path / f"result-{step:08d}.json")
+            self.curves.unlink(missing_ok=True)
+        self.failed.unlink(missing_ok=True)
+
+    @property
+    def diverged(self) -> str | None:
+        """Why the loss of the run is no longer finite, if it is not."""
+        said = json.loads(self.failed.read_text()) if self.failed.exists() else {}
+        return said.get("reason") if said.get("diverged", True) else None
 
     def experiment(self) -> Experiment:
         """What the run is.
@@ -80,9 +143,7 @@ class RunFolder:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a file by a value, wholly or not at all."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
@@ -94,54 +155,3 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
                 if cell and name != "step":
                     series.setdefault(name, []).append((int(row["step"]), float(cell)))
     return series
-
-
-def environment() -> dict[str, Any]:
-    """Command, versions, hardware and commit: what a number is reported with."""
-    import torch
-
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": commit(),
-        "hardware": hardware(),
-        "cpu_threads": torch.get_num_threads(),
-        "system": platform.platform(),
-    }
-
-
-def hardware() -> str:
-    """``1 x NVIDIA H100``, or the processor and its cores."""
-    import torch
-
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(ln.split(":", 1)[1].strip() for ln in lines if ln.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{os.cpu_count()} cores, {name}"
-
-
-def commit() -> str:
-    """The commit of this package's own checkout, ``+`` if it was changed since; else empty."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5
-        )
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "-uno", "."], capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

@@ -9,6 +9,11 @@ from resnetv2_cli.errors import UserError, shown, unknown
 LONGEST = 4096  # bytes of a text
 MOST = {int: 2**31 - 1, float: None}  # where a setting names no limit of its own
 
+# What a setting that may change does to a run that is continued.
+BITS = "other kernels round otherwise: it will not end with the same bits"
+PARTS = "BN sees parts of another size from here on: it will not end with the same bits"
+SAME = "the images are the same, wherever they are and whoever reads them"
+
 
 def setting(
     default: Any,
@@ -17,12 +22,12 @@ def setting(
     *,
     least: float | None = None,
     most: float | None = None,
-    free: bool = False,
+    free: str = "",
 ) -> Any:
     """A field that is also a config file's key, a flag of the command line and a line of help.
 
-    ``least``, ``most``: the values accepted. ``free``: may change when a run is resumed, because
-    it does not change what is learned.
+    ``least``, ``most``: the values accepted. ``free``: it may change when a run is resumed, because
+    it is no part of what is learned, with this effect.
     """
     metadata = {"doc": doc, "panel": panel, "least": least, "most": most, "free": free}
     return field(default=default, metadata=metadata)

@@ -12,7 +12,8 @@ from torchmetrics import Metric
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.augment import Normalize, crop_and_flip
 from resnetv2_cli.data.module import Batch
-from resnetv2_cli.optim import schedule, sgd
+from resnetv2_cli.nonfinite import Guard, poisoned
+from resnetv2_cli.optim import lr_factor, schedule, sgd
 from resnetv2_cli.resnet import ResNet
 
 
@@ -83,6 +84,12 @@ class Classification(L.LightningModule):
                 unit.compile()
         # No buffer: DDP would replace every process's sums by the first's.
         self.sums = torch.zeros(3, dtype=torch.float64)
+        self.guard = Guard(
+            self.net,
+            stop=experiment.non_finite == "stop",
+            scaled=experiment.precision == "16-mixed",
+        )
+        self.finite = torch.ones((), dtype=torch.bool)  # the losses of this iteration
         self.counted = Scores(len(classes))
         self.scores: dict[str, Any] = {}
         self.frozen: list[nn.Module] = []
@@ -105,16 +112,32 @@ class Classification(L.LightningModule):
         return self
 
     def on_fit_start(self) -> None:
-        self.sums = self.sums.to(self.device)
+        self.sums, self.finite = self.sums.to(self.device), self.finite.to(self.device)
+        self.guard.to(self.device)
+
+    def on_train_start(self) -> None:
+        # Saved rates are of the schedule that the run was begun with, which may have been shorter.
+        scheduler = self.lr_schedulers()
+        for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):  # type: ignore[union-attr]
+            group["lr"] = base * lr_factor(self.experiment, self.global_step)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # What a step draws follows from the seed and the step: no generator's state to save.
-        e = self.experiment
-        micro = batch_idx % e.accumulate
-        numbers = (e.seed, self.global_step, micro, self.global_rank)
+        micro = batch_idx % self.experiment.accumulate
+        self.draw(self.global_step, micro)
+        if micro == 0:
+            self.guard.begin()
+            self.finite.fill_(True)
+
+    def draw(self, step: int, micro: int) -> None:
+        """What a step draws follows from the seed and the step: no generator's state to save."""
+        numbers = (self.experiment.seed, step, micro, self.global_rank)
         torch.manual_seed(hash(numbers) % 2**63)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The mean loss of a micro-batch, for backward; what is logged is added to ``sums``."""
         x = self.normalize(batch.images)
         if batch.views is not None:
             x = crop_and_flip(x, batch.views)
@@ -122,11 +145,17 @@ class Classification(L.LightningModule):
         smoothing = self.experiment.label_smoothing
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
         with torch.no_grad():
-            n = len(batch.labels)
+            n, finite = len(batch.labels), loss.isfinite()
             wrong = (logits.argmax(1) != batch.labels).sum()
-            self.sums[:2] += torch.stack([loss.double() * n, wrong.double()])
-            self.sums[2] += n
+            images = torch.full_like(loss, n, dtype=torch.float64)
+            sums = torch.stack([loss.double() * n, wrong.double(), images])
+            self.sums += torch.where(finite, sums, 0.0)
+            self.finite &= finite
+        loss = poisoned(loss, finite)
         return loss if batch.weight == 1 else batch.weight * loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.guard.look(self.global_step, optimizer, self.finite)
 
     def _evaluate(self, batch: Batch) -> None:
         self.counted.update(self(batch.images), batch.labels)
@@ -159,3 +188,4 @@ class Classification(L.LightningModule):
         # Plain values only: the file must open without running anything that is in it.
         checkpoint["experiment"] = asdict(self.experiment)
         checkpoint["classes"] = list(self.classes)
+        checkpoint["data"] = self.trainer.datamodule.digest  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import pytest
 import resnetv2_cli
 
 ORDER = """
-    errors trust memory
+    errors trust memory files
     plans paper
     native fused
     layers shortcuts units resnet
@@ -19,14 +19,14 @@ ORDER = """
     settings origin recipes config flags
     data.picture data.archive data.images
     data.order data.augment data.folder data.module
-    optim describe
+    optim nonfinite describe
     footprint
-    runfolder csvlog
+    manifest runfolder csvlog
     form checkpoint
     foreign.names foreign.sources foreign.files foreign.convert
     task finetune callbacks
     plot
-    syncbn run
+    syncbn resume run verify
     stats
     ablation.studies ablation.arms ablation.launch ablation.record
     ablation.sweep ablation.progress ablation.tables ablation.probe
@@ -38,9 +38,8 @@ ORDER = """
     analysis.backward analysis.shrink analysis.paths analysis.lesion analysis.study
     figures
     report.charts report.rows report.facts report.pictures report.page
-    commands.app commands.train commands.predict commands.weights commands.export commands.ablate
-    commands.analyze commands.bench
-    commands.look commands.runs commands.report
+    commands.app commands.train commands.predict commands.verify commands.weights commands.export
+    commands.ablate commands.analyze commands.bench commands.look commands.runs commands.report
     cli
 """.split()
 HEAVY = ("torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "sklearn", "numpy")

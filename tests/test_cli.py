@@ -38,7 +38,9 @@ def test_list_names_everything_with_its_published_error(resnetv2):
 
 def test_show_prints_the_settled_experiment(resnetv2):
     text = resnetv2("show", "--config", "cifar10_resnet20_quick", "--lr", 0.3).stdout
-    assert "depth: 20\n" in text and "lr: 0.3\n" in text and "schedule: one-cycle\n" in text
+    file = "  # file cifar10_resnet20_quick\n"
+    assert f"depth: 20{file}" in text and f"schedule: one-cycle{file}" in text
+    assert "lr: 0.3  # flag\n" in text and "momentum: 0.9\n" in text
 
 
 def test_describe_as_json(resnetv2):

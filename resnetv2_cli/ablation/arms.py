@@ -24,12 +24,16 @@ class Arm:
     row: str
     experiment: Experiment
     folder: Path
+    origins: Mapping[str, str] = field(default_factory=dict)  # of settings that are no defaults
 
     @classmethod
-    def of(cls, row: str, experiment: Experiment, root: Path) -> "Arm":
+    def of(
+        cls, row: str, experiment: Experiment, root: Path, origins: Mapping[str, str] | None = None
+    ) -> "Arm":
         name = experiment.name.removesuffix(f"-s{experiment.seed}")
         digest = hashlib.sha256(repr(identity(experiment)).encode()).hexdigest()[:6]
-        return cls(row, experiment, root / f"{slug(name)}-{digest}" / f"s{experiment.seed}")
+        folder = root / f"{slug(name)}-{digest}" / f"s{experiment.seed}"
+        return cls(row, experiment, folder, origins or {})
 
     @property
     def config(self) -> Path:
@@ -217,12 +221,20 @@ def plan(
     lines = []
     for row in study.table.rows:
         settings = {**study.table.base, **row.settings, **PROTOCOLS[protocol]}
+        origins = (
+            dict.fromkeys(study.table.base, f"recipe of {study.name}, scale {scale}")
+            | dict.fromkeys(row.settings, f"row {row.name!r} of {study.name}")
+            | dict.fromkeys(PROTOCOLS[protocol], f"protocol {protocol}")
+            | dict.fromkeys(given, "flag of ablate")
+            | {"seed": "ablate --runs"}
+        )
         if "steps" in given or "epochs" in given:
             settings.pop("epochs", None)
             settings.pop("steps", None)
         settings |= fitting(given, settings.get("shortcut", "identity"))
+        kept = {k: v for k, v in origins.items() if k in settings or k == "seed"}
         arms = [
-            Arm.of(row.name, Experiment(**{**settings, "seed": seed}), root)
+            Arm.of(row.name, Experiment(**{**settings, "seed": seed}), root, kept)
             for seed in range(first, first + runs)
         ]
         lines.append(Line(row, arms))

@@ -12,7 +12,8 @@ from resnetv2_cli.analysis.topics import TOPICS, Table
 from resnetv2_cli.analysis.trace import trace
 from resnetv2_cli.console import finite
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.runfolder import environment, write_json
+from resnetv2_cli.manifest import environment
+from resnetv2_cli.runfolder import write_json
 
 
 def module(topic: str) -> Any:

@@ -16,8 +16,8 @@ from resnetv2_cli.data.augment import crop_and_flip
 from resnetv2_cli.data.module import EpochMaker, ImageData, Parts, Stream
 from resnetv2_cli.data.order import Schedule
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.manifest import environment
 from resnetv2_cli.run import build, trainer_of
-from resnetv2_cli.runfolder import environment
 
 Make = Callable[[ImageData, torch.device], Arm]
 

@@ -25,9 +25,10 @@ from resnetv2_cli.data.module import Batch, ImageData, Stream
 from resnetv2_cli.data.order import Schedule, epoch_order
 from resnetv2_cli.display import Display
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.manifest import environment
 from resnetv2_cli.optim import schedule, sgd
-from resnetv2_cli.run import build, loggers, precision, trainer_of
-from resnetv2_cli.runfolder import RunFolder, environment
+from resnetv2_cli.run import build, loggers, precision, silent, trainer_of
+from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.task import Classification
 
 PLAIN, BARE, TRAIN = "plain loop", "bare step", "resnetv2 train"
@@ -116,7 +117,7 @@ class WholeTrain:
         place = RunFolder(self.folder / f"{time.monotonic_ns()}")
         place.checkpoints.mkdir(parents=True)
         write = loggers(e, place, data.scored)
-        keeper, clock = Keeper(place, 0, choose=False), Clock()
+        keeper, clock = Keeper(place, e, write[:2], silent), Clock()  # type: ignore[arg-type]
         display = Display(Console(file=StringIO(), force_terminal=True))
         recorder = Recorder(write[0], write[1], e.log_every, data.scored)  # type: ignore[arg-type]
         trainer = trainer_of(

@@ -8,6 +8,7 @@ from resnetv2_cli.commands.app import Config, Json, app
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.flags import with_flags
+from resnetv2_cli.manifest import annotated, origins
 from resnetv2_cli.recipes import CONFIGS
 
 
@@ -75,5 +76,6 @@ def headline(config: Path) -> str:
 @app.command(rich_help_panel="Study the paper")
 @with_flags()
 def show(config: Config = None, **flags: Any) -> None:
-    """Show the experiment that a config and flags make, without running it."""
-    print(Experiment.load(config, **flags).dump(), end="")
+    """Show the experiment that a config and flags make, and where values came from that are no
+    defaults, without running it."""
+    print(annotated(Experiment.load(config, **flags), origins(config, flags)), end="")

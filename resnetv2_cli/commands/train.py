@@ -51,14 +51,16 @@ def train(
     experiment = None if resume else Experiment.load(config, **flags)
     from resnetv2_cli import run
     from resnetv2_cli.display import Display
+    from resnetv2_cli.manifest import origins
+    from resnetv2_cli.resume import continued
     from resnetv2_cli.runfolder import RunFolder
 
     taken = os.environ.get(run.FOLDER)  # in the other processes of a run
     if resume:
         folder = RunFolder(resume)
-        experiment, changed = run.resumed(folder, flags)
-        for line in changed:
-            console.note(line)
+        experiment, changes = continued(folder, flags)
+        for change in changes:
+            console.note(str(change))
     else:
         assert experiment is not None
         if micro_batch:
@@ -77,6 +79,7 @@ def train(
             resume=bool(resume),
             seconds=budget,
             display=[display],
+            origins=origins(config, flags),
             tell=console.note if run.first_process() else run.silent,
         )
     except Stopped as stopped:

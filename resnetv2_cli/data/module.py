@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -132,7 +132,7 @@ class ImageData(L.LightningDataModule):
 
     classes: tuple[str, ...]
     normalize: Normalize
-    digest: str = ""  # of the images, where they are whole in memory
+    digest: str = ""  # of the images; of their names, where they are read from files
     train: images.Split | folder.Folder
     val: images.Split | folder.Folder
     test: images.Split | folder.Folder
@@ -187,6 +187,7 @@ class ImageData(L.LightningDataModule):
         train = folder.scan(self.root, "train")
         self.classes = train.classes
         test = folder.scan(self.root, "test", train.classes)
+        self.digest = folder.digest(train, test)
         kept, held = self._hold_out(len(train.files))
         train, val = (
             folder.Folder([train.files[i] for i in rows], train.labels[rows], train.classes)
@@ -212,6 +213,19 @@ class ImageData(L.LightningDataModule):
         return len(self.train.labels)
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What a manifest says of the images."""
+        return {
+            "dataset": self.experiment.dataset,
+            "digest": self.digest,
+            "digest_of": "pixels and labels" if self.dataset.decoded else "names of files",
+            "train_images": self.train_images,
+            "held_out_images": self.experiment.val,
+            "test_images": len(self.test.labels),
+            "steps_per_epoch": self.steps_per_epoch,
+        }
+
+    @property
     def steps_per_epoch(self) -> int:
         """Iterations that cover every training image once."""
         return self._schedule().steps_per_epoch
@@ -234,10 +248,15 @@ class ImageData(L.LightningDataModule):
 
     def train_dataloader(self) -> Stream | FileStream:
         """The batches from the trainer's step on: where a run continues follows from its step."""
+        assert self.trainer is not None
+        return self.batches(self.trainer.global_step)
+
+    def batches(self, start: int) -> Stream | FileStream:
+        """The batches from iteration ``start`` on."""
         e, trainer = self.experiment, self.trainer
         assert trainer is not None
         schedule = self._schedule()
-        parts = Parts(schedule, trainer.global_step, e.steps)
+        parts = Parts(schedule, start, e.steps)
         epoch = EpochMaker(self.train_images, e.seed, self.dataset.flip, e.augment)
         if isinstance(self.train, images.Split):
             return Stream(self.train, parts, epoch, trainer.strategy.root_device)

@@ -1,0 +1,69 @@
+"""``verify-resume``."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from resnetv2_cli import console
+from resnetv2_cli.commands.app import Config, Json, app
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.flags import with_flags
+
+STEPS = 20  # unless given
+
+
+@app.command("verify-resume", rich_help_panel="Train")
+@with_flags()
+def verify_resume(
+    config: Config = None,
+    kills: Annotated[int, typer.Option(help="Times that a run is killed.", min=1)] = 3,
+    moments: Annotated[int, typer.Option(help="Seed of the moments.")] = 0,
+    json: Json = False,
+    **flags: Any,
+) -> None:
+    """Show that a run that is killed and continued ends with the bits of one that is not.
+
+    It takes a few iterations of the training that the flags describe, on this machine, five times
+    or more: never stopped, twice; killed (SIGKILL) at random moments; and stopped by SIGTERM. Exit
+    status: 0 if all end with the same bits, else 1.
+
+    For instance: resnetv2 verify-resume --dataset digits --depth 20
+    """
+    from resnetv2_cli.verify import verify
+
+    short = {} if "steps" in flags or "epochs" in flags else {"steps": STEPS}
+    often = max(1, {**flags, **short}.get("steps", STEPS) // 6)  # moments fall between checkpoints
+    settings = {"log_every": often, "save_every": often} | flags | short
+    experiment = Experiment.load(config, **settings)
+    with tempfile.TemporaryDirectory(prefix="resnetv2-verify-") as root:
+        made = verify(experiment, Path(root), kills, console.note, moments)
+    exact = all(not row[part] for row in made for part in row if part not in WORDS)
+    if json:
+        console.as_json({"exact": exact, "runs": made})
+    else:
+        show(made, exact)
+    raise typer.Exit(0 if exact else 1)
+
+
+WORDS = ("stopped by", "went on after")
+
+
+def show(made: list[dict[str, Any]], exact: bool) -> None:
+    """The verdicts as a table."""
+    parts = [name for name in made[0] if name not in WORDS]
+    rows = [
+        [row["stopped by"], ", ".join(map(str, row["went on after"])) or "—"]
+        + ["same" if not row[part] else "DIFFERS" for part in parts]
+        for row in made
+    ]
+    console.table("Beside a run that was never stopped", [*WORDS, *parts], rows)
+    for row in made:
+        for part in parts:
+            if row[part]:
+                console.note(f"{row['stopped by']}: {part} differs at {row[part]}")
+    if exact:
+        console.out.print("every run ended with the same bits")
+    elif any(made[0][part] for part in parts):
+        console.note("hint: even two runs that are not stopped differ here: try --deterministic")

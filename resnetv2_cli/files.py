@@ -1,0 +1,144 @@
+"""Files that are there whole or not at all, whenever the process or the machine stops; and seals,
+by which one that was damaged since is known.
+
+A seal is the SHA-256 of a zip file, written into it as its comment: any zip reader opens the file.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+MARK = b"resnetv2 sha256 "
+SEAL = 2 + len(MARK) + 64  # bytes at the end: the comment's length, and the comment
+CHUNK = 2**20  # bytes read at a time
+
+
+def flush_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where its filesystem can."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network filesystems do this by themselves, and refuse
+            os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def flush(file: BinaryIO) -> None:
+    """Bring what was written to the disk, and forget it, so that it is read from there."""
+    file.flush()
+    os.fsync(file.fileno())
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def partial(path: Path) -> Path:
+    """The name of a file that is not whole yet."""
+    return path.with_name(path.name + ".tmp")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write; it takes the place of ``path`` once it is whole and on the disk.
+
+    Raises:
+        OSError: it cannot be written; ``path`` is as it was.
+    """
+    beside = partial(path)
+    try:
+        with beside.open("wb") as file:
+            yield file
+            flush(file)
+        os.replace(beside, path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by a text, wholly or not at all."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def name_too(path: Path, other: Path) -> None:
+    """Let ``other`` name what ``path`` names now, also when ``path`` is replaced: no bytes are
+    written where the filesystem has hard links."""
+    beside = partial(other)
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(path, beside)
+    except OSError:
+        with path.open("rb") as source, beside.open("wb") as copy:
+            shutil.copyfileobj(source, copy, CHUNK)
+            flush(copy)
+    os.replace(beside, other)
+
+
+class Sealing:
+    """What ``torch.save`` writes to: passes a zip file on, and keeps its digest.
+
+    An error of the disk is kept until ``seal``: the zip writer below does not survive one.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+        self.held = b""  # a zip ends with two bytes that say how long its comment is
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        body = memoryview(data)
+        if len(body) < 2:
+            body = memoryview(self.held + bytes(body))
+        else:
+            self._pass(memoryview(self.held))
+        self._pass(body[:-2])
+        self.held = bytes(body[-2:])
+        return len(data)
+
+    def _pass(self, data: memoryview) -> None:
+        self.digest.update(data)
+        try:
+            if self.error is None:
+                self.file.write(data)
+        except OSError as error:
+            self.error = error
+
+    def flush(self) -> None:
+        """Nothing: the file is flushed once it is sealed."""
+
+    def seal(self) -> str:
+        """Write the digest, which is returned.
+
+        Raises:
+            OSError: something could not be written.
+        """
+        if self.error is not None:
+            raise self.error
+        assert self.held == b"\0\0", "not the end of a zip file"
+        comment = MARK + self.digest.hexdigest().encode()
+        self.file.write(len(comment).to_bytes(2, "little") + comment)
+        return self.digest.hexdigest()
+
+
+def seal_of(path: Path) -> tuple[str | None, str]:
+    """The digest that a file is sealed with, None if with none, and the one that it has.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        left = os.fstat(file.fileno()).st_size - SEAL
+        while left > 0 and (data := file.read(min(CHUNK, left))):
+            digest.update(data)
+            left -= len(data)
+        end = file.read()
+    expected = (SEAL - 2).to_bytes(2, "little") + MARK
+    sealed = end[len(expected) :].decode("ascii", "replace") if end.startswith(expected) else None
+    return sealed, digest.hexdigest()

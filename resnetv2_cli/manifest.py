@@ -1,0 +1,224 @@
+"""What a run was made by and of: code, versions, hardware, settings and where each came from, data,
+seeds, how often the test set was read, and every time it was continued."""
+
+import fcntl
+import hashlib
+import inspect
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from resnetv2_cli import __version__
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.files import write_text
+from resnetv2_cli.recipes import read_yaml
+
+PACKAGES = ["resnetv2-cli", "torch", "torchvision", "lightning", "torchmetrics", "numpy"]
+LONGEST_DIFF = 2**16  # characters of it that are kept whole
+PACKAGE = Path(__file__).parent
+ORIGINS = ".origins.json"  # ends the name of what is beside a config that an ablation wrote
+
+
+class Manifest:
+    """``manifest.json`` of a run's folder; it is only ever added to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, Any]:
+        """What it says; nothing where there is none."""
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    @contextmanager
+    def change(self) -> Iterator[dict[str, Any]]:
+        """What it says, to be changed; an evaluation of a run at work waits for its turn.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # a filesystem without locks
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            said = self.read()
+            yield said
+            write_text(self.path, json.dumps(said, indent=2) + "\n")
+        finally:
+            os.close(folder)
+
+    def count_reading(self) -> None:
+        """The test set was read once more.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with self.change() as said:
+            said["test_set_readings"] = said.get("test_set_readings", 0) + 1
+
+    def add_resume(self, step: int, changed: dict[str, Any], extended: dict[str, Any]) -> None:
+        """The run goes on after iteration ``step``, with these settings changed; ``extended``: what
+        longer training makes of it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        entry = {"time": now(), "step": step, "host": socket.gethostname(), "command": command()}
+        with self.change() as said:
+            resumes = said.setdefault("resumes", [])
+            resumes.append(entry | {"changed": changed, "extended": extended})
+
+
+def origins(path: Path | str | None, overrides: Mapping[str, Any]) -> dict[str, str]:
+    """Where each setting came from that is no default, for those that ``load`` is given.
+
+    An ablation leaves beside a config that it writes where its settings came from.
+    """
+    file = f"file {path}"
+    given = dict.fromkeys(read_yaml(Path(path)), file) if path else {}
+    beside = Path(path).with_suffix(ORIGINS) if path else None
+    if beside and beside.is_file():
+        given = json.loads(beside.read_text())
+    for one, other in (("epochs", "steps"), ("steps", "epochs")):
+        if one in overrides:
+            given.pop(other, None)
+    return given | dict.fromkeys(overrides, "flag")
+
+
+def annotated(experiment: Experiment, origins: Mapping[str, str]) -> str:
+    """The experiment as YAML, and behind values that are no defaults where they came from."""
+    notes = {f"{name}:": f"  # {origin}" for name, origin in origins.items()}
+    lines = experiment.dump().splitlines()
+    return "".join(f"{line}{notes.get(line.split()[0], '')}\n" for line in lines)
+
+
+def begun(
+    given: Experiment, settled: Experiment, origins: dict[str, str], data: dict[str, Any]
+) -> dict[str, Any]:
+    """What a manifest says when its run begins.
+
+    ``given``: before ``settled`` was made of it. ``origins``: where settings came from that are no
+    defaults. ``data``: of the images.
+    """
+    origins = dict(origins)
+    if given.epochs is not None:
+        origins["steps"] = f"{given.epochs:g} epochs, {origins.pop('epochs', 'default')}"
+    if given.precision == "auto":
+        origins["precision"] = "auto, by the hardware"
+    made = {"block": settled.block_, "stem": settled.stem_, "warmup": settled.warmup_}
+    follows = {k: v for k, v in made.items() if getattr(settled, k) is None}
+    origins |= dict.fromkeys(follows, "follows from the others")
+    values = asdict(settled) | follows
+    return {
+        "begun": now(),
+        "host": socket.gethostname(),
+        **environment(),
+        "code": code(settled),
+        "settings": {k: {"value": v, "from": origins.get(k, "default")} for k, v in values.items()},
+        "data": data,
+        "seeds": {
+            "weights": settled.seed,
+            "order, crops and flips": "(seed, epoch)",
+            "draws of an iteration": "(seed, iteration, micro-batch, process)",
+        },
+        "test_set_readings": 0,
+        "resumes": [],
+    }
+
+
+def now() -> str:
+    """The time, with its zone."""
+    return datetime.now(UTC).astimezone().isoformat(timespec="seconds")
+
+
+def command() -> str:
+    """The command line."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def code(experiment: Experiment) -> dict[str, Any]:
+    """The version; commit and changes since, of a checkout; a digest of the source that ran, and of
+    the file of a shortcut of one's own."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
+    diff = git("diff", "HEAD", "--", ".") if commit() else ""
+    made: dict[str, Any] = {
+        "version": __version__,
+        "commit": commit(),
+        "source_sha256": digest.hexdigest(),
+        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+        "diff": diff if len(diff) <= LONGEST_DIFF else f"{len(diff)} characters, not kept",
+    }
+    if ":" in experiment.shortcut:
+        from resnetv2_cli.shortcuts import shortcut_class
+
+        file = Path(inspect.getfile(shortcut_class(experiment.shortcut)))
+        own = hashlib.sha256(file.read_bytes()).hexdigest()
+        made["shortcut"] = {"file": str(file), "sha256": own, "source": file.read_text()}
+    return made
+
+
+def environment() -> dict[str, Any]:
+    """Command, versions, hardware and commit: what a number is reported with."""
+    import torch
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "command": command(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit(),
+        "hardware": hardware(),
+        "cpu_threads": torch.get_num_threads(),
+        "system": platform.platform(),
+    }
+
+
+def hardware() -> str:
+    """``1 x NVIDIA H100``, or the processor and its cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(ln.split(":", 1)[1].strip() for ln in lines if ln.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{os.cpu_count()} cores, {name}"
+
+
+def git(*arguments: str) -> str:
+    """What git says of this package's own checkout; nothing where it is in none."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(PACKAGE), *arguments],
+            capture_output=True, text=True, errors="replace", timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def commit() -> str:
+    """The commit of this package's own checkout, ``+`` if it was changed since; else empty."""
+    if not git("ls-files", "__init__.py"):  # installed inside of a checkout of something else
+        return ""
+    changed = git("status", "--porcelain", "-uno", ".").strip()
+    return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")

@@ -1,0 +1,160 @@
+"""Losses and gradients that are not finite: found on the device, left out, and traced to the unit
+where they began."""
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+IN_A_ROW = 100  # iterations left out one after the other; then there is nothing left to learn from
+
+
+class Guard:
+    """Looks at the gradient of each iteration and lets the optimizer leave out what is not finite:
+    weights, momentum and BN's moving averages stay as they were. Nothing here waits for the device.
+
+    ``stop``: once there was one, all later ones are left out too, so that the weights are still
+    those before it when somebody looks. ``found`` (3,) int64: how many, the first, how many of the
+    newest in a row.
+    """
+
+    def __init__(self, net: nn.Module, *, stop: bool, scaled: bool) -> None:
+        self.net, self.stop = net, stop
+        self.scaled = scaled  # float16: its scaler leaves out what overflows, which is its way
+        self.found = torch.tensor([0, -1, 0])
+        self.kept: list[tuple[list[Tensor], Tensor]] = []
+
+    def to(self, device: torch.device) -> None:
+        self.found = self.found.to(device)
+
+    def begin(self) -> None:
+        """Before an iteration: remember BN's moving averages."""
+        if self.stop:
+            return
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in self.net.buffers():
+            kinds.setdefault(buffer.dtype, []).append(buffer)
+        self.kept = [(same, flat(same)) for same in kinds.values()]
+
+    @torch.no_grad()
+    def look(self, step: int, optimizer: Optimizer, finite_loss: Tensor) -> None:
+        """After the gradient of iteration ``step``, before the optimizer uses it."""
+        if self.scaled:
+            bad = ~finite_loss
+        else:
+            gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+            bad = ~get_total_norm(gradients, math.inf).isfinite()
+        count, first, row = self.found
+        first = torch.where(bad & (first < 0), step, first)
+        self.found = torch.stack([count + bad, first, (row + 1) * bad])
+        out = first >= 0 if self.stop else bad
+        if not self.scaled and optimizer.defaults["fused"]:
+            prepare(optimizer)
+            optimizer.found_inf = out.float()  # type: ignore[attr-defined]
+        for buffers, before in self.kept:
+            chosen = torch.where(out, before, flat(buffers)).split([b.numel() for b in buffers])
+            torch._foreach_copy_(
+                buffers, [c.view_as(b) for c, b in zip(chosen, buffers, strict=True)]
+            )
+        self.kept = []
+
+    def read(self) -> tuple[int, int, int]:
+        """How many iterations were not finite, the first, and how many of the newest in a row."""
+        count, first, row = self.found.tolist()
+        return count, first, row
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    """All values, one after the other."""
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def prepare(optimizer: Optimizer) -> None:
+    """Give SGD the momentum of 0 that its first step starts from: were that step left out, its
+    fused kernel would leave the momentum as memory happened to be."""
+    for group in optimizer.param_groups:
+        for p in group["params"] if group["momentum"] else []:
+            if not optimizer.state[p]:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+
+def poisoned(loss: Tensor, finite: Tensor) -> Tensor:
+    """The loss, with a gradient that is not finite wherever the loss is not, so that every process
+    sees it in the gradient they share."""
+    return loss * torch.where(finite, 1.0, math.nan)
+
+
+class Parts:
+    """Stem, units and head, and which of them made something that is not finite."""
+
+    def __init__(self, net: nn.Module) -> None:
+        parts: dict[str, Any] = {"stem": net.stem}
+        for stage, units in net.body.named_children():  # type: ignore[union-attr]
+            parts |= {f"{stage}.{unit}": module for unit, module in units.named_children()}
+        self.parts: dict[str, Any] = parts | {"head": net.head}
+        self.forward: set[str] = set()
+        self.backward: set[str] = set()
+
+    def watch(self, name: str, part: nn.Module, hooks: ExitStack) -> None:
+        """Note what comes out of a part, and the gradient of what goes into it."""
+
+        def before(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            if given[0].requires_grad:
+                given[0].register_hook(back)
+
+        def back(gradient: Tensor) -> None:
+            if not gradient.isfinite().all():
+                self.backward.add(name)
+
+        def after(module: nn.Module, given: Any, out: Tensor) -> None:
+            if not out.isfinite().all():
+                self.forward.add(name)
+
+        for handle in (part.register_forward_pre_hook(before), part.register_forward_hook(after)):
+            hooks.callback(handle.remove)
+
+    def first(self) -> int | None:
+        """The first of all places, in the order of ``places``."""
+        self.backward |= {
+            name
+            for name, part in self.parts.items()
+            if any(p.grad is not None and not p.grad.isfinite().all() for p in part.parameters())
+        }
+        names = list(self.parts)
+        found = [i for i, name in enumerate(names) if name in self.forward]
+        n = len(names)
+        found += [2 * n - 1 - i for i, name in enumerate(names) if name in self.backward]
+        return min(found, default=None)
+
+    @property
+    def places(self) -> list[str]:
+        """Every part on the way forward, then every part on the way back."""
+        names = list(self.parts)
+        return [f"{n}, on the way forward" for n in names] + [
+            f"{n}, on the way back" for n in reversed(names)
+        ]
+
+
+def began(
+    task: Any, step: int, batches: Iterable[Any], arithmetic: Callable[[], AbstractContextManager]
+) -> tuple[int | None, list[str]]:
+    """Run an iteration again, with a look at every unit: the first place where something is not
+    finite, None if none is, and the names of the places. The weights are those before it."""
+    net = task.net
+    parts, net.segments = Parts(net), 0
+    net.zero_grad()
+    with ExitStack() as hooks:
+        for name, part in parts.parts.items():
+            part._compiled_call_impl = None  # hooks are for the eager one
+            parts.watch(name, part, hooks)
+        for micro, batch in enumerate(batches):
+            task.draw(step, micro)
+            with arithmetic():
+                loss = task.loss(batch)
+            loss.backward()
+    return parts.first(), parts.places

@@ -1,0 +1,138 @@
+"""What a continued run may change, what that does, and what is refused: nothing is ignored."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.module import ImageData
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.optim import lr_factor
+from resnetv2_cli.runfolder import RunFolder
+from resnetv2_cli.settings import checked
+
+
+@dataclass(frozen=True)
+class Change:
+    """One setting of a run that is continued with another value, and what that does."""
+
+    name: str
+    before: Any
+    after: Any
+    effect: str
+
+    def __str__(self) -> str:
+        return f"--{self.name.replace('_', '-')}: {self.before} -> {self.after}: {self.effect}"
+
+
+def continued(folder: RunFolder, given: dict[str, Any]) -> tuple[Experiment, list[Change]]:
+    """The saved experiment with what is given and may change, and these changes.
+
+    Raises:
+        UserError: a flag would make it another experiment, the run diverged and nothing would
+            change that, or the folder is not that of a run.
+    """
+    saved = folder.experiment()
+    known = {f.name: f for f in fields(Experiment)}
+    wished = {name: checked(known[name], value) for name, value in given.items()}
+    changes = []
+    if "steps" in wished or "epochs" in wished:
+        steps = longer(saved, wished)
+        if steps != saved.steps:
+            effect = f"the schedule is that of {steps:,} iterations from here on"
+            changes.append(Change("steps", saved.steps, steps, effect))
+    for name, value in wished.items():
+        if name in ("steps", "epochs") or value == getattr(saved, name):
+            continue
+        effect = known[name].metadata["free"]
+        if not effect:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} {value} would make this another experiment: "
+                f"it was begun with {getattr(saved, name)}",
+                f"leave {flag} out, or start a new run",
+            )
+        changes.append(Change(name, getattr(saved, name), value, effect))
+    if folder.diverged and not changes:
+        raise UserError(
+            f"{folder.path} diverged: {folder.diverged}",
+            "it would again: start a new run with another setting; to try the same once more, "
+            f"remove {folder.failed.name}",
+        )
+    return replace(saved, **{c.name: c.after for c in changes}), changes
+
+
+def longer(saved: Experiment, wished: dict[str, Any]) -> int:
+    """The iterations that are wished.
+
+    Raises:
+        UserError: they are fewer than the run has, or are given twice.
+    """
+    if "steps" in wished and "epochs" in wished:
+        raise UserError("--steps and --epochs are both given", "give one of them")
+    steps = wished.get("steps", saved.steps)
+    if "epochs" in wished:
+        data = ImageData(saved)
+        data.prepare_data()
+        data.setup()
+        steps = replace(saved, **wished).settle(data.steps_per_epoch).steps
+    if steps < saved.steps:
+        raise UserError(
+            f"{steps:,} iterations are fewer than the {saved.steps:,} the run was begun with",
+            "its schedule has been that of the longer training; to end it early, use --time",
+        )
+    return steps
+
+
+def finished(folder: RunFolder, experiment: Experiment) -> dict[str, Any] | None:
+    """The result of a run that has nothing left to do."""
+    if not folder.result.exists():
+        return None
+    result = json.loads(folder.result.read_text())
+    return result if result["steps"] >= experiment.steps else None
+
+
+def same_run(path: Path, held: dict[str, Any], experiment: Experiment, digest: str) -> None:
+    """Refuse a checkpoint of another experiment than the folder's ``config.yaml`` has now.
+
+    Raises:
+        UserError: it is of another one, of a longer one, or of other images.
+    """
+    ours, hint = asdict(experiment), "put config.yaml back as it was, or start a new run"
+    for f in fields(Experiment):
+        theirs = held["experiment"].get(f.name, ours[f.name])
+        if f.name == "steps":
+            differs = theirs > ours["steps"]
+        else:
+            differs = not f.metadata["free"] and theirs != ours[f.name]
+        if differs:
+            raise UserError(f"{path}: its {f.name} is {theirs}, not {ours[f.name]}", hint)
+    if held.get("data", digest) != digest:
+        raise UserError(
+            f"the images are not those that {path} has learned from",
+            "look at --data-dir; a run is continued with the same images",
+        )
+
+
+def extend(
+    saved: Experiment, experiment: Experiment, step: int, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Say, and return for the result, what training longer than was planned makes of a run.
+
+    The learning rates so far were those of the shorter schedule. Only if the longer one has the
+    same up to ``step`` is it the run that it would have been from its start.
+    """
+    if saved.steps == experiment.steps:
+        return {}
+    differ = (s for s in range(step) if lr_factor(saved, s) != lr_factor(experiment, s))
+    first = next(differ, None)
+    if first is None:
+        tell(f"its rates so far are those of {experiment.steps:,} iterations too: one run")
+    else:
+        tell(
+            f"not one run of {experiment.steps:,} iterations: {first + 1:,} to {step:,} had rates "
+            f"of the schedule of {saved.steps:,}; the result says so"
+        )
+    return {"from_steps": saved.steps, "at": step, "one_schedule": first is None}

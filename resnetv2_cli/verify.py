@@ -1,0 +1,213 @@
+"""Whether a run that was killed or stopped, and continued, ends with the bits of one that was not:
+tried here, with the user's own settings."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli import trust
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.runfolder import RunFolder
+
+POLL = 0.005  # seconds between looks at a child
+# What may differ between two runs that are the same: where, when and how often they were begun.
+CIRCUMSTANCES = ("environment", "test_set_readings", "extended")
+PARTS = {
+    "weights": "state_dict",
+    "optimizer": "optimizer_states",
+    "schedule": "lr_schedulers",
+    "callbacks": "callbacks",
+    "step": "global_step",
+}
+
+
+def difference(one: Any, other: Any, place: str = "") -> str:
+    """The first place where two values are not the same bit for bit; empty if there is none."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        if one.keys() != other.keys():
+            return f"{place}: other keys"
+        found = (difference(one[k], other[k], f"{place}.{k}") for k in one)
+        return next((d for d in found if d), "")
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        if len(one) != len(other):
+            return f"{place}: {len(one)} and {len(other)}"
+        found = (difference(a, b, f"{place}.{i}") for i, (a, b) in enumerate(zip(one, other)))  # noqa: B905
+        return next((d for d in found if d), "")
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return "" if same_bits(one, other) else f"{place}: other bits"
+    return "" if one == other or (one != one and other != other) else f"{place}: {one}, {other}"
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same, also where they are not a number."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
+
+
+def differences(one: RunFolder, other: RunFolder) -> dict[str, str]:
+    """What two finished runs left, part by part: empty where it is the same bit for bit.
+
+    Raises:
+        UserError: a checkpoint is missing or damaged.
+    """
+    a, b = checkpoints.read(one.last), checkpoints.read(other.last)
+    made = {part: difference(a.get(key), b.get(key), key) for part, key in PARTS.items()}
+    lines, others = (f.metrics.read_text().splitlines() for f in (one, other))
+    made["metrics"] = difference(lines, others, "line")
+    made["result"] = difference(result(one), result(other), "result")
+    return made
+
+
+def result(folder: RunFolder) -> dict[str, Any]:
+    """What a run came to, without where and when."""
+    whole = json.loads(folder.result.read_text())
+    return {k: v for k, v in whole.items() if k not in CIRCUMSTANCES}
+
+
+@dataclass
+class Child:
+    """One ``train`` in a process group of its own, which is killed as a whole."""
+
+    arguments: list[str]
+    folder: RunFolder
+
+    def __enter__(self) -> "Child":
+        tool = [sys.executable, "-m", "resnetv2_cli", "train"]
+        self.process = subprocess.Popen(
+            [*tool, *self.arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.send(signal.SIGKILL)
+        self.process.communicate()
+
+    def begun(self) -> float:
+        """Wait until it has a folder and has begun; the time then."""
+        lock = self.folder.lock
+        mark = lock.stat().st_mtime_ns if lock.exists() else 0
+        while self.process.poll() is None:
+            if lock.exists() and lock.stat().st_mtime_ns != mark:
+                break
+            time.sleep(POLL)
+        return time.monotonic()
+
+    def ended(self, within: float | None = None) -> bool:
+        """Whether it has ended, after so many seconds at most."""
+        try:
+            self.process.wait(within)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def send(self, number: int) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, number)
+
+    def check(self, *statuses: int) -> None:
+        """
+        Raises:
+            UserError: it ended with another status; its own words.
+        """
+        _, said = self.process.communicate()
+        if self.process.returncode not in statuses:
+            lines = [ln for ln in said.splitlines() if ln.strip()] or ["it said nothing"]
+            errors = [ln.removeprefix("error: ") for ln in lines if ln.startswith("error: ")]
+            raise UserError(f"a run of it failed: {(errors or lines)[-1]}")
+
+
+class Trial:
+    """The same short training again and again, in folders under ``root``."""
+
+    def __init__(self, experiment: Experiment, root: Path, more: list[str], seed: int) -> None:
+        self.root, self.more, self.random = root, more, random.Random(seed)
+        self.config = root / "experiment.yaml"
+        self.config.write_text(experiment.dump())
+        self.seconds = 0.0
+
+    def folder(self, name: str) -> RunFolder:
+        return RunFolder(self.root / name)
+
+    def arguments(self, folder: RunFolder) -> list[str]:
+        """Begin the run, or continue it if it has begun."""
+        if folder.config.exists():
+            return ["--resume", str(folder.path), *self.more]
+        return ["--config", str(self.config), "--output", str(folder.path), *self.more]
+
+    def whole(self, name: str) -> RunFolder:
+        """A run that is never stopped."""
+        folder = self.folder(name)
+        with Child(self.arguments(folder), folder) as child:
+            began = child.begun()
+            child.ended()
+            self.seconds = time.monotonic() - began
+            child.check(0)
+        return folder
+
+    def stopped(self, name: str, number: int, times: int) -> tuple[RunFolder, list[int]]:
+        """A run that gets a signal at random moments and is continued; and after how many
+        iterations it could go on, each time."""
+        folder = self.folder(name)
+        steps: list[int] = []
+        while len(steps) < times:
+            with Child(self.arguments(folder), folder) as child:
+                child.begun()
+                if child.ended(self.random.uniform(0, self.seconds)):
+                    child.check(0)
+                    break  # it was faster than the moment that was drawn
+                child.send(number)
+                child.ended()
+                child.check(-number, 128 + number, 0)
+            if folder.result.exists():
+                break
+            found = checkpoints.newest(folder.checkpoints, folder.last, lambda line: None)
+            steps.append(found[1]["global_step"] if found else 0)
+        self.whole(name)
+        return folder, steps
+
+
+def verify(
+    experiment: Experiment,
+    root: Path,
+    kills: int,
+    tell: Callable[[str], None],
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """For each way to stop a run: how often, after which iterations it went on, and for each part
+    what differs from the run that was never stopped. The first way is none: the same run twice.
+
+    Raises:
+        UserError: a run failed for another reason.
+    """
+    trial = Trial(experiment, root, trust.flags(experiment.shortcut), seed)
+    tell("a run that is never stopped")
+    whole = trial.whole("whole")
+    tell(f"the same again, {trial.seconds:.0f} s")
+    span, again = trial.seconds, trial.whole("again")
+    made: list[dict[str, Any]] = [
+        {"stopped by": "nothing, run twice", "went on after": [], **differences(whole, again)}
+    ]
+    for number, times in ((signal.SIGKILL, kills), (signal.SIGTERM, 1)):
+        trial.seconds = span
+        name = signal.Signals(number).name
+        tell(f"{name} at random moments, and continued")
+        folder, steps = trial.stopped(name, number, times)
+        made.append({"stopped by": name, "went on after": steps, **differences(whole, folder)})
+    return made
