@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,18 +87,19 @@ class Child:
 
     def __enter__(self) -> "Child":
         tool = [sys.executable, "-m", "resnetv2_cli", "train"]
+        self.said = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [*tool, *self.arguments],
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            stderr=self.said,
             start_new_session=True,
         )
         return self
 
     def __exit__(self, *_: object) -> None:
         self.send(signal.SIGKILL)
-        self.process.communicate()
+        self.process.wait()
+        self.said.close()
 
     def begun(self) -> float:
         """Wait until it has a folder and has begun; the time then."""
@@ -126,9 +128,9 @@ class Child:
         Raises:
             UserError: it ended with another status; its own words.
         """
-        _, said = self.process.communicate()
-        if self.process.returncode not in statuses:
-            lines = [ln for ln in said.splitlines() if ln.strip()] or ["it said nothing"]
+        if self.process.wait() not in statuses:
+            self.said.seek(0)
+            lines = [ln for ln in self.said if ln.strip()] or ["it said nothing"]
             errors = [ln.removeprefix("error: ") for ln in lines if ln.startswith("error: ")]
             raise UserError(f"a run of it failed: {(errors or lines)[-1]}")
 

@@ -1,0 +1,387 @@
+"""Nothing lost, nothing different: damaged checkpoints, full disks, changed settings, what is not
+finite, and where every value came from. Trainings run in this process; test_run.py kills them."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+from conftest import SMALL
+from lightning.pytorch import Callback
+from torch import nn
+
+from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli import run
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import Damaged, Diverged, NotSaved, Stopped, UserError
+from resnetv2_cli.manifest import ORIGINS, origins
+from resnetv2_cli.nonfinite import Guard, poisoned
+from resnetv2_cli.resume import continued, finished
+from resnetv2_cli.runfolder import RunFolder
+from resnetv2_cli.shortcuts import Shortcut
+from resnetv2_cli.verify import difference, differences
+
+TINY = {
+    "dataset": "digits", "depth": 8, "batch_size": 16, "steps": 12, "log_every": 3,
+    "eval_every": 0.07, "save_every": 4, "precision": "32-true",
+}  # fmt: skip
+
+
+def trained_as(folder, tell=run.silent, display=(), resume=None, **settings) -> RunFolder:
+    """Train in this process; ``resume``: flags with which a run is continued."""
+    folder = RunFolder(folder)
+    if resume is None:
+        experiment = Experiment(**{**TINY, **settings})
+    else:
+        experiment, _ = continued(folder, resume)
+    run.train(experiment, folder, resume=resume is not None, display=list(display), tell=tell)
+    return folder
+
+
+class At(Callback):
+    """Does something once an iteration is done."""
+
+    def __init__(self, step, do) -> None:
+        self.step, self.do = step, do
+
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self.step:
+            self.do()
+
+
+def same(one: RunFolder, other: RunFolder) -> bool:
+    return not any(differences(one, other).values())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> RunFolder:
+    return trained_as(tmp_path_factory.mktemp("whole") / "run")
+
+
+# Checkpoints.
+
+
+def damage(good: bytes, n: int) -> bytes:
+    moments = random.Random(n)
+    if n % 3 == 0:
+        return good[: moments.randrange(len(good))]
+    at = len(good) - 1 - moments.randrange(82) if n % 3 == 1 else moments.randrange(len(good))
+    return good[:at] + bytes([good[at] ^ 1 << moments.randrange(8)]) + good[at + 1 :]
+
+
+def test_every_damage_is_known_before_a_checkpoint_is_used(whole, tmp_path):
+    """Cut anywhere; one bit flipped in the seal; one bit flipped anywhere, in padding too."""
+    file, good = tmp_path / "bad.ckpt", whole.last.read_bytes()
+    for n in range(60):
+        file.write_bytes(damage(good, n))
+        with pytest.raises(Damaged):
+            checkpoints.read(file)
+
+
+def test_any_zip_reader_and_torch_itself_open_a_sealed_one(whole):
+    assert torch.load(whole.last, weights_only=True)["global_step"] == 12
+
+
+def test_one_without_a_seal_is_of_an_earlier_version(whole, tmp_path):
+    old = checkpoints.read(whole.last)
+    del old[checkpoints.SEALED]
+    torch.save(old, tmp_path / "old.ckpt")
+    assert checkpoints.read(tmp_path / "old.ckpt")["global_step"] == 12
+    torch.save(checkpoints.read(whole.last), tmp_path / "lost.ckpt")
+    with pytest.raises(Damaged, match="checksum at its end"):
+        checkpoints.read(tmp_path / "lost.ckpt")
+
+
+def test_the_newest_whole_one_is_continued_from_and_ends_the_same(whole, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(whole.path, folder.path)
+    folder.result.unlink()
+    folder.last.unlink()
+    folder.last.write_bytes(whole.last.read_bytes()[:-100])
+    (folder.checkpoints / "step-00000012.ckpt").write_bytes(b"nothing")
+    said = []
+    trained_as(folder.path, said.append, resume={})
+    assert "is damaged" in said[0] or "cut short" in said[0]
+    assert "continuing from" in said[0] and said[0].endswith("iteration 8")
+    assert same(folder, whole)
+
+
+def test_where_none_is_whole_it_does_not_begin_again(whole, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(whole.path, folder.path)
+    folder.result.unlink()
+    for file in folder.checkpoints.glob("*.ckpt"):
+        file.unlink()
+        file.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="no whole one beside it"):
+        trained_as(folder.path, resume={})
+
+
+@pytest.fixture
+def full():
+    """Files may not grow beyond a size, as on a full disk; and what lifts that."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int = before[0]) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    yield limit
+    limit()
+
+
+def test_on_a_full_disk_it_trains_on_and_loses_nothing(whole, tmp_path, full):
+    said = []
+    events = [At(2, lambda: full(100)), At(9, full)]  # no line of metrics, no checkpoint
+    folder = trained_as(tmp_path / "run", said.append, events)
+    assert "File too large" in said[0] and "training goes on" in said[0]
+    assert same(folder, whole)
+
+
+def test_on_a_full_disk_it_stops_if_it_is_asked_to(whole, tmp_path, full):
+    with pytest.raises(NotSaved, match="File too large"):
+        trained_as(tmp_path / "run", display=[At(5, lambda: full(9000))], save_failure="stop")
+    full()
+    folder = RunFolder(tmp_path / "run")
+    assert checkpoints.read(folder.last)["global_step"] == 4
+    assert same(trained_as(folder.path, resume={}), whole)
+
+
+def test_what_cannot_be_saved_at_the_end_is_an_error(tmp_path, full):
+    with pytest.raises(NotSaved):
+        trained_as(tmp_path / "run", display=[At(5, lambda: full(9000))])
+    assert checkpoints.read(RunFolder(tmp_path / "run").last)["global_step"] == 4
+
+
+# Continuing.
+
+
+def test_a_run_in_use_says_by_whom(tmp_path):
+    with RunFolder(tmp_path).claimed():
+        message = f"is in use by process {os.getpid()} on"
+        with pytest.raises(UserError, match=message), RunFolder(tmp_path).claimed():
+            pass
+    with RunFolder(tmp_path).claimed():
+        pass
+
+
+def test_a_changed_flag_is_announced_with_its_effect_or_refused(whole):
+    _, changes = continued(whole, {"workers": 1, "lr": 0.1})
+    assert [str(c) for c in changes] == [
+        "--workers: 2 -> 1: the images are the same, sooner or later"
+    ]
+    for flags in ({"lr": 0.2}, {"seed": 1}, {"eval_every": 2.0}, {"non_finite": "skip"}):
+        with pytest.raises(UserError, match="would make this another experiment"):
+            continued(whole, flags)
+    with pytest.raises(UserError, match="10 iterations are fewer than the 12"):
+        continued(whole, {"steps": 10})
+
+
+def test_every_setting_that_may_change_says_what_that_does():
+    from dataclasses import fields
+
+    free = {f.name: f.metadata["free"] for f in fields(Experiment) if f.metadata["free"]}
+    assert {"devices", "data_dir", "tensorboard"} <= set(free)
+    assert all(len(effect.split()) > 2 for effect in free.values())
+
+
+def test_a_config_edited_by_hand_is_noticed(whole, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(whole.path, folder.path)
+    folder.result.unlink()
+    folder.config.write_text(folder.config.read_text().replace("lr: 0.1\n", "lr: 0.2\n"))
+    with pytest.raises(UserError, match="its lr is 0.1, not 0.2"):
+        trained_as(folder.path, resume={})
+
+
+def test_longer_training_is_one_run_where_the_rates_were_the_same(tmp_path):
+    """With no drop and no warm-up yet, it ends as if it had been planned so, and says so."""
+    flat = {"drops": "1,1", "warmup": 0}
+    longer = trained_as(tmp_path / "long", **flat, steps=20)
+    short, said = trained_as(tmp_path / "run", **flat), []
+    trained_as(short.path, said.append, resume={"steps": 20})
+    assert "its rates so far are those of 20 iterations too: one run" in said
+    assert not differences(longer, short)["weights"]
+    assert json.loads(short.result.read_text())["extended"] == [
+        {"from_steps": 12, "at": 12, "one_schedule": True}
+    ]
+    assert json.loads((short.path / "result-00000012.json").read_text())["steps"] == 12
+    assert finished(short, short.experiment())  # config.yaml has the longer training now
+
+
+def test_longer_training_with_other_rates_so_far_says_so(tmp_path):
+    folder, said = trained_as(tmp_path / "run"), []
+    trained_as(folder.path, said.append, resume={"steps": 20})
+    assert "not one run of 20 iterations: 7 to 12 had rates of the schedule of 12" in said[0]
+    assert not json.loads(folder.result.read_text())["extended"][0]["one_schedule"]
+
+
+def test_a_line_cut_by_a_power_failure_is_written_again(whole, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(Stopped):
+        trained_as(folder.path, display=[At(7, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+    with folder.metrics.open("a") as file:
+        file.write("1")  # of 12,...
+    assert same(trained_as(folder.path, resume={}), whole)
+
+
+# The manifest.
+
+
+def test_the_manifest_knows_where_values_came_from(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("depth: 8\nlr: 0.05\nepochs: 1\n")
+    assert origins(config, {"lr": 0.1, "steps": 3}) == {
+        "depth": f"file {config}", "lr": "flag", "steps": "flag"
+    }  # fmt: skip
+    config.with_suffix(ORIGINS).write_text('{"depth": "row \'a\' of table1"}')
+    assert origins(config, {}) == {"depth": "row 'a' of table1"}
+
+
+def test_the_manifest_counts_how_often_the_test_set_was_read(whole, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(whole.path, folder.path)
+    said = folder.manifest.read()
+    lines = folder.metrics.read_text().splitlines()[1:]
+    assert said["test_set_readings"] == sum(not line.endswith(",") for line in lines) == 2
+    run.evaluate(folder.last)
+    assert folder.manifest.read()["test_set_readings"] == 3
+    assert said["data"]["digest"] == checkpoints.read(whole.last)["data"] != ""
+    assert said["settings"]["lr"] == {"value": 0.1, "from": "default"}
+    assert said["settings"]["block"] == {"value": "basic", "from": "follows from the others"}
+    assert len(said["code"]["source_sha256"]) == 64 and said["resumes"] == []
+
+
+def test_a_validation_split_leaves_the_test_set_unread_until_the_end(tmp_path):
+    folder = trained_as(tmp_path / "run", val=1000, eval_every=0.2)
+    assert folder.manifest.read()["test_set_readings"] == 1
+
+
+# What is not finite.
+
+
+class Late(torch.autograd.Function):
+    """x, with a gradient of inf if ``bad``."""
+
+    @staticmethod
+    def forward(ctx, x, bad):
+        ctx.bad = bad
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient * float("inf") if ctx.bad else gradient), None
+
+
+class BadBackward(Shortcut):
+    """x + F(x), in the second unit at times with a gradient that is not finite."""
+
+    def place(self, number, units):
+        self.number = number
+
+    def bad(self):
+        return self.training and self.number == 2 and bool(torch.rand(()) < 0.2)
+
+    def forward(self, x, residual):
+        return Late.apply(self.carry(x) + residual, self.bad())
+
+
+class BadForward(BadBackward):
+    """x + F(x), at times inf in the second unit."""
+
+    def forward(self, x, residual):
+        y = self.carry(x) + residual
+        return y * float("inf") if self.bad() else y
+
+
+@pytest.mark.parametrize("kind, what, way", [
+    ("BadForward", "loss", "forward"), ("BadBackward", "gradient", "back"),
+])  # fmt: skip
+def test_the_unit_where_it_began_is_named(tmp_path, kind, what, way):
+    with pytest.raises(Diverged) as caught:
+        trained_as(tmp_path / "run", shortcut=f"test_reliability:{kind}", accumulate=2)
+    error = caught.value
+    assert error.where == f"stage2.unit1, on the way {way}"
+    assert f"the {what} is not finite at iteration {error.iteration}: it began in" in str(error)
+    said = json.loads((tmp_path / "run" / "failed.json").read_text())
+    assert said["iteration"] == error.iteration and said["where"] == error.where
+    with pytest.raises(UserError, match="diverged: the "):
+        continued(RunFolder(tmp_path / "run"), {})
+
+
+@pytest.mark.parametrize("kind", ["BadForward", "BadBackward"])
+def test_skipped_iterations_leave_no_trace_and_are_exact_under_resuming(tmp_path, kind):
+    settings = {"shortcut": f"test_reliability:{kind}", "non_finite": "skip", "save_every": 0}
+    whole = trained_as(tmp_path / "whole", **settings)
+    skipped = json.loads(whole.result.read_text())["skipped_iterations"]
+    assert 0 < skipped < 12
+    state = checkpoints.read(whole.last)["state_dict"]
+    assert all(value.isfinite().all() for value in state.values())
+    leave = At(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        trained_as(tmp_path / "run", display=[leave], **settings)
+    assert same(trained_as(tmp_path / "run", resume={}), whole)
+
+
+def test_where_nothing_is_finite_skipping_ends(tmp_path):
+    with pytest.raises(Diverged, match="12 iterations in a row were not finite"):
+        trained_as(tmp_path / "run", lr=1e38, warmup=0, non_finite="skip")
+
+
+def test_the_guard_leaves_out_a_first_step_as_if_it_had_not_been():
+    """Weights, momentum and BN's averages; then the next step is the one a new optimizer takes."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    start = {k: v.clone() for k, v in net.state_dict().items()}
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
+    guard, x = Guard(net, stop=False, scaled=False), torch.randn(8, 3)
+
+    def step(number: int, loss_is: float) -> None:
+        guard.begin()
+        sgd.zero_grad()
+        loss = net(x).square().sum() * loss_is
+        poisoned(loss, loss.detach().isfinite()).backward()
+        guard.look(number, sgd, torch.tensor(True))
+        sgd.step()
+
+    step(0, float("nan"))
+    assert not difference(net.state_dict(), start) and guard.read() == (1, 0, 1)
+    step(1, 1.0)
+    skipped = {k: v.clone() for k, v in net.state_dict().items()}
+    net.load_state_dict(start)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
+    step(2, 1.0)
+    assert not difference(net.state_dict(), skipped) and guard.read() == (1, 0, 0)
+
+
+# Bits.
+
+
+def test_deterministic_twice_has_the_same_bits(whole, tmp_path):
+    try:
+        runs = [trained_as(tmp_path / n, deterministic=True) for n in "ab"]
+        scores = [run.evaluate(r.last, deterministic=True)[0] for r in runs]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same(*runs) and scores[0] == scores[1]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+
+
+def test_a_difference_of_one_bit_is_seen_and_nan_is_itself():
+    a = torch.tensor([1.0, float("nan")])
+    b = a.clone()
+    assert not difference({"x": [a, 2]}, {"x": [b, 2]})
+    b.view(torch.int32)[0] ^= 1
+    assert difference({"x": [a, 2]}, {"x": [b, 2]}) == ".x.0: other bits"
+    assert difference({"x": 1}, {"y": 1}) and difference([1], [1, 2]) and difference(-0.0, 0.5)
+
+
+def test_verify_resume_shows_it_to_a_user(resnetv2):
+    flags = [*SMALL, "--steps", 6, "--kills", 1, "--json", "--precision", "32-true"]
+    made = json.loads(resnetv2("verify-resume", *flags).stdout)
+    assert made["exact"]
+    assert [r["stopped by"] for r in made["runs"]] == ["nothing, run twice", "SIGKILL", "SIGTERM"]
+    assert all(r["weights"] == r["metrics"] == "" for r in made["runs"])
