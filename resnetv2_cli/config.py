@@ -14,7 +14,7 @@ from resnetv2_cli import plans
 from resnetv2_cli.errors import UserError, shown, unknown
 from resnetv2_cli.origin import find, sha256
 from resnetv2_cli.recipes import read_yaml
-from resnetv2_cli.settings import BITS, PARTS, SAME, checked, rows, setting
+from resnetv2_cli.settings import BITS, LATER, PARTS, SAME, checked, rows, setting
 
 PAPER_STEPS, PAPER_WARMUP = 64_000, 400  # iterations
 
@@ -171,9 +171,7 @@ class Experiment:
         0.0, "Share of the label given to all classes.", "Optimization", least=0, most=1
     )
     non_finite: Literal["stop", "skip"] = setting(
-        "stop",
-        "Loss or gradient not finite: stop, and say where it began; or skip the iteration.",
-        "Optimization",
+        "stop", "Loss or gradient not finite: stop, and say where; or skip it.", "Optimization"
     )
     seed: int = setting(
         0, "Seed of weights, order and augmentation.", "Optimization", least=0, most=2**31 - 1
@@ -239,20 +237,20 @@ class Experiment:
     log_every: int = setting(100, "Iterations between lines of metrics.csv.", "Run", least=1)
     save_every: int = setting(
         0,
-        "Iterations between checkpoints that are kept beside last.ckpt; 0: none.",
+        "Iterations between checkpoints kept beside last.ckpt; 0: none.",
         "Run",
         least=0,
-        free="numbered checkpoints stand at other iterations from here on",
+        free=LATER,
     )
     save_failure: Literal["continue", "stop"] = setting(
         "continue",
         "When a checkpoint cannot be written (disk full, quota, read-only): train on and try again "
         "at the next one, or stop.",
         "Run",
-        free="it counts from here on",
+        free=LATER,
     )
-    tensorboard: bool = setting(False, "Log to TensorBoard too.", "Run", free="from here on")
-    wandb: bool = setting(False, "Log to Weights & Biases too.", "Run", free="from here on")
+    tensorboard: bool = setting(False, "Log to TensorBoard too.", "Run", free=LATER)
+    wandb: bool = setting(False, "Log to Weights & Biases too.", "Run", free=LATER)
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -12,6 +12,7 @@ MOST = {int: 2**31 - 1, float: None}  # where a setting names no limit of its ow
 # What a setting that may change does to a run that is continued.
 BITS = "other kernels round otherwise: it will not end with the same bits"
 PARTS = "BN sees parts of another size from here on: it will not end with the same bits"
+LATER = "it counts from here on"
 SAME = "the images are the same, wherever they are and whoever reads them"
 
 
