@@ -236,16 +236,11 @@ class Experiment:
     eval_every: float = setting(1.0, "Epochs between evaluations.", "Run", least=0.001, most=1e6)
     log_every: int = setting(100, "Iterations between lines of metrics.csv.", "Run", least=1)
     save_every: int = setting(
-        0,
-        "Iterations between checkpoints kept beside last.ckpt; 0: none.",
-        "Run",
-        least=0,
-        free=LATER,
+        0, "Iterations between checkpoints that are kept; 0: none.", "Run", least=0, free=LATER
     )
     save_failure: Literal["continue", "stop"] = setting(
         "continue",
-        "When a checkpoint cannot be written (disk full, quota, read-only): train on and try again "
-        "at the next one, or stop.",
+        "A checkpoint cannot be written (disk full, quota): train on and try later, or stop.",
         "Run",
         free=LATER,
     )
