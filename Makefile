@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint audit clean
 
 $(BIN)/resnetv2: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -26,6 +26,18 @@ lint: .venv/test
 
 test: lint
 	$(BIN)/pytest -q --numprocesses 2 --dist loadfile
+
+# What a release is installed from (pip install --require-hashes -r constraints-hashed.txt): the same versions,
+# and the digests that their files must have.
+constraints-hashed.txt: constraints.txt pyproject.toml
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --quiet --constraint constraints.txt --generate-hashes \
+	    --no-header --no-annotate --no-emit-index-url --python-version 3.11 --output-file $@
+
+# Known vulnerabilities of what is installed; asks the registry's database, so it needs a network.
+audit: $(BIN)/resnetv2
+	$(BIN)/pip install --quiet pip-audit
+	$(BIN)/pip-audit --local --skip-editable
 
 clean:
 	rm -rf .venv
