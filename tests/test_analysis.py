@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from resnetv2_cli import source
 from resnetv2_cli.analysis import backward, forward, lesion, paths, shrink, study, subject
-from resnetv2_cli.analysis.subject import Batch, Source, Subject
+from resnetv2_cli.analysis.subject import Batch, Subject
 from resnetv2_cli.analysis.topics import TOPICS
 from resnetv2_cli.analysis.trace import Trace, trace
 from resnetv2_cli.cli import main
@@ -18,6 +19,7 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.plans import UNITS
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.shortcuts import SHORTCUTS
+from resnetv2_cli.source import Source
 
 EXACT = ["relu-before-add", "relu-only-preact", "full-preact"]  # f is the identity: 4(c), (d), (e)
 BROKEN = ["original", "bn-after-add"]
@@ -455,33 +457,33 @@ def test_every_topic_measures_tells_and_draws(topic):
 def test_networks_are_called_by_what_tells_them_apart(tmp_path):
     main = Source(Experiment(dataset="digits", depth=20))
     others = [
-        subject.beside(main, "depth=14,unit=original"),
-        subject.beside(main, "shortcut=exclusive-gate, gate-bias=-5"),
+        source.beside(main, "depth=14,unit=original"),
+        source.beside(main, "shortcut=exclusive-gate, gate-bias=-5"),
     ]
     assert others[0].experiment == Experiment(dataset="digits", depth=14, unit="original")
     assert others[1].experiment.gate_bias == -5.0
-    assert [s.label for s in subject.labelled([main, *others])] == [
+    assert [s.label for s in source.labelled([main, *others])] == [
         "depth=20, full-preact, identity",
         "depth=14, original, identity",
         "depth=20, full-preact, exclusive-gate, gate_bias=-5.0",
     ]
     narrow = Source(replace(main.experiment, block="basic"))
-    assert subject.beside(narrow, "depth=164").experiment.block_ == "bottleneck"
-    assert subject.beside(narrow, "depth=164,block=basic").experiment.block_ == "basic"
+    assert source.beside(narrow, "depth=164").experiment.block_ == "bottleneck"
+    assert source.beside(narrow, "depth=164,block=basic").experiment.block_ == "basic"
     name = main.experiment.name
     trained = main._replace(checkpoint=tmp_path, step=64000)
-    labels = [s.label for s in subject.labelled([main, main, trained, trained])]
+    labels = [s.label for s in source.labelled([main, main, trained, trained])]
     assert labels == [name, f"{name} (2)", f"{name} @64000", f"{name} @64000 (2)"]
     for text, message in [
         ("layout=tim", "unknown layout 'tim'"),
-        ("dept=20", "--compare dept=20: unknown setting 'dept'"),
+        ("dept=20", "dept=20: unknown setting 'dept'"),
         ("depth=111", "no network has 111 layers"),
         ("depth=", "depth must be"),
         ("unit=[", "unknown unit '\\['"),
         (str(tmp_path / "none.ckpt"), "there is no checkpoint"),
     ]:
         with pytest.raises(UserError, match=message):
-            subject.beside(main, text)
+            source.beside(main, text)
 
 
 def test_images_come_from_all_classes():
@@ -551,13 +553,13 @@ def test_analyze_of_a_run(called, trained):
 def test_where_an_analysis_goes(tmp_path):
     e = Experiment(dataset="digits")
     inside = tmp_path / "run" / "checkpoints"
-    for source, to in [
+    for of, to in [
         (Source(e), f"runs/analyze-{e.name}"),
         (Source(e, inside / "last.ckpt"), tmp_path / "run" / "analysis"),
         (Source(e, inside / "best.ckpt"), tmp_path / "run" / "analysis-best"),
         (Source(e, tmp_path / "mine.ckpt"), tmp_path / "analysis-mine"),
     ]:
-        assert str(study.folder_of(source)) == str(to)
+        assert str(study.folder_of(of)) == str(to)
 
 
 @pytest.mark.parametrize(

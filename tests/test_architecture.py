@@ -22,7 +22,7 @@ ORDER = """
     optim nonfinite describe
     footprint
     manifest runfolder csvlog
-    form checkpoint
+    form checkpoint source difference
     foreign.names foreign.sources foreign.files foreign.convert
     task finetune callbacks
     plot

@@ -7,13 +7,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from resnetv2_cli.analysis.subject import Batch, Source, subject
+from resnetv2_cli.analysis.subject import Batch, subject
 from resnetv2_cli.analysis.topics import TOPICS, Table
 from resnetv2_cli.analysis.trace import trace
 from resnetv2_cli.console import finite
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.manifest import environment
 from resnetv2_cli.runfolder import write_json
+from resnetv2_cli.source import Source
 
 
 def module(topic: str) -> Any:

@@ -65,11 +65,12 @@ def analyze(
     if checkpoint and config:
         raise UserError("a checkpoint takes no --config", "it names network and images by itself")
     experiment = Experiment() if checkpoint else Experiment.load(config, **flags)
+    from resnetv2_cli import source
     from resnetv2_cli.analysis import study, subject
 
-    at_start = subject.Source(experiment)
-    main = subject.from_checkpoint(checkpoint, **flags) if checkpoint else at_start
-    sources = subject.labelled([main, *(subject.beside(main, what) for what in compare or [])])
+    at_start = source.Source(experiment)
+    main = source.from_checkpoint(checkpoint, **flags) if checkpoint else at_start
+    sources = source.labelled([main, *(source.beside(main, what) for what in compare or [])])
     topics = study.fitting(list(dict.fromkeys(topic or [])), sources)
     to = output or study.folder_of(main)
     batch = subject.Batch(images, test_images, precision, bn, pairs)

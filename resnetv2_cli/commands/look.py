@@ -1,7 +1,9 @@
-"""``describe``, ``list`` and ``show``: what there is, without running it."""
+"""``describe``, ``diff``, ``list`` and ``show``: what there is, without running it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from resnetv2_cli import console, paper, plans
 from resnetv2_cli.commands.app import Config, Json, app
@@ -43,6 +45,34 @@ def describe(
     console.out.print(
         f"{made['parameters_without_bn']:,} parameters without BN, as the paper counts"
     )
+
+
+Network = Annotated[
+    str,
+    typer.Argument(
+        help="A checkpoint, a run's folder, a config, or settings, such as depth=110,unit=original."
+    ),
+]
+
+
+@app.command(rich_help_panel="Study the paper")
+def diff(a: Network, b: Network, json: Json = False) -> None:
+    """Say in words and counts how two networks differ. Settings change the defaults for A, and
+    network A for B.
+
+    For instance: resnetv2 diff depth=164,unit=original unit=full-preact
+    """
+    from resnetv2_cli import difference
+    from resnetv2_cli.source import Source, named
+
+    one = named(a, Source(Experiment()))
+    made = difference.difference(one, named(b, one))
+    if json:
+        console.as_json(made)
+        return
+    console.table(f"a: {a}\nb: {b}", ["", "a", "b", "b - a"], difference.rows(made))
+    for line in made["words"]:
+        console.out.print(line, highlight=False, markup=False)
 
 
 @app.command("list", rich_help_panel="Study the paper")

@@ -1,0 +1,126 @@
+"""How two networks differ: in settings, in counts, and in the words of the paper's tables."""
+
+from typing import Any
+
+from resnetv2_cli import plans
+from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.describe import describe
+from resnetv2_cli.resnet import default_option
+from resnetv2_cli.shortcuts import settings_of, shortcut_class
+from resnetv2_cli.source import Source
+
+WORDS = {
+    "layers": "layers",
+    "units": "units",
+    "parameters": "parameters",
+    "parameters_without_bn": "parameters without BN",
+    "macs": "MACs",
+}
+COUNTED = ("parameters", "macs")  # of each part
+
+
+def difference(a: Source, b: Source) -> dict[str, Any]:
+    """``settings`` of the network that differ, as [of a, of b]; ``counts``, as [of a, of b, b - a];
+    ``parts``: stem, stages and head whose parameters or MACs differ, alike; ``words``: a sentence
+    on the unit and on the shortcut, where they differ.
+
+    Parameters are counted in numbers, MACs in multiply-adds of one image.
+    """
+    ours, theirs = settings(a), settings(b)
+    made = [counted(source) for source in (a, b)]
+    parts = [by_part(m) for m in made]
+    return {
+        "networks": [source.experiment.name for source in (a, b)],
+        "settings": {
+            k: [ours.get(k), theirs.get(k)]
+            for k in {**ours, **theirs}
+            if ours.get(k) != theirs.get(k)
+        },
+        "counts": {k: apart(made[0][k], made[1][k]) for k in WORDS},
+        "parts": {
+            part: {k: apart(*(p.get(part, {}).get(k, 0) for p in parts)) for k in COUNTED}
+            for part in {**parts[0], **parts[1]}
+            if parts[0].get(part) != parts[1].get(part)
+        },
+        "words": [
+            f"{what}: {texts[0]}; instead {texts[1]}"
+            for what, say in SAYS.items()
+            if (texts := [say(source) for source in (a, b)]) and texts[0] != texts[1]
+        ],
+    }
+
+
+def settings(source: Source) -> dict[str, Any]:
+    """What decides a network, with the values that defaults stand for."""
+    e = source.experiment
+    known = settings_of(shortcut_class(e.shortcut))
+    found = e.architecture | {"option": e.option or default_option(e.block_, e.stem_)}
+    given = found.pop("settings")
+    return found | known | given | {"classes": classes(source)}
+
+
+def classes(source: Source) -> int:
+    """How many there are: a checkpoint knows, else the dataset; of a folder not yet seen 1000."""
+    return source.classes or len(DATASETS[source.experiment.dataset].classes) or 1000
+
+
+def counted(source: Source) -> dict[str, Any]:
+    """``describe`` with the counts of layers and units."""
+    made = describe(source.experiment, classes(source))
+    return made | {"layers": made["depth"], "units": len(made["parts"]) - 2}
+
+
+def by_part(made: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Parameters and MACs of the stem, each stage and the head."""
+    found: dict[str, dict[str, int]] = {}
+    for part in made["parts"]:
+        into = found.setdefault(part["name"].split(".")[0], dict.fromkeys(COUNTED, 0))
+        for k in COUNTED:
+            into[k] += part[k]
+    return found
+
+
+def apart(a: int, b: int) -> list[int]:
+    """Of a, of b, b - a."""
+    return [a, b, b - a]
+
+
+def unit(source: Source) -> str:
+    """Its name, its row of UNITS, and what stands at the three places of Fig. 4."""
+    name = source.experiment.unit
+    last, after, before = (spoken(place) for place in plans.places(name))
+    return (
+        f"{name}, {plans.UNITS[name]}: before F's first weights {before}, "
+        f"after its last {last}, after the addition {after}"
+    )
+
+
+def spoken(place: str) -> str:
+    """``BN and ReLU``, or ``nothing``."""
+    words = {"bn": "BN", "relu": "ReLU"}
+    return " and ".join(words[name] for name in place.split()) or "nothing"
+
+
+def shortcut(source: Source) -> str:
+    """Its name and the first line of its docstring, which is its formula."""
+    name = source.experiment.shortcut
+    formula = (shortcut_class(name).__doc__ or "no formula").strip().splitlines()[0]
+    return f"{name}, {formula.removesuffix('.')}"
+
+
+SAYS = {"unit": unit, "shortcut": shortcut}
+
+
+def rows(made: dict[str, Any]) -> list[list[str]]:
+    """Everything that differs, and all counts, a line each: what, of a, of b, b - a."""
+    found = [[k, str(a), str(b), ""] for k, (a, b) in made["settings"].items()]
+    found += [line(WORDS[k], n) for k, n in made["counts"].items()]
+    for part, numbers in made["parts"].items():
+        found += [line(f"{part}: {WORDS[k]}", n) for k, n in numbers.items() if n[2]]
+    return found
+
+
+def line(what: str, numbers: list[int]) -> list[str]:
+    """A count for a table, with its difference."""
+    a, b, difference = numbers
+    return [what, f"{a:,}", f"{b:,}", f"{difference:+,}"]

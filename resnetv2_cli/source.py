@@ -1,0 +1,92 @@
+"""How a network is named on the command line: a checkpoint, a config, or settings."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import unknown
+from resnetv2_cli.plans import laid_out
+from resnetv2_cli.recipes import CONFIGS
+
+
+class Source(NamedTuple):
+    """Where a network comes from: an experiment, at initialization, or a checkpoint."""
+
+    experiment: Experiment
+    checkpoint: Path | None = None
+    step: int | None = None  # iterations it was trained for
+    label: str = ""
+    classes: int | None = None  # that a checkpoint knows
+
+
+def from_checkpoint(path: Path, **overrides: Any) -> Source:
+    """A checkpoint or a run's folder; it names network and images by itself.
+
+    Raises:
+        UserError: there is none, or it is none of this tool.
+    """
+    file = checkpoints.find(path)
+    saved = checkpoints.read(file)
+    experiment = checkpoints.experiment_of(saved, **overrides)
+    return Source(experiment, file, saved["global_step"], classes=len(saved["classes"]))
+
+
+def beside(main: Source, text: str) -> Source:
+    """A network named beside another: a checkpoint or a run's folder, or the first network with
+    other settings, ``depth=110,unit=original``, at initialization.
+
+    Raises:
+        UserError: it is neither, or there is no such setting.
+    """
+    if "=" not in text or Path(text).exists():
+        return from_checkpoint(Path(text), data_dir=main.experiment.data_dir)
+    known = ["layout", *(f.name for f in fields(Experiment))]
+    given: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        name = name.strip().replace("-", "_")
+        if name not in known:
+            raise unknown("setting", name, known, where=f"{text}: ")
+        try:
+            given[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            given[name] = value  # which the experiment refuses in its own words
+    own = {"block": None} if "depth" in given else {}  # another depth may have another block
+    kept = None if "dataset" in given else main.classes
+    return Source(replace(main.experiment, **(own | laid_out(given))), classes=kept)
+
+
+def named(text: str, main: Source) -> Source:
+    """What ``diff`` names: a config, by its name or its file, or what may stand ``beside`` another
+    network.
+
+    Raises:
+        UserError: it is none of these, or there is no such setting.
+    """
+    if Path(text).suffix in (".yaml", ".yml") or (CONFIGS / f"{text}.yaml").is_file():
+        return Source(Experiment.load(text))
+    return beside(main, text)
+
+
+def labelled(sources: list[Source]) -> list[Source]:
+    """The same with labels that tell them apart: what differs between their experiments, and after
+    how many iterations; or the whole name, where nothing does."""
+    named: dict[str, Source] = {}
+    for source in sources:
+        parts = [
+            value if isinstance(value, str) else f"{f.name}={value}"
+            for f in fields(Experiment)
+            if not f.metadata["free"]
+            and len({getattr(other.experiment, f.name) for other in sources}) > 1
+            and (value := getattr(source.experiment, f.name)) is not None
+        ]
+        label = ", ".join(parts) or source.experiment.name
+        if source.step is not None:
+            label += f" @{source.step}"
+        n = sum(other.split(" (")[0] == label for other in named) + 1
+        named[label if n == 1 else f"{label} ({n})"] = source
+    return [source._replace(label=label) for label, source in named.items()]

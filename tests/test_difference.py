@@ -1,0 +1,74 @@
+"""diff: two networks beside each other, in settings, counts and words."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from resnetv2_cli import checkpoint
+from resnetv2_cli.cli import main
+from resnetv2_cli.config import Experiment
+
+
+@pytest.fixture
+def called(capsys):
+    """The command in this process: ``called(...)`` -> exit status, stdout, stderr."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as left:
+            main(["diff", *map(str, arguments)])
+        return left.value.code, *capsys.readouterr()
+
+    return call
+
+
+def test_units_differ_only_where_bn_stands(called):
+    """Fig. 4(a) and (e) have the same components: what the units lose of BN, the head gains."""
+    status, out, _ = called("depth=20,unit=original", "unit=full-preact", "--json")
+    made = json.loads(out)
+    assert status == 0 and made["settings"] == {"unit": ["original", "full-preact"]}
+    assert made["counts"]["layers"] == [20, 20, 0] and made["counts"]["units"] == [9, 9, 0]
+    assert made["counts"]["parameters_without_bn"][2] == made["counts"]["macs"][2] == 0
+    assert made["parts"]["head"]["parameters"][2] == 2 * 64
+    moved = sum(part["parameters"][2] for part in made["parts"].values())
+    assert moved == made["counts"]["parameters"][2] == 0
+    [words] = made["words"]
+    assert "bn + relu |" in words and "+ | bn relu" in words and words.startswith("unit: original")
+
+
+def test_depth_and_shortcut_of_a_checkpoint_and_a_config(called, tmp_path):
+    file = tmp_path / "mine.ckpt"
+    head = {"experiment": asdict(Experiment(depth=8)), "global_step": 5, "classes": ["a", "b"]}
+    checkpoint.write(head | {"state_dict": {}}, file)
+    status, out, _ = called(file, "depth=20,shortcut=exclusive-gate", "--json")
+    made = json.loads(out)
+    assert status == 0 and made["settings"]["gate_bias"] == [None, -6.0]
+    assert "classes" not in made["settings"]  # both have the two that the checkpoint knows
+    assert "head" not in made["parts"] and "stage1" in made["parts"]
+    assert made["counts"]["layers"] == [8, 20, 12] and made["counts"]["units"] == [3, 9, 6]
+    assert made["words"] == [
+        "shortcut: identity, x + F(x): identity, the clean information path (Fig. 2a); "
+        "instead exclusive-gate, (1 - g(x)) x + g(x) F(x), as in Highway Networks (Fig. 2c)"
+    ]
+    status, out, _ = called("digits_resnet20", "shortcut=identity")
+    assert status == 0 and "269,722" in out and "shortcut:" not in out
+
+
+def test_what_defaults_stand_for_is_no_difference(called):
+    _, out, _ = called("depth=38,shortcut=dropout", "dropout_ratio=0.5,block=basic", "--json")
+    made = json.loads(out)
+    assert made["settings"] == made["parts"] == {} and made["words"] == []
+
+
+@pytest.mark.parametrize(
+    "text, error, hint",
+    [
+        ("dept=20", "dept=20: unknown setting 'dept'", "did you mean 'depth'?"),
+        ("none.yaml", "unknown config file 'none.yaml'", "known:"),
+        ("none.ckpt", "there is no checkpoint none.ckpt", "a run folder"),
+    ],
+)
+def test_mistakes(called, text, error, hint):
+    status, _, said = called(text, "depth=20")
+    said = " ".join(said.split())
+    assert status == 2 and f"error: {error}" in said and hint in said
