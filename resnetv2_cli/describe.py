@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.paper import published
 from resnetv2_cli.plans import STEMS
 from resnetv2_cli.resnet import ResNet
 
@@ -19,7 +20,8 @@ def skeleton(experiment: Experiment, classes: int = CLASSES) -> ResNet:
 
 
 def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
-    """``parameters``, ``macs`` (multiply-adds of one image) and ``parts``: stem, units and head,
+    """``parameters``, ``macs`` (multiply-adds of one image), ``published`` (test errors in Tables 1
+    and 2 of networks with this unit, and with this shortcut) and ``parts``: stem, units and head,
     each with its output shape (C, H, W), parameters, MACs, and the side of the square of pixels
     that one value of it can see (``receptive_field``; none behind the global pooling).
 
@@ -76,6 +78,7 @@ def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
         "parameters": parameters(net),
         "parameters_without_bn": parameters(net) - batch_norm,
         "macs": sum(macs.values()),
+        "published": {k: published(k, getattr(experiment, k)) for k in ("unit", "shortcut")},
         "parts": parts,
     }
 

@@ -45,6 +45,8 @@ def describe(
     console.out.print(
         f"{made['parameters_without_bn']:,} parameters without BN, as the paper counts"
     )
+    for kind, errors in made["published"].items():
+        console.out.print(f"the paper's errors with this {kind}, %: {errors}", highlight=False)
 
 
 Network = Annotated[
