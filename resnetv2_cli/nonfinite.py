@@ -148,7 +148,8 @@ def began(
     net = task.net
     parts, net.segments = Parts(net), 0
     net.zero_grad()
-    with ExitStack() as hooks:
+    task.train()  # an evaluation asks too
+    with ExitStack() as hooks, torch.inference_mode(False), torch.enable_grad():
         for name, part in parts.parts.items():
             part._compiled_call_impl = None  # hooks are for the eager one
             parts.watch(name, part, hooks)

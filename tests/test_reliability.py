@@ -319,6 +319,15 @@ def test_the_unit_where_it_began_is_named(tmp_path, kind, what, way):
         continued(RunFolder(tmp_path / "run"), {})
 
 
+def test_it_is_traced_too_where_an_evaluation_would_save_it(tmp_path):
+    """An evaluation keeps no graph, and this looks for the unit from within one."""
+    with pytest.raises(Diverged) as caught:
+        shortcut = "test_reliability:AlwaysBad"
+        trained_as(tmp_path / "run", shortcut=shortcut, log_every=1000, save_every=0)
+    assert caught.value.where == "stage2.unit1, on the way forward"
+    assert not RunFolder(tmp_path / "run").last.exists()
+
+
 @pytest.mark.parametrize("kind", ["BadForward", "BadBackward"])
 def test_skipped_iterations_leave_no_trace_and_are_exact_under_resuming(tmp_path, kind):
     settings = {"shortcut": f"test_reliability:{kind}", "non_finite": "skip", "save_every": 0}
