@@ -40,8 +40,8 @@ PLANTED = {
     ),
     "the first unit activates x a second time": (
         "resnet.py",
-        "activated=first",
-        "activated=False",
+        'activated = first_act == "stem" and not stages and i == 0',
+        "activated = False",
         "figures",
     ),
     "initialization resets the gates": (

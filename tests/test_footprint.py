@@ -1,5 +1,6 @@
 """The memory that is foretold is the memory that is taken, and micro-batches are made to fit it."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -7,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from resnetv2_cli import footprint, memory
+from resnetv2_cli import footprint, memory, run
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
@@ -117,3 +118,4 @@ def test_train_says_what_it_needs_and_splits(tmp_path, capsys):
     told = " ".join(capsys.readouterr().err.split())
     assert "a step needs about 0.0 GB (32 images, 2 parts)" in told and "GB are free" in told
     assert "accumulate: 2" in (tmp_path / "run/config.yaml").read_text()
+    assert run.FOLDER not in os.environ

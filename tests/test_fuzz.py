@@ -19,9 +19,10 @@ from PIL import Image
 
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.cli import main
-from resnetv2_cli.config import CONFIGS, Experiment
+from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import picture
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.recipes import CONFIGS
 from resnetv2_cli.resnet import ResNet
 
 MUCH = int(os.environ.get("RESNETV2_FUZZ", "1"))

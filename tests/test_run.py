@@ -34,7 +34,8 @@ def same_state(a, b) -> None:
 
 
 def test_a_run_folder_holds_what_scripts_rely_on(trained):
-    names = sorted(p.name for p in trained.iterdir() if not p.name.startswith("confusion"))
+    of_eval_and_analyze = ("confusion", "analysis")
+    names = sorted(p.name for p in trained.iterdir() if not p.name.startswith(of_eval_and_analyze))
     assert names == [
         "checkpoints", "config.yaml", "curves.png", "manifest.json", "metrics.csv",
         "result.json", "run.lock", "speed.csv",

@@ -88,6 +88,8 @@ def train(
             again = " ".join([*words, *trust.flags(experiment.shortcut)])
             console.note(f"{stopped}: saved; continue with: {again}")
         raise
+    finally:
+        os.environ.pop(run.FOLDER, None)  # another run of this process has a folder of its own
     if not run.first_process():
         return
     if json:
