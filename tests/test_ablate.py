@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, THREADS
 
-from resnetv2_cli.ablation import arms, studies
+from resnetv2_cli.ablation import arms, studies, tables
 from resnetv2_cli.ablation.sweep import Sweep
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.paper import TABLE_1
@@ -146,3 +146,29 @@ def test_a_reproduction_goes_on_from_the_small_files_of_the_last(resnetv2, tmp_p
     assert (inside / "metrics.csv").read_text().startswith(begun)
     assert json.loads((inside / "result.json").read_text())["steps"] == 60
     assert not list(inside.rglob("*.part-*"))
+
+
+@pytest.mark.parametrize(
+    "scale, error, fail, said",
+    [
+        ("paper", 60.0, True, "fail: 60.00"),
+        ("paper", 6.6, False, "6.60"),
+        ("laptop", 60.0, False, "60.00"),
+        ("laptop", None, True, "fail (diverged)"),
+    ],
+)
+def test_an_error_above_20_is_a_failure_of_the_papers_recipe_alone(
+    tmp_path, scale, error, fail, said
+):
+    [study] = studies.studies(shortcut="conv1x1")
+    planned = arms.plan(study, 1, {}, tmp_path, scale)
+    for arm in planned.lines[0].arms:
+        arm.folder.mkdir(parents=True)
+        if error is None:
+            left = {"reason": "the loss is nan", "diverged": True}
+            (arm.folder / "failed.json").write_text(json.dumps(left))
+        else:
+            (arm.folder / "result.json").write_text(json.dumps({"test_error": error}))
+    columns, rows = tables.table(planned, 0.5)
+    assert rows[0][columns.index("here, %")] == said
+    assert tables.as_json(planned, 0.5)["rows"][0]["fail"] is fail
