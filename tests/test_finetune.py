@@ -12,7 +12,7 @@ from conftest import REPOSITORY, SHARED
 from PIL import Image
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import run
+from resnetv2_cli import resume, run
 from resnetv2_cli.ablation.studies import identity
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
@@ -121,7 +121,7 @@ def test_a_stopped_run_continues_without_its_weights_file(trained, tmp_path):
     folder.result.unlink()
     shutil.copy(folder.checkpoints / "step-00000010.ckpt", folder.last)
     moved.unlink()
-    run.train(run.resumed(folder, {})[0], folder, resume=True)
+    run.train(resume.continued(folder, {})[0], folder, resume=True)
     ended, expected = (checkpoints.read(f.last) for f in (folder, whole))
     assert ended["global_step"] == 30
     torch.testing.assert_close(ended["state_dict"], expected["state_dict"], rtol=0, atol=0)

@@ -58,7 +58,7 @@ SHAPES = {"L": (8, 8), "P": (33, 40), "RGBA": (640, 48), "CMYK": (50, 50), "1": 
 
 @pytest.mark.parametrize("mode", SHAPES)
 def test_any_size_and_mode(trained, tmp_path, capsys, mode):
-    suffix = "tiff" if mode == "CMYK" else "png"
+    suffix = "jpg" if mode == "CMYK" else "png"
     Image.new(mode, SHAPES[mode]).save(tmp_path / f"a.{suffix}")
     out, _ = called(capsys, trained, tmp_path / f"a.{suffix}", "--format", "jsonl")
     assert len(rows(out)[0]["predictions"]) == 3
@@ -86,7 +86,7 @@ def test_a_broken_file_is_a_row_and_the_others_are_as_without_it(trained, digits
     assert [("error" in row, "predictions" in row) for row in found] == [
         (False, True), (True, False), (False, True), (True, False), (True, False),
     ]  # fmt: skip
-    assert "cannot identify" in found[1]["error"] and "No such file" in found[4]["error"]
+    assert "cannot identify" in found[1]["error"] and "is no file" in found[4]["error"]
     assert "3 of 5 files cannot be read" in err
     alone, _ = called(capsys, trained, *whole, "--format", "jsonl")
     assert rows(alone) == [found[0], found[2]]
@@ -94,7 +94,7 @@ def test_a_broken_file_is_a_row_and_the_others_are_as_without_it(trained, digits
 
 def test_nothing_but_broken_files_is_a_mistake(trained, capsys):
     _, err = called(capsys, trained, "nowhere.png", status=2)
-    assert "none of the 1 files can be read" in err and "No such file" in err
+    assert "none of the 1 files can be read" in err and "nowhere.png is no file" in err
 
 
 def test_a_folder_without_images_is_a_mistake(trained, tmp_path, capsys):
