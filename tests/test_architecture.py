@@ -18,7 +18,7 @@ ORDER = """
     data.catalog
     settings origin recipes config flags
     data.picture data.archive data.images
-    data.order data.augment data.folder data.module
+    data.turbo data.crop data.order data.augment data.folder data.module
     optim nonfinite describe
     footprint
     manifest runfolder csvlog

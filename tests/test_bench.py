@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
 from resnetv2_cli.bench.data import PATHS
 from resnetv2_cli.bench.floor import bytes_moved, convolutions
@@ -103,6 +104,16 @@ def test_data_paths_are_timed_beside_torchvisions(capsys):
     made = json.loads(run(capsys, "data", *small, "--json").out)
     paths = [name for name, path in PATHS.items() if path.decoded]
     assert list(made["arms"]) == paths and made["arms"][paths[0]]["ratio"] == 1
+
+
+def test_photographs_are_read_beside_pil_and_torchvision(capsys, tmp_path):
+    for split in ("train", "val"):
+        for i in range(2):
+            (tmp_path / split / "a").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (300, 280), (i, 9, 99)).save(tmp_path / split / "a" / f"{i}.jpg")
+    small = ["--dataset", "folder", "--data-dir", tmp_path, "--depth", 18, "--batch-size", 2]
+    made = json.loads(run(capsys, "data", *small, "--rounds", 1, "--stretch", 1, "--json").out)
+    assert list(made["arms"]) == [name for name, path in PATHS.items() if not path.decoded]
 
 
 @pytest.mark.parametrize(

@@ -375,7 +375,8 @@ def test_training_crops_lie_inside_the_photograph():
     for crop in ("scale", "scale-aspect"):
         for width, height in [(500, 375), (60, 200), (224, 224)]:
             for _ in range(200):
-                left, top, right, bottom = folder.random_box(width, height, 224, crop, g)
+                draws = torch.rand(folder.DRAWS, generator=g, dtype=torch.float64).tolist()
+                left, top, right, bottom = folder.random_box(width, height, crop, draws)
                 assert 0 <= left < right <= width + 1e-9
                 assert 0 <= top < bottom <= height + 1e-9
                 if crop == "scale":

@@ -66,11 +66,11 @@ def test_any_size_and_mode(trained, tmp_path, capsys, mode):
 
 def test_sixteen_bits_of_grey_are_not_cut_off_at_white(tmp_path):
     """What convert("RGB") gives is white wherever there is more than 0.4 % of the light."""
-    from resnetv2_cli.data.folder import open_rgb
+    from resnetv2_cli.data import picture
 
     grey = np.linspace(0, 2**16 - 1, 64 * 64).astype(np.uint16).reshape(64, 64)
     Image.fromarray(grey).save(tmp_path / "a.png")
-    found = np.asarray(open_rgb(tmp_path / "a.png"))
+    found = np.asarray(picture.rgb(tmp_path / "a.png", "a.png"))
     assert np.abs(found[..., 0].astype(int) - grey / 257).max() < 1
 
 

@@ -3,20 +3,25 @@
 To add one: a row in PATHS.
 """
 
+import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torchvision import transforms
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.transforms.functional import pil_to_tensor
 
 from resnetv2_cli.bench.plain import forever, plain_loader
 from resnetv2_cli.bench.turns import Arm, in_turns, rows, timed
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.data import images
+from resnetv2_cli.data import folder, images, picture
 from resnetv2_cli.data.augment import crop_and_flip
 from resnetv2_cli.data.module import EpochMaker, ImageData, Parts, Stream
 from resnetv2_cli.data.order import Schedule
-from resnetv2_cli.errors import UserError
 from resnetv2_cli.manifest import environment
+from resnetv2_cli.plans import STEMS
 from resnetv2_cli.run import build, trainer_of
 
 Make = Callable[[ImageData, torch.device], Arm]
@@ -61,7 +66,83 @@ def from_pil(workers: int) -> Make:
     return make
 
 
+def photographs(data: ImageData) -> folder.Folder:
+    """The training images, which are files."""
+    assert isinstance(data.train, folder.Folder)
+    return data.train
+
+
+def one_by_one(read: Callable[[Path], torch.Tensor]) -> Make:
+    """Files through a function, as one worker process has them."""
+
+    def make(data: ImageData, device: torch.device) -> Arm:
+        files = itertools.cycle(photographs(data).files)
+        return on_one_core(lambda: read(next(files)), data.experiment.batch_size, device)
+
+    return make
+
+
+def on_one_core(read: Callable[[], torch.Tensor], images: int, device: torch.device) -> Arm:
+    """An arm that makes a batch of what is read, with one thread, as in a worker process."""
+    arm = timed(lambda: torch.stack([read() for _ in range(images)]), device)
+
+    def run(steps: int) -> float:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return arm(steps)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
+def pil_crop() -> Callable[[Path], torch.Tensor]:
+    """The usual transforms of training on ImageNet, on PIL images."""
+    usual = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
+    transform = transforms.Compose([*usual, transforms.PILToTensor()])
+    return lambda path: transform(picture.rgb(path, str(path)))
+
+
+def tensor_crop() -> Callable[[Path], torch.Tensor]:
+    """torchvision's own decoder, and its transforms on tensors; PIL where it cannot."""
+    usual = [transforms.RandomResizedCrop(224, antialias=True), transforms.RandomHorizontalFlip()]
+    transform = transforms.Compose(usual)
+
+    def read(path: Path) -> torch.Tensor:
+        try:
+            return transform(decode_jpeg(read_file(str(path)), mode=ImageReadMode.RGB))
+        except RuntimeError:
+            return transform(pil_to_tensor(picture.rgb(path, str(path))))
+
+    return read
+
+
+def decode_alone(path: Path) -> torch.Tensor:
+    """Whole pictures by PIL, and nothing of them: what any path that decodes them whole costs."""
+    picture.rgb(path, str(path))
+    return torch.empty(0)
+
+
+def ours(crop: str) -> Make:
+    """What ``train`` does in each of its workers."""
+
+    def make(data: ImageData, device: torch.device) -> Arm:
+        found = photographs(data)
+        size, n = STEMS[data.experiment.stem_].size, len(found.files)
+        views = folder.FolderImages(found, size, crop, data.experiment.seed)
+        keys = ((i % n, i // n) for i in itertools.count())
+        return on_one_core(lambda: views[next(keys)][0], data.experiment.batch_size, device)
+
+    return make
+
+
 PATHS = {
+    "PIL, RandomResizedCrop": InputPath("one core", False, one_by_one(pil_crop())),
+    "torchvision, RandomResizedCrop": InputPath("one core", False, one_by_one(tensor_crop())),
+    "PIL, decode alone": InputPath("one core", False, one_by_one(decode_alone)),
+    "resnetv2, scale": InputPath("one core", False, ours("scale")),
+    "resnetv2, scale-aspect": InputPath("one core", False, ours("scale-aspect")),
     "torchvision, in the process": InputPath("PIL images, no worker", True, from_pil(0)),
     "torchvision, 2 workers": InputPath("PIL images, two workers", True, from_pil(2)),
     "resnetv2": InputPath("uint8 on the device, batch by batch", True, from_memory),
@@ -71,14 +152,14 @@ PATHS = {
 def bench_data(experiment: Experiment, rounds: int, steps: int) -> dict[str, Any]:
     """Images a second of each way to read the dataset, and their ratios to the first of PATHS.
 
+    Photographs are read by one core each; so many workers are so many times as fast.
+
     Raises:
-        UserError: no row of PATHS reads such a dataset.
+        UserError: the images are missing.
     """
     _, data = build(experiment)
     device = trainer_of(experiment, logger=False).strategy.root_device
     paths = {name: p for name, p in PATHS.items() if p.decoded == data.dataset.decoded}
-    if not paths:
-        raise UserError("bench data needs small images", "--dataset cifar10, cifar100 or digits")
     arms = {name: path.make(data, device) for name, path in paths.items()}
     turns = in_turns(arms, rounds, steps, device)
     return {

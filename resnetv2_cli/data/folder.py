@@ -2,22 +2,23 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from resnetv2_cli.data import picture
+from resnetv2_cli.data.crop import Rectangle, crops
 from resnetv2_cli.data.order import STREAMS
 from resnetv2_cli.errors import UserError
 
 SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
 SHORTER = (256, 480)  # pixels: range of the random shorter side ("scale" of Table 5, from [1])
+TRAINED = 224  # pixels: side of the crop of that range; other networks take the same share
+DRAWS = 40  # numbers that a training crop is drawn with: four for each of ten tries
 RESIZED = {224: 256}  # shorter side for a test crop; 320 is cropped from 320 (Sec. 5)
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # of ImageNet's training images, 0..1
@@ -68,41 +69,29 @@ def digest(*splits: Folder) -> str:
     return made.hexdigest()
 
 
-def open_rgb(path: Path) -> Image.Image:
-    """An image of any mode as RGB.
-
-    Raises:
-        UserError: the file cannot be read as an image; says which.
-    """
-    return picture.rgb(path, str(path))
-
-
-def random_box(
-    width: int, height: int, size: int, crop: str, g: torch.Generator
-) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom, in pixels, of a training crop before it is resized to ``size``.
+def random_box(width: int, height: int, crop: str, draws: Sequence[float]) -> Rectangle:
+    """Left, top, right, bottom, in pixels, of a training crop before it is resized.
+    ``draws``: DRAWS numbers, uniform from 0 to 1.
 
     ``scale``: a size x size crop of the image whose shorter side is drawn from 256..480 ([1]).
     ``scale-aspect``: 8 to 100 % of the area, aspect 3/4 to 4/3 (fb.resnet.torch).
     """
-    draw = torch.rand(3, generator=g, dtype=torch.float64).tolist()
     if crop == "scale-aspect":
-        for _ in range(10):
-            area = width * height * (0.08 + 0.92 * draw[0])
-            aspect = math.exp((2 * torch.rand(1, generator=g).item() - 1) * math.log(4 / 3))
+        for i in range(0, DRAWS, 4):
+            area = width * height * (0.08 + 0.92 * draws[i])
+            aspect = math.exp((2 * draws[i + 1] - 1) * math.log(4 / 3))
             w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
             if w <= width and h <= height:
-                left, top = draw[1] * (width - w), draw[2] * (height - h)
+                left, top = draws[i + 2] * (width - w), draws[i + 3] * (height - h)
                 return left, top, left + w, top + h
-            draw = torch.rand(3, generator=g, dtype=torch.float64).tolist()
         return center_box(width, height, 1.0)
-    shorter = SHORTER[0] + draw[0] * (SHORTER[1] - SHORTER[0])
-    side = min(width, height) * size / shorter
-    left, top = draw[1] * (width - side), draw[2] * (height - side)
+    shorter = SHORTER[0] + draws[0] * (SHORTER[1] - SHORTER[0])
+    side = min(width, height) * TRAINED / shorter
+    left, top = draws[1] * (width - side), draws[2] * (height - side)
     return left, top, left + side, top + side
 
 
-def center_box(width: int, height: int, share: float) -> tuple[float, float, float, float]:
+def center_box(width: int, height: int, share: float) -> Rectangle:
     """The square in the middle whose side is ``share`` of the shorter side."""
     side = min(width, height) * share
     left, top = (width - side) / 2, (height - side) / 2
@@ -111,6 +100,8 @@ def center_box(width: int, height: int, share: float) -> tuple[float, float, flo
 
 class FolderImages(Dataset):
     """Image ``index`` as epoch ``epoch`` sees it; epoch -1 is the test view.
+
+    What is drawn follows from seed, epoch and index alone.
 
     Shape: key (index, epoch) -> (size, size, 3) uint8, label.
     """
@@ -123,18 +114,21 @@ class FolderImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         index, epoch = key
-        image = open_rgb(self.folder.files[index])
-        if epoch < 0:
-            box = center_box(*image.size, self.size / RESIZED.get(self.size, self.size))
-            flip = False
-        else:
+        path = self.folder.files[index]
+        share = self.size / RESIZED.get(self.size, self.size)
+        draws: list[float] = []
+        if epoch >= 0:
             g = torch.Generator().manual_seed((self.seed * STREAMS + epoch) * 2**21 + index)
-            box = random_box(*image.size, self.size, self.crop, g)
-            flip = torch.rand(1, generator=g).item() < 0.5
-        small = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
-        if flip:
-            small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return torch.from_numpy(np.array(small)), self.folder.labels[index]
+            draws = torch.rand(1 + DRAWS, generator=g, dtype=torch.float64).tolist()
+
+        def choose(width: int, height: int) -> list[Rectangle]:
+            if draws:
+                return [random_box(width, height, self.crop, draws[1:])]
+            return [center_box(width, height, share)]
+
+        [image] = crops(picture.content(path), str(path), choose, self.size)
+        flip = bool(draws) and draws[0] < 0.5
+        return image.flip(1) if flip else image, self.folder.labels[index]
 
 
 class Keys:

@@ -3,11 +3,13 @@ one clear error."""
 
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from resnetv2_cli.errors import UserError
 
@@ -31,24 +33,66 @@ BROKEN = (
 )
 
 
+@contextmanager
+def opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
+    """An image whose pixels are not decoded yet.
+
+    Raises:
+        UserError: it cannot be read as an image, here or where it is used; says which.
+    """
+    if isinstance(source, Path):
+        refuse_pipe(source, name)
+    try:
+        file = BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=FORMATS) as image:
+            yield image
+    except BROKEN as error:
+        raise unreadable(name, error) from None
+
+
+def unreadable(name: str, error: Exception) -> UserError:
+    """One line that says why."""
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, UnidentifiedImageError):
+        line = f"cannot identify image file: none of {', '.join(FORMATS)}"
+    return UserError(f"cannot read the image {name}: {line}", "copy it again")
+
+
+def refuse_pipe(path: Path, name: str) -> None:
+    """Raises UserError: it is no plain file; a pipe would never end."""
+    if not path.is_file():
+        raise UserError(f"{name} is no file", "images are plain files")
+
+
+def content(path: Path) -> bytes:
+    """What a file of an image holds.
+
+    Raises:
+        UserError: it cannot be read; says which.
+    """
+    refuse_pipe(path, str(path))
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise unreadable(str(path), error) from None
+
+
+def converted(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB."""
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert would cut off at 255
+        high = np.asarray(image).clip(0, 2**16 - 1) >> 8
+        return Image.fromarray(high.astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
 def rgb(source: Path | bytes, name: str, size: tuple[int, int] | None = None) -> Image.Image:
     """An image of any mode as RGB; ``size``: the width and height that it must have.
 
     Raises:
         UserError: it cannot be read as an image, or has another size; says which.
     """
-    if isinstance(source, Path) and not source.is_file():  # a pipe would never end
-        raise UserError(f"{name} is no file", "images are plain files")
-    try:
-        opened = BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(opened, formats=FORMATS) as image:
-            if size and image.size != size:  # before a single pixel of it is decoded
-                found, wanted = ("x".join(map(str, s)) for s in (image.size, size))
-                raise UserError(f"{name} is {found}, not {wanted}", "use --dataset folder for it")
-            if image.mode.startswith("I"):  # 16 bits of grey, which convert would cut off at 255
-                high = np.asarray(image).clip(0, 2**16 - 1) >> 8
-                return Image.fromarray(high.astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
-    except BROKEN as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read the image {name}: {line}", "copy it again") from None
+    with opened(source, name) as image:
+        if size and image.size != size:  # before a single pixel of it is decoded
+            found, wanted = ("x".join(map(str, s)) for s in (image.size, size))
+            raise UserError(f"{name} is {found}, not {wanted}", "use --dataset folder for it")
+        return converted(image)
