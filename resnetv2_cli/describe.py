@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnetv2_cli.anatomy import kinds
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.paper import published
 from resnetv2_cli.plans import STEMS
@@ -23,7 +24,8 @@ def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
     """``parameters``, ``macs`` (multiply-adds of one image), ``published`` (test errors in Tables 1
     and 2 of networks with this unit, and with this shortcut) and ``parts``: stem, units and head,
     each with its output shape (C, H, W), parameters, MACs, and the side of the square of pixels
-    that one value of it can see (``receptive_field``; none behind the global pooling).
+    that one value of it can see (``receptive_field``; none behind the global pooling); ``units``:
+    those that are built alike, with what stands for h, F and f in each (Eqns. 1 and 2).
 
     Every multiply-add of a convolution or the classifier counts as one; BN, ReLU, additions and
     gates' products are left out, as in [1].
@@ -79,6 +81,7 @@ def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
         "parameters_without_bn": parameters(net) - batch_norm,
         "macs": sum(macs.values()),
         "published": {k: published(k, getattr(experiment, k)) for k in ("unit", "shortcut")},
+        "units": [alike.plain() for alike in kinds(net)],
         "parts": parts,
     }
 

@@ -96,7 +96,8 @@ def confusion(counts: list[list[int]], classes: tuple[str, ...], to: Path) -> No
 
 
 def save(figure: plt.Figure, to: Path) -> None:
-    """Write a picture; the format is the suffix's."""
+    """Write a picture; the format is the suffix's. The same figure gives the same file again."""
     to.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(to, dpi=130)
+    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(to.suffix)
+    figure.savefig(to, dpi=130, metadata=undated)
     plt.close(figure)

@@ -19,13 +19,13 @@ ORDER = """
     settings origin recipes config flags
     data.picture data.archive data.images
     data.turbo data.crop data.order data.augment data.folder data.module
-    optim nonfinite describe
+    optim nonfinite anatomy describe
     footprint
     manifest runfolder csvlog
     form checkpoint source difference
     foreign.names foreign.sources foreign.files foreign.convert
     task finetune callbacks
-    plot
+    plot blueprint
     syncbn resume run verify
     stats
     ablation.studies ablation.arms ablation.launch ablation.record

@@ -9,24 +9,69 @@ from resnetv2_cli import console, paper, plans
 from resnetv2_cli.commands.app import Config, Json, app
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.flags import with_flags
 from resnetv2_cli.manifest import annotated, origins
 from resnetv2_cli.recipes import CONFIGS
+
+SUFFIXES = (".svg", ".png", ".pdf")
+
+
+Picture = Annotated[
+    Path | None,
+    typer.Option(
+        help="Draw the units as Figs. 2 and 4 do: .svg, .png or .pdf.", metavar="FILE.svg"
+    ),
+]
+
+
+def drawn(units: dict[str, Any], to: Path) -> None:
+    """Draw units into a file.
+
+    Raises:
+        UserError: its suffix is not that of a picture.
+    """
+    if to.suffix not in SUFFIXES:
+        raise UserError(f"no picture is called {to}", f"its name ends in {', '.join(SUFFIXES)}")
+    from resnetv2_cli.blueprint import blueprint
+
+    blueprint(units, to)
+    console.note(f"picture: {to}")
+
+
+def figures_2_and_4() -> dict[str, Any]:
+    """The shortcuts of Fig. 2, in its units, and the units of Fig. 4, by their names."""
+    import torch
+
+    from resnetv2_cli.anatomy import anatomy
+    from resnetv2_cli.units import Kind, residual_unit
+
+    of_figure_2 = [s for s, row in plans.shortcuts().items() if "Fig. 2" in row.formula]
+    shortcuts = {s: Kind(unit="original", shortcut=s) for s in of_figure_2}
+    units = {u: Kind(unit=u) for u in plans.UNITS}
+    with torch.device("meta"):
+        return {name: anatomy(residual_unit(k, 64, 64)) for name, k in (shortcuts | units).items()}
 
 
 @app.command(rich_help_panel="Study the paper")
 @with_flags()
 def describe(
     config: Config = None,
+    picture: Picture = None,
     json: Json = False,
     **flags: Any,
 ) -> None:
-    """Show a network's units, shapes, parameters and multiply-adds."""
+    """Show a network's units, equations, shapes, parameters and multiply-adds."""
     experiment = Experiment.load(config, **flags)
     from resnetv2_cli.describe import describe as described
+    from resnetv2_cli.describe import skeleton
 
     known = len(DATASETS[experiment.dataset].classes) or 1000
     made = described(experiment, known)
+    if picture:
+        from resnetv2_cli.anatomy import kinds
+
+        drawn({alike.name: alike.anatomy for alike in kinds(skeleton(experiment))}, picture)
     if json:
         console.as_json(made)
         return
@@ -45,6 +90,10 @@ def describe(
     console.out.print(
         f"{made['parameters_without_bn']:,} parameters without BN, as the paper counts"
     )
+    for alike in made["units"]:
+        console.out.print(f"[bold]{alike['units']}[/]")
+        for line in alike["equations"]:
+            console.out.print(f"  {line}", highlight=False, markup=False)
     for kind, errors in made["published"].items():
         console.out.print(f"the paper's errors with this {kind}, %: {errors}", highlight=False)
 
@@ -78,8 +127,10 @@ def diff(a: Network, b: Network, json: Json = False) -> None:
 
 
 @app.command("list", rich_help_panel="Study the paper")
-def list_() -> None:
+def list_(picture: Picture = None) -> None:
     """List units, shortcuts, datasets and configs, with the errors the paper reports."""
+    if picture:
+        drawn(figures_2_and_4(), picture)
     units = [(u, cut, paper.published("unit", u)) for u, cut in plans.UNITS.items()]
     columns = ["--unit", "between two units", "paper, %"]
     console.table("Units: + ends one, | begins the next (Fig. 4)", columns, units)

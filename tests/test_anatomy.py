@@ -1,0 +1,105 @@
+"""What stands for h, F and f in each unit, and its picture, beside Figs. 2 and 4."""
+
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from resnetv2_cli.anatomy import anatomy, kinds
+from resnetv2_cli.cli import main
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.describe import describe, skeleton
+from resnetv2_cli.plans import UNITS
+from resnetv2_cli.shortcuts import SHORTCUTS, Shortcut
+from resnetv2_cli.units import Kind, residual_unit
+
+FIGURE_4 = {  # F, then what follows the addition
+    "original": ("weight BN ReLU weight BN", "ReLU"),
+    "bn-after-add": ("weight BN ReLU weight", "BN ReLU"),
+    "relu-before-add": ("weight BN ReLU weight BN ReLU", ""),
+    "relu-only-preact": ("ReLU weight BN ReLU weight BN", ""),
+    "full-preact": ("BN ReLU weight BN ReLU weight", ""),
+}
+FIGURE_2 = {  # what x meets on the shortcut, and what F is multiplied with
+    "identity": ("", ""),
+    "constant-scale": ("a x", "b"),
+    "exclusive-gate": ("(1 - g(x)) x", "g(x)"),
+    "shortcut-only-gate": ("(1 - g(x)) x", ""),
+    "conv1x1": ("weight 1x1, 16, BN", ""),
+    "dropout": ("dropout(x)", ""),
+    "stochastic-depth": ("", "d"),
+    "rezero": ("", "a"),
+}
+
+
+def parts(**kind):
+    with torch.device("meta"):
+        return anatomy(residual_unit(Kind(**kind), 16, 16))
+
+
+def words(layers) -> str:
+    return " ".join(layer.split()[0] for layer in layers)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_units_are_those_of_figure_4(unit):
+    a = parts(unit=unit)
+    assert (words(a.residual), words(a.after)) == FIGURE_4[unit]
+    assert a.shared == a.shortcut == () and a.formula == "x + F(x)"
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_shortcuts_are_those_of_figure_2(shortcut):
+    a = parts(unit="original", shortcut=shortcut)
+    assert (", ".join(a.shortcut), a.scale) == FIGURE_2[shortcut]
+    assert "F(x)" in a.formula and "Fig" not in a.formula and "where" not in a.formula
+
+
+def test_a_shortcut_without_a_formula_is_named():
+    class Mine(Shortcut):
+        """Something new."""
+
+    with torch.device("meta"):
+        unit = residual_unit(Kind(), 16, 16)
+        unit.shortcut = Mine(16, 16, 1, unit.shortcut.carry)
+    a = anatomy(unit)
+    assert (a.formula, a.shortcut, a.scale) == ("Mine(x, F(x))", ("Mine",), "")
+
+
+def test_units_that_are_alike_are_told_once():
+    made = describe(Experiment(depth=164))["units"]
+    stages = [f"stage {s}, unit{u}" for s in (1, 2, 3) for u in (" 1", "s 2 to 18")]
+    assert [u["units"] for u in made] == stages
+    first, inner, strided = made[0], made[1], made[2]
+    assert first["shortcut"] == ("weight 1x1, 64",) and words(first["residual"])[:6] == "weight"
+    assert words(inner["residual"])[:7] == "BN ReLU" and inner["shortcut"] == ()
+    assert strided["shared"] == ("BN", "ReLU")  # projections are with pre-activation, too
+    assert strided["equations"][0] == "y_l = x + F(x), x = BN -> ReLU of x_l"
+    assert strided["residual"][0] == "weight 1x1, 32, /2"
+
+
+def test_the_picture_has_every_layer_of_every_kind_of_unit(tmp_path, capsys):
+    flags = ["--depth", "20", "--shortcut", "exclusive-gate", "--unit", "original"]
+    for name in ("a.svg", "b.svg"):
+        with pytest.raises(SystemExit, match="0"):
+            main(["describe", *flags, "--picture", str(tmp_path / name)])
+    root = ElementTree.parse(tmp_path / "a.svg").getroot()
+    said = ["".join(e.itertext()).strip() for e in root.iter() if e.tag.endswith("}text")]
+    net = skeleton(Experiment(depth=20, shortcut="exclusive-gate", unit="original"))
+    for alike in kinds(net):
+        assert alike.name in said
+        a = alike.anatomy
+        for layer in (*a.shared, *a.residual, *a.shortcut, *a.after, f"× {a.scale}"):
+            expected = sum(
+                (*b.shared, *b.residual, *b.shortcut, *b.after, f"× {b.scale}").count(layer)
+                for b in (k.anatomy for k in kinds(net))
+            )
+            assert said.count(layer) == expected, layer
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert "stage 2, unit 1" in capsys.readouterr().out
+
+
+def test_a_picture_of_no_known_kind_is_a_mistake(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["list", "--picture", str(tmp_path / "a.gif")])
+    assert ".svg, .png, .pdf" in capsys.readouterr().err and not list(tmp_path.iterdir())
