@@ -32,10 +32,10 @@ def fits(x: Tensor, norm: nn.BatchNorm2d) -> bool:
     )
 
 
-def _call(name: str, dtype: torch.dtype, tensors: list[Tensor | None], *numbers: float) -> None:
+def _call(name: str, dtype: torch.dtype, tensors: list[Tensor], *numbers: float) -> None:
     """A function of ``kernels.c``. The caller holds the tensors, so that none is freed under it."""
     function = getattr(native.library(), f"{name}_{native.kind_of(dtype)}")
-    function(*(t if t is None else t.data_ptr() for t in tensors), *numbers)
+    function(*(t.data_ptr() for t in tensors), *numbers)
 
 
 def _rows(x: Tensor) -> tuple[int, int]:
@@ -58,7 +58,7 @@ class _Compiled(torch.autograd.Function):
         y, saved = torch.empty_like(x), torch.empty(4, c)
         sums = torch.empty(threads, 2, c, dtype=torch.float64)
         running = [norm.running_mean, norm.running_var]
-        tensors = [x, None, None, y, gamma, beta, *running, saved, sums]
+        tensors = [x, y, gamma, beta, *running, saved, sums]
         _call("forward", x.dtype, tensors, rows, c, norm.momentum, norm.eps, relu, threads)
         ctx.save_for_backward(x, saved)
         ctx.relu = relu
@@ -73,7 +73,7 @@ class _Compiled(torch.autograd.Function):
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
         dx, dgamma, dbeta = torch.empty_like(x), torch.empty(c), torch.empty(c)
         sums = torch.empty(threads, 2, c, dtype=torch.float64)
-        tensors = [dy, x, None, dx, saved, dgamma, dbeta, sums]
+        tensors = [dy, x, dx, saved, dgamma, dbeta, sums]
         _call("backward", x.dtype, tensors, rows, c, ctx.relu, threads)
         return dx, dgamma, dbeta, None, None
 

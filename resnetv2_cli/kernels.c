@@ -59,15 +59,14 @@ static inline void gather(double *sums, int64_t c) {
 }
 
 /* saved: [4][c] of mean, 1 / std, scale and shift: y = scale x + shift, then ReLU if relu.
-   running: mean and variance are moved by momentum. With add, x + add is what is normalized, and
-   goes to total. */
+   running: mean and variance are moved by momentum. */
 #define FORWARD(NAME, T, LOAD, STORE)                                                            \
-    void NAME(const T *x, const T *add, T *total, T *y, const float *gamma, const float *beta,   \
-              float *running_mean, float *running_var, float *saved, double *sums, int64_t rows, \
-              int64_t c, double momentum, double eps, int relu, int threads) {                   \
+    void NAME(const T *x, T *y, const float *gamma, const float *beta, float *running_mean,      \
+              float *running_var, float *saved, double *sums, int64_t rows, int64_t c,           \
+              double momentum, double eps, int relu, int threads) {                              \
         float origin[MOST];                                                                      \
         for (int64_t j = 0; j < c; j += LANES)                                                   \
-            *(F_ *)(origin + j) = add ? LOAD(x + j) + LOAD(add + j) : LOAD(x + j);               \
+            *(F_ *)(origin + j) = LOAD(x + j);                                                   \
         _Pragma("omp parallel num_threads(threads)") {                                           \
             double *mine = sums + 2 * c * omp_get_thread_num();                                  \
             memset(mine, 0, 2 * c * sizeof(double));                                             \
@@ -82,20 +81,12 @@ static inline void gather(double *sums, int64_t c) {
                     for (; r + 4 <= end; r += 4)                                                 \
                         for (int k = 0; k < 4; k++) {                                            \
                             F v = LOAD(x + (r + k) * c + j);                                     \
-                            if (add) {                                                           \
-                                STORE(total + (r + k) * c + j, v + LOAD(add + (r + k) * c + j)); \
-                                v = LOAD(total + (r + k) * c + j);                               \
-                            }                                                                    \
                             v -= o;                                                              \
                             s[k] += v;                                                           \
                             q[k] += v * v;                                                       \
                         }                                                                        \
                     for (; r < end; r++) {                                                       \
                         F v = LOAD(x + r * c + j);                                               \
-                        if (add) {                                                               \
-                            STORE(total + r * c + j, v + LOAD(add + r * c + j));                 \
-                            v = LOAD(total + r * c + j);                                         \
-                        }                                                                        \
                         v -= o;                                                                  \
                         s[0] += v;                                                               \
                         q[0] += v * v;                                                           \
@@ -119,7 +110,7 @@ static inline void gather(double *sums, int64_t c) {
                     running_var[j] += momentum * (unbiased - running_var[j]);                    \
                 }                                                                                \
             }                                                                                    \
-            APPLY(add ? total : x, y, saved, first, last, c, relu, LOAD, STORE)                  \
+            APPLY(x, y, saved, first, last, c, relu, LOAD, STORE)                                \
         }                                                                                        \
     }
 
@@ -150,11 +141,10 @@ static inline void gather(double *sums, int64_t c) {
         }                                                                                        \
     }
 
-/* dx, dgamma and dbeta, from the gradient of y. What ReLU let pass is found again from x. With
-   skip, the gradient that x has from elsewhere is added to dx. */
+/* dx, dgamma and dbeta, from the gradient of y. What ReLU let pass is found again from x. */
 #define BACKWARD(NAME, T, LOAD, STORE)                                                           \
-    void NAME(const T *dy, const T *x, const T *skip, T *dx, const float *saved, float *dgamma,  \
-              float *dbeta, double *sums, int64_t rows, int64_t c, int relu, int threads) {      \
+    void NAME(const T *dy, const T *x, T *dx, const float *saved, float *dgamma, float *dbeta,   \
+              double *sums, int64_t rows, int64_t c, int relu, int threads) {                    \
         float slope[MOST], offset[MOST];                                                         \
         _Pragma("omp parallel num_threads(threads)") {                                           \
             double *mine = sums + 2 * c * omp_get_thread_num();                                  \
@@ -205,7 +195,6 @@ static inline void gather(double *sums, int64_t c) {
                         F v = LOAD(x + r * c + j), g = LOAD(dy + r * c + j);                     \
                         if (relu) g = only(g, ~(U)(scale * v + shift <= 0));                     \
                         F d = scale * g + (m * v + o);                                           \
-                        if (skip) d += LOAD(skip + r * c + j);                                   \
                         STORE(dx + r * c + j, d);                                                \
                     }                                                                            \
                 }                                                                                \
