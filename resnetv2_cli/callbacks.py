@@ -19,7 +19,7 @@ from torch.nn.utils import get_total_norm
 from resnetv2_cli.checkpoint import WholeFiles
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.csvlog import CSVMetrics
-from resnetv2_cli.errors import Diverged, NotSaved, Stopped
+from resnetv2_cli.errors import Diverged, NotSaved, Stopped, UserError
 from resnetv2_cli.manifest import Manifest
 from resnetv2_cli.nonfinite import IN_A_ROW, began
 from resnetv2_cli.runfolder import RunFolder
@@ -36,6 +36,20 @@ def agreed(trainer: Trainer, wish: int) -> int:
         return wish
     number = torch.tensor(int(wish), device=trainer.strategy.root_device)
     return int(trainer.strategy.reduce(number, reduce_op="max"))
+
+
+def refuse_apart(trainer: Trainer, folder: RunFolder) -> None:
+    """
+    Raises:
+        UserError: the processes begin at different iterations, in each of them.
+    """
+    first, last = -agreed(trainer, -trainer.global_step), agreed(trainer, trainer.global_step)
+    if first != last:
+        raise UserError(
+            f"some processes begin at iteration {first:,}, others at {last:,}: "
+            f"they do not see the same {folder.path}",
+            "the run's folder must be the same for all of them, on a filesystem that they share",
+        )
 
 
 def refuse_diverged(trainer: Trainer, task: Classification) -> None:
@@ -202,6 +216,9 @@ class Keeper(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+
+    def on_train_start(self, trainer: Trainer, task: Classification) -> None:
+        refuse_apart(trainer, self.folder)
 
     def save(self, trainer: Trainer, task: Classification, *, leaving: bool = False) -> None:
         """Replace ``last.ckpt``; ``leaving``: the run ends with it.

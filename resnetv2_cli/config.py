@@ -13,7 +13,7 @@ import yaml
 from resnetv2_cli import plans
 from resnetv2_cli.errors import UserError, shown, unknown
 from resnetv2_cli.origin import find, sha256
-from resnetv2_cli.recipes import read_yaml
+from resnetv2_cli.recipes import asked_for
 from resnetv2_cli.settings import BITS, LATER, PARTS, SAME, checked, rows, setting
 
 PAPER_STEPS, PAPER_WARMUP = 64_000, 400  # iterations
@@ -376,20 +376,9 @@ class Experiment:
         Raises:
             UserError: the file is missing or no YAML mapping, or holds a key that is no field.
         """
-        given = read_yaml(Path(path)) if path else {}
-        known = ["layout", *(f.name for f in fields(cls))]
-        for key in given:
-            if key not in known:
-                raise unknown("key", key, known, where=f"{path}: ")
-        if "epochs" in overrides and "steps" in overrides:
-            raise UserError("--steps and --epochs are both given", "give one of them")
-        for one, other in (("epochs", "steps"), ("steps", "epochs")):
-            if one in overrides:
-                given.pop(other, None)
-        if "weights" in overrides:
-            given.pop("weights_sha256", None)
+        given = asked_for(path, overrides, [f.name for f in fields(cls)])
         try:
-            return cls(**{**plans.laid_out(given), **plans.laid_out(overrides)})
+            return cls(**given)
         except UserError as error:
             raise (UserError(f"{path}: {error}", error.hint) if path else error) from None
 

@@ -1,10 +1,12 @@
 """The files that ``--config`` reads: where the tool has its own, and how one is read."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from resnetv2_cli import plans
 from resnetv2_cli.errors import UserError, unknown
 
 _PACKAGED = Path(__file__).parent / "configs"  # in a wheel; in a checkout they are beside it
@@ -47,3 +49,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise UserError(f"{path} holds no keys", "one 'key: value' a line")
     return given
+
+
+def asked_for(
+    path: Path | str | None, overrides: Mapping[str, Any], known: Iterable[str]
+) -> dict[str, Any]:
+    """The settings that a file and ``overrides``, which win over it, ask for.
+
+    ``known``: the names of all settings; ``layout`` stands for those of its row.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, or holds a key that is no setting; or
+            the length of the training is given twice.
+    """
+    given = read_yaml(Path(path)) if path else {}
+    known = ["layout", *known]
+    for key in given:
+        if key not in known:
+            raise unknown("key", key, known, where=f"{path}: ")
+    if "epochs" in overrides and "steps" in overrides:
+        raise UserError("--steps and --epochs are both given", "give one of them")
+    for one, other in (("epochs", "steps"), ("steps", "epochs")):
+        if one in overrides:
+            given.pop(other, None)
+    if "weights" in overrides:
+        given.pop("weights_sha256", None)
+    try:
+        return plans.laid_out(given) | plans.laid_out(overrides)
+    except UserError as error:
+        raise (UserError(f"{path}: {error}", error.hint) if path else error) from None

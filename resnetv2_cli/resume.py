@@ -37,6 +37,10 @@ def continued(folder: RunFolder, given: dict[str, Any]) -> tuple[Experiment, lis
     saved = folder.experiment()
     known = {f.name: f for f in fields(Experiment)}
     wished = {name: checked(known[name], value) for name, value in given.items()}
+    if wished.get("precision") == "auto":
+        del wished["precision"]  # it was settled when the run began
+    if wished.get("epochs") is None:  # what a file holds that has every setting
+        wished.pop("epochs", None)
     changes = []
     if "steps" in wished or "epochs" in wished:
         steps = longer(saved, wished)
@@ -68,10 +72,8 @@ def longer(saved: Experiment, wished: dict[str, Any]) -> int:
     """The iterations that are wished.
 
     Raises:
-        UserError: they are fewer than the run has, or are given twice.
+        UserError: they are fewer than the run has.
     """
-    if "steps" in wished and "epochs" in wished:
-        raise UserError("--steps and --epochs are both given", "give one of them")
     steps = wished.get("steps", saved.steps)
     if "epochs" in wished:
         data = ImageData(saved)

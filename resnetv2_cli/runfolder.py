@@ -125,6 +125,11 @@ class RunFolder:
         self.failed.unlink(missing_ok=True)
 
     @property
+    def begun(self) -> bool:
+        """Whether it is the folder of a run."""
+        return self.config.is_file()
+
+    @property
     def diverged(self) -> str | None:
         """Why the loss of the run is no longer finite, if it is not."""
         said = json.loads(self.failed.read_text()) if self.failed.exists() else {}
@@ -136,7 +141,7 @@ class RunFolder:
         Raises:
             UserError: the folder is not that of a run.
         """
-        if not self.config.is_file():
+        if not self.begun:
             raise UserError(f"{self.path} is not the folder of a run", "it has no config.yaml")
         return Experiment.load(self.config)
 

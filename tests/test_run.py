@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -11,6 +12,8 @@ import torch
 import yaml
 from conftest import SCRIPT, SMALL, THREADS
 
+from resnetv2_cli import run
+from resnetv2_cli.cli import main
 from resnetv2_cli.runfolder import read_metrics
 
 STEPS = 46  # two epochs of 23
@@ -142,6 +145,63 @@ def test_resume_refuses_what_would_make_it_another_experiment(resnetv2, trained)
 def test_resume_says_what_it_changes(resnetv2, never_stopped):
     done = resnetv2("train", "--resume", never_stopped, "--workers", 1)
     assert "--workers: 2 -> 1" in done.stderr
+
+
+# One command that begins a run or continues it, in this process.
+
+AGAIN = ["--steps", 12, "--save-every", 6, "--shortcut", "dropout", "--precision", "auto"]
+
+
+def train(*words) -> int:
+    """The exit status of ``train``."""
+    try:
+        main([*map(str, ["train", *SMALL, *words])])
+    except SystemExit as left:
+        return left.code or 0
+    return 0
+
+
+def test_one_command_begins_continues_and_finds_nothing_left_to_do(tmp_path, capsys):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    again = [*AGAIN, "--continue", "--output"]
+    assert train(*again, whole) == 0
+    shutil.copytree(whole, folder)
+    (folder / "result.json").unlink()
+    saved = folder / "checkpoints"
+    (saved / "step-00000006.ckpt").rename(saved / "last.ckpt")
+    assert train(*again, folder) == 0
+    assert json.loads((folder / "manifest.json").read_text())["resumes"][0]["step"] == 6
+    same_state(last(folder), last(whole))
+    assert metrics(folder) == metrics(whole)
+    before = metrics(folder)
+    assert train(*again, folder) == 0
+    assert "nothing is left to do" in capsys.readouterr().err
+    assert metrics(folder) == before
+
+    # Who says now what was not said then is told, or refused, as with --resume.
+    assert train(*again, folder, "--workers", 1) == 0
+    assert "--workers: 2 -> 1" in capsys.readouterr().err
+    (tmp_path / "other.yaml").write_text("lr: 0.2")
+    assert train(*again, folder, "--config", tmp_path / "other.yaml") == 2
+    assert "--lr 0.2 would make this another experiment" in capsys.readouterr().err
+    assert train(*AGAIN, "--continue") == 2
+    assert "--continue needs --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"},
+        {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "1"},
+    ],
+    ids=["torchrun", "slurm"],
+)
+def test_processes_started_together_choose_no_folder_each(monkeypatch, capsys, environment):
+    monkeypatch.setattr(run, "train", lambda *_, **__: pytest.fail("it would wait for the other"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert train("--steps", 1) == 2
+    assert "2 processes were started together" in capsys.readouterr().err
 
 
 def test_same_seed_same_run(resnetv2, tmp_path):

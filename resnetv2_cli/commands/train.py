@@ -1,6 +1,7 @@
 """``train`` and ``eval``."""
 
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from resnetv2_cli.commands.app import Config, Json, app
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.flags import seconds, with_flags
+from resnetv2_cli.recipes import asked_for
 
 
 @app.command(rich_help_panel="Train")
@@ -21,6 +23,14 @@ def train(
         Path | None, typer.Option("--output", "-o", help="The run's folder: new or empty.")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
+    begun_or_not: Annotated[
+        bool,
+        typer.Option(
+            "--continue",
+            help="Continue the run in --output if it has begun, else begin it: one command for "
+            "torchrun and SLURM, which start it again. What is given may change as with --resume.",
+        ),
+    ] = False,
     time: Annotated[
         str | None, typer.Option(help="Save and leave cleanly after this long: 25m, 2h.")
     ] = None,
@@ -41,31 +51,39 @@ def train(
 
     For instance: resnetv2 train --depth 1001 --unit full-preact
     """
+    from resnetv2_cli.runfolder import RunFolder
+
     budget = seconds(time) if time else None
-    if resume and (config or output):
-        raise UserError("--resume takes no --config and no --output", "the folder has them")
-    if micro_batch and (resume or "accumulate" in flags):
+    if resume and (config or output or begun_or_not):
+        hint = "the folder has the settings, and it has begun"
+        raise UserError("--resume takes no --config, --output or --continue", hint)
+    if begun_or_not and not output:
+        raise UserError("--continue needs --output", "the folder to continue in, or to begin")
+    if micro_batch and (resume or begun_or_not or "accumulate" in flags):
         raise UserError(
             "--micro-batch sets --accumulate, which is settled", "leave one of them out"
         )
-    experiment = None if resume else Experiment.load(config, **flags)
-    from resnetv2_cli import run
+    begun = resume or (output if begun_or_not and output and RunFolder(output).begun else None)
+    experiment = None if begun else Experiment.load(config, **flags)
+    from resnetv2_cli import cluster, run
     from resnetv2_cli.display import Display
     from resnetv2_cli.manifest import origins
     from resnetv2_cli.resume import continued
-    from resnetv2_cli.runfolder import RunFolder
 
     taken = os.environ.get(run.FOLDER)  # in the other processes of a run
-    if resume:
-        folder = RunFolder(resume)
-        experiment, changes = continued(folder, flags)
-        for change in changes:
+    if begun:
+        folder = RunFolder(begun)
+        asked = asked_for(config, flags, [f.name for f in fields(Experiment)])
+        experiment, changes = continued(folder, asked)
+        for change in changes if run.first_process() else []:
             console.note(str(change))
     else:
         assert experiment is not None
         if micro_batch:
             experiment = run.in_parts(experiment, micro_batch)
         named = Path(taken) if taken else output
+        if named is None:
+            cluster.refuse_free_folder()
         folder = RunFolder(named) if named else RunFolder.free(experiment)
     os.environ[run.FOLDER] = str(folder.path)
     if run.first_process():
@@ -76,7 +94,7 @@ def train(
         result = run.train(
             experiment,
             folder,
-            resume=bool(resume),
+            resume=bool(begun),
             seconds=budget,
             display=[display],
             origins=origins(config, flags),
