@@ -15,6 +15,7 @@ from resnetv2_cli import files, form
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Damaged, NotSaved, UserError, shown
 from resnetv2_cli.origin import find  # noqa: F401  (config needs it, and no torch)
+from resnetv2_cli.settings import renewed
 
 SEALED = "sealed"  # a key that says that the file ends with its digest
 
@@ -143,15 +144,14 @@ def experiment_of(checkpoint: dict[str, Any], **overrides: Any) -> Experiment:
         UserError: it has a setting that this version does not know.
     """
     known = {f.name: f for f in fields(Experiment)}
-    for name in checkpoint["experiment"]:
+    written = renewed(checkpoint["experiment"])
+    for name in written:
         if name not in known:
             raise UserError(
                 f"the checkpoint has an unknown setting {shown(name)}", "of another version?"
             )
     saved = {
-        name: value
-        for name, value in checkpoint["experiment"].items()
-        if known[name].metadata["panel"] != "Engine"
+        name: value for name, value in written.items() if known[name].metadata["panel"] != "Engine"
     }
     return Experiment(**{**saved, **overrides})
 

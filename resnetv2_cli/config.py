@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 import yaml
 
 from resnetv2_cli import plans
+from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError, shown, unknown
 from resnetv2_cli.origin import find, sha256
 from resnetv2_cli.recipes import asked_for
@@ -21,6 +22,7 @@ PAPER_STEPS, PAPER_WARMUP = 64_000, 400  # iterations
 Block = rows(plans.BLOCKS)
 Unit = rows(plans.UNITS)
 Stem = rows(plans.STEMS)
+Protocol = rows(PROTOCOLS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +117,8 @@ class Experiment:
     crop: Literal["scale", "scale-aspect"] = setting(
         "scale", "ImageNet: random scale, as [1], or scale and aspect ratio.", "Data"
     )
-    test_size: int | None = setting(
-        None,
-        "ImageNet: side of the single test crop; 224 unless given.",
-        "Data",
-        least=32,
-        most=4096,
+    protocol: Protocol = setting(  # type: ignore[valid-type]
+        "224", "How photographs are evaluated: one crop of 224 or 320, or ten.", "Data"
     )
     workers: int = setting(
         2, "Processes that decode images (folders only).", "Data", least=0, most=1024, free=SAME

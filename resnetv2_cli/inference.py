@@ -16,9 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.catalog import DATASETS
-from resnetv2_cli.data.folder import SUFFIXES, Folder, FolderImages
+from resnetv2_cli.data.folder import MIDDLE, SUFFIXES, Folder, FolderImages
+from resnetv2_cli.data.images import SIZE
 from resnetv2_cli.data.module import EVAL_BATCH, leave_ctrl_c
 from resnetv2_cli.data.picture import BROKEN, FORMATS
+from resnetv2_cli.data.protocols import PROTOCOLS, View
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.plans import STEMS
 from resnetv2_cli.run import trainer_of
@@ -61,10 +63,13 @@ def network(path: Path, **overrides: Any) -> Classification:
     return task.eval()
 
 
-def size_of(task: Classification) -> int:
-    """Side in pixels of the images that a network is evaluated on; a mean image decides it."""
-    mean, e = task.normalize.mean, task.experiment
-    return mean.shape[-1] if mean.shape[-1] > 1 else e.test_size or STEMS[e.stem_].size
+def view_of(task: Classification) -> View:
+    """What a network sees of an image in evaluation: the protocol's crops of a photograph; small
+    images whole, at their size, which a mean image has too."""
+    e, mean = task.experiment, task.normalize.mean
+    if DATASETS[e.dataset].decoded or mean.shape[-1] > 1:
+        return View(max(SIZE, mean.shape[-1]))
+    return PROTOCOLS[e.protocol].view(STEMS[e.stem_].size)
 
 
 @contextmanager
@@ -123,14 +128,15 @@ def from_stdin(content: bytes, scratch: Path) -> list[Picture]:
 class Views(Dataset):
     """The test view of each file, or a black one and why it cannot be read.
 
-    Shape: index -> (size, size, 3) uint8, error.
+    Shape: index -> (side, side, 3) or (10, side, side, 3) uint8, error.
     """
 
-    def __init__(self, found: Sequence[Picture], size: int) -> None:
+    def __init__(self, found: Sequence[Picture], view: View) -> None:
         paths = [picture.path for picture in found]
         folder = Folder(paths, torch.zeros(len(paths), dtype=torch.int64), ())
-        self.size, self.paths = size, paths
-        self.images = FolderImages(folder, size, "scale", 0)
+        self.paths = paths
+        self.shape = (*((10,) if view.ten else ()), view.side, view.side, 3)
+        self.images = FolderImages(folder, view.side, "scale", 0, view)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -140,7 +146,7 @@ class Views(Dataset):
             return self.images[index, -1][0], ""
         except UserError as error:
             why = str(error).removeprefix(f"cannot read the image {self.paths[index]}: ")
-            return torch.zeros(self.size, self.size, 3, dtype=torch.uint8), why
+            return torch.zeros(self.shape, dtype=torch.uint8), why
 
 
 def predict(task: Classification, found: Sequence[Picture], top: int) -> Iterator[Prediction]:
@@ -150,9 +156,10 @@ def predict(task: Classification, found: Sequence[Picture], top: int) -> Iterato
     arithmetic and in batches of the size that evaluation has.
     """
     e = task.experiment
-    batch = EVAL_BATCH[DATASETS[e.dataset].decoded]
+    view = view_of(task)
+    batch = EVAL_BATCH[DATASETS[e.dataset].decoded] // (10 if view.ten else 1)
     loader: DataLoader = DataLoader(
-        Views(found, size_of(task)),
+        Views(found, view),
         batch_size=batch,
         # To start processes takes longer than to decode a batch of small images.
         num_workers=min(e.workers, len(found) // batch),
@@ -164,7 +171,9 @@ def predict(task: Classification, found: Sequence[Picture], top: int) -> Iterato
     names = iter(found)
     for pixels, errors in loader:
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
-            shares = task(pixels.to(device)).float().softmax(1)
+            shares = task.look(pixels.to(device)).float().softmax(1)
+        if view.ten:
+            pixels = pixels[:, MIDDLE]
         # Stable: of classes that are as probable, the first comes first, as evaluation counts.
         values, indices = shares.sort(descending=True, stable=True)
         best = values[:, :top].tolist(), indices[:, :top].tolist()

@@ -8,6 +8,7 @@ import yaml
 
 from resnetv2_cli import plans
 from resnetv2_cli.errors import UserError, unknown
+from resnetv2_cli.settings import renewed
 
 _PACKAGED = Path(__file__).parent / "configs"  # in a wheel; in a checkout they are beside it
 CONFIGS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "configs"
@@ -62,7 +63,7 @@ def asked_for(
         UserError: the file is missing or no YAML mapping, or holds a key that is no setting; or
             the length of the training is given twice.
     """
-    given = read_yaml(Path(path)) if path else {}
+    given = renewed(read_yaml(Path(path))) if path else {}
     known = ["layout", *known]
     for key in given:
         if key not in known:

@@ -9,6 +9,11 @@ from resnetv2_cli.errors import UserError, shown, unknown
 LONGEST = 4096  # bytes of a text
 MOST = {int: 2**31 - 1, float: None}  # where a setting names no limit of its own
 
+# Settings that are gone: what each of their values was, and what it is now.
+RENEWED: dict[str, list[tuple[Any, dict[str, Any]]]] = {
+    "test_size": [(None, {}), (224, {"protocol": "224"}), (320, {"protocol": "320"})]
+}
+
 # What a setting that may change does to a run that is continued.
 BITS = "other kernels round otherwise: it will not end with the same bits"
 PARTS = "BN sees parts of another size from here on: it will not end with the same bits"
@@ -39,6 +44,23 @@ def rows(table: dict[str, Any]) -> Any:
     return Literal[tuple(table)]  # type: ignore[valid-type]
 
 
+def renewed(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a file, which may be an older version's, under the names of today.
+
+    Raises:
+        UserError: one says what cannot be said any more.
+    """
+    rest = dict(given)
+    for name in RENEWED.keys() & given.keys():
+        value = rest.pop(name)
+        meant = [now for before, now in RENEWED[name] if before == value]
+        if not meant:
+            known = ", ".join(str(before) for before, _ in RENEWED[name] if before)
+            raise UserError(f"{name} {shown(value)} is no longer known", f"only {known}")
+        rest |= meant[0]
+    return rest
+
+
 def kinds(f: Any) -> tuple[type, tuple[Any, ...], bool]:
     """The plain type of a field, its choices if it has them, and whether it may be None."""
     parts = get_args(f.type) if get_origin(f.type) in (Union, types.UnionType) else (f.type,)
@@ -59,6 +81,8 @@ def checked(f: Any, value: Any) -> Any:
     if value is None and optional:
         return None
     if choices:
+        if type(value) is int:  # as YAML reads a name of digits
+            value = shown(value)
         if value not in choices:
             raise unknown(f.name, value, choices)
         return value

@@ -1,5 +1,6 @@
 """Classification as a LightningModule: loss, error rate, optimizer."""
 
+import math
 from dataclasses import asdict
 from typing import Any, Self
 
@@ -97,6 +98,18 @@ class Classification(L.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.net(self.normalize(images))
 
+    def look(self, images: Tensor) -> Tensor:
+        """Logits; of ten crops the logarithm of their mean softmax, as [1] after AlexNet; that of
+        fb.resnet.torch is the mean of logits.
+
+        Shape: images (N, H, W, 3) or (N, 10, H, W, 3) uint8 -> (N, classes).
+        """
+        if images.ndim == 4:
+            return self(images)
+        shares = self(images.flatten(0, 1)).float().log_softmax(1)
+        views = images.shape[1]
+        return shares.unflatten(0, (-1, views)).logsumexp(1) - math.log(views)
+
     def setup(self, stage: str) -> None:
         # In training alone: an analysis of the same network wants all its gradients.
         if stage == "fit":
@@ -158,7 +171,7 @@ class Classification(L.LightningModule):
         self.guard.look(self.global_step, optimizer, self.finite)
 
     def _evaluate(self, batch: Batch) -> None:
-        self.counted.update(self(batch.images), batch.labels)
+        self.counted.update(self.look(batch.images), batch.labels)
 
     def _evaluated(self) -> None:
         self.scores = self.counted.compute() | {"step": self.global_step}

@@ -15,7 +15,7 @@ ORDER = """
     plans paper
     native fused
     layers shortcuts units resnet
-    data.catalog
+    data.catalog data.protocols
     settings origin recipes config flags
     data.picture data.archive data.images
     data.turbo data.crop data.order data.augment data.folder data.module

@@ -13,6 +13,7 @@ from resnetv2_cli.checkpoint import read
 from resnetv2_cli.cli import main
 from resnetv2_cli.commands.export import Kind
 from resnetv2_cli.data.augment import Normalize
+from resnetv2_cli.data.protocols import View
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.export import card, check, fold, formats, hub, study
 from resnetv2_cli.finetune import read as read_weights
@@ -171,7 +172,7 @@ def test_a_failed_check_leaves_no_file_and_the_one_before(trained, tmp_path):
     to = tmp_path / "net.safetensors"
     to.write_text("what was there before")
     with pytest.raises(UserError, match="computes something else: largest logit difference"):
-        check.written(task, model, "safetensors", 32, to, {})
+        check.written(task, model, "safetensors", View(32), to, {})
     assert [p.name for p in tmp_path.iterdir()] == [to.name]
     assert to.read_text() == "what was there before"
 
@@ -179,7 +180,7 @@ def test_a_failed_check_leaves_no_file_and_the_one_before(trained, tmp_path):
 def test_without_test_images_it_is_compared_on_noise(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     task = network(trained / "checkpoints" / "last.ckpt", dataset="cifar10")
-    pixels, source = check.test_images(task, 32)  # and nothing is downloaded
+    pixels, source = check.test_images(task, View(32))  # and nothing is downloaded
     assert source == "images of noise" and pixels.float().std() > 70
     assert list(tmp_path.iterdir()) == []
 

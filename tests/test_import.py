@@ -262,15 +262,17 @@ def test_an_imported_file_evaluates(tmp_path, monkeypatch, called):
     assert saved["classes"] == ["cat", "dog"] and saved["global_step"] == 0
     assert saved["imported"]["from"] == "torchvision" and len(saved["imported"]["sha256"]) == 64
     status, out, err = called(
-        "eval", "a.ckpt", "--data-dir", data, "--batch-size", 4, "--test-size", 64, "--workers", 0,
-        "--precision", "32-true", "--json",
+        "eval", "a.ckpt", "--data-dir", data, "--batch-size", 4, "--protocol", "320",
+        "--workers", 0, "--precision", "32-true", "--json",
     )  # fmt: skip
     assert status == 0, err
     scores = json.loads(out)
     assert scores["images"] == 12
     from resnetv2_cli.data.folder import MEAN, STD, FolderImages, scan
+    from resnetv2_cli.data.protocols import PROTOCOLS
 
-    views = FolderImages(scan(data, "test", ("cat", "dog")), 64, "scale", 0)
+    view = PROTOCOLS["320"].view(224)
+    views = FolderImages(scan(data, "test", ("cat", "dog")), 224, "scale", 0, view)
     x, labels = zip(*(views[i, -1] for i in range(12)), strict=True)
     x = (torch.stack(x).permute(0, 3, 1, 2) / 255 - MEAN) / STD
     with torch.no_grad():

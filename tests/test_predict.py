@@ -10,7 +10,7 @@ from PIL import Image
 
 from resnetv2_cli.cli import main
 from resnetv2_cli.data import images
-from resnetv2_cli.inference import Picture, from_stdin, network, size_of
+from resnetv2_cli.inference import Picture, from_stdin, network, view_of
 
 
 @pytest.fixture(scope="module")
@@ -143,5 +143,5 @@ def test_a_contact_sheet(trained, digits, tmp_path, capsys):
 
 
 def test_a_network_with_a_mean_image_looks_at_images_of_its_size(trained):
-    task = network(trained / "checkpoints" / "last.ckpt", test_size=64)
-    assert task.normalize.mean.shape == (3, 32, 32) and size_of(task) == 32
+    task = network(trained / "checkpoints" / "last.ckpt", protocol="320")
+    assert task.normalize.mean.shape == (3, 32, 32) and view_of(task) == (32, 1.0, False)

@@ -10,6 +10,7 @@ from torch import Tensor
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.folder import Folder, FolderImages
 from resnetv2_cli.data.images import Split
+from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.plans import STEMS
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.run import build, restore
@@ -57,8 +58,9 @@ def chosen(split: Split | Folder, n: int, experiment: Experiment) -> tuple[Tenso
     rows = (2 * np.arange(n) + 1) * count // (2 * n)
     if isinstance(split, Split):
         return torch.from_numpy(split.images[rows]), torch.from_numpy(split.labels[rows])
-    size = experiment.test_size or STEMS[experiment.stem_].size
-    views = FolderImages(split, size, experiment.crop, experiment.seed)
+    size = STEMS[experiment.stem_].size
+    view = PROTOCOLS[experiment.protocol].view(size)._replace(ten=False)
+    views = FolderImages(split, size, experiment.crop, experiment.seed, view)
     images, labels = zip(*(views[int(i), -1] for i in rows), strict=True)
     return torch.stack(images), torch.tensor([int(label) for label in labels])
 

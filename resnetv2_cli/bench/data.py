@@ -4,13 +4,13 @@ To add one: a row in PATHS.
 """
 
 import itertools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torchvision import transforms
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms.functional import pil_to_tensor
 
 from resnetv2_cli.bench.plain import forever, plain_loader
@@ -20,6 +20,7 @@ from resnetv2_cli.data import folder, images, picture
 from resnetv2_cli.data.augment import crop_and_flip
 from resnetv2_cli.data.module import EpochMaker, ImageData, Parts, Stream
 from resnetv2_cli.data.order import Schedule
+from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.manifest import environment
 from resnetv2_cli.plans import STEMS
 from resnetv2_cli.run import build, trainer_of
@@ -72,11 +73,11 @@ def photographs(data: ImageData) -> folder.Folder:
     return data.train
 
 
-def one_by_one(read: Callable[[Path], torch.Tensor]) -> Make:
-    """Files through a function, as one worker process has them."""
+def one_by_one(reader: Callable[[], Callable[[Path], torch.Tensor]]) -> Make:
+    """Files through a function that ``reader`` makes, as one worker process has them."""
 
     def make(data: ImageData, device: torch.device) -> Arm:
-        files = itertools.cycle(photographs(data).files)
+        read, files = reader(), itertools.cycle(photographs(data).files)
         return on_one_core(lambda: read(next(files)), data.experiment.batch_size, device)
 
     return make
@@ -106,6 +107,10 @@ def pil_crop() -> Callable[[Path], torch.Tensor]:
 
 def tensor_crop() -> Callable[[Path], torch.Tensor]:
     """torchvision's own decoder, and its transforms on tensors; PIL where it cannot."""
+    # It says that a later version leaves decoding to another package.
+    warnings.filterwarnings("ignore", module="torchvision.io", category=DeprecationWarning)
+    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+
     usual = [transforms.RandomResizedCrop(224, antialias=True), transforms.RandomHorizontalFlip()]
     transform = transforms.Compose(usual)
 
@@ -130,7 +135,8 @@ def ours(crop: str) -> Make:
     def make(data: ImageData, device: torch.device) -> Arm:
         found = photographs(data)
         size, n = STEMS[data.experiment.stem_].size, len(found.files)
-        views = folder.FolderImages(found, size, crop, data.experiment.seed)
+        view = PROTOCOLS["224"].view(size)
+        views = folder.FolderImages(found, size, crop, data.experiment.seed, view)
         keys = ((i % n, i // n) for i in itertools.count())
         return on_one_core(lambda: views[next(keys)][0], data.experiment.batch_size, device)
 
@@ -138,9 +144,9 @@ def ours(crop: str) -> Make:
 
 
 PATHS = {
-    "PIL, RandomResizedCrop": InputPath("one core", False, one_by_one(pil_crop())),
-    "torchvision, RandomResizedCrop": InputPath("one core", False, one_by_one(tensor_crop())),
-    "PIL, decode alone": InputPath("one core", False, one_by_one(decode_alone)),
+    "PIL, RandomResizedCrop": InputPath("one core", False, one_by_one(pil_crop)),
+    "torchvision, RandomResizedCrop": InputPath("one core", False, one_by_one(tensor_crop)),
+    "PIL, decode alone": InputPath("one core", False, one_by_one(lambda: decode_alone)),
     "resnetv2, scale": InputPath("one core", False, ours("scale")),
     "resnetv2, scale-aspect": InputPath("one core", False, ours("scale-aspect")),
     "torchvision, in the process": InputPath("PIL images, no worker", True, from_pil(0)),

@@ -15,7 +15,7 @@ LAB = Path("runs/lab")
 
 
 @app.command(rich_help_panel="Study the paper")
-@with_flags("shortcut", "unit")
+@with_flags("shortcut", "unit", "protocol")  # its own --protocol says which images train
 def ablate(
     axes: Annotated[
         list[str] | None, typer.Argument(help="More axes of the grid.", show_default=False)

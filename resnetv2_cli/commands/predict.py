@@ -19,7 +19,7 @@ from resnetv2_cli.flags import with_flags
 if TYPE_CHECKING:  # help does not wait for torch
     from resnetv2_cli.inference import Prediction
 
-USED = ("precision", "accelerator", "workers", "test_size")
+USED = ("precision", "accelerator", "workers", "protocol")
 UNUSED = [f.name for f in fields(Experiment) if f.name not in USED]
 
 

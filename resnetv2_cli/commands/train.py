@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from resnetv2_cli import console, trust
+from resnetv2_cli import console, paper, trust
 from resnetv2_cli.commands.app import Config, Json, app
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.flags import seconds, with_flags
 from resnetv2_cli.recipes import asked_for
@@ -151,14 +152,32 @@ def evaluate(
         confusion(scores["confusion"], task.classes, picture)
     except OSError as error:
         console.note(f"no picture: cannot write {picture}: {error.strerror}")
+    rows = paper.evaluated(task.experiment)
     named = dict(zip(task.classes, per_class, strict=True))
     if json:
-        console.as_json(scores | {"class_error": named, "picture": str(picture)})
+        known = [{"name": r.name, "error": r.published, "top5_error": r.top5} for r in rows]
+        extra = {"protocol": task.experiment.protocol, "published": known}
+        console.as_json(scores | extra | {"class_error": named, "picture": str(picture)})
         return
-    keys = ("error", "top5_error", "loss")
-    summary = [f"{scores[k]:.2f}" + ("" if k == "loss" else " %") for k in keys]
-    row = [task.experiment.name, *summary, f"{scores['images']:,}", f"{scores['step']:,}"]
-    console.table(str(file), ["network", "error", "top-5", "loss", "images", "iteration"], [row])
+    console.table(str(file), COLUMNS, [measured(task.experiment, scores), *map(published, rows)])
     if len(named) <= 20:
         console.table("error by class", ["class", "%"], [(c, f"{e:.2f}") for c, e in named.items()])
     console.note(f"confusion matrix: {picture}")
+
+
+COLUMNS = ["network", "protocol", "error", "top-5", "loss", "images", "iteration"]
+
+
+def measured(experiment: Experiment, scores: dict[str, Any]) -> list[str]:
+    """The scores of a network as cells of a table, under COLUMNS."""
+    protocol = "—" if DATASETS[experiment.dataset].decoded else experiment.protocol
+    errors = [f"{scores[key]:.2f} %" for key in ("error", "top5_error")]
+    counts = [f"{scores[key]:,}" for key in ("images", "step")]
+    return [experiment.name, protocol, *errors, f"{scores['loss']:.2f}", *counts]
+
+
+def published(row: paper.Row) -> list[str]:
+    """What is published for it, under COLUMNS."""
+    source = row.source or "Table 5"
+    errors = [f"{error:.2f} %" for error in (row.published, row.top5)]
+    return [f"{row.name} ({source})", row.settings["protocol"], *errors, "—", "50,000", "—"]

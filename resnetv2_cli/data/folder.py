@@ -1,6 +1,7 @@
 """Photographs in class folders (ImageNet, or anybody's), decoded from files batch by batch."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,15 +12,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from resnetv2_cli.data import picture
-from resnetv2_cli.data.crop import Rectangle, crops
+from resnetv2_cli.data.crop import Choose, Rectangle, crops
 from resnetv2_cli.data.order import STREAMS
+from resnetv2_cli.data.protocols import TRAINED, View
 from resnetv2_cli.errors import UserError
 
 SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
 SHORTER = (256, 480)  # pixels: range of the random shorter side ("scale" of Table 5, from [1])
-TRAINED = 224  # pixels: side of the crop of that range; other networks take the same share
 DRAWS = 40  # numbers that a training crop is drawn with: four for each of ten tries
-RESIZED = {224: 256}  # shorter side for a test crop; 320 is cropped from 320 (Sec. 5)
+
+MIDDLE = 4  # of ten crops, which one that is
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # of ImageNet's training images, 0..1
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -98,37 +100,46 @@ def center_box(width: int, height: int, share: float) -> Rectangle:
     return left, top, left + side, top + side
 
 
+def boxes(width: int, height: int, view: View) -> list[Rectangle]:
+    """What a view sees of an image: the middle; of ten crops the corners, and the middle last."""
+    middle = center_box(width, height, view.share)
+    if not view.ten:
+        return [middle]
+    side = middle[2] - middle[0]
+    corners = itertools.product((0.0, height - side), (0.0, width - side))
+    return [*((left, top, left + side, top + side) for top, left in corners), middle]
+
+
 class FolderImages(Dataset):
     """Image ``index`` as epoch ``epoch`` sees it; epoch -1 is the test view.
 
     What is drawn follows from seed, epoch and index alone.
 
-    Shape: key (index, epoch) -> (size, size, 3) uint8, label.
+    Shape: key (index, epoch) -> (size, size, 3) uint8, label; in test (side, side, 3), or
+    (10, side, side, 3): five crops, and the five mirrored.
     """
 
-    def __init__(self, folder: Folder, size: int, crop: str, seed: int) -> None:
+    def __init__(self, folder: Folder, size: int, crop: str, seed: int, view: View) -> None:
         self.folder, self.size, self.crop, self.seed = folder, size, crop, seed
+        self.view = view
 
     def __len__(self) -> int:
         return len(self.folder.files)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         index, epoch = key
+        label = self.folder.labels[index]
+        if epoch < 0:
+            found = self._crops(index, lambda w, h: boxes(w, h, self.view), self.view.side)
+            return torch.cat([found, found.flip(2)]) if self.view.ten else found[0], label
+        g = torch.Generator().manual_seed((self.seed * STREAMS + epoch) * 2**21 + index)
+        flip, *draws = torch.rand(1 + DRAWS, generator=g, dtype=torch.float64).tolist()
+        [image] = self._crops(index, lambda w, h: [random_box(w, h, self.crop, draws)], self.size)
+        return image.flip(1) if flip < 0.5 else image, label
+
+    def _crops(self, index: int, choose: Choose, side: int) -> Tensor:
         path = self.folder.files[index]
-        share = self.size / RESIZED.get(self.size, self.size)
-        draws: list[float] = []
-        if epoch >= 0:
-            g = torch.Generator().manual_seed((self.seed * STREAMS + epoch) * 2**21 + index)
-            draws = torch.rand(1 + DRAWS, generator=g, dtype=torch.float64).tolist()
-
-        def choose(width: int, height: int) -> list[Rectangle]:
-            if draws:
-                return [random_box(width, height, self.crop, draws[1:])]
-            return [center_box(width, height, share)]
-
-        [image] = crops(picture.content(path), str(path), choose, self.size)
-        flip = bool(draws) and draws[0] < 0.5
-        return image.flip(1) if flip else image, self.folder.labels[index]
+        return crops(picture.content(path), str(path), choose, side)
 
 
 class Keys:

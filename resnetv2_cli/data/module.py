@@ -16,6 +16,7 @@ from resnetv2_cli.data import folder, images
 from resnetv2_cli.data.augment import Normalize, statistics
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.data.order import Epoch, Part, Schedule, epoch_order, share
+from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.plans import STEMS
 
@@ -23,8 +24,8 @@ EVAL_BATCH = {True: 500, False: 64}  # images at a time in evaluation, when deco
 
 
 class Batch(NamedTuple):
-    """images (N, H, W, 3) uint8, labels (N,), views (N, 3) of crops or None, and the weight of
-    their mean loss in the mean over the whole batch."""
+    """images (N, H, W, 3) uint8, or (N, 10, H, W, 3) of ten crops; labels (N,), views (N, 3) of
+    crops or None, and the weight of their mean loss in the mean over the whole batch."""
 
     images: Tensor
     labels: Tensor
@@ -284,7 +285,7 @@ class ImageData(L.LightningDataModule):
         rows = share(len(split.labels), trainer.global_rank, trainer.world_size)
         if isinstance(split, images.Split):
             return Sequence(split, rows, trainer.strategy.root_device)
-        n = EVAL_BATCH[False]
+        n = EVAL_BATCH[False] // (10 if PROTOCOLS[self.experiment.protocol].ten else 1)
         starts = range(rows.start, rows.stop, n)
         keys = [[(i, -1) for i in range(s, min(s + n, rows.stop))] for s in starts]
         return self._files(split, keys, len(starts), None)
@@ -298,9 +299,10 @@ class ImageData(L.LightningDataModule):
     ) -> FileStream:
         e, trainer = self.experiment, self.trainer
         assert trainer is not None
-        size = e.test_size if weights is None and e.test_size else STEMS[e.stem_].size
+        size = STEMS[e.stem_].size
+        view = PROTOCOLS["224" if weights else e.protocol].view(size)
         loader: DataLoader = DataLoader(
-            folder.FolderImages(split, size, e.crop, e.seed),
+            folder.FolderImages(split, size, e.crop, e.seed, view),
             batch_sampler=folder.Keys(keys, length),
             num_workers=e.workers,
             worker_init_fn=leave_ctrl_c,

@@ -10,6 +10,7 @@ from torch import Tensor
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import archive, folder, images
 from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.data.protocols import View
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.export.fold import Exported
 from resnetv2_cli.export.formats import FORMATS, Metadata
@@ -36,16 +37,16 @@ class Agreement(NamedTuple):
         )
 
 
-def test_images(task: Classification, size: int) -> tuple[Tensor, str]:
+def test_images(task: Classification, view: View) -> tuple[Tensor, str]:
     """Images to compare on, and what they are: of the test set where it is at hand (nothing is
     downloaded), else noise.
 
     Shape: (N, size, size, 3) uint8.
     """
-    e = task.experiment
+    e, size = task.experiment, view.side
     n = IMAGES[DATASETS[e.dataset].decoded]
     try:
-        found = of_memory(e, n) if DATASETS[e.dataset].decoded else of_files(e, n, size)
+        found = of_memory(e, n) if DATASETS[e.dataset].decoded else of_files(e, n, view)
     except (UserError, OSError):  # half of a dataset is as good as none, here
         found = None
     if found is not None and found.shape[1:3] == (size, size):
@@ -64,10 +65,10 @@ def of_memory(e: Experiment, n: int) -> Tensor | None:
     return torch.from_numpy(test[:: max(1, len(test) // n)][:n])
 
 
-def of_files(e: Experiment, n: int, size: int) -> Tensor:
+def of_files(e: Experiment, n: int, view: View) -> Tensor:
     files = folder.scan(Path(e.data_dir).expanduser(), "test").files
     some = files[:: max(1, len(files) // n)][:n]
-    views = Views([Picture(str(path), path) for path in some], size)
+    views = Views([Picture(str(path), path) for path in some], view)
     return torch.stack([pixels for pixels, error in map(views.__getitem__, range(len(some)))])
 
 
@@ -91,7 +92,7 @@ def compare(task: Classification, run: object, pixels: Tensor, source: str) -> A
 
 
 def written(
-    task: Classification, model: Exported, format: str, size: int, to: Path, metadata: Metadata
+    task: Classification, model: Exported, format: str, view: View, to: Path, metadata: Metadata
 ) -> Agreement:
     """Write a file under another name, check it, and give it its name.
 
@@ -99,11 +100,11 @@ def written(
         UserError: the check fails; no file is left, and one that was there before stays.
     """
     row = FORMATS[format]
-    pixels, source = test_images(task, size)
+    pixels, source = test_images(task, view)
     partial = to.with_name(to.name + ".tmp")
     to.parent.mkdir(parents=True, exist_ok=True)
     try:
-        row.write(model, torch.zeros(2, 3, size, size), partial, metadata)
+        row.write(model, torch.zeros(2, 3, view.side, view.side), partial, metadata)
         made = compare(task, row.read(model, partial), pixels, source)
         os.replace(partial, to)
     finally:

@@ -9,12 +9,12 @@ from torch import nn
 
 from resnetv2_cli import __version__
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli.data.folder import RESIZED
+from resnetv2_cli.data.protocols import View
 from resnetv2_cli.export.card import Facts, card
 from resnetv2_cli.export.check import Agreement, written
 from resnetv2_cli.export.fold import exported
 from resnetv2_cli.export.formats import FORMATS, INPUT, OUTPUT, check_packages
-from resnetv2_cli.inference import network, size_of
+from resnetv2_cli.inference import network, view_of
 from resnetv2_cli.origin import sha256
 from resnetv2_cli.task import Classification
 
@@ -61,7 +61,8 @@ def export(
     run = path.parent.parent if path.parent.name == "checkpoints" else None
     to = output or (run or path.parent) / "export" / f"{path.stem}{row.suffix}"
     model, folded = exported(task, row.fold if fold is None else fold)
-    agreement = written(task, model, format, size_of(task), to, metadata(task, step, folded))
+    view = view_of(task)._replace(ten=False)
+    agreement = written(task, model, format, view, to, metadata(task, step, folded, view))
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in task.net.modules())
     size = to.stat().st_size
     facts = Facts(
@@ -74,7 +75,7 @@ def export(
         bytes=size,
         sha256=sha256(to),
         check=str(agreement),
-        preprocessing=preprocessing(size_of(task)),
+        preprocessing=preprocessing(view),
         use=USE[format].format(file=to.name),
     )
     beside = to.with_name(to.name + ".md")
@@ -82,20 +83,21 @@ def export(
     return Export(to, beside, size, norms, folded, agreement)
 
 
-def preprocessing(size: int) -> str:
+def preprocessing(view: View) -> str:
     """What an image goes through before the network, in words."""
+    size = view.side
     return (
         f"The input is RGB, float32 from 0 to 1, of the shape (N, 3, {size}, {size}), any N: an "
-        f"image whose shorter side is resized to {RESIZED.get(size, size)} (bicubic, antialiased) "
+        f"image whose shorter side is resized to {view.shorter} (bicubic, antialiased) "
         f"and whose middle {size}x{size} is cropped. Normalization is in the network."
     )
 
 
-def metadata(task: Classification, step: int, folded: list[str]) -> dict[str, str]:
+def metadata(task: Classification, step: int, folded: list[str], view: View) -> dict[str, str]:
     """What a file says of itself: text, and JSON where it is more than a word."""
-    size = size_of(task)
+    size = view.side
     shape = {"name": INPUT, "shape": ["N", 3, size, size], "colors": "RGB", "range": [0, 1]}
-    resize = {"shorter_side": RESIZED.get(size, size), "interpolation": "bicubic", "crop": size}
+    resize = {"shorter_side": view.shorter, "interpolation": "bicubic", "crop": size}
     return {
         "format": "pt",
         "made_by": f"resnetv2-cli {__version__}",
