@@ -14,7 +14,7 @@ from resnetv2_cli.errors import Stopped, UserError
 # isort: off
 # They join the app, and help lists them in this order.
 from resnetv2_cli.commands import train, predict, verify, weights, export, ablate  # noqa: F401
-from resnetv2_cli.commands import analyze, report, runs, bench, look  # noqa: F401
+from resnetv2_cli.commands import analyze, report, runs, data, bench, look  # noqa: F401
 # isort: on
 
 

@@ -4,7 +4,8 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from rich.console import Console
@@ -76,6 +77,17 @@ def duration(seconds: float) -> str:
             number = seconds / size
             return f"{number:.0f} {unit}" if number >= 10 else f"{number:.1f} {unit}"
     return f"{seconds:.0f} s"
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[int, int], None]]:
+    """What shows, on a terminal, how many things of all are done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, every: bar.update(task, completed=done, total=every)
 
 
 def note(text: str) -> None:

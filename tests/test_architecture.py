@@ -18,7 +18,7 @@ ORDER = """
     data.catalog data.protocols
     settings origin recipes config flags
     data.picture data.archive data.images
-    data.turbo data.crop data.order data.augment data.folder data.module
+    data.turbo data.crop data.order data.augment data.folder data.survey data.sortval data.module
     optim nonfinite anatomy describe
     footprint
     manifest runfolder csvlog
@@ -40,6 +40,7 @@ ORDER = """
     report.charts report.rows report.facts report.pictures report.page
     commands.app commands.train commands.predict commands.verify commands.weights commands.export
     commands.ablate commands.analyze commands.bench commands.look commands.runs commands.report
+    commands.data
     cli
 """.split()
 HEAVY = ("torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "sklearn", "numpy")

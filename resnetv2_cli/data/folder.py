@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import torch
@@ -39,14 +40,23 @@ def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> Folder:
     """The images of ``root/split/<class>/``; ``classes``: those that the other split has.
 
     Raises:
-        UserError: there is no such folder, no image in it, or a class that train lacks.
+        UserError: there is no such folder, no image in it, some outside of class folders, or a
+            class that train lacks.
     """
     names = ("val", "test") if split == "test" else (split,)
     place = next((root / n for n in names if (root / n).is_dir()), None)
     if place is None:
         wanted = " or ".join(str(root / n) for n in names)
         raise UserError(f"there is no folder {wanted}", "it holds one folder for each class")
-    found = tuple(sorted(p.name for p in place.iterdir() if p.is_dir()))
+    inside = list(place.iterdir())
+    found = tuple(sorted(p.name for p in inside if p.is_dir()))
+    loose = [p for p in inside if p.suffix.lower() in SUFFIXES and p.name not in found]
+    if loose:
+        hint = "images go into one folder a class"
+        if split == "test":  # as the official archive has it
+            hint = f"resnetv2 data sort-val {quote(str(root))} --labels FILE"
+            hint += ", which has the class of each image"
+        raise UserError(f"{len(loose):,} images in {place} are in no class folder", hint)
     if strange := sorted(set(found) - set(classes)) if classes else []:
         raise UserError(f"{place} has classes that train lacks: {', '.join(strange[:3])}")
     classes = classes or found

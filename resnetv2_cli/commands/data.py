@@ -1,0 +1,117 @@
+"""``data``: ``check`` and ``sort-val``."""
+
+import os
+from pathlib import Path
+from shlex import quote
+from typing import Annotated, Any
+
+import typer
+
+from resnetv2_cli import console
+from resnetv2_cli.commands.app import Json, app
+from resnetv2_cli.errors import UserError
+
+data = typer.Typer(no_args_is_help=True, help="Look after photographs: check, sort, prepare them.")
+app.add_typer(data, name="data", rich_help_panel="Train")
+
+Folder = Annotated[Path, typer.Argument(help="The folder that train and val are in.")]
+Workers = Annotated[int, typer.Option(help="Files at a time.", min=1, max=1024)]
+PROCESSORS = os.cpu_count() or 1
+
+
+@data.command()
+def check(
+    folder: Folder,
+    workers: Workers = PROCESSORS,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The report: every file that is named.")
+    ] = Path("data-check.json"),
+    json: Json = False,
+) -> None:
+    """Look at every file of class folders: what there is, what is broken, odd, or there twice.
+
+    The exit status is 2 if training would stop, or its result would be worthless.
+    """
+    from resnetv2_cli.data.survey import FAULTS, serious, survey
+    from resnetv2_cli.runfolder import write_json
+
+    with console.progress() as tick:
+        report = survey(folder, workers, tick)
+    write_json(output, report)
+    if json:
+        console.as_json(report)
+    else:
+        show(report, {kind: fault.doc for kind, fault in FAULTS.items()})
+        console.note(f"report: {output}")
+    if found := serious(report):
+        hint = f"{output} has their names"
+        if report["flat"]:
+            hint = f"resnetv2 data sort-val {quote(str(folder))} --labels FILE"
+        raise UserError(f"{folder}: {', '.join(found)}", hint)
+
+
+def show(report: dict[str, Any], docs: dict[str, str]) -> None:
+    """A report as tables: the splits, and what is to be said of files."""
+    rows = [
+        [
+            split,
+            f"{s['classes']:,}",
+            f"{s['images']:,}",
+            f"{s['least']:,}-{s['most']:,}",
+            f"{s['bytes'] / 1e9:.2f} GB",
+        ]
+        for split, s in report["splits"].items()
+    ]
+    columns = ["split", "classes", "images", "in a class", "size"]
+    console.table(report["folder"], columns, rows)
+    found = [
+        [kind, f"{len(files):,}", docs[kind], files[0]["file"]]
+        for kind, files in report["faults"].items()
+        if files
+    ]
+    words = {"across": "in several splits", "classes": "in several classes", "within": "twice"}
+    for kind, groups in report["duplicates"].items():
+        if groups:
+            found.append(["same pixels", f"{len(groups):,}", words[kind], groups[0][0]])
+    for split, names in report["classes"].items():
+        for kind, classes in names.items():
+            if classes:
+                doc = f"{split} lacks it" if kind == "missing" else f"only {split} has it"
+                found.append([f"class {kind}", f"{len(classes):,}", doc, classes[0]])
+    if found:
+        console.table("", ["what", "files", "", "for instance"], found)
+    else:
+        console.out.print("nothing is wrong")
+
+
+@data.command("sort-val")
+def sort_val(
+    folder: Folder,
+    labels: Annotated[
+        Path,
+        typer.Option(
+            help="The class of each image: lines of name and class, LOC_val_solution.csv, or "
+            "classes in the order of names."
+        ),
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be moved.")
+    ] = False,
+) -> None:
+    """Sort the flat val/ of the official archive into class folders.
+
+    Nothing is moved if anything is wrong; files that are in their place stay there.
+    """
+    from resnetv2_cli.data import sortval
+
+    place = sortval.place_of(folder)
+    moves, there = sortval.plan(place, sortval.labels_in(labels))
+    if not dry_run:
+        sortval.move(moves)
+    done = "would be moved" if dry_run else "moved"
+    classes = len({m.target.parent for m in moves})
+    console.out.print(
+        f"{len(moves):,} images {done} into {classes:,} class folders of {place}; "
+        f"{there:,} were there already",
+        highlight=False,
+    )

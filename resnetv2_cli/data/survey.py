@@ -1,0 +1,199 @@
+"""A look at every file of a tree of photographs: what is there, and what is wrong.
+
+To add a fault that a file can have: a row in FAULTS, and the place in ``look`` that finds it.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from resnetv2_cli.data import picture
+from resnetv2_cli.data.folder import SUFFIXES
+from resnetv2_cli.errors import UserError
+
+SPLITS = ("train", "val", "test")
+
+
+class Fault(NamedTuple):
+    """Something that a file can be. ``stops``: training and evaluation end when they meet it."""
+
+    doc: str
+    stops: bool = False
+
+
+FAULTS = {
+    "unreadable": Fault("no image, or none that can be decoded", stops=True),
+    "truncated": Fault("its end is missing", stops=True),
+    "suffix": Fault("named as another format than it is; read as what it is"),
+    "CMYK": Fault("colors of print; read as RGB"),
+    "grey": Fault("no colors; read as RGB"),
+    "animated": Fault("several pictures; the first is read"),
+    "ignored": Fault("its name ends as no image's does, or it is in no class folder"),
+}
+NAMED = {"JPEG": {".jpg", ".jpeg"}, "PNG": {".png"}, "WEBP": {".webp"}, "BMP": {".bmp"}}
+GREY = {"1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L"}
+
+
+class Entry(NamedTuple):
+    """A file under a split: its class folder ("" if in none), and what was seen of it."""
+
+    path: Path
+    split: str
+    label: str
+
+
+class Seen(NamedTuple):
+    """``faults``: its kinds, and of each what is to be said. ``digest``: of its pixels."""
+
+    entry: Entry
+    size: int  # bytes
+    faults: dict[str, str]
+    digest: bytes | None = None
+
+
+def entries(root: Path) -> list[Entry]:
+    """Every file below the splits of a folder, in the order of their names.
+
+    Raises:
+        UserError: it has no split.
+    """
+    places = [root / split for split in SPLITS if (root / split).is_dir()]
+    if not places:
+        raise UserError(f"{root} has no folder train, val or test", "name the folder they are in")
+    return [entry for place in places for entry in below(place)]
+
+
+def below(place: Path) -> Iterator[Entry]:
+    for path in sorted(place.rglob("*")):
+        if not path.is_dir():
+            inside = path.relative_to(place).parts
+            yield Entry(path, place.name, inside[0] if len(inside) == 2 else "")
+
+
+def look(entry: Entry) -> Seen:
+    """Decode a file wholly, and say what is the matter with it."""
+    path, faults = entry.path, {}
+    if not entry.label or path.suffix.lower() not in SUFFIXES:
+        size = path.lstat().st_size
+        return Seen(entry, size, {"ignored": path.suffix or "no suffix"})
+    try:
+        content = picture.content(path)
+    except UserError as error:
+        return Seen(entry, path.lstat().st_size, {"unreadable": str(error)})
+    try:
+        with picture.opened(content, str(path)) as image:
+            if path.suffix.lower() not in NAMED.get(named(image), SUFFIXES):
+                faults["suffix"] = f"it is {named(image)}"
+            if image.mode in GREY or image.mode == "CMYK":
+                faults["CMYK" if image.mode == "CMYK" else "grey"] = image.mode
+            if image.format != "MPO" and getattr(image, "is_animated", False):
+                faults["animated"] = f"{image.n_frames} pictures"  # type: ignore[attr-defined]
+            pixels = picture.converted(image)
+    except UserError as error:
+        kind = "truncated" if "truncated" in str(error).lower() else "unreadable"
+        return Seen(entry, len(content), faults | {kind: str(error)})
+    made = hashlib.blake2b(f"{pixels.size}".encode(), digest_size=16)
+    made.update(pixels.tobytes())
+    return Seen(entry, len(content), faults, made.digest())
+
+
+def named(image: Image.Image) -> str:
+    """The format that it is; several JPEGs in one file begin as one."""
+    return "JPEG" if image.format == "MPO" else str(image.format)
+
+
+def survey(root: Path, workers: int, tick: Callable[[int, int], None]) -> dict[str, Any]:
+    """Look at every file, ``workers`` at a time, and say what there is, as plain values.
+    ``tick(done, all)`` is called as it goes.
+
+    Raises:
+        UserError: the folder has no split.
+    """
+    every = entries(root)
+    seen = []
+    with ThreadPool(workers) as pool:  # what decodes leaves other threads alone
+        for found in pool.imap(look, every, chunksize=8):
+            seen.append(found)
+            tick(len(seen), len(every))
+    places = [split for split in SPLITS if (root / split).is_dir()]
+    images = [s for s in seen if "ignored" not in s.faults]
+    faults = {
+        kind: [{"file": str(s.entry.path), "why": s.faults[kind]} for s in seen if kind in s.faults]
+        for kind in FAULTS
+    }
+    return {
+        "folder": str(root),
+        "splits": {split: counted(root / split, images) for split in places},
+        "faults": faults,
+        "classes": mismatches(root, places),
+        "duplicates": duplicates(images),
+        "flat": [split for split in places if flat(root / split)],
+    }
+
+
+def counted(place: Path, images: list[Seen]) -> dict[str, Any]:
+    """What a split has."""
+    mine = [s for s in images if s.entry.split == place.name]
+    counts = Counter({p.name: 0 for p in place.iterdir() if p.is_dir()})
+    counts.update(s.entry.label for s in mine)
+    numbers = list(counts.values())
+    return {
+        "classes": len(counts),
+        "images": len(mine),
+        "bytes": sum(s.size for s in mine),
+        "least": min(numbers, default=0),
+        "most": max(numbers, default=0),
+        "empty": sorted(name for name, n in counts.items() if not n),
+    }
+
+
+def mismatches(root: Path, places: list[str]) -> dict[str, dict[str, list[str]]]:
+    """Of each split beside the first, which classes it lacks and which the first lacks."""
+    folders = [{p.name for p in (root / split).iterdir() if p.is_dir()} for split in places]
+    return {
+        split: {"missing": sorted(folders[0] - own), "strange": sorted(own - folders[0])}
+        for split, own in zip(places[1:], folders[1:], strict=True)
+        if own != folders[0]
+    }
+
+
+def duplicates(images: list[Seen]) -> dict[str, list[list[str]]]:
+    """Files of the same pixels: ``across`` splits, which makes a test worthless; ``classes``: in
+    one split, under different names; ``within``: in one class."""
+    groups = defaultdict(list)
+    for s in images:
+        if s.digest is not None:
+            groups[s.digest].append(s.entry)
+    made: dict[str, list[list[str]]] = {"across": [], "classes": [], "within": []}
+    for same in groups.values():
+        if len(same) > 1:
+            splits, labels = ({e[i] for e in same} for i in (1, 2))
+            kind = "across" if len(splits) > 1 else "classes" if len(labels) > 1 else "within"
+            made[kind].append([str(e.path) for e in same])
+    return made
+
+
+def flat(place: Path) -> bool:
+    """Whether images lie in a split itself, in no class folder."""
+    return any(p.suffix.lower() in SUFFIXES for p in place.iterdir() if not p.is_dir())
+
+
+def serious(report: dict[str, Any]) -> list[str]:
+    """What stops training, or makes its result worthless, each in a few words."""
+    said = [
+        f"{len(report['faults'][kind]):,} {kind}"
+        for kind, fault in FAULTS.items()
+        if fault.stops and report["faults"][kind]
+    ]
+    said += [f"{split} has its images in no class folder" for split in report["flat"]]
+    for split, found in report["classes"].items():
+        if found["strange"]:
+            said.append(f"{len(found['strange']):,} classes of {split} that train lacks")
+    if n := len(report["duplicates"]["across"]):
+        said.append(f"{n:,} images in several splits")
+    return said
