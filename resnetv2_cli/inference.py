@@ -21,6 +21,7 @@ from resnetv2_cli.data.images import SIZE
 from resnetv2_cli.data.module import EVAL_BATCH, leave_ctrl_c
 from resnetv2_cli.data.picture import BROKEN, FORMATS
 from resnetv2_cli.data.protocols import PROTOCOLS, View
+from resnetv2_cli.data.shards import Member
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.plans import STEMS
 from resnetv2_cli.run import trainer_of
@@ -33,7 +34,7 @@ class Picture(NamedTuple):
     """A file to look at, and what it is called in results."""
 
     name: str
-    path: Path
+    path: Path | Member  # the latter of prepared shards
 
 
 class Prediction(NamedTuple):

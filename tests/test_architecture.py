@@ -18,7 +18,8 @@ ORDER = """
     data.catalog data.protocols
     settings origin recipes config flags
     data.picture data.archive data.images
-    data.turbo data.crop data.order data.augment data.folder data.survey data.sortval data.module
+    data.turbo data.crop data.order data.augment data.shards data.folder
+    data.prepare data.survey data.sortval data.module
     optim nonfinite anatomy describe
     footprint
     manifest runfolder csvlog

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import shlex
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from torchvision.transforms.functional import (
 from resnetv2_cli import paper
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.data import crop, folder, survey, turbo
+from resnetv2_cli.data import crop, folder, prepare, survey, turbo
 from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.data.protocols import PROTOCOLS
@@ -478,3 +480,113 @@ def test_nothing_is_moved_if_anything_is_wrong(archive, capsys, labels, message)
     _, err = called(capsys, "sort-val", archive, "--labels", archive / "labels.txt", status=2)
     assert re.search(message, err), err
     assert places(archive) == before
+
+
+# Prepared shards.
+
+
+def prepared(tree: Path, to: Path, capsys, *more) -> Path:
+    called(capsys, "prepare", tree, "--output", to, "--shard", 3, *more)
+    return to
+
+
+def read_all(root: Path, split: str) -> tuple[folder.Folder, torch.Tensor]:
+    """A split, and its training crops in one epoch."""
+    found = folder.scan(root, split, ("ant", "bee"))
+    views = folder.FolderImages(found, 224, "scale", 0, PROTOCOLS["224"].view(224))
+    return found, torch.stack([views[i, 0][0] for i in range(len(found.files))])
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_shards_have_the_same_images_in_the_same_order(tree, tmp_path, capsys, raw):
+    shards = prepared(tree, tmp_path / "s", capsys, "--side", 4000, *(["--raw"] if raw else []))
+    for split in ("train", "test"):
+        (loose, x), (packed, y) = read_all(tree, split), read_all(shards, split)
+        assert packed.labels.tolist() == loose.labels.tolist() and packed.classes == loose.classes
+        apart = (x.short() - y.short()).abs()
+        assert apart.max() <= 2 if raw else apart.float().mean() < 4
+
+
+def test_plain_tar_reads_the_shards(tree, tmp_path, capsys):
+    shards = prepared(tree, tmp_path / "s", capsys, "--side", 200)
+    seen = []
+    for shard in sorted(shards.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            names = tar.getnames()
+            for image, label in zip(names[::2], names[1::2], strict=True):
+                assert Path(image).stem == Path(label).stem and label.endswith(".cls")
+                with Image.open(tar.extractfile(image)) as found:
+                    assert min(found.size) <= 200
+                seen.append((shard.name[:5], int(tar.extractfile(label).read())))
+    assert sorted(seen) == [("train", 0)] * 2 + [("train", 1)] * 2 + [("val-0", 0), ("val-0", 1)]
+
+
+def test_preparing_goes_on_where_it_was_stopped(tree, tmp_path, capsys, monkeypatch):
+    whole = prepared(tree, tmp_path / "a", capsys)
+    calls = []
+
+    def stops(path, form):
+        calls.append(path)
+        if len(calls) > 3:
+            raise UserError("an image that cannot be read")
+        return encode(path, form)
+
+    encode = prepare.encoded
+    monkeypatch.setattr(prepare, "encoded", stops)
+    called(
+        capsys, "prepare", tree, "--output", tmp_path / "b", "--shard", 3, "--workers", 1,
+        status=2,
+    )  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
+        "prepared.json", "train-000000.tar",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="there is no folder"):
+        folder.scan(tmp_path / "b", "train")
+    monkeypatch.undo()
+    first = (tmp_path / "b" / "train-000000.tar").stat().st_mtime_ns
+    prepared(tree, tmp_path / "b", capsys)
+    assert (tmp_path / "b" / "train-000000.tar").stat().st_mtime_ns == first
+    for path in whole.glob("*.tar"):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    _, err = called(
+        capsys, "prepare", tree, "--output", tmp_path / "b", "--side", 99, "--shard", 3, status=2
+    )
+    assert "begun with other images or settings" in err
+    _, err = called(capsys, "prepare", tree, "--output", tree, status=2)
+    assert "is not empty" in err
+
+
+def test_processes_read_each_image_of_the_shards_once_and_resume_within_an_epoch(
+    tree, tmp_path, capsys
+):
+    shards = prepared(tree, tmp_path / "s", capsys)
+    given = {"dataset": "folder", "data_dir": str(shards), "depth": 18, "batch_size": 2}
+    e = Experiment(**given, steps=4, workers=0)
+
+    def batches(rank: int, ranks: int, step: int = 0) -> list:
+        module = ImageData(e)
+        module.trainer = FakeTrainer(rank, ranks, step)
+        module.setup()
+        return list(module.train_dataloader())
+
+    whole = batches(0, 1)
+    assert sorted(torch.cat([b.labels for b in whole[:2]]).tolist()) == [0, 0, 1, 1]
+    parts = [batches(rank, 2) for rank in (0, 1)]
+    for k, batch in enumerate(whole):
+        torch.testing.assert_close(torch.cat([p[k].images for p in parts]), batch.images)
+    torch.testing.assert_close(batches(0, 1, step=1)[0].images, whole[1].images)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda r: (r / "train.index.npz").write_bytes(b"nothing"), "index.npz is damaged"),
+        (lambda r: (r / "train-000000.tar").unlink(), "the shard .*train-000000.tar is missing"),
+        (lambda r: os.truncate(r / "train-000000.tar", 3000), "cannot read the image .*cut off"),
+    ],
+)
+def test_damaged_shards_are_one_clear_error(tree, tmp_path, capsys, damage, message):
+    shards = prepared(tree, tmp_path / "s", capsys)
+    damage(shards)
+    with pytest.raises(UserError, match=message):
+        read_all(shards, "train")

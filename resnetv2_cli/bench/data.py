@@ -6,7 +6,6 @@ To add one: a row in PATHS.
 import itertools
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -73,12 +72,14 @@ def photographs(data: ImageData) -> folder.Folder:
     return data.train
 
 
-def one_by_one(reader: Callable[[], Callable[[Path], torch.Tensor]]) -> Make:
+def one_by_one(reader: Callable[[], Callable[[bytes], torch.Tensor]]) -> Make:
     """Files through a function that ``reader`` makes, as one worker process has them."""
 
     def make(data: ImageData, device: torch.device) -> Arm:
         read, files = reader(), itertools.cycle(photographs(data).files)
-        return on_one_core(lambda: read(next(files)), data.experiment.batch_size, device)
+        return on_one_core(
+            lambda: read(folder.content_of(next(files))), data.experiment.batch_size, device
+        )
 
     return make
 
@@ -98,34 +99,35 @@ def on_one_core(read: Callable[[], torch.Tensor], images: int, device: torch.dev
     return run
 
 
-def pil_crop() -> Callable[[Path], torch.Tensor]:
+def pil_crop() -> Callable[[bytes], torch.Tensor]:
     """The usual transforms of training on ImageNet, on PIL images."""
     usual = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
     transform = transforms.Compose([*usual, transforms.PILToTensor()])
-    return lambda path: transform(picture.rgb(path, str(path)))
+    return lambda content: transform(picture.rgb(content, "it"))
 
 
-def tensor_crop() -> Callable[[Path], torch.Tensor]:
+def tensor_crop() -> Callable[[bytes], torch.Tensor]:
     """torchvision's own decoder, and its transforms on tensors; PIL where it cannot."""
     # It says that a later version leaves decoding to another package.
     warnings.filterwarnings("ignore", module="torchvision.io", category=DeprecationWarning)
-    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+    from torchvision.io import ImageReadMode, decode_jpeg
 
     usual = [transforms.RandomResizedCrop(224, antialias=True), transforms.RandomHorizontalFlip()]
     transform = transforms.Compose(usual)
 
-    def read(path: Path) -> torch.Tensor:
+    def read(content: bytes) -> torch.Tensor:
         try:
-            return transform(decode_jpeg(read_file(str(path)), mode=ImageReadMode.RGB))
+            data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            return transform(decode_jpeg(data, mode=ImageReadMode.RGB))
         except RuntimeError:
-            return transform(pil_to_tensor(picture.rgb(path, str(path))))
+            return transform(pil_to_tensor(picture.rgb(content, "it")))
 
     return read
 
 
-def decode_alone(path: Path) -> torch.Tensor:
+def decode_alone(content: bytes) -> torch.Tensor:
     """Whole pictures by PIL, and nothing of them: what any path that decodes them whole costs."""
-    picture.rgb(path, str(path))
+    picture.rgb(content, "it")
     return torch.empty(0)
 
 

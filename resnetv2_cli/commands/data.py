@@ -1,4 +1,4 @@
-"""``data``: ``check`` and ``sort-val``."""
+"""``data``: ``check``, ``sort-val`` and ``prepare``."""
 
 import os
 from pathlib import Path
@@ -115,3 +115,32 @@ def sort_val(
         f"{there:,} were there already",
         highlight=False,
     )
+
+
+@data.command()
+def prepare(
+    folder: Folder,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The folder of the shards: new, or begun.")
+    ],
+    side: Annotated[int, typer.Option(help="Shorter side at most, pixels.", min=32)] = 512,
+    quality: Annotated[int, typer.Option(help="Of JPEG.", min=1, max=100)] = 90,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Keep pixels: faster to read, ten times the room.")
+    ] = False,
+    shard: Annotated[int, typer.Option(help="Images in one shard.", min=1)] = 1000,
+    workers: Workers = PROCESSORS,
+) -> None:
+    """Re-encode photographs once, into indexed tar shards (WebDataset's format).
+
+    --data-dir of train and eval takes the folder. What was stopped goes on when it is called again.
+    """
+    from resnetv2_cli.data.prepare import Form
+    from resnetv2_cli.data.prepare import prepare as prepared
+
+    form = Form(side, quality, raw, shard)
+    with console.progress() as tick:
+        made = prepared(folder, output, form, workers, tick)
+    size = sum(p.stat().st_size for p in output.glob("*.tar"))
+    counts = ", ".join(f"{n:,} of {name}" for name, n in made.items())
+    console.out.print(f"{counts}: {size / 1e9:.2f} GB in {output}", highlight=False)

@@ -16,6 +16,7 @@ from resnetv2_cli.data import picture
 from resnetv2_cli.data.crop import Choose, Rectangle, crops
 from resnetv2_cli.data.order import STREAMS
 from resnetv2_cli.data.protocols import TRAINED, View
+from resnetv2_cli.data.shards import Member, index_of, read_index
 from resnetv2_cli.errors import UserError
 
 SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
@@ -31,19 +32,24 @@ STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 class Folder(NamedTuple):
     """The files of one split and their classes, in the order of their names."""
 
-    files: list[Path]
+    files: Sequence[Path | Member]
     labels: Tensor
     classes: tuple[str, ...]
 
 
 def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> Folder:
-    """The images of ``root/split/<class>/``; ``classes``: those that the other split has.
+    """The images of ``root/split/<class>/``, or of prepared shards; ``classes``: those that
+    the other split has.
 
     Raises:
         UserError: there is no such folder, no image in it, some outside of class folders, or a
             class that train lacks.
     """
     names = ("val", "test") if split == "test" else (split,)
+    for name in names:
+        if (index := index_of(root, name)).is_file():  # prepared
+            members, numbers, known = read_index(index)
+            return Folder(members, torch.tensor(numbers), known)
     place = next((root / n for n in names if (root / n).is_dir()), None)
     if place is None:
         wanted = " or ".join(str(root / n) for n in names)
@@ -70,6 +76,15 @@ def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> Folder:
         raise UserError(f"no images in {place}/<class>/", "images go into one folder a class")
     files, labels = zip(*pairs, strict=True)
     return Folder(list(files), torch.tensor(labels), classes)
+
+
+def content_of(file: Path | Member) -> bytes:
+    """What an image's file holds.
+
+    Raises:
+        UserError: it cannot be read; says which.
+    """
+    return file.read() if isinstance(file, Member) else picture.content(file)
 
 
 def digest(*splits: Folder) -> str:
@@ -148,8 +163,8 @@ class FolderImages(Dataset):
         return image.flip(1) if flip < 0.5 else image, label
 
     def _crops(self, index: int, choose: Choose, side: int) -> Tensor:
-        path = self.folder.files[index]
-        return crops(picture.content(path), str(path), choose, side)
+        file = self.folder.files[index]
+        return crops(content_of(file), str(file), choose, side)
 
 
 class Keys:

@@ -1,0 +1,114 @@
+"""Photographs re-encoded once, into shards that are faster to read."""
+
+import io
+import json
+import random
+import tarfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from resnetv2_cli.data import folder, picture, shards
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.files import replacing, write_text
+
+
+class Form(NamedTuple):
+    """How images are kept: shorter side at most ``side`` pixels; as JPEG of a ``quality``, or
+    ``raw``, as pixels; ``shard``: images in one file."""
+
+    side: int = 512
+    quality: int = 90
+    raw: bool = False
+    shard: int = 1000
+
+
+def encoded(path: Path, form: Form) -> bytes:
+    """A photograph in the form.
+
+    Raises:
+        UserError: it cannot be read; says which.
+    """
+    image = picture.rgb(path, str(path))
+    share = form.side / min(image.size)
+    if share < 1:
+        size = [max(1, round(side * share)) for side in image.size]
+        image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+    out = io.BytesIO()
+    if form.raw:
+        np.save(out, np.asarray(image))
+    else:
+        image.save(out, "JPEG", quality=form.quality)
+    return out.getvalue()
+
+
+def prepare(
+    root: Path, output: Path, form: Form, workers: int, tick: Callable[[int, int], None]
+) -> dict[str, int]:
+    """Write the splits of class folders as shards; how many images each has. Shards that an
+    earlier call finished are kept: what was stopped goes on.
+
+    Raises:
+        UserError: an image cannot be read, or the folder has shards of something else.
+    """
+    splits = {"train": folder.scan(root, "train")}
+    splits["val"] = folder.scan(root, "test", splits["train"].classes)
+    plan = {"form": form._asdict(), "digest": folder.digest(*splits.values())}
+    begun = output / "prepared.json"
+    output.mkdir(parents=True, exist_ok=True)
+    if not begun.exists() and any(output.iterdir()):
+        raise UserError(f"{output} is not empty", "name a new folder")
+    if begun.exists() and json.loads(begun.read_text()) != plan:
+        raise UserError(f"{output} was begun with other images or settings", "name a new folder")
+    write_text(begun, json.dumps(plan))
+    every = sum(len(split.files) for split in splits.values())
+    done = 0
+
+    def tick_from(before: int, here: int) -> None:
+        tick(before + here, every)
+
+    for name, split in splits.items():
+        order = list(range(len(split.files)))
+        random.Random(0).shuffle(order)  # whoever reads shards one after another gets all classes
+        found = []
+        for n, start in enumerate(range(0, len(order), form.shard)):
+            shard = output / f"{name}-{n:06}.tar"
+            if not shard.exists():
+                rows = order[start : start + form.shard]
+                write(shard, split, rows, form, workers, partial(tick_from, done))
+            found += shards.members(shard)
+            done = min(done + form.shard, done + len(order) - start)
+            tick(done, every)
+        shards.write_index(shards.index_of(output, name), split.classes, found)
+    return {name: len(split.files) for name, split in splits.items()}
+
+
+def write(
+    shard: Path,
+    split: folder.Folder,
+    rows: list[int],
+    form: Form,
+    workers: int,
+    tick: Callable[[int], None],
+) -> None:
+    """One shard, there whole or not at all."""
+
+    def images() -> Iterator[bytes]:
+        with ThreadPool(workers) as pool:
+            yield from pool.imap(lambda i: encoded(Path(str(split.files[i])), form), rows)
+
+    with replacing(shard) as file, tarfile.open(fileobj=file, mode="w:") as tar:
+        for k, (row, content) in enumerate(zip(rows, images(), strict=True), 1):
+            key = f"{row:08}"
+            members = {".npy" if form.raw else ".jpg": content}
+            members[".cls"] = str(int(split.labels[row])).encode()
+            for suffix, data in members.items():
+                info = tarfile.TarInfo(key + suffix)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            tick(k)

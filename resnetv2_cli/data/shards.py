@@ -1,0 +1,114 @@
+"""Prepared photographs: tar shards in WebDataset's format, and an index of where each image is.
+
+A shard has for each image ``KEY.jpg`` (or ``KEY.npy``, its pixels) and ``KEY.cls``, the number of
+its class. By the index any image is one read, so that the order stays a function of seed
+and epoch.
+"""
+
+import json
+import os
+import tarfile
+import zipfile
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from resnetv2_cli.errors import UserError
+
+AGAIN = "resnetv2 data prepare makes it anew"
+
+
+class Member(NamedTuple):
+    """An image inside of a shard: where it begins there, and how many bytes it has."""
+
+    shard: Path
+    offset: int
+    size: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}:{self.name}"
+
+    def read(self) -> bytes:
+        """Its bytes.
+
+        Raises:
+            UserError: they cannot be read; says which.
+        """
+        try:
+            content = os.pread(_opened(self.shard, os.getpid()), self.size, self.offset)
+        except OSError as error:
+            raise UserError(f"cannot read the image {self}: {error.strerror}", AGAIN) from None
+        if len(content) < self.size:
+            raise UserError(f"cannot read the image {self}: {self.shard} is cut off", AGAIN)
+        return content
+
+
+@cache
+def _opened(shard: Path, process: int) -> int:
+    """A descriptor, which every process has of its own."""
+    return os.open(shard, os.O_RDONLY)
+
+
+def index_of(root: Path, split: str) -> Path:
+    """Where the index of a split is; with it the split is whole."""
+    return root / f"{split}.index.npz"
+
+
+def members(shard: Path) -> list[tuple[Member, int]]:
+    """The images of a shard, and the numbers of their classes.
+
+    Raises:
+        tarfile.TarError, OSError: it is not whole.
+    """
+    made = []
+    with tarfile.open(shard, "r:") as tar:
+        image = None
+        for info in tar:
+            if info.name.endswith(".cls"):
+                assert image is not None
+                made.append((image, int(tar.extractfile(info).read())))  # type: ignore[union-attr]
+            else:
+                image = Member(shard, info.offset_data, info.size, info.name)
+    return made
+
+
+def write_index(path: Path, classes: tuple[str, ...], found: list[tuple[Member, int]]) -> None:
+    """Write where each image is, in the order of classes and names."""
+    found = sorted(found, key=lambda pair: (pair[1], pair[0].name))
+    shards = sorted({m.shard.name for m, _ in found})
+    number = {name: i for i, name in enumerate(shards)}
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("wb") as out:
+        np.savez_compressed(
+            out,
+            shards=np.array(shards),
+            shard=np.array([number[m.shard.name] for m, _ in found], np.int32),
+            place=np.array([(m.offset, m.size) for m, _ in found], np.int64),
+            name=np.array([m.name for m, _ in found]),
+            label=np.array([label for _, label in found], np.int64),
+            classes=np.array(json.dumps(list(classes))),
+        )
+    partial.replace(path)
+
+
+def read_index(path: Path) -> tuple[list[Member], list[int], tuple[str, ...]]:
+    """The images of a prepared split, their labels, and the classes.
+
+    Raises:
+        UserError: it is damaged, or a shard is missing.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            shards = [path.parent / Path(str(name)).name for name in kept["shards"]]
+            offsets, sizes = kept["place"].T.tolist()
+            rows = zip(kept["shard"].tolist(), offsets, sizes, kept["name"], strict=True)
+            found = [Member(shards[i], start, n, str(name)) for i, start, n, name in rows]
+            labels, classes = kept["label"].tolist(), tuple(json.loads(str(kept["classes"])))
+    except (OSError, ValueError, KeyError, EOFError, TypeError, IndexError, zipfile.BadZipFile):
+        raise UserError(f"{path} is damaged", AGAIN) from None
+    if missing := [s for s in shards if not s.is_file()]:
+        raise UserError(f"the shard {missing[0]} is missing", AGAIN)
+    return found, labels, classes
