@@ -1,4 +1,4 @@
-"""Two nodes of one process under torchrun, one worker killed: the restart ends as if it had not been.
+"""Two nodes of one process under torchrun, one worker killed: it ends as if nothing had been.
 
 python tests/stress/nodes.py [--output FILE]: both nodes are this machine, and meet at a port of it.
 """
@@ -32,8 +32,8 @@ def nodes(folder: Path) -> list[subprocess.Popen]:
     agent += ["--max-restarts=3", "--local-addr=127.0.0.1", "-m", "resnetv2_cli"]
     words = list(map(str, [*agent, *TRAIN, folder]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    log = open(folder.with_suffix(".log"), "w")  # noqa: SIM115: the agents write to it
-    return [subprocess.Popen(words, env=environment, stdout=log, stderr=log) for _ in range(2)]
+    with open(folder.with_suffix(".log"), "w") as log:
+        return [subprocess.Popen(words, env=environment, stdout=log, stderr=log) for _ in range(2)]
 
 
 def worker(agent: subprocess.Popen) -> int | None:
