@@ -316,6 +316,14 @@ def test_a_validation_split_is_balanced_and_apart_from_training():
     assert len(evaluated) == 100
 
 
+def test_a_process_without_an_image_is_refused_in_every_process():
+    for rank in (0, 2):
+        shared = data(rank, 3, val=2)
+        with pytest.raises(UserError, match="2 images cannot be shared among 3 processes"):
+            shared.val_dataloader()
+    assert len(data(1, 2, val=2).val_dataloader()) == 1
+
+
 def test_the_test_images_are_never_augmented():
     for batch in data().test_dataloader():
         assert batch.views is None

@@ -279,9 +279,18 @@ class ImageData(L.LightningDataModule):
         return self._scored(self.test)
 
     def _scored(self, split: images.Split | folder.Folder) -> Sequence | FileStream:
-        """This process's share of a split, each image once; padding would count some twice."""
+        """This process's share of a split, each image once; padding would count some twice.
+
+        Raises:
+            UserError: there is not one image for each process, which would wait for it for ever.
+        """
         trainer = self.trainer
         assert trainer is not None
+        if len(split.labels) < trainer.world_size:
+            raise UserError(
+                f"{len(split.labels)} images cannot be shared among {trainer.world_size} processes",
+                f"use --devices {len(split.labels)} or fewer",
+            )
         rows = share(len(split.labels), trainer.global_rank, trainer.world_size)
         if isinstance(split, images.Split):
             return Sequence(split, rows, trainer.strategy.root_device)
