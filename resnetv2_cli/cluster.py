@@ -1,4 +1,5 @@
-"""Processes of one run that were started from outside: by torchrun, or by a cluster's queue."""
+"""Processes of one run: those started from outside, by torchrun or a cluster's queue, and what they
+may share."""
 
 from lightning.fabric.plugins.environments import (
     LSFEnvironment,
@@ -11,6 +12,30 @@ from resnetv2_cli.errors import UserError
 
 # As Lightning's Trainer looks for them: torchrun may itself run inside of a queue's job.
 OUTSIDE = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
+
+
+PARTS = "its processes hold parts of the weights, and a checkpoint here is whole, and exact"
+COPIES = "its processes begin with a copy of the run, whose files and locks have none"
+UNFIT = {  # strategies of Lightning's by how their names begin, and why a run cannot use them
+    "fsdp": PARTS,
+    "deepspeed": PARTS,
+    "ddp_spawn": COPIES,
+    "ddp_fork": COPIES,
+    "ddp_notebook": "it is for notebooks",
+    "xla": "sums over many images need float64, which such devices lack",
+    "single_": "it is for one device, which --strategy auto sees to",
+}
+
+
+def refuse_unfit(strategy: str) -> None:
+    """Refuse a strategy with which a run could not be saved, continued or counted as it should be.
+
+    Raises:
+        UserError: says why.
+    """
+    for name, why in UNFIT.items():
+        if strategy.startswith(name):
+            raise UserError(f"--strategy {strategy} is of no use here: {why}", "use auto or ddp")
 
 
 def started() -> int:

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import footprint, memory
 from resnetv2_cli.callbacks import Keeper, Leaver, Readings, Recorder
+from resnetv2_cli.cluster import refuse_unfit
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.csvlog import CSVMetrics
 from resnetv2_cli.data.module import ImageData
@@ -78,9 +79,10 @@ def trainer_of(experiment: Experiment, **more: Any) -> L.Trainer:
     """A Trainer for the machine that the experiment names.
 
     Raises:
-        UserError: it asks for devices that are not there.
+        UserError: it asks for devices that are not there, or for a strategy that cannot be used.
     """
     quiet()
+    refuse_unfit(experiment.strategy)
     e, cuda = experiment, torch.cuda.is_available()
     try:
         devices: Any = e.devices

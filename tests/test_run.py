@@ -14,6 +14,8 @@ from conftest import SCRIPT, SMALL, THREADS
 
 from resnetv2_cli import run
 from resnetv2_cli.cli import main
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.runfolder import read_metrics
 
 STEPS = 46  # two epochs of 23
@@ -302,3 +304,12 @@ def test_two_processes_with_shared_bn_learn_what_one_learns(resnetv2, tmp_path):
     for rel, among in ((3e-5, slice(2)), (5e-4, slice(None))):
         expected = [(step, pytest.approx(loss, rel=rel)) for step, loss in losses[0][among]]
         assert losses[1][among] == expected
+
+
+@pytest.mark.parametrize(
+    "strategy", ["fsdp", "deepspeed_stage_3", "ddp_spawn", "ddp_fork_find_unused_parameters_true"]
+)
+def test_a_strategy_that_cannot_be_used_is_refused_with_the_reason(strategy):
+    with pytest.raises(UserError, match=f"--strategy {strategy} is of no use here: its processes"):
+        run.trainer_of(Experiment(dataset="digits", strategy=strategy))
+    assert run.trainer_of(Experiment(dataset="digits", accelerator="cpu", strategy="ddp"))
