@@ -247,8 +247,6 @@ def _train(
     task, data = build(experiment)
     e = task.experiment
     write = loggers(e, folder, data.scored)
-    if not resume and first_process():
-        folder.create(e, begun(experiment, e, origins, data.facts))
     recorder = Recorder(write[0], write[1], e.log_every, data.scored)  # type: ignore[arg-type]
     keeper = Keeper(folder, e, write[:2], tell)  # type: ignore[arg-type]
     readings = Readings(folder.manifest, data.scored)
@@ -264,6 +262,8 @@ def _train(
         callbacks=[readings, recorder, *display, keeper, Leaver(keeper, left())],
         default_root_dir=folder.path,
     )
+    if not resume and first_process():
+        folder.create(e, begun(experiment, e, origins, data.facts))
     last = _continue(task, data, folder, tell) if resume else None
     if last is None:
         for line in begin(task):

@@ -16,7 +16,7 @@ from resnetv2_cli import run
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.runfolder import read_metrics
+from resnetv2_cli.runfolder import RunFolder, read_metrics
 
 STEPS = 46  # two epochs of 23
 
@@ -309,7 +309,8 @@ def test_two_processes_with_shared_bn_learn_what_one_learns(resnetv2, tmp_path):
 @pytest.mark.parametrize(
     "strategy", ["fsdp", "deepspeed_stage_3", "ddp_spawn", "ddp_fork_find_unused_parameters_true"]
 )
-def test_a_strategy_that_cannot_be_used_is_refused_with_the_reason(strategy):
+def test_a_strategy_that_cannot_be_used_is_refused_with_the_reason(tmp_path, strategy):
     with pytest.raises(UserError, match=f"--strategy {strategy} is of no use here: its processes"):
-        run.trainer_of(Experiment(dataset="digits", strategy=strategy))
+        run.train(Experiment(dataset="digits", strategy=strategy), RunFolder(tmp_path / "run"))
+    assert not list((tmp_path / "run").glob("*/*"))  # nothing but the lock
     assert run.trainer_of(Experiment(dataset="digits", accelerator="cpu", strategy="ddp"))
