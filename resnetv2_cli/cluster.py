@@ -13,7 +13,6 @@ from resnetv2_cli.errors import UserError
 # As Lightning's Trainer looks for them: torchrun may itself run inside of a queue's job.
 OUTSIDE = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
 
-
 PARTS = "its processes hold parts of the weights, and a checkpoint here is whole, and exact"
 COPIES = "its processes begin with a copy of the run, whose files and locks have none"
 UNFIT = {  # strategies of Lightning's by how their names begin, and why a run cannot use them
