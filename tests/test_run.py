@@ -312,5 +312,5 @@ def test_two_processes_with_shared_bn_learn_what_one_learns(resnetv2, tmp_path):
 def test_a_strategy_that_cannot_be_used_is_refused_with_the_reason(tmp_path, strategy):
     with pytest.raises(UserError, match=f"--strategy {strategy} is of no use here: its processes"):
         run.train(Experiment(dataset="digits", strategy=strategy), RunFolder(tmp_path / "run"))
-    assert not list((tmp_path / "run").glob("*/*"))  # nothing but the lock
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["run.lock"]  # it was not begun
     assert run.trainer_of(Experiment(dataset="digits", accelerator="cpu", strategy="ddp"))
