@@ -104,8 +104,9 @@ def resized(pixels: NDArray[np.uint8], plan: Settled, side: int) -> Tensor:
     for box in plan.boxes:
         rows = slice(box.top - around.top, box.bottom - around.top)
         columns = slice(box.left - around.left, box.right - around.left)
-        # Laid out so, it is twice as fast: what is cut out of a larger one is not seen to be.
-        crop = x[..., rows, columns].contiguous(memory_format=torch.channels_last)
+        # A copy has the strides by which its layout is seen, which one that is cut out of a larger
+        # picture has not: resizing is twice as fast, and gives the layout that is wanted.
+        crop = x[..., rows, columns].clone(memory_format=torch.channels_last)
         small = F.interpolate(crop, (side, side), mode="bicubic", antialias=True)
         made.append(small.permute(0, 2, 3, 1))
     return torch.cat(made)
