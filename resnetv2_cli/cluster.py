@@ -1,5 +1,5 @@
-"""Processes of one run: those started from outside, by torchrun or a cluster's queue, and what they
-may share."""
+"""Processes of one run: those started from outside, by torchrun or a cluster's queue, what they may
+share, and what they do not wait for."""
 
 from lightning.fabric.plugins.environments import (
     LSFEnvironment,
@@ -7,6 +7,7 @@ from lightning.fabric.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from resnetv2_cli.errors import UserError
 
@@ -59,3 +60,15 @@ def refuse_free_folder() -> None:
             f"{processes} processes were started together, and each would choose a folder",
             "give --output, the same for all; with --continue it may have been begun",
         )
+
+
+class Steps(_TrainingEpochLoop):
+    """Lightning's loop over batches, without its broadcast in each of them.
+
+    There every process asks the first before each batch whether SIGTERM came, and waits for the
+    answer, which on a GPU waits for all that was queued. ``callbacks.Leaver`` has that signal, and
+    asks every ten iterations.
+    """
+
+    def _broadcast_sigterm_tensor(self) -> None:
+        pass

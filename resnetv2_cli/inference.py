@@ -23,8 +23,8 @@ from resnetv2_cli.data.picture import BROKEN, FORMATS
 from resnetv2_cli.data.protocols import PROTOCOLS, View
 from resnetv2_cli.data.shards import Member
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.machine import trainer_of
 from resnetv2_cli.plans import STEMS
-from resnetv2_cli.run import trainer_of
 from resnetv2_cli.task import Classification
 
 STDIN = "-"

@@ -36,10 +36,7 @@ class Guard:
         """Before an iteration: remember BN's moving averages."""
         if self.stop:
             return
-        kinds: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in self.net.buffers():
-            kinds.setdefault(buffer.dtype, []).append(buffer)
-        self.kept = [(same, flat(same)) for same in kinds.values()]
+        self.kept = [(same, flat(same)) for same in buffers_by_dtype(self.net)]
 
     @torch.no_grad()
     def look(self, step: int, optimizer: Optimizer, finite_loss: Tensor) -> None:
@@ -57,10 +54,7 @@ class Guard:
             prepare(optimizer)
             optimizer.found_inf = out.float()  # type: ignore[attr-defined]
         for buffers, before in self.kept:
-            chosen = torch.where(out, before, flat(buffers)).split([b.numel() for b in buffers])
-            torch._foreach_copy_(
-                buffers, [c.view_as(b) for c, b in zip(chosen, buffers, strict=True)]
-            )
+            fill(buffers, torch.where(out, before, flat(buffers)))
         self.kept = []
 
     def read(self) -> tuple[int, int, int]:
@@ -69,9 +63,23 @@ class Guard:
         return count, first, row
 
 
+def buffers_by_dtype(module: nn.Module) -> list[list[Tensor]]:
+    """A module's buffers, those of one dtype together."""
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in module.buffers():
+        kinds.setdefault(buffer.dtype, []).append(buffer)
+    return list(kinds.values())
+
+
 def flat(tensors: list[Tensor]) -> Tensor:
     """All values, one after the other."""
     return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def fill(tensors: list[Tensor], values: Tensor) -> None:
+    """Put back what ``flat`` made of them."""
+    parts = values.split([t.numel() for t in tensors])
+    torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
 
 
 def prepare(optimizer: Optimizer) -> None:

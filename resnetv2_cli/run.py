@@ -1,154 +1,37 @@
 """Train one experiment in a run folder, continue it, and evaluate what came of it."""
 
-import logging
-import os
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.layer_sync import LayerSync
 from lightning.pytorch.utilities import rank_zero_only
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import footprint, memory
 from resnetv2_cli.callbacks import Keeper, Leaver, Readings, Recorder
-from resnetv2_cli.cluster import refuse_unfit
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.csvlog import CSVMetrics
 from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.errors import Diverged, UserError
 from resnetv2_cli.finetune import begin
+from resnetv2_cli.machine import precision, trainer_of
 from resnetv2_cli.manifest import Manifest, begun, environment
 from resnetv2_cli.plot import curves
 from resnetv2_cli.resume import extend, finished, same_run
 from resnetv2_cli.runfolder import RunFolder, read_metrics, write_json
 from resnetv2_cli.shortcuts import shortcut_class
-from resnetv2_cli.syncbn import OverProcesses
 from resnetv2_cli.task import Classification
 
 FOLDER = "RESNETV2_RUN_FOLDER"  # tells the other processes of a run which folder the first took
-
-CROWD = 4  # processes on one processor, at most: slow, but as good as on many to try things out
 
 
 def first_process() -> bool:
     """Whether this is the process that writes and reports, of one or of many."""
     return getattr(rank_zero_only, "rank", 0) in (0, None)
-
-
-def precision(experiment: Experiment) -> str:
-    """The arithmetic that ``auto`` stands for on this machine: bf16 where the hardware has it.
-
-    Raises:
-        UserError: the one that is asked for does not exist here.
-    """
-    gpu = torch.cuda.is_available() and experiment.accelerator != "cpu"
-    if experiment.precision == "16-mixed" and not gpu:
-        raise UserError("16-mixed needs a GPU", "use --precision bf16-mixed or 32-true")
-    if experiment.precision != "auto":
-        return experiment.precision
-    if gpu:
-        return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    has = [getattr(torch.cpu, name, lambda: False)() for name in names]
-    return "bf16-mixed" if any(has) else "32-true"
-
-
-def quiet() -> None:
-    """Keep the framework's advice off the terminal; its errors still come through."""
-    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(lightning|torchmetrics)\.")
-
-
-def bn_of_all(experiment: Experiment, accelerator: str) -> list[LayerSync]:
-    """What synchronizes BN where PyTorch's own, which knows GPUs alone, does not."""
-    gpu = torch.cuda.is_available() and accelerator != "cpu"
-    return [OverProcesses()] if experiment.sync_bn and not gpu else []
-
-
-def trainer_of(experiment: Experiment, **more: Any) -> L.Trainer:
-    """A Trainer for the machine that the experiment names.
-
-    Raises:
-        UserError: it asks for devices that are not there, or for a strategy that cannot be used.
-    """
-    quiet()
-    refuse_unfit(experiment.strategy)
-    e, cuda = experiment, torch.cuda.is_available()
-    try:
-        devices: Any = e.devices
-        # Others than CUDA's lack float64, which sums over many images need.
-        accelerator = "cpu" if e.accelerator == "auto" and not cuda else e.accelerator
-        if e.devices == "auto" and not cuda:
-            devices = 1
-        elif e.devices.lstrip("-").isdigit():
-            devices = int(e.devices)
-            if not cuda and devices > CROWD * (os.cpu_count() or 1):
-                raise ValueError(f"{devices} were asked for")
-        shared = bn_of_all(e, accelerator)
-        trainer = L.Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            num_nodes=e.nodes,
-            strategy=e.strategy,
-            precision=precision(e),  # type: ignore[arg-type]
-            sync_batchnorm=e.sync_bn and not shared,
-            deterministic=e.deterministic,
-            benchmark=not e.deterministic,
-            use_distributed_sampler=False,  # it pads; ours count each image once
-            plugins=[checkpoints.WholeFiles(), *shared],
-            num_sanity_val_steps=0,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **more,
-        )
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[0].strip()
-        hint = "see --devices, --accelerator and --strategy; this machine has "
-        hint += f"{torch.cuda.device_count()} GPUs and {os.cpu_count()} processors"
-        raise UserError(f"no such devices: {line}", hint) from None
-    return trainer
-
-
-def device_of(experiment: Experiment) -> torch.device:
-    """Where it trains: a GPU if there is one, unless the experiment says otherwise."""
-    gpu = torch.cuda.is_available() and experiment.accelerator in ("auto", "gpu", "cuda")
-    return torch.device("cuda" if gpu else "cpu")
-
-
-def in_parts(experiment: Experiment, micro_batch: str) -> Experiment:
-    """The same with its batch split into micro-batches of a size, or of one that fits (``auto``).
-
-    Raises:
-        UserError: there is no such size.
-    """
-    free = memory.available(device_of(experiment))
-    return footprint.split(experiment, micro_batch, precision(experiment), free)
-
-
-def memory_line(experiment: Experiment) -> str:
-    """What a training step will need, beside what is free."""
-    devices = int(experiment.devices) if experiment.devices.isdecimal() else 1
-    images = footprint.part_size(experiment, max(1, devices))
-    needed = footprint.step_bytes(experiment, precision(experiment), images)
-    free = memory.available(device_of(experiment))
-    parts = f", {experiment.accumulate} parts" if experiment.accumulate > 1 else ""
-    line = f"a step needs about {needed / 1e9:.1f} GB ({images} images{parts})"
-    if free is None:
-        return line
-    line += f"; {free / 1e9:.1f} GB are free"
-    fits = needed <= free
-    return line if fits else f"{line}: try --micro-batch auto or --recompute-bn"
 
 
 def build(experiment: Experiment) -> tuple[Classification, ImageData]:

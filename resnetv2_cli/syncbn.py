@@ -1,11 +1,16 @@
-"""BN over the batches of all processes, on devices that PyTorch's SyncBatchNorm does not know."""
+"""BN under several processes: statistics of all their batches on devices that PyTorch's
+SyncBatchNorm does not know, and whose moving averages count."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.layer_sync import LayerSync
 from torch import Tensor, distributed, nn
 from torch.distributed.nn.functional import all_reduce
+from torch.nn.parallel import DistributedDataParallel
+
+from resnetv2_cli.nonfinite import buffers_by_dtype, fill, flat
 
 
 class SyncBN(nn.BatchNorm2d):
@@ -64,3 +69,24 @@ def exchange(model: nn.Module, old: type[nn.BatchNorm2d], new: type[nn.BatchNorm
                 made.train(child.training)
                 setattr(parent, name, made)
     return model
+
+
+class FirstAverages(Callback):
+    """Gives every process the first one's moving averages when they are used: before an evaluation.
+
+    DDP does so before each forward in training, which has no use for them. The bits are the same:
+    the first one's averages never depend on the others', and a checkpoint has the first one's.
+    """
+
+    def on_train_start(self, trainer: Trainer, task: Any) -> None:
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            trainer.strategy.model.broadcast_buffers = False
+
+    @torch.no_grad()
+    def on_validation_start(self, trainer: Trainer, task: nn.Module) -> None:
+        if trainer.world_size == 1:
+            return
+        for buffers in buffers_by_dtype(task):
+            values = flat(buffers)
+            distributed.broadcast(values, 0)
+            fill(buffers, values)

@@ -27,7 +27,7 @@ ORDER = """
     foreign.names foreign.sources foreign.files foreign.convert
     task finetune callbacks
     plot blueprint
-    syncbn resume cluster run verify
+    resume cluster syncbn machine run verify
     stats
     ablation.studies ablation.arms ablation.launch ablation.record
     ablation.sweep ablation.progress ablation.tables ablation.probe

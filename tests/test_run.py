@@ -12,7 +12,7 @@ import torch
 import yaml
 from conftest import SCRIPT, SMALL, THREADS
 
-from resnetv2_cli import run
+from resnetv2_cli import machine, run
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
@@ -313,4 +313,4 @@ def test_a_strategy_that_cannot_be_used_is_refused_with_the_reason(tmp_path, str
     with pytest.raises(UserError, match=f"--strategy {strategy} is of no use here: its processes"):
         run.train(Experiment(dataset="digits", strategy=strategy), RunFolder(tmp_path / "run"))
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["run.lock"]  # it was not begun
-    assert run.trainer_of(Experiment(dataset="digits", accelerator="cpu", strategy="ddp"))
+    assert machine.trainer_of(Experiment(dataset="digits", accelerator="cpu", strategy="ddp"))

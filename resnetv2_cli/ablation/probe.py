@@ -14,10 +14,10 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.describe import describe
 from resnetv2_cli.footprint import activation_bytes
+from resnetv2_cli.machine import precision
 from resnetv2_cli.optim import sgd
 from resnetv2_cli.plans import STEMS
 from resnetv2_cli.resnet import ResNet
-from resnetv2_cli.run import precision
 
 PROBE_IMAGES = 32  # of a batch; more would show the same, later
 PROBE_STEPS = 3

@@ -20,9 +20,10 @@ from resnetv2_cli.data.augment import crop_and_flip
 from resnetv2_cli.data.module import EpochMaker, ImageData, Parts, Stream
 from resnetv2_cli.data.order import Schedule
 from resnetv2_cli.data.protocols import PROTOCOLS
+from resnetv2_cli.machine import trainer_of
 from resnetv2_cli.manifest import environment
 from resnetv2_cli.plans import STEMS
-from resnetv2_cli.run import build, trainer_of
+from resnetv2_cli.run import build
 
 Make = Callable[[ImageData, torch.device], Arm]
 

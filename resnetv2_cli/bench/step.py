@@ -13,11 +13,11 @@ from resnetv2_cli.bench.floor import convolutions_alone, floor
 from resnetv2_cli.bench.turns import Arm, in_turns, ratios, rows, timed
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.machine import trainer_of
 from resnetv2_cli.manifest import environment
 from resnetv2_cli.optim import sgd
 from resnetv2_cli.plans import STEMS
 from resnetv2_cli.resnet import ResNet
-from resnetv2_cli.run import trainer_of
 
 PLAIN = "plain"
 

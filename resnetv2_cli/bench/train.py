@@ -25,9 +25,10 @@ from resnetv2_cli.data.module import Batch, ImageData, Stream
 from resnetv2_cli.data.order import Schedule, epoch_order
 from resnetv2_cli.display import Display
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.machine import precision, trainer_of
 from resnetv2_cli.manifest import environment
 from resnetv2_cli.optim import schedule, sgd
-from resnetv2_cli.run import build, loggers, precision, silent, trainer_of
+from resnetv2_cli.run import build, loggers, silent
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.task import Classification
 

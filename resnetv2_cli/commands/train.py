@@ -66,7 +66,7 @@ def train(
         )
     begun = resume or (output if begun_or_not and output and RunFolder(output).begun else None)
     experiment = None if begun else Experiment.load(config, **flags)
-    from resnetv2_cli import cluster, run
+    from resnetv2_cli import cluster, machine, run
     from resnetv2_cli.display import Display
     from resnetv2_cli.manifest import origins
     from resnetv2_cli.resume import continued
@@ -81,15 +81,15 @@ def train(
     else:
         assert experiment is not None
         if micro_batch:
-            experiment = run.in_parts(experiment, micro_batch)
+            experiment = machine.in_parts(experiment, micro_batch)
         named = Path(taken) if taken else output
         if named is None:
             cluster.refuse_free_folder()
         folder = RunFolder(named) if named else RunFolder.free(experiment)
     os.environ[run.FOLDER] = str(folder.path)
     if run.first_process():
-        console.note(f"{experiment.name} -> {folder.path}, {run.precision(experiment)}")
-        console.note(run.memory_line(experiment))
+        console.note(f"{experiment.name} -> {folder.path}, {machine.precision(experiment)}")
+        console.note(machine.memory_line(experiment))
     display = Display(console.err)
     try:
         result = run.train(
