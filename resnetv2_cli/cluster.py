@@ -1,5 +1,12 @@
 """Processes of one run: those started from outside, by torchrun or a cluster's queue, what they may
-share, and what they do not wait for."""
+share, what they do not wait for, and that they begin together or not at all."""
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from itertools import count
+from types import TracebackType
+from typing import Any
 
 from lightning.fabric.plugins.environments import (
     LSFEnvironment,
@@ -7,9 +14,12 @@ from lightning.fabric.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from torch.distributed import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
-from resnetv2_cli.errors import UserError
+from resnetv2_cli.errors import UserError, shown
 
 # As Lightning's Trainer looks for them: torchrun may itself run inside of a queue's job.
 OUTSIDE = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
@@ -38,15 +48,16 @@ def refuse_unfit(strategy: str) -> None:
             raise UserError(f"--strategy {strategy} is of no use here: {why}", "use auto or ddp")
 
 
-def started() -> int:
-    """How many processes of this run were started from outside; 1 where this is the only one."""
+def outside() -> ClusterEnvironment | None:
+    """What started this process as one of many; None where it is the only one."""
     for kind in OUTSIDE:
         if kind.detect():
             try:
-                return kind().world_size()
+                found = kind()
+                return found if found.world_size() > 1 else None
             except (RuntimeError, KeyError, ValueError):  # the Trainer says what is wrong with it
-                return 1
-    return 1
+                return None
+    return None
 
 
 def refuse_free_folder() -> None:
@@ -55,11 +66,96 @@ def refuse_free_folder() -> None:
     Raises:
         UserError: there are several, started from outside.
     """
-    if (processes := started()) > 1:
+    if found := outside():
         raise UserError(
-            f"{processes} processes were started together, and each would choose a folder",
+            f"{found.world_size()} processes were started together, and each would choose a folder",
             "give --output, the same for all; with --continue it may have been begun",
         )
+
+
+class Meeting:
+    """Where processes that were started from outside say how each would begin, before they do.
+
+    They meet at the address at which they will train, as often as ``agree`` is called; who fails
+    before the last time says so there. One process alone meets nobody.
+    """
+
+    PATIENCE = timedelta(minutes=30)  # as long as they would wait for each other to train
+    times = count()  # of all meetings, because what was said stays
+
+    def __init__(self) -> None:
+        self.kind = outside()
+        self.over = self.kind is None
+
+    def __enter__(self) -> "Meeting":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, Exception) and not self.over:
+            said = [str(error) or type(error).__name__, getattr(error, "hint", "")]
+            self._said({"failed": said})
+
+    def agree(self, state: Callable[[], dict[str, Any]], last: bool = True) -> None:
+        """Go on if all are here with the same ``state``, plain values by what a message calls them,
+        which is made only where there are several. ``last``: they will not meet again.
+
+        Raises:
+            UserError: in each of them, one cannot begin, or they would begin from different states.
+        """
+        if self.over:
+            return
+        everyone = self._said({"state": state()})
+        self.over = True  # for those who differ, too
+        for rank, one in enumerate(everyone):
+            if "failed" in one:
+                message, hint = one["failed"]
+                raise UserError(f"process {rank} cannot begin: {message}", hint)
+        refuse_apart([one["state"] for one in everyone])
+        self.over = last
+
+    def _said(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+        """What each says this time, in the order of their ranks.
+
+        Raises:
+            UserError: one does not come.
+        """
+        assert self.kind is not None
+        rank, size = self.kind.global_rank(), self.kind.world_size()
+        place = f"{self.kind.main_address}:{self.kind.main_port}"
+        found = rendezvous(f"tcp://{place}?rank={rank}&world_size={size}", timeout=self.PATIENCE)
+        store = PrefixStore(f"resnetv2/{next(self.times)}", next(found)[0])
+        try:
+            store.set(f"{rank}", json.dumps(mine))
+            everyone = [json.loads(store.get(f"{r}")) for r in range(size)]
+            store.set(f"{rank} has read", "")
+            if rank == 0:  # it may be the one that has the store
+                store.wait([f"{r} has read" for r in range(size)])
+        except RuntimeError as error:
+            self.over = True
+            line = str(error).splitlines()[0]
+            raise UserError(f"the {size} processes do not meet at {place}: {line}") from None
+        return everyone
+
+
+def refuse_apart(states: list[dict[str, Any]]) -> None:
+    """
+    Raises:
+        UserError: they are not the same; names the first difference.
+    """
+    for rank, state in enumerate(states):
+        for name, value in state.items():
+            if value != states[0][name]:
+                raise UserError(
+                    f"process 0 would begin with {name} {shown(states[0][name])}, process {rank} "
+                    f"with {shown(value)}",
+                    "the run's folder must be the same for all, on a filesystem that they share; "
+                    "the images may be copies",
+                )
 
 
 class Steps(_TrainingEpochLoop):

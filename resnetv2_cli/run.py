@@ -13,10 +13,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.callbacks import Keeper, Leaver, Readings, Recorder
+from resnetv2_cli.cluster import Meeting
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.csvlog import CSVMetrics
 from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.errors import Diverged, UserError
+from resnetv2_cli.files import seal_of
 from resnetv2_cli.finetune import begin
 from resnetv2_cli.machine import precision, trainer_of
 from resnetv2_cli.manifest import Manifest, begun, environment
@@ -26,6 +28,11 @@ from resnetv2_cli.runfolder import RunFolder, read_metrics, write_json
 from resnetv2_cli.shortcuts import shortcut_class
 from resnetv2_cli.task import Classification
 
+OF_EACH = (
+    "data_dir",
+    "workers",
+    "weights",
+)  # what processes of one run need not share
 FOLDER = "RESNETV2_RUN_FOLDER"  # tells the other processes of a run which folder the first took
 
 
@@ -83,25 +90,29 @@ def train(
     display: list[Callback] | None = None,
     origins: dict[str, str] | None = None,
     tell: Callable[[str], None] = silent,
+    meeting: Meeting | None = None,
 ) -> dict[str, Any]:
     """Train to the last iteration, evaluate, and leave ``result.json``, which is returned.
 
     ``seconds``: save and leave cleanly when they are over. ``origins``: where settings came from.
-    ``tell``: gets what happens, a line at a time.
+    ``tell``: gets what happens, a line at a time. ``meeting``: entered before, by each of several
+    processes, in which it hears of mistakes before and here.
 
     Raises:
-        UserError: the images, devices, folder or checkpoint are not what is needed.
+        UserError: the images, devices, folder or checkpoint are not what is needed, or several
+            processes would not begin from the same.
         Stopped: a signal came or the time was over; the run can be continued.
     """
-    left = Left(seconds)
+    rest = (Left(seconds), display or [], origins or {})
+    meeting = meeting or Meeting()
     if not first_process():
-        return _train(experiment, folder, resume, left, display or [], origins or {}, silent)
+        return _train(experiment, folder, resume, *rest, silent, meeting)
     if not resume:
         folder.refuse_if_used()
     with folder.claimed():
         if not resume:
             folder.refuse_if_used()  # another process may have ended in it just now
-        return _train(experiment, folder, resume, left, display or [], origins or {}, tell)
+        return _train(experiment, folder, resume, *rest, tell, meeting)
 
 
 class Left:
@@ -122,8 +133,10 @@ def _train(
     display: list[Callback],
     origins: dict[str, str],
     tell: Callable[[str], None],
+    meeting: Meeting,
 ) -> dict[str, Any]:
     if resume and (result := finished(folder, experiment)):
+        meeting.agree(lambda: {"all done": True})
         tell(f"{folder.path} is finished: nothing is left to do; --steps trains it longer")
         draw(experiment, folder)
         return result
@@ -145,12 +158,17 @@ def _train(
         callbacks=[readings, recorder, *display, keeper, Leaver(keeper, left())],
         default_root_dir=folder.path,
     )
-    if not resume and first_process():
-        folder.create(e, begun(experiment, e, origins, data.facts))
-    last = _continue(task, data, folder, tell) if resume else None
+    last, step = _found(task, data, folder, tell) if resume else (None, 0)
     if last is None:
         for line in begin(task):
             tell(line)
+    meeting.agree(lambda: _state(e, data, last, step), last=False)
+    if first_process():
+        if resume:
+            _go_on(e, folder, step, tell)
+        else:
+            folder.create(e, begun(experiment, e, origins, data.facts))
+    meeting.agree(dict)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
     except Diverged as error:
@@ -172,28 +190,44 @@ def _train(
     return finish(task, data, folder)
 
 
-def _continue(
+def _found(
     task: Classification, data: ImageData, folder: RunFolder, tell: Callable[[str], None]
-) -> Path | None:
-    """The checkpoint to continue from, after a look at what is in it; None if there is none yet.
+) -> tuple[Path | None, int]:
+    """The checkpoint to continue from, after a look at what is in it, and its iteration; None and 0
+    if there is none yet.
 
     Raises:
         UserError: it is of another run than the folder's, or the images are others.
     """
-    saved, e = folder.experiment(), task.experiment
     found = checkpoints.newest(folder.checkpoints, folder.last, tell)
-    path, held = found or (None, {})
-    if path is None:  # it was killed before its first
+    if found is None:  # it was killed before its first
         tell("there is no checkpoint yet: it begins again")
-    else:
-        same_run(path, held, e, data.digest)
-        checkpoints.load_weights(task, held, path)
-    if first_process():
-        step = held.get("global_step", 0)
-        extended = extend(saved, e, step, tell)
-        changed = {k: v for k, v in asdict(e).items() if getattr(saved, k) != v}
-        folder.go_on(e, step, changed, extended)
-    return path
+        return None, 0
+    path, held = found
+    same_run(path, held, task.experiment, data.digest)
+    checkpoints.load_weights(task, held, path)
+    return path, held["global_step"]
+
+
+def _state(experiment: Experiment, data: ImageData, last: Path | None, step: int) -> dict[str, Any]:
+    """What each of several processes must begin from, by what a message calls it."""
+    return {
+        "all done": False,
+        "iteration": step,
+        "a checkpoint of SHA-256": seal_of(last)[1] if last else None,
+        "images of SHA-256": data.digest,
+        **{k: v for k, v in asdict(experiment).items() if k not in OF_EACH},
+    }
+
+
+def _go_on(
+    experiment: Experiment, folder: RunFolder, step: int, tell: Callable[[str], None]
+) -> None:
+    """Write down that the run is continued after iteration ``step``, and with which changes."""
+    saved = folder.experiment()
+    extended = extend(saved, experiment, step, tell)
+    changed = {k: v for k, v in asdict(experiment).items() if getattr(saved, k) != v}
+    folder.go_on(experiment, step, changed, extended)
 
 
 def finish(task: Classification, data: ImageData, folder: RunFolder) -> dict[str, Any]:
@@ -265,18 +299,24 @@ def manifest_of(checkpoint: Path) -> Manifest | None:
     return folder.manifest if folder.manifest.path.exists() else None
 
 
-def evaluate(path: Path, **overrides: Any) -> tuple[dict[str, Any], Classification]:
+def evaluate(
+    path: Path, meeting: Meeting | None = None, **overrides: Any
+) -> tuple[dict[str, Any], Classification]:
     """Scores of a checkpoint on its test images; network and data settings come from it alone.
+    ``meeting``: as ``train`` has it.
 
     Raises:
-        UserError: the file is no checkpoint of this tool, or the images are missing.
+        UserError: the file is no checkpoint of this tool, the images are missing, or several
+            processes would not evaluate the same.
     """
     saved, task, data = restore(path, **overrides)
     counted = [Readings(manifest, "test")] if (manifest := manifest_of(path)) else []
     e = checkpoints.experiment_of(saved, **overrides)
     trainer = trainer_of(e, logger=False, callbacks=counted)
+    step = saved["global_step"]
+    (meeting or Meeting()).agree(lambda: _state(e, data, path, step))
     trainer.test(task, datamodule=data, verbose=False, weights_only=True)
-    scores = task.scores | {"step": saved["global_step"]}
+    scores = task.scores | {"step": step}
     expected = len(data.test.labels)
     assert scores["images"] == expected, f"{scores['images']} of {expected} images were counted"
     return scores, task

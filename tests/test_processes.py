@@ -1,6 +1,9 @@
 """Two processes started together, as by torchrun: what they wait for, and what they agree upon."""
 
+import contextlib
+import io
 import os
+import shutil
 import socket
 from collections import Counter
 from pathlib import Path
@@ -12,7 +15,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import multiprocessing
 from torch.profiler import ProfilerActivity, profile
 
+from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import run
+from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.runfolder import RunFolder
 
@@ -47,22 +52,81 @@ class Collectives(Callback):
         self.keep(task)
 
 
-def work(rank: int, place: str, port: int) -> None:
-    """One of two processes; what it saw is left in a file."""
+def nothing_whole(folder: RunFolder) -> None:
+    for file in folder.checkpoints.iterdir():
+        content = file.read_bytes()[:5000]
+        file.unlink()
+        file.write_bytes(content)
+
+
+def other_momentum(folder: RunFolder) -> None:
+    held = checkpoints.read(folder.last)
+    for state in held["optimizer_states"][0]["state"].values():
+        state["momentum_buffer"] *= 2
+    folder.last.unlink()
+    checkpoints.write(held, folder.last)
+
+
+def earlier(folder: RunFolder) -> None:
+    folder.last.unlink()
+    shutil.copy(folder.previous, folder.last)
+
+
+def other_rate(folder: RunFolder) -> None:
+    folder.config.write_text(folder.config.read_text().replace("lr: 0.1\n", "lr: 0.2\n"))
+
+
+def not_begun(folder: RunFolder) -> None:
+    shutil.rmtree(folder.path)
+
+
+APART = {  # what is done to the second process's folder: what the first one and the second one say
+    nothing_whole: ("process 1 cannot begin: ", "and there is no whole one beside it"),
+    other_momentum: ("process 0 would begin with a checkpoint of SHA-256",) * 2,
+    earlier: ("process 0 would begin with iteration 23, process 1 with 22",) * 2,
+    other_rate: ("process 1 cannot begin: ", "its lr is 0.1, not 0.2"),
+    not_begun: ("process 0 would begin with iteration 23, process 1 with 0",) * 2,
+}  # fmt: skip
+TRAIN = {
+    "dataset": "digits", "depth": 8, "batch_size": 64, "log_every": 100, "save_every": 22,
+    "devices": 2, "accelerator": "cpu", "strategy": "ddp", "precision": "32-true",
+}  # fmt: skip
+
+
+def command(folder: RunFolder, steps: int) -> tuple[int, str]:
+    """Continue the run in a folder, or begin it, for so many iterations: status, what was said."""
+    flags = [w for k, v in TRAIN.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    words = ["train", *flags, "--steps", str(steps), "--continue", "--output", str(folder.path)]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as left:
+        main(words)
+    return left.value.code, said.getvalue()
+
+
+def work(rank: int, place: Path, port: int) -> None:
+    """One of two processes: trains, and tries to go on in a folder of its own; what it saw is left
+    in a file."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_RUN_ID": "test", "COLUMNS": "400",
     }  # fmt: skip
     rank_zero_only.rank = rank  # Lightning looks when it is imported
-    seen = Collectives()
-    experiment = Experiment(
-        dataset="digits", depth=8, batch_size=64, steps=STEPS, log_every=100, devices="2",
-        accelerator="cpu", strategy="ddp", precision="32-true",
-    )  # fmt: skip
-    run.train(experiment, RunFolder(Path(place) / "run"), display=[seen])
-    torch.save({"counted": dict(seen.counted), "averages": seen.averages}, f"{place}/{rank}")
+    seen, both = Collectives(), RunFolder(place / "run")
+    experiment = Experiment(**{**TRAIN, "devices": "2"}, steps=STEPS)
+    run.train(experiment, both, display=[seen])
+    made = {"counted": dict(seen.counted), "averages": seen.averages, "apart": {}}
+    for change in APART:
+        own = RunFolder(place / f"{change.__name__}-{rank}")
+        shutil.copytree(both.path, own.path)
+        before = own.manifest.path.read_bytes()
+        if rank == 1:
+            change(own)
+        status, said = command(own, 2 * STEPS)
+        kept = rank == 1 or own.manifest.path.read_bytes() == before
+        made["apart"][change.__name__] = (status, said, kept)
+    torch.save(made, place / str(rank))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +136,7 @@ def seen(tmp_path_factory) -> list[dict]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     os.environ["OMP_NUM_THREADS"] = "1"
-    multiprocessing.spawn(work, args=(str(place), port), nprocs=2)
+    multiprocessing.spawn(work, args=(place, port), nprocs=2)
     return [torch.load(place / str(rank)) for rank in (0, 1)]
 
 
@@ -87,3 +151,11 @@ def test_moving_averages_are_the_first_process_s_where_they_are_used(seen):
     (training, evaluated), (others, same) = (one["averages"] for one in seen)
     assert not torch.equal(training, others)
     assert torch.equal(evaluated, same)
+
+
+@pytest.mark.parametrize("change", APART, ids=lambda change: change.__name__)
+def test_processes_that_would_begin_apart_all_say_so_and_change_nothing(seen, change):
+    for one, expected in zip(seen, APART[change], strict=True):
+        status, said, kept = one["apart"][change.__name__]
+        assert status == 2 and expected in said and kept
+        assert said.count("error: ") == 1 and "Traceback" not in said

@@ -72,43 +72,45 @@ def train(
     from resnetv2_cli.resume import continued
 
     taken = os.environ.get(run.FOLDER)  # in the other processes of a run
-    if begun:
-        folder = RunFolder(begun)
-        asked = asked_for(config, flags, [f.name for f in fields(Experiment)])
-        experiment, changes = continued(folder, asked)
-        for change in changes if run.first_process() else []:
-            console.note(str(change))
-    else:
-        assert experiment is not None
-        if micro_batch:
-            experiment = machine.in_parts(experiment, micro_batch)
-        named = Path(taken) if taken else output
-        if named is None:
-            cluster.refuse_free_folder()
-        folder = RunFolder(named) if named else RunFolder.free(experiment)
-    os.environ[run.FOLDER] = str(folder.path)
-    if run.first_process():
-        console.note(f"{experiment.name} -> {folder.path}, {machine.precision(experiment)}")
-        console.note(machine.memory_line(experiment))
-    display = Display(console.err)
-    try:
-        result = run.train(
-            experiment,
-            folder,
-            resume=bool(begun),
-            seconds=budget,
-            display=[display],
-            origins=origins(config, flags),
-            tell=console.note if run.first_process() else run.silent,
-        )
-    except Stopped as stopped:
+    if not (begun or taken or output):
+        cluster.refuse_free_folder()
+    with cluster.Meeting() as meeting:
+        if begun:
+            folder = RunFolder(begun)
+            asked = asked_for(config, flags, [f.name for f in fields(Experiment)])
+            experiment, changes = continued(folder, asked)
+            for change in changes if run.first_process() else []:
+                console.note(str(change))
+        else:
+            assert experiment is not None
+            if micro_batch:
+                experiment = machine.in_parts(experiment, micro_batch)
+            named = Path(taken) if taken else output
+            folder = RunFolder(named) if named else RunFolder.free(experiment)
+        os.environ[run.FOLDER] = str(folder.path)
         if run.first_process():
-            words = ["resnetv2", "train", "--resume", str(folder.path)]
-            again = " ".join([*words, *trust.flags(experiment.shortcut)])
-            console.note(f"{stopped}: saved; continue with: {again}")
-        raise
-    finally:
-        os.environ.pop(run.FOLDER, None)  # another run of this process has a folder of its own
+            console.note(f"{experiment.name} -> {folder.path}, {machine.precision(experiment)}")
+            console.note(machine.memory_line(experiment))
+        display = Display(console.err)
+        try:
+            result = run.train(
+                experiment,
+                folder,
+                resume=bool(begun),
+                seconds=budget,
+                display=[display],
+                origins=origins(config, flags),
+                tell=console.note if run.first_process() else run.silent,
+                meeting=meeting,
+            )
+        except Stopped as stopped:
+            if run.first_process():
+                words = ["resnetv2", "train", "--resume", str(folder.path)]
+                again = " ".join([*words, *trust.flags(experiment.shortcut)])
+                console.note(f"{stopped}: saved; continue with: {again}")
+            raise
+        finally:
+            os.environ.pop(run.FOLDER, None)  # another run of this process has a folder of its own
     if not run.first_process():
         return
     if json:
@@ -136,11 +138,12 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint on its test images; it names network and data by itself."""
     from resnetv2_cli import checkpoint as checkpoints
-    from resnetv2_cli import run
+    from resnetv2_cli import cluster, run
     from resnetv2_cli.plot import confusion
 
-    file = checkpoints.find(checkpoint)
-    scores, task = run.evaluate(file, **flags)
+    with cluster.Meeting() as meeting:
+        file = checkpoints.find(checkpoint)
+        scores, task = run.evaluate(file, meeting, **flags)
     if not run.first_process():
         return
     inside = file.parent.parent if file.parent.name == "checkpoints" else file.parent
