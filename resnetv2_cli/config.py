@@ -210,8 +210,8 @@ class Experiment:
     )
     kernels: Literal["auto", "eager"] = setting(
         "auto",
-        "BN and ReLU in training: auto has one compiled operation for both, on a CPU with gcc; "
-        "eager has PyTorch's.",
+        "BN, ReLU and the 1x1 convolution behind them in training: auto has one compiled operation "
+        "for them, on a CPU with gcc; eager has PyTorch's.",
         "Engine",
         free=BITS,
     )
@@ -316,6 +316,11 @@ class Experiment:
         names = ["depth", "unit", "shortcut", "option", "pad", "stride_on", "first_act", "init"]
         names.append("settings")
         return {n: getattr(self, n) for n in names} | {"block": self.block_, "stem": self.stem_}
+
+    @property
+    def fuses(self) -> bool:
+        """Whether BN, ReLU and 1x1 convolutions are the compiled operations where they fit."""
+        return self.kernels == "auto" and not self.compile
 
     @property
     def drops_(self) -> tuple[float, ...]:

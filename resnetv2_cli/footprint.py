@@ -63,38 +63,41 @@ def along_depth(experiment: Experiment, count: Callable[[Experiment], int]) -> i
     return two + (n - 2) * (three - two)
 
 
-def activation_bytes(experiment: Experiment, precision: str) -> int:
+def activation_bytes(experiment: Experiment, precision: str, device: str = "cpu") -> int:
     """Bytes that a training step keeps of each image for its backward pass; weights are not in it.
 
     Counted on the meta device, with everything in 16 bits where the precision is a mixed one. Of
-    segments that are computed again it is their inputs, and all of the largest.
+    segments that are computed again it is their inputs, and all of the largest. ``device``: the
+    type of the one it trains on, whose compiled operations keep less.
     """
     if experiment.recompute:
-        return _segmented(experiment, precision)
-    return along_depth(experiment, lambda e: _whole(e, precision))
+        return _segmented(experiment, precision, device)
+    return along_depth(experiment, lambda e: _whole(e, precision, device))
 
 
-def _network(experiment: Experiment, precision: str) -> tuple[ResNet, Tensor]:
+def _network(experiment: Experiment, precision: str, device: str) -> tuple[ResNet, Tensor]:
     """On the meta device, as it trains; and its input."""
     net = skeleton(experiment).to(_type(precision)).train()
-    net.activate(False, experiment.recompute_bn)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net.activate(experiment.fuses and device == "cpu", experiment.recompute_bn)
     size = STEMS[experiment.stem_].size
-    return net, torch.empty(IMAGES, 3, size, size, device="meta", dtype=_type(precision))
+    x = torch.empty(IMAGES, 3, size, size, device="meta", dtype=_type(precision))
+    return net, x.contiguous(memory_format=torch.channels_last)
 
 
-def _whole(experiment: Experiment, precision: str) -> int:
-    net, x = _network(experiment, precision)
+def _whole(experiment: Experiment, precision: str, device: str) -> int:
+    net, x = _network(experiment, precision, device)
     return run(net, x, [net.stem, net.body, net.head])[1] // IMAGES
 
 
-def _segmented(experiment: Experiment, precision: str) -> int:
+def _segmented(experiment: Experiment, precision: str, device: str) -> int:
     """From the first two units of each stage: those behind them are as the second."""
     e = experiment
     counts = units_per_stage(e.depth, e.block_, e.stem_)
     if e.stem_ != "imagenet":
         few = min(2, counts[0]) * 3 * len(BLOCKS[e.block_].kernels) + 2
         e = replace(e, depth=few, block=e.block_)
-    net, x = _network(e, precision)
+    net, x = _network(e, precision, device)
     x, total = run(net, x, [net.stem])
     inputs: list[int] = []  # bytes, unit by unit
     inside: list[int] = []
@@ -112,14 +115,16 @@ def _segmented(experiment: Experiment, precision: str) -> int:
     return (total + run(net, x, [net.head])[1]) // IMAGES
 
 
-def step_bytes(experiment: Experiment, precision: str, images: int) -> int:
+def step_bytes(
+    experiment: Experiment, precision: str, images: int, device: str = "cpu"
+) -> int:
     """Bytes that a training step on so many images needs, beside the program and the dataset."""
     stem = STEMS[experiment.stem_]
     side = stem.size // stem.stride  # where the tensors are largest, before anything is pooled
     widest = stem.channels * (1 if stem.pool else BLOCKS[experiment.block_].expansion)
     live = LIVE * widest * side**2 * _type(precision).itemsize
     weights = along_depth(experiment, lambda e: parameters(skeleton(e)))
-    return images * (activation_bytes(experiment, precision) + live) + COPIES * weights
+    return images * (activation_bytes(experiment, precision, device) + live) + COPIES * weights
 
 
 def part_size(experiment: Experiment, devices: int = 1) -> int:
@@ -127,7 +132,9 @@ def part_size(experiment: Experiment, devices: int = 1) -> int:
     return -(-experiment.batch_size // (experiment.accumulate * devices))
 
 
-def split(experiment: Experiment, micro_batch: str, precision: str, free: int | None) -> Experiment:
+def split(
+    experiment: Experiment, micro_batch: str, precision: str, free: int | None, device: str = "cpu"
+) -> Experiment:
     """The same experiment with ``accumulate`` such that no micro-batch has more images than that:
     a number, or ``auto``, the most that ``free`` bytes have room for.
 
@@ -142,7 +149,7 @@ def split(experiment: Experiment, micro_batch: str, precision: str, free: int | 
         raise UserError(f"a micro-batch is no {micro_batch!r}", hint)
     if free is None:
         raise UserError("this system does not tell its free memory", "--micro-batch N")
-    one, two = (step_bytes(experiment, precision, n) for n in (1, 2))
+    one, two = (step_bytes(experiment, precision, n, device) for n in (1, 2))
     fitting = int((SPARE * free - (2 * one - two)) // (two - one))
     if fitting < 1:
         needs = f"{one / 1e9:.1f} GB, of {free / 1e9:.1f} free"

@@ -20,11 +20,13 @@ _AGAIN = "_resnetv2_again"  # on an activated tensor: the function that makes it
 
 
 def fits(x: Tensor, norm: nn.BatchNorm2d) -> bool:
-    """Whether the compiled functions can take x: on a CPU, channels last, bf16 or float32."""
+    """Whether the compiled functions can take x: on a CPU, channels last, bf16 or float32.
+
+    On the meta device, where memory is counted, the weights' type does not matter.
+    """
     return (
-        x.device.type == "cpu"
+        (x.is_meta or (x.device.type == "cpu" and norm.weight.dtype == torch.float32))
         and native.kind_of(x.dtype) is not None
-        and norm.weight.dtype == torch.float32
         and x.shape[1] % LANES == 0
         and x.shape[1] <= MOST
         and x.is_contiguous(memory_format=torch.channels_last)
@@ -33,19 +35,18 @@ def fits(x: Tensor, norm: nn.BatchNorm2d) -> bool:
 
 
 def _call(name: str, dtype: torch.dtype, tensors: list[Tensor], *numbers: float) -> None:
-    """A function of ``kernels.c``. The caller holds the tensors, so that none is freed under it."""
-    function = getattr(native.library(), f"{name}_{native.kind_of(dtype)}")
-    function(*(t.data_ptr() for t in tensors), *numbers)
+    native.call(f"{name}_{native.kind_of(dtype)}", tensors, *numbers)
 
 
-def _rows(x: Tensor) -> tuple[int, int]:
+def rows_of(x: Tensor) -> tuple[int, int]:
+    """Rows and channels."""
     n, c, h, w = x.shape
     return n * h * w, c
 
 
 def _made_again(x: Tensor, saved: Tensor, relu: bool) -> Tensor:
     y = torch.empty_like(x)
-    _call("again", x.dtype, [x, y, saved], *_rows(x), relu, torch.get_num_threads())
+    _call("again", x.dtype, [x, y, saved], *rows_of(x), relu, torch.get_num_threads())
     return y
 
 
@@ -54,8 +55,8 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, norm: Any, relu: bool) -> Tensor:
-        (rows, c), threads = _rows(x), torch.get_num_threads()
-        y, saved = torch.empty_like(x), torch.empty(4, c)
+        (rows, c), threads = rows_of(x), torch.get_num_threads()
+        y, saved = torch.empty_like(x), torch.empty(4, c, device=x.device)
         sums = torch.empty(threads, 2, c, dtype=torch.float64)
         running = [norm.running_mean, norm.running_var]
         tensors = [x, y, gamma, beta, *running, saved, sums]
@@ -69,7 +70,7 @@ class _Compiled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, saved = ctx.saved_tensors
-        (rows, c), threads = _rows(x), torch.get_num_threads()
+        (rows, c), threads = rows_of(x), torch.get_num_threads()
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
         dx, dgamma, dbeta = torch.empty_like(x), torch.empty(c), torch.empty(c)
         sums = torch.empty(threads, 2, c, dtype=torch.float64)

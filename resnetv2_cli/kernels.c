@@ -1,65 +1,11 @@
 /* Batch normalization with an optional ReLU, in training, forward and backward.
 
-   Numbers lie channels last: rows (images, times height, times width) of c channels, c a multiple
-   of 16. Each function exists for bf16 (T = uint16_t) and for float. A thread takes the same rows
-   in both passes, so that the second finds in its cache what the first brought there. */
+   Each function exists for bf16 (T = uint16_t) and for float. A thread takes the same rows in both
+   passes, so that the second finds in its cache what the first brought there. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-#include <omp.h>
+#include "vectors.h"
 
-#define LANES 16
-#define BLOCK 64 /* rows between additions to the sums in double */
-#define MOST 4096 /* channels */
-
-typedef float F __attribute__((vector_size(64)));
-typedef uint32_t U __attribute__((vector_size(64)));
-typedef uint16_t H __attribute__((vector_size(32)));
-typedef float F_ __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t H_ __attribute__((vector_size(32), aligned(2)));
-
-static inline F load_bf16(const uint16_t *p) {
-    return (F)(__builtin_convertvector(*(const H_ *)p, U) << 16);
-}
-
-static inline void store_bf16(uint16_t *p, F x) {
-#ifdef __AVX512BF16__
-    *(H_ *)p = (H)_mm512_cvtneps_pbh((__m512)x);
-#else
-    U u = (U)x; /* to the nearest, ties to even; a NaN made by arithmetic stays one */
-    u = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    *(H_ *)p = __builtin_convertvector(u, H);
-#endif
-}
-
-static inline F load_float(const float *p) { return *(const F_ *)p; }
-static inline void store_float(float *p, F x) { *(F_ *)p = x; }
-static inline F only(F x, U kept) { return (F)((U)x & kept); }
-
-static inline void widen(double *sum, F x) {
-    for (int i = 0; i < LANES; i++) sum[i] += x[i];
-}
-
-/* The rows of one thread. */
-static inline void rows_of(int64_t rows, int64_t *first, int64_t *last) {
-    int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
-    *first = rows * i / n;
-    *last = rows * (i + 1) / n;
-}
-
-/* The sums of all threads, into those of the first; sums: [threads][2][c]. */
-static inline void gather(double *sums, int64_t c) {
-    int n = omp_get_num_threads();
-    for (int t = 1; t < n; t++)
-        for (int64_t j = 0; j < 2 * c; j++) sums[j] += sums[2 * c * t + j];
-}
-
-/* saved: [4][c] of mean, 1 / std, scale and shift: y = scale x + shift, then ReLU if relu.
-   running: mean and variance are moved by momentum. */
+/* y = scale x + shift, then ReLU if relu. */
 #define FORWARD(NAME, T, LOAD, STORE)                                                            \
     void NAME(const T *x, T *y, const float *gamma, const float *beta, float *running_mean,      \
               float *running_var, float *saved, double *sums, int64_t rows, int64_t c,           \
@@ -71,7 +17,7 @@ static inline void gather(double *sums, int64_t c) {
             double *mine = sums + 2 * c * omp_get_thread_num();                                  \
             memset(mine, 0, 2 * c * sizeof(double));                                             \
             int64_t first, last;                                                                 \
-            rows_of(rows, &first, &last);                                                        \
+            rows_of(rows, 1, &first, &last);                                                     \
             for (int64_t b = first; b < last; b += BLOCK) {                                      \
                 int64_t end = b + BLOCK < last ? b + BLOCK : last;                               \
                 for (int64_t j = 0; j < c; j += LANES) {                                         \
@@ -97,18 +43,8 @@ static inline void gather(double *sums, int64_t c) {
             }                                                                                    \
             _Pragma("omp barrier") _Pragma("omp single") {                                       \
                 gather(sums, c);                                                                 \
-                for (int64_t j = 0; j < c; j++) {                                                \
-                    double off = sums[j] / rows, var = sums[c + j] / rows - off * off;           \
-                    if (var < 0) var = 0; /* rounding; a NaN stays */                            \
-                    double mean = origin[j] + off, inverse = 1 / sqrt(var + eps);                \
-                    double unbiased = var * rows / (rows - 1);                                   \
-                    saved[j] = mean;                                                             \
-                    saved[c + j] = inverse;                                                      \
-                    saved[2 * c + j] = gamma[j] * inverse;                                       \
-                    saved[3 * c + j] = beta[j] - mean * gamma[j] * inverse;                      \
-                    running_mean[j] += momentum * (mean - running_mean[j]);                      \
-                    running_var[j] += momentum * (unbiased - running_var[j]);                    \
-                }                                                                                \
+                statistics(sums, origin, gamma, beta, running_mean, running_var, saved, rows, c, \
+                           momentum, eps);                                                       \
             }                                                                                    \
             APPLY(x, y, saved, first, last, c, relu, LOAD, STORE)                                \
         }                                                                                        \
@@ -136,7 +72,7 @@ static inline void gather(double *sums, int64_t c) {
               int threads) {                                                                     \
         _Pragma("omp parallel num_threads(threads)") {                                           \
             int64_t first, last;                                                                 \
-            rows_of(rows, &first, &last);                                                        \
+            rows_of(rows, 1, &first, &last);                                                     \
             APPLY(x, y, saved, first, last, c, relu, LOAD, STORE)                                \
         }                                                                                        \
     }
@@ -150,7 +86,7 @@ static inline void gather(double *sums, int64_t c) {
             double *mine = sums + 2 * c * omp_get_thread_num();                                  \
             memset(mine, 0, 2 * c * sizeof(double));                                             \
             int64_t first, last;                                                                 \
-            rows_of(rows, &first, &last);                                                        \
+            rows_of(rows, 1, &first, &last);                                                     \
             for (int64_t b = first; b < last; b += BLOCK) {                                      \
                 int64_t end = b + BLOCK < last ? b + BLOCK : last;                               \
                 for (int64_t j = 0; j < c; j += LANES) {                                         \
@@ -177,14 +113,7 @@ static inline void gather(double *sums, int64_t c) {
             }                                                                                    \
             _Pragma("omp barrier") _Pragma("omp single") {                                       \
                 gather(sums, c);                                                                 \
-                for (int64_t j = 0; j < c; j++) {                                                \
-                    double inverse = saved[c + j], scale = saved[2 * c + j];                     \
-                    double slope_ = -scale * inverse * inverse * sums[c + j] / rows;             \
-                    slope[j] = slope_;                                                           \
-                    offset[j] = -scale * sums[j] / rows - slope_ * saved[j];                     \
-                    dgamma[j] = sums[c + j] * inverse;                                           \
-                    dbeta[j] = sums[j];                                                          \
-                }                                                                                \
+                gradients(sums, saved, slope, offset, dgamma, dbeta, rows, c);                   \
             }                                                                                    \
             for (int64_t b = first; b < last; b += BLOCK) {                                      \
                 int64_t end = b + BLOCK < last ? b + BLOCK : last;                               \

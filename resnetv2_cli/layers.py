@@ -1,7 +1,7 @@
 """The layers every network in the paper is made of: weight, BN and ReLU."""
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnetv2_cli.fused import bn_relu, fits
+from resnetv2_cli.pointwise import bn_relu_conv, joins
 
 
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -34,16 +35,62 @@ class Activation(nn.Sequential):
         if not self.training or not (self.compiled or self.forget) or not plain(norm):
             return super().forward(x)
         compiled = self.compiled and fits(x, norm)
-        if any(m._forward_hooks or m._forward_pre_hooks for m in self) or not (
-            compiled or self.forget
-        ):
+        if watched(*self) or not (compiled or self.forget):
             return super().forward(x)
         return bn_relu(x, norm, "relu" in self._modules, compiled)
 
+    def joined(self, x: Tensor, conv: nn.Module) -> tuple[Any, Any] | None:
+        """The BN and the convolution behind it, where both and ReLU are one operation on x."""
+        norm: Any = getattr(self, "bn", None)
+        one = self.training and self.compiled and "relu" in self._modules and plain(norm)
+        if one and joins(x, norm, conv) and not watched(self, *self, conv):
+            return norm, conv
+        return None
+
 
 def plain(norm: nn.Module | None) -> bool:
-    """Whether this is BN as it is here: not one that synchronizes processes or averages wholly."""
-    return type(norm) is nn.BatchNorm2d and norm.momentum is not None and norm.track_running_stats
+    """Whether this is BN as it is here: not one that synchronizes processes, averages wholly, or
+    stands still."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.training
+        and norm.momentum is not None
+        and norm.track_running_stats
+    )
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether somebody sees them run, through hooks."""
+    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+class Branch(nn.Sequential):
+    """Layers in turn; in training BN, ReLU and the 1x1 convolution behind them as one operation,
+    where that fits (``pointwise``).
+
+    ``carry(x)``, if asked for, is added to what comes out: by the last layer as it writes, where
+    that is such an operation.
+
+    Shape: (N, c_in, H, W) -> (N, c_out, H', W').
+    """
+
+    def forward(self, x: Tensor, carry: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        y, layers = x, [m for m in self if not (type(m) is Activation and len(m) == 0)]
+        while layers:
+            layer = layers.pop(0)
+            joined = layer.joined(y, layers[0]) if type(layer) is Activation and layers else None
+            if joined is None:
+                y = layer(y)
+                continue
+            del layers[0]
+            plus = None
+            if carry is not None and not layers:
+                plus, carry = carry(x), None
+            if y is x:
+                y, x = bn_relu_conv(y, plus, *joined)
+            else:
+                y, _ = bn_relu_conv(y, plus, *joined)
+        return y if carry is None else carry(x) + y
 
 
 def activation(order: str, channels: int) -> Activation:

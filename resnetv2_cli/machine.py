@@ -115,16 +115,18 @@ def in_parts(experiment: Experiment, micro_batch: str) -> Experiment:
     Raises:
         UserError: there is no such size.
     """
-    free = memory.available(device_of(experiment))
-    return footprint.split(experiment, micro_batch, precision(experiment), free)
+    device = device_of(experiment)
+    free = memory.available(device)
+    return footprint.split(experiment, micro_batch, precision(experiment), free, device.type)
 
 
 def memory_line(experiment: Experiment) -> str:
     """What a training step will need, beside what is free."""
     devices = int(experiment.devices) if experiment.devices.isdecimal() else 1
     images = footprint.part_size(experiment, max(1, devices))
-    needed = footprint.step_bytes(experiment, precision(experiment), images)
-    free = memory.available(device_of(experiment))
+    device = device_of(experiment)
+    needed = footprint.step_bytes(experiment, precision(experiment), images, device.type)
+    free = memory.available(device)
     parts = f", {experiment.accumulate} parts" if experiment.accumulate > 1 else ""
     line = f"a step needs about {needed / 1e9:.1f} GB ({images} images{parts})"
     if free is None:

@@ -1,4 +1,5 @@
-"""``kernels.c``, compiled once for the processor it runs on, and kept in the user's cache folder.
+"""``kernels.c`` and ``pointwise.c``, compiled once for the processor they run on, and kept in the
+user's cache folder.
 
 It needs gcc, whose threads are PyTorch's own; where there is none, ``library()`` is None and
 ``why_not()`` says why. Whoever uses it then does the same with PyTorch's operations.
@@ -10,21 +11,29 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-SOURCE = Path(__file__).parent / "kernels.c"
+HERE = Path(__file__).parent
+HEADER, SOURCES = HERE / "vectors.h", [HERE / "kernels.c", HERE / "pointwise.c"]
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
-PATIENCE = 120.0  # seconds that compiling may take; it takes two
+PATIENCE = 120.0  # seconds that compiling may take; it takes three
 KINDS = ("bf16", "float")
-POINTERS = {"forward": 8, "again": 3, "backward": 7}  # arguments of each function, then numbers
-NUMBERS: dict[str, list[Any]] = {
-    "forward": [ctypes.c_int64] * 2 + [ctypes.c_double] * 2 + [ctypes.c_int] * 2,
-    "again": [ctypes.c_int64] * 2 + [ctypes.c_int] * 2,
-    "backward": [ctypes.c_int64] * 2 + [ctypes.c_int] * 2,
+INT64, DOUBLE, INT = ctypes.c_int64, ctypes.c_double, ctypes.c_int
+ARGUMENTS: dict[str, tuple[int, list[Any]]] = {  # of each function: pointers, then numbers
+    "forward": (8, [INT64] * 2 + [DOUBLE] * 2 + [INT] * 2),
+    "again": (3, [INT64] * 2 + [INT] * 2),
+    "backward": (7, [INT64] * 2 + [INT] * 2),
+}
+ARGUMENTS = {f"{name}_{kind}": row for name, row in ARGUMENTS.items() for kind in KINDS}
+PRODUCTS: dict[str, tuple[int, list[Any]]] = {  # where the processor multiplies bf16
+    "pointwise_forward": (11, [INT64] * 3 + [DOUBLE] * 2 + [INT]),
+    "pointwise_backward": (12, [INT64] * 3 + [INT]),
 }
 
 
@@ -55,14 +64,15 @@ def _compiler() -> tuple[str, str]:
 def _built() -> Path:
     """The library's file, compiled unless it is there."""
     compiler, version = _compiler()
-    parts = [SOURCE.read_text(), *FLAGS, version, _processor()]
+    texts = [file.read_text() for file in (HEADER, *SOURCES)]
+    parts = [*texts, *FLAGS, version, _processor()]
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnetv2"
     file = folder / f"kernels-{name}.so"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.tmp")
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(partial), "-lm"]
+        command = [compiler, *FLAGS, *map(str, SOURCES), "-o", str(partial), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["gcc failed"]
@@ -77,10 +87,10 @@ def _found() -> ctypes.CDLL | str:
         made = ctypes.CDLL(str(_built()))
     except (_Unfit, OSError, subprocess.SubprocessError) as error:
         return str(error)
-    for name, pointers in POINTERS.items():
-        for kind in KINDS:
-            function = getattr(made, f"{name}_{kind}")
-            function.argtypes = [ctypes.c_void_p] * pointers + NUMBERS[name]
+    for name, (pointers, numbers) in (ARGUMENTS | PRODUCTS).items():
+        if name in ARGUMENTS or hasattr(made, name):
+            function = getattr(made, name)
+            function.argtypes = [ctypes.c_void_p] * pointers + numbers
             function.restype = None
     return made
 
@@ -95,6 +105,22 @@ def why_not() -> str:
     """Why there is no library; empty where there is one."""
     found = _found()
     return found if isinstance(found, str) else ""
+
+
+@cache
+def multiplies() -> bool:
+    """Whether the library has the functions of ``pointwise.c``: the processor multiplies bf16."""
+    return all(hasattr(library(), name) for name in PRODUCTS)
+
+
+def call(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
+    """A function of the library; on the meta device nothing.
+
+    The caller holds the tensors, so that none is freed under it. None is a null pointer.
+    """
+    if not any(t is not None and t.is_meta for t in tensors):
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        getattr(library(), name)(*pointers, *numbers)
 
 
 def kind_of(dtype: torch.dtype) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from resnetv2_cli import trust
 from resnetv2_cli.errors import UserError, unknown
+from resnetv2_cli.layers import Branch, watched
 
 
 class Shortcut(nn.Module):
@@ -36,6 +37,12 @@ class Shortcut(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.carry(x) + residual
+
+    def join(self, x: Tensor, residual: Branch) -> Tensor:
+        """``forward(x, F(x))``. Where that is this plain sum, F adds as it writes."""
+        if type(self).forward is Shortcut.forward and not watched(self):
+            return residual(x, self.carry)
+        return self(x, residual(x))
 
 
 class ConstantScale(Shortcut):

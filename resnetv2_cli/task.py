@@ -77,8 +77,7 @@ class Classification(L.LightningModule):
         self.experiment, self.classes, self.normalize = experiment, classes, normalize
         self.net = ResNet(**experiment.architecture, classes=len(classes))
         self.net.segments = experiment.recompute
-        compiled = experiment.kernels == "auto" and not experiment.compile
-        self.net.activate(compiled, experiment.recompute_bn)
+        self.net.activate(experiment.fuses, experiment.recompute_bn)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if experiment.compile:
             for unit in self.net.units:

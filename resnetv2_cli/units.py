@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from resnetv2_cli.layers import ZeroPad, activation, conv
+from resnetv2_cli.layers import Branch, ZeroPad, activation, conv
 from resnetv2_cli.plans import BLOCKS, places
 from resnetv2_cli.shortcuts import Shortcut, shortcut_class
 
@@ -19,15 +19,15 @@ class ResidualUnit(nn.Module):
     """
 
     def __init__(
-        self, shared: nn.Module, residual: nn.Module, shortcut: nn.Module, after: nn.Module
+        self, shared: nn.Module, residual: Branch, shortcut: Shortcut, after: nn.Module
     ) -> None:
         super().__init__()
         self.shared, self.residual, self.shortcut, self.after = shared, residual, shortcut, after
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.shared(x)  # the identity in most units
-        y = self.shortcut(x, self.residual(x))  # y_l = h(x_l) + F(x_l, W_l)   (1)
-        return self.after(y)  # x_{l+1} = f(y_l)              (2)
+        y = self.shortcut.join(x, self.residual)  # y_l = h(x_l) + F(x_l, W_l)   (1)
+        return self.after(y)  # x_{l+1} = f(y_l)               (2)
 
 
 PROJECTS: dict[
@@ -56,7 +56,7 @@ class Kind:
 
 def residual_branch(
     kind: Kind, before: str, last: str, c_in: int, width: int, stride: int
-) -> nn.Sequential:
+) -> Branch:
     """F: before, weight, (bn relu, weight) ..., last.
 
     Shape: (N, c_in, H, W) -> (N, width * expansion, H/stride, W/stride).
@@ -71,7 +71,7 @@ def residual_branch(
         layers[f"conv{k + 1}"] = conv(c_in, c_out, kernel, stride if k == strided else 1)
         c_in, act = c_out, "bn relu"
     layers["last"] = activation(last, c_in)
-    return nn.Sequential(layers)
+    return Branch(layers)
 
 
 def carry(

@@ -13,7 +13,7 @@ import resnetv2_cli
 ORDER = """
     errors trust memory files
     plans paper
-    native fused
+    native fused pointwise
     layers shortcuts units resnet
     data.catalog data.protocols
     settings origin recipes config flags

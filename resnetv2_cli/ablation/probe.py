@@ -14,7 +14,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.describe import describe
 from resnetv2_cli.footprint import activation_bytes
-from resnetv2_cli.machine import precision
+from resnetv2_cli.machine import device_of, precision
 from resnetv2_cli.optim import sgd
 from resnetv2_cli.plans import STEMS
 from resnetv2_cli.resnet import ResNet
@@ -82,7 +82,7 @@ def forecast(ablation: Ablation, measure: bool) -> list[dict[str, Any]]:
         return {
             "parameters": counts["parameters"],
             "macs": counts["macs"],
-            "activation_bytes": e.batch_size * activation_bytes(e, precision(e)),
+            "activation_bytes": e.batch_size * activation_bytes(e, precision(e), device_of(e).type),
             "runs": len(line.arms),
             "done": done,
             "seconds": left * timed(identity(e)) if measure and left else None if left else 0.0,

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from resnetv2_cli.data.augment import Normalize
-from resnetv2_cli.layers import Activation
+from resnetv2_cli.layers import Activation, Branch
 from resnetv2_cli.task import Classification
 
-SEQUENCES = (nn.Sequential, Activation)  # whose parts act one after the other, in evaluation
+# Whose parts act one after the other, in evaluation.
+SEQUENCES = (nn.Sequential, Activation, Branch)
 
 
 class Exported(nn.Module):

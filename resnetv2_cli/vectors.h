@@ -1,0 +1,95 @@
+/* What kernels.c and pointwise.c share: sixteen channels at a time as floats, and the statistics of
+   BN as sums of each thread.
+
+   Numbers lie channels last: rows (images, times height, times width) of c channels, c a multiple
+   of 16. bf16 is uint16_t. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+#include <omp.h>
+
+#define LANES 16
+#define BLOCK 64 /* rows between additions to the sums in double */
+#define MOST 4096 /* channels */
+
+typedef float F __attribute__((vector_size(64)));
+typedef uint32_t U __attribute__((vector_size(64)));
+typedef uint16_t H __attribute__((vector_size(32)));
+typedef float F_ __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t U_ __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t H_ __attribute__((vector_size(32), aligned(2)));
+
+static inline F load_bf16(const uint16_t *p) {
+    return (F)(__builtin_convertvector(*(const H_ *)p, U) << 16);
+}
+
+static inline H to_bf16(F x) {
+#ifdef __AVX512BF16__
+    return (H)_mm512_cvtneps_pbh((__m512)x);
+#else
+    U u = (U)x; /* to the nearest, ties to even; a NaN made by arithmetic stays one */
+    return __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, H);
+#endif
+}
+
+static inline void store_bf16(uint16_t *p, F x) { *(H_ *)p = to_bf16(x); }
+static inline F load_float(const float *p) { return *(const F_ *)p; }
+static inline void store_float(float *p, F x) { *(F_ *)p = x; }
+static inline F only(F x, U kept) { return (F)((U)x & kept); }
+
+static inline void widen(double *sum, F x) {
+    for (int i = 0; i < LANES; i++) sum[i] += x[i];
+}
+
+/* The rows of one thread, from one multiple of ``whole`` to another. */
+static inline void rows_of(int64_t rows, int64_t whole, int64_t *first, int64_t *last) {
+    int64_t n = omp_get_num_threads(), i = omp_get_thread_num(), parts = (rows + whole - 1) / whole;
+    *first = parts * i / n * whole;
+    *last = parts * (i + 1) / n * whole;
+    if (*last > rows) *last = rows;
+}
+
+/* The sums of all threads, in their order, into those of the first; sums: [threads][2][c]. */
+static inline void gather(double *sums, int64_t c) {
+    int n = omp_get_num_threads();
+    for (int t = 1; t < n; t++)
+        for (int64_t j = 0; j < 2 * c; j++) sums[j] += sums[2 * c * t + j];
+}
+
+/* From sums of x - origin and of its square: the running statistics, moved by momentum; and
+   saved, [4][c] of mean, 1 / std, scale and shift: y = scale x + shift. */
+static inline void statistics(const double *sums, const float *origin, const float *gamma,
+                              const float *beta, float *running_mean, float *running_var,
+                              float *saved, int64_t rows, int64_t c, double momentum,
+                              double eps) {
+    for (int64_t j = 0; j < c; j++) {
+        double off = sums[j] / rows, var = sums[c + j] / rows - off * off;
+        if (var < 0) var = 0; /* rounding; a NaN stays */
+        double mean = origin[j] + off, inverse = 1 / sqrt(var + eps);
+        double unbiased = var * rows / (rows - 1);
+        saved[j] = mean;
+        saved[c + j] = inverse;
+        saved[2 * c + j] = gamma[j] * inverse;
+        saved[3 * c + j] = beta[j] - mean * gamma[j] * inverse;
+        running_mean[j] += momentum * (mean - running_mean[j]);
+        running_var[j] += momentum * (unbiased - running_var[j]);
+    }
+}
+
+/* From sums of g, the gradient that ReLU let pass, and of g (x - mean): dgamma and dbeta; and
+   slope and offset: dx = scale g + slope x + offset. */
+static inline void gradients(const double *sums, const float *saved, float *slope, float *offset,
+                             float *dgamma, float *dbeta, int64_t rows, int64_t c) {
+    for (int64_t j = 0; j < c; j++) {
+        double inverse = saved[c + j], scale = saved[2 * c + j];
+        double slope_ = -scale * inverse * inverse * sums[c + j] / rows;
+        slope[j] = slope_;
+        offset[j] = -scale * sums[j] / rows - slope_ * saved[j];
+        dgamma[j] = sums[c + j] * inverse;
+        dbeta[j] = sums[j];
+    }
+}
