@@ -26,14 +26,15 @@ def _type(precision: str) -> torch.dtype:
 class Kept:
     """The storages that autograd keeps while it is entered, but for what is made again."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: ResNet) -> None:
+        self.forgets = net.forget
         self.own = {t.untyped_storage()._cdata for t in (*net.parameters(), *net.buffers())}
         self.found: dict[int, Tensor] = {}  # by storage, which views share
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor)
 
     def keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()._cdata
-        if storage not in self.own and not made_again(tensor):
+        if storage not in self.own and not (self.forgets and made_again(tensor)):
             self.found[storage] = tensor
         return tensor
 
@@ -41,7 +42,7 @@ class Kept:
         return sum(t.untyped_storage().nbytes() for t in self.found.values())
 
 
-def run(net: nn.Module, x: Tensor, modules: Iterable[nn.Module]) -> tuple[Tensor, int]:
+def run(net: ResNet, x: Tensor, modules: Iterable[nn.Module]) -> tuple[Tensor, int]:
     """Through the modules in turn: what comes out, and the bytes that they keep for backward."""
     kept = Kept(net)
     with kept.hooks:
@@ -78,11 +79,9 @@ def activation_bytes(experiment: Experiment, precision: str, device: str = "cpu"
 def _network(experiment: Experiment, precision: str, device: str) -> tuple[ResNet, Tensor]:
     """On the meta device, as it trains; and its input."""
     net = skeleton(experiment).to(_type(precision)).train()
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     net.activate(experiment.fuses and device == "cpu", experiment.recompute_bn)
     size = STEMS[experiment.stem_].size
-    x = torch.empty(IMAGES, 3, size, size, device="meta", dtype=_type(precision))
-    return net, x.contiguous(memory_format=torch.channels_last)
+    return net, torch.empty(IMAGES, 3, size, size, device="meta", dtype=_type(precision))
 
 
 def _whole(experiment: Experiment, precision: str, device: str) -> int:
@@ -115,9 +114,7 @@ def _segmented(experiment: Experiment, precision: str, device: str) -> int:
     return (total + run(net, x, [net.head])[1]) // IMAGES
 
 
-def step_bytes(
-    experiment: Experiment, precision: str, images: int, device: str = "cpu"
-) -> int:
+def step_bytes(experiment: Experiment, precision: str, images: int, device: str = "cpu") -> int:
     """Bytes that a training step on so many images needs, beside the program and the dataset."""
     stem = STEMS[experiment.stem_]
     side = stem.size // stem.stride  # where the tensors are largest, before anything is pooled

@@ -135,7 +135,7 @@ def test_a_source_that_does_not_compile_is_no_failure(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     broken = tmp_path / "kernels.c"
     broken.write_text("int;}")
-    monkeypatch.setattr(native, "SOURCE", broken)
+    monkeypatch.setattr(native, "SOURCES", [broken])
     native._found.cache_clear()
     try:
         assert native.library() is None and "error" in native.why_not()

@@ -1,0 +1,256 @@
+"""BN, ReLU and a 1x1 convolution as one operation give the numbers of the three."""
+
+import copy
+import re
+
+import pytest
+import torch
+from test_fused import MODES, distance, trained_step
+from torch import nn
+from torch.nn import functional as F
+
+from resnetv2_cli import native
+from resnetv2_cli.layers import Branch, activation, conv
+from resnetv2_cli.plans import UNITS
+from resnetv2_cli.pointwise import bn_relu_conv, joins
+from resnetv2_cli.resnet import ResNet
+from resnetv2_cli.shortcuts import SHORTCUTS
+
+LAST = torch.channels_last
+pytestmark = pytest.mark.skipif(
+    not native.multiplies(), reason=f"no products of bf16: {native.why_not() or 'the processor'}"
+)
+BOUND = 2**-8  # of the norm: half a unit in bf16's last place, for what is rounded to bf16
+
+
+def bf16(*shape):
+    return torch.randn(shape).bfloat16().to(memory_format=LAST)
+
+
+def example(c, n, shape, added):
+    """A BN, a convolution whose weights are numbers of bf16, x, what is added, and gradients."""
+    torch.manual_seed(c + n)
+    norm, weights = nn.BatchNorm2d(c), conv(c, n, 1).to(memory_format=LAST)
+    nn.init.normal_(norm.weight, 1, 0.3)
+    nn.init.normal_(norm.bias)
+    weights.weight.data = weights.weight.data.bfloat16().float()
+    images, h, w = shape
+    x, plus = 2 * bf16(images, c, h, w) + 3, bf16(images, n, h, w)
+    return norm, weights, x, plus if added else None, bf16(images, n, h, w), bf16(images, c, h, w)
+
+
+def joined(norm, weights, x, plus, dy, dx):
+    """y, gradients and running statistics by the operation, in float64."""
+    norm, weights = copy.deepcopy((norm, weights))
+    x = x.clone().requires_grad_()
+    plus = plus if plus is None else plus.clone().requires_grad_()
+    y, again = bn_relu_conv(x, plus, norm, weights)
+    torch.autograd.backward([y, again], [dy, dx])
+    return told(norm, weights, x, plus, y)
+
+
+def apart(norm, weights, x, plus, dy, dx):
+    """The same by the three operations on float64."""
+    norm, weights = copy.deepcopy(norm).double(), copy.deepcopy(weights).double()
+    x = x.double().requires_grad_()
+    plus = plus if plus is None else plus.double().requires_grad_()
+    y = weights(F.relu(norm(x)))
+    y = y if plus is None else y + plus
+    torch.autograd.backward([y, x], [dy.double(), dx.double()])
+    return told(norm, weights, x, plus, y)
+
+
+def told(norm, weights, x, plus, y):
+    found = {"y": y, "dx": x.grad, "dw": weights.weight.grad}
+    found |= {"dgamma": norm.weight.grad, "dbeta": norm.bias.grad}
+    found |= {"dplus": plus.grad} if plus is not None else {}
+    found |= {"mean": norm.running_mean, "var": norm.running_var}
+    return {name: tensor.detach().double() for name, tensor in found.items()}
+
+
+def check(given):
+    got, want = joined(*given), apart(*given)
+    bounds = dict.fromkeys(("mean", "var"), 1e-6) | dict.fromkeys(("dgamma", "dbeta"), 1e-5)
+    bounds["dplus"] = 0.0
+    far = {k: distance(got[k], want[k]) for k in want}
+    assert all(far[k] <= bounds.get(k, BOUND) for k in far), far
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("shape", [(4, 8, 8), (3, 5, 7), (2, 9, 9), (1, 1, 3)])  # 256, 105, 162, 3
+@pytest.mark.parametrize("c, n", [(64, 16), (16, 64), (48, 112), (256, 32), (16, 16)])
+def test_the_numbers_are_float64s(c, n, shape, added, threads):
+    given = example(c, n, shape, added)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(given)
+        first, second = joined(*given), joined(*given)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+FAULTS = {
+    "a ReLU that lets everything through backward": ("scale * u + shift <= 0", "scale != scale"),
+    "rows of a tail that are lost": ("memcpy(x_, xb, 2 * c * (last - b))", "memcpy(x_, xb, 2 * c)"),
+    "a gradient that is not added": ("plus ? v + load_bf16(plus + i) : v", "v"),
+    "a thread whose part of dW is lost": ("t < omp_get_num_threads(); t++)\n", "t < 2; t++)\n"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_seen(fault, monkeypatch, tmp_path):
+    """What the test above compares cannot be right by chance."""
+    right, wrong = FAULTS[fault]
+    text = (native.HERE / "pointwise.c").read_text()
+    assert right in text
+    broken = tmp_path / "pointwise.c"
+    broken.write_text(text.replace(right, wrong).replace('"vectors.h"', f'"{native.HEADER}"'))
+    monkeypatch.setattr(native, "SOURCES", [native.HERE / "kernels.c", broken])
+    monkeypatch.setattr(native, "FLAGS", ["-O1", *native.FLAGS[1:]])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    native._found.cache_clear()
+    try:
+        with pytest.raises(AssertionError, match=re.escape("{'y': ")):
+            check(example(64, 16, (3, 9, 9), True))
+    finally:
+        native._found.cache_clear()
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The functions of the library that ran."""
+    names, call = [], native.call
+    monkeypatch.setattr(native, "call", lambda name, *rest: (names.append(name), call(name, *rest)))
+    return names
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize("unit", UNITS)
+def test_every_unit_and_shortcut_against_float64(unit, shortcut, called):
+    """Bottlenecks in bf16 are no farther from float64 than eager bf16 is, with room for the chance
+    in it; BN counts a batch once."""
+    settings = {"dropout_ratio": 0.0} if shortcut == "dropout" else {}  # it draws by the type
+    net = ResNet(20, "bottleneck", unit, shortcut, settings=settings)
+    exact = trained_step(copy.deepcopy(net).double(), "eager")
+    eager = trained_step(net, "eager", mixed=True)
+    assert not called
+    found = trained_step(net, "compiled", mixed=True)
+    assert called.count("pointwise_forward") == called.count("pointwise_backward") >= 6
+    for i in (0, 1):
+        assert distance(found[i], exact[i]) < 1.3 * distance(eager[i], exact[i]) + 1e-3
+    for name, value in exact[2].items():
+        torch.testing.assert_close(found[2][name].double(), value.double(), rtol=0.1, atol=0.02)
+    assert all(int(v) == 1 for k, v in found[2].items() if k.endswith("tracked"))
+
+
+@pytest.mark.parametrize("segments, mode", [(0, "forget"), (2, "compiled"), (2, "forget")])
+def test_what_is_computed_again_is_what_was(segments, mode, called):
+    net = ResNet(29, "bottleneck", shortcut="dropout")
+    kept = trained_step(net, "compiled", mixed=True)
+    net.segments = segments
+    again = trained_step(net, mode, mixed=True)
+    assert "pointwise_backward" in called
+    assert torch.equal(kept[0], again[0]) and torch.equal(kept[1], again[1])
+    torch.testing.assert_close(kept[2], again[2])
+
+
+def test_the_addition_is_its_last_layers(called):
+    """A unit of full pre-activation is two operations and the 3x3 convolution between them."""
+    unit = ResNet(20, "bottleneck").units[1].train().to(memory_format=LAST)
+    for module in unit.modules():
+        module.compiled = True
+    x = bf16(2, 64, 8, 8).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = unit(x)
+    assert called == ["pointwise_forward", "forward_bf16", "pointwise_forward"]
+    assert y.grad_fn.name() == "_PointwiseBackward"
+    nodes, seen = [y.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        seen.add(node.name())
+        nodes += [n for n, _ in node.next_functions if n is not None]
+    assert not any("Add" in name for name in seen)
+
+
+def unfit(name):
+    """x, a BN and a layer that are not for this operation, each for one reason."""
+    norm, layer, x = nn.BatchNorm2d(32), conv(32, 16, 1), bf16(2, 32, 4, 4)
+    if name == "float32":
+        x = x.float()
+    elif name == "channels first":
+        x = x.contiguous()
+    elif name == "strided":
+        layer = conv(32, 16, 1, stride=2)
+    elif name == "3x3":
+        layer = conv(32, 16, 3)
+    elif name == "with a bias":
+        layer = nn.Conv2d(32, 16, 1)
+    elif name == "odd outputs":
+        layer = conv(32, 24, 1)
+    elif name == "grouped":
+        layer = nn.Conv2d(32, 32, 1, groups=2, bias=False)
+    elif name == "weights of bf16":
+        layer = layer.bfloat16()
+    elif name == "too many weights":
+        layer = conv(32, 8192, 1)
+    return x, norm, layer
+
+
+@pytest.mark.parametrize("name", [
+    "float32", "channels first", "strided", "3x3", "with a bias", "odd outputs", "grouped",
+    "weights of bf16", "too many weights",
+])  # fmt: skip
+def test_what_does_not_fit(name):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert joins(*unfit("nothing"))
+        assert not joins(*unfit(name))
+    assert not joins(*unfit("nothing"))  # without autocast a convolution would refuse x
+
+
+def branch():
+    made = Branch(activation("bn relu", 32), conv(32, 16, 1)).to(memory_format=LAST).train()
+    made[0].compiled = True
+    return made
+
+
+@pytest.mark.parametrize("change", [
+    lambda b: b.eval(), lambda b: b[0].bn.eval(), lambda b: setattr(b[0], "compiled", False),
+    lambda b: b[0].register_forward_hook(lambda *_: None),
+    lambda b: b[0].relu.register_forward_pre_hook(lambda *_: None),
+    lambda b: b[1].register_forward_hook(lambda *_: None),
+    lambda b: setattr(b[0].bn, "momentum", None),
+])  # fmt: skip
+def test_who_watches_or_freezes_a_layer_has_pytorchs(change, called):
+    x = bf16(2, 32, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        branch()(x)
+        assert called == ["pointwise_forward"]
+        plain = branch()
+        change(plain)
+        plain(x)
+    assert called.count("pointwise_forward") == 1
+
+
+def test_what_is_not_a_number_stays_none():
+    norm, weights, x, *_ = example(16, 16, (2, 4, 4), False)
+    x[0, 3, 1, 1] = float("nan")
+    y, _ = bn_relu_conv(x, None, norm, weights)
+    assert y.isnan().all()  # the channel's mean is none, and every output sums over it
+
+
+def test_only_what_learns_has_a_gradient():
+    norm, weights, x, plus, dy, _ = example(32, 16, (2, 4, 4), True)
+    weights.weight.requires_grad_(False)
+    y, _ = bn_relu_conv(x, plus, norm, weights)
+    y.backward(dy)
+    assert weights.weight.grad is None and x.grad is None and norm.weight.grad is not None
+
+
+def test_modes_are_those_of_the_other_tests():
+    assert MODES["compiled"] == (True, False) and MODES["forget"] == (True, True)
