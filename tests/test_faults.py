@@ -16,7 +16,7 @@ PLANTED = {
     "the projection is fed the raw signal": (
         "units.py",
         "        x = self.shared(x)  # the identity in most units\n"
-        "        y = self.shortcut(x, self.residual(x))",
+        "        y = self.shortcut.join(x, self.residual)",
         "        raw, x = x, self.shared(x)\n        y = self.shortcut(raw, self.residual(x))",
         "figures",
     ),
