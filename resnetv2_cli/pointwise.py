@@ -52,7 +52,10 @@ class _Pointwise(torch.autograd.Function):
             x.shape[0], n, *x.shape[2:], dtype=x.dtype, device=x.device, memory_format=LAST
         )
         saved = torch.empty(4, c, device=x.device)
-        sums, packed = torch.empty(threads, 2, c, dtype=torch.float64), torch.empty(n, c).bfloat16()
+        sums, packed = (
+            torch.empty(threads, 2, c, dtype=torch.float64),
+            torch.empty(n, c, dtype=x.dtype),
+        )
         if plus is not None:
             plus = plus.to(y.dtype).contiguous(memory_format=LAST)
         running = [norm.running_mean, norm.running_var]
@@ -74,7 +77,10 @@ class _Pointwise(torch.autograd.Function):
         if plus is not None:
             plus = plus.to(x.dtype).contiguous(memory_format=LAST)
         dx, dw, dgamma, dbeta = torch.empty_like(x), torch.empty_like(w), *torch.empty(2, c)
-        sums, packed = torch.empty(threads, 2, c, dtype=torch.float64), torch.empty(n, c).bfloat16()
+        sums, packed = (
+            torch.empty(threads, 2, c, dtype=torch.float64),
+            torch.empty(n, c, dtype=x.dtype),
+        )
         parts = torch.empty(threads - 1, n, c)
         tensors = [dy, x, plus, dx, saved, w, dgamma, dbeta, dw, parts, sums, packed]
         native.call("pointwise_backward", tensors, rows, c, n, threads)
