@@ -162,6 +162,8 @@ def _train(
     if last is None:
         for line in begin(task):
             tell(line)
+    for line in task.engage(trainer.strategy.root_device):
+        tell(line)
     meeting.agree(lambda: _state(e, data, last, step), last=False)
     if first_process():
         if resume:

@@ -1,6 +1,7 @@
 """Classification as a LightningModule: loss, error rate, optimizer."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, Self
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
+from resnetv2_cli import compiling, native
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.augment import Normalize, crop_and_flip
 from resnetv2_cli.data.module import Batch
@@ -77,11 +79,9 @@ class Classification(L.LightningModule):
         self.experiment, self.classes, self.normalize = experiment, classes, normalize
         self.net = ResNet(**experiment.architecture, classes=len(classes))
         self.net.segments = experiment.recompute
-        self.net.activate(experiment.fuses, experiment.recompute_bn)
+        self.net.activate(False, experiment.recompute_bn)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if experiment.compile:
-            for unit in self.net.units:
-                unit.compile()
+        self.compiled = False
         # No buffer: DDP would replace every process's sums by the first's.
         self.sums = torch.zeros(3, dtype=torch.float64)
         self.guard = Guard(
@@ -94,6 +94,22 @@ class Classification(L.LightningModule):
         self.scores: dict[str, Any] = {}
         self.frozen: list[nn.Module] = []
 
+    def engage(self, device: torch.device) -> list[str]:
+        """Switch on what makes a training step fast on a device; what cannot be had is told."""
+        e, told = self.experiment, []
+        if e.compile:
+            why = compiling.why_not(device)
+            self.compiled = not why
+            if self.compiled:
+                compiling.compile_units(self.net)
+                return ["the first iteration compiles the units, one of each shape"]
+            told.append(f"not compiled: {why}")
+        if e.kernels == "auto" and device.type == "cpu":
+            self.net.activate(True, e.recompute_bn)
+            if why := native.why_not():
+                told.append(f"BN and ReLU are PyTorch's own, which are slower: {why}")
+        return told
+
     def forward(self, images: Tensor) -> Tensor:
         return self.net(self.normalize(images))
 
@@ -103,9 +119,10 @@ class Classification(L.LightningModule):
 
         Shape: images (N, H, W, 3) or (N, 10, H, W, 3) uint8 -> (N, classes).
         """
-        if images.ndim == 4:
-            return self(images)
-        shares = self(images.flatten(0, 1)).float().log_softmax(1)
+        with compiling.eager() if self.compiled else nullcontext():
+            if images.ndim == 4:
+                return self(images)
+            shares = self(images.flatten(0, 1)).float().log_softmax(1)
         views = images.shape[1]
         return shares.unflatten(0, (-1, views)).logsumexp(1) - math.log(views)
 

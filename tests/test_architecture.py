@@ -14,7 +14,7 @@ ORDER = """
     errors trust memory files
     plans paper
     native fused pointwise
-    layers shortcuts units resnet
+    layers shortcuts units resnet compiling
     data.catalog data.protocols
     settings origin recipes config flags
     data.picture data.archive data.images

@@ -135,6 +135,7 @@ def test_every_layout_gives_the_same_arrays(small, tmp_path, monkeypatch):
         images.load("cifar10", write_tree(tmp_path / "a", small)),
         images.load("cifar10", write_tree(tmp_path / "b" / "cifar10", small, "webp").parent),
         images.load("cifar10", write_zips(tmp_path / "c", small)),
+        images.load("cifar10", tmp_path / "c" / "cifar10"),
         images.load("cifar10", write_archive(tmp_path / "d", small, monkeypatch)),
     ]
     for copy in copies[1:]:

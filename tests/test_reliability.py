@@ -402,3 +402,4 @@ def test_verify_resume_shows_it_to_a_user(resnetv2):
     assert made["exact"]
     assert [r["stopped by"] for r in made["runs"]] == ["nothing, run twice", "SIGKILL", "SIGTERM"]
     assert all(r["weights"] == r["metrics"] == "" for r in made["runs"])
+    assert [len(r["went on after"]) for r in made["runs"]] == [0, 1, 1]  # each was stopped

@@ -36,6 +36,7 @@ def step_seconds(experiment: Experiment) -> float:
     dtype = torch.float16 if mixed == "16-mixed" else torch.bfloat16
     net = ResNet(**experiment.architecture, classes=classes(experiment)).to(device)
     net.to(memory_format=torch.channels_last)
+    net.activate(experiment.fuses, experiment.recompute_bn)
     optimizer = sgd(net, experiment)
     n, side = min(PROBE_IMAGES, experiment.batch_size), STEMS[experiment.stem_].size
     x = torch.randn(n, 3, side, side, device=device).to(memory_format=torch.channels_last)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from resnetv2_cli.bench.floor import convolutions_alone, floor
 from resnetv2_cli.bench.turns import Arm, in_turns, ratios, rows, timed
+from resnetv2_cli.compiling import compile_units
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.machine import trainer_of
@@ -70,8 +71,7 @@ def step_arm(experiment: Experiment, option: Option, device: torch.device) -> Ar
     net.activate(option.fused, option.forget)
     net.segments = len(net.units) if option.recompute < 0 else option.recompute
     if option.compile:
-        for unit in net.units:
-            unit.compile()
+        compile_units(net)
     if option.plain:
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     else:

@@ -204,8 +204,11 @@ def bench_train(experiment: Experiment, rounds: int, steps: int) -> dict[str, An
         folder = Path(name)
         first = first_step_seconds(experiment, folder)
         plain = PlainLoop(experiment, len(data.classes), split, device)
+        bare_task = build(experiment)[0]
+        for each in (task, bare_task):
+            each.engage(device)
         whole = WholeTrain(task, data, folder)
-        bare = bare_arm(build(experiment)[0], data, split, device)
+        bare = bare_arm(bare_task, data, split, device)
         arms: dict[str, Arm] = {PLAIN: plain, BARE: bare, TRAIN: whole}
         turns = in_turns(arms, rounds, steps, device)
     made = rows(turns, PLAIN, experiment.batch_size)

@@ -53,12 +53,13 @@ WORDS = ("stopped by", "went on after")
 def show(made: list[dict[str, Any]], exact: bool) -> None:
     """The verdicts as a table."""
     parts = [name for name in made[0] if name not in WORDS]
+    columns = [*WORDS, "the same", "differs"]
     rows = [
         [row["stopped by"], ", ".join(map(str, row["went on after"])) or "—"]
-        + ["same" if not row[part] else "DIFFERS" for part in parts]
+        + [", ".join(p for p in parts if bool(row[p]) is differs) for differs in (False, True)]
         for row in made
     ]
-    console.table("Beside a run that was never stopped", [*WORDS, *parts], rows)
+    console.table("Beside a run that was never stopped", columns, rows)
     for row in made:
         for part in parts:
             if row[part]:

@@ -89,7 +89,8 @@ def folder_copy(name: str, root: Path) -> list[Path]:
     Raises:
         UserError: only one of train/ and test/ is there.
     """
-    for place in (root, root / name, root / name.replace("cifar", "cifar-")):
+    names = (name, name.replace("cifar", "cifar-"))
+    for place in (root, *(root / n for n in names)):
         halves = [(place / split).is_dir() for split in SPLITS]
         named = any((place / "train" / c).is_dir() for c in DATASETS[name].classes)
         if all(halves) and named:
@@ -100,7 +101,8 @@ def folder_copy(name: str, root: Path) -> list[Path]:
                 f"half of {name} is missing: there is no {missing}",
                 "class folders must be in train/ and test/",
             )
-        archives = sorted(place.glob("*.zip")) if place != root else []
+        own = place != root or root.name in names  # else it may hold archives of other things
+        archives = sorted(place.glob("*.zip")) if own else []
         if archives:
             return archives
     return sorted([*root.glob(f"{name}.zip"), *root.glob(f"{name}[!0-9]*.zip")])
