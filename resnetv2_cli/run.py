@@ -162,8 +162,6 @@ def _train(
     if last is None:
         for line in begin(task):
             tell(line)
-    for line in task.engage(trainer.strategy.root_device):
-        tell(line)
     meeting.agree(lambda: _state(e, data, last, step), last=False)
     if first_process():
         if resume:
@@ -171,6 +169,8 @@ def _train(
         else:
             folder.create(e, begun(experiment, e, origins, data.facts))
     meeting.agree(dict)
+    for line in task.engage(trainer.strategy.root_device):
+        tell(line)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
     except Diverged as error:
