@@ -1,8 +1,12 @@
 """The console script: the commands, and the one place where the mistakes of a user end."""
 
 import os
+import signal
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -16,6 +20,30 @@ from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.commands import train, predict, verify, weights, export, ablate  # noqa: F401
 from resnetv2_cli.commands import analyze, report, runs, data, bench, look  # noqa: F401
 # isort: on
+
+
+class Terminated(SystemExit):
+    """SIGTERM came where nothing else has a use for it; a child process ends in silence by it."""
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated(128 + number)
+
+
+@contextmanager
+def terminating() -> Iterator[None]:
+    """Meanwhile SIGTERM ends what is done as Ctrl-C does: half a file is put away."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    ):
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def version(wanted: bool) -> None:
@@ -64,7 +92,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     given = code_first(given)
     trust.admit(given)
     try:
-        app(given)
+        with terminating():
+            app(given)
     except (UserError, OSError) as error:
         if os.environ.get("RESNETV2_DEBUG"):
             raise
@@ -76,10 +105,17 @@ def main(arguments: Iterable[str] | None = None) -> None:
     except Stopped as stopped:
         # Of several processes the first reports; another's status would look like a crash to it.
         sys.exit(stopped.status if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
-    except KeyboardInterrupt:
-        console.note("interrupted")
-        sys.exit(130)
-    except SystemExit as left:
-        if isinstance(left.__context__, KeyboardInterrupt):  # the framework's own way out
+    except (KeyboardInterrupt, SystemExit) as left:
+        if interrupted(left):
+            console.note("interrupted")
             sys.exit(130)
+        if isinstance(left, Terminated):
+            console.note("terminated")
         raise
+
+
+def interrupted(error: BaseException | None) -> bool:
+    """Whether it is Ctrl-C, or what one of the frameworks made of it."""
+    while error and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None

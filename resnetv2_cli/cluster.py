@@ -1,13 +1,12 @@
 """Processes of one run: those started from outside, by torchrun or a cluster's queue, what they may
 share, what they do not wait for, and that they begin together or not at all."""
 
-import json
+import atexit
 from collections.abc import Callable
-from datetime import timedelta
-from itertools import count
 from types import TracebackType
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.environments import (
     LSFEnvironment,
     MPIEnvironment,
@@ -16,8 +15,7 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from torch.distributed import PrefixStore
-from torch.distributed.rendezvous import rendezvous
+from torch import distributed
 
 from resnetv2_cli.errors import UserError, shown
 
@@ -76,12 +74,9 @@ def refuse_free_folder() -> None:
 class Meeting:
     """Where processes that were started from outside say how each would begin, before they do.
 
-    They meet at the address at which they will train, as often as ``agree`` is called; who fails
-    before the last time says so there. One process alone meets nobody.
+    They meet in the process group in which they will train, as often as ``agree`` is called; who
+    fails before the last time says so there. One process alone meets nobody.
     """
-
-    PATIENCE = timedelta(minutes=30)  # as long as they would wait for each other to train
-    times = count()  # of all meetings, because what was said stays
 
     def __init__(self) -> None:
         self.kind = outside()
@@ -127,14 +122,15 @@ class Meeting:
         assert self.kind is not None
         rank, size = self.kind.global_rank(), self.kind.world_size()
         place = f"{self.kind.main_address}:{self.kind.main_port}"
-        found = rendezvous(f"tcp://{place}?rank={rank}&world_size={size}", timeout=self.PATIENCE)
-        store = PrefixStore(f"resnetv2/{next(self.times)}", next(found)[0])
+        everyone: list[Any] = [None] * size
         try:
-            store.set(f"{rank}", json.dumps(mine))
-            everyone = [json.loads(store.get(f"{r}")) for r in range(size)]
-            store.set(f"{rank} has read", "")
-            if rank == 0:  # it may be the one that has the store
-                store.wait([f"{r} has read" for r in range(size)])
+            if not distributed.is_initialized():  # Lightning takes it as it is
+                distributed.init_process_group(
+                    init_method=f"tcp://{place}", rank=rank, world_size=size
+                )
+                if torch.cuda.is_available():
+                    atexit.register(distributed.destroy_process_group)
+            distributed.all_gather_object(everyone, mine)
         except RuntimeError as error:
             self.over = True
             line = str(error).splitlines()[0]

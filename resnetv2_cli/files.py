@@ -4,13 +4,17 @@ by which one that was damaged since is known.
 A seal is the SHA-256 of a zip file, written into it as its comment: any zip reader opens the file.
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from resnetv2_cli.errors import UserError
 
 MARK = b"resnetv2 sha256 "
 SEAL = 2 + len(MARK) + 64  # bytes at the end: the comment's length, and the comment
@@ -64,6 +68,37 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file by a text, wholly or not at all."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+@contextmanager
+def held(lock: Path, hint: str) -> Iterator[None]:
+    """Hold a folder by a lock in it, so that no other process works in it meanwhile. It is free
+    again when this one has gone, however it went. The folder is made where there is none.
+
+    Raises:
+        UserError: another process has it (``hint``: what to do then), or it cannot be written.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a+")
+    except OSError as error:
+        raise UserError(
+            f"cannot write {lock.parent}: {error.strerror}", "name another folder with --output"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(f"{lock.parent} is in use by {holder}", hint) from None
+        except OSError:  # a filesystem without locks
+            pass
+        with suppress(OSError):  # on a full disk it is held all the same
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        yield
 
 
 def name_too(path: Path, other: Path) -> None:

@@ -1,18 +1,14 @@
 """The folder of one run: what is in it, and that nothing in it is overwritten or lost."""
 
 import csv
-import fcntl
 import json
-import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.files import write_text
+from resnetv2_cli.files import held, write_text
 from resnetv2_cli.manifest import Manifest
 
 
@@ -63,35 +59,13 @@ class RunFolder:
                 f"name another with --output, or continue it: resnetv2 train --resume {self.path}",
             )
 
-    @contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Hold the folder: no other process trains in it meanwhile. It is free again when this one
-        has gone, however it went.
+    def claimed(self) -> AbstractContextManager[None]:
+        """Hold the folder: no other process trains in it meanwhile.
 
         Raises:
             UserError: another process has it, or it cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = self.lock.open("a+")
-        except OSError as error:
-            hint = "name another folder with --output"
-            raise UserError(f"cannot write {self.path}: {error.strerror}", hint) from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise UserError(
-                    f"{self.path} is in use by {file.read().strip() or 'another process'}",
-                    "wait for it, or let it save and leave: kill -TERM",
-                ) from None
-            except OSError:  # a filesystem without locks
-                pass
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-            yield
+        return held(self.lock, "wait for it, or let it save and leave: kill -TERM")
 
     def create(self, experiment: Experiment, manifest: dict[str, Any]) -> None:
         """Begin a new run; it is one as soon as it has a ``config.yaml``.

@@ -1,14 +1,20 @@
 """What several test files share: small real images, small experiments, and the console script."""
 
+import io
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from PIL import Image
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("RESNETV2_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -17,6 +23,10 @@ SCRIPT = Path(sys.executable).parent / "resnetv2"
 # Small networks, and several processes on few cores: more threads only wait for one another.
 THREADS = {"OMP_NUM_THREADS": "1"}
 torch.set_num_threads(1)
+
+
+# How a command leaves on a signal, and its one line.
+STOPPED = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
 
 
 # A busy machine is no reason to fail.
@@ -93,3 +103,65 @@ def lab(tmp_path_factory):
     (root / "alone" / "result.json").unlink()
     (root / "alone" / "failed.json").write_text('{"reason": "the loss is not finite"}')
     return root
+
+
+def encoded(width: int = 90, height: int = 70, mode: str = "RGB", **how) -> bytes:
+    """A smooth picture with some noise on it, as photographs have."""
+    rng = np.random.default_rng(width * height)
+    coarse = Image.fromarray(rng.integers(0, 256, (8, 9, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize((width, height)), np.int16) + rng.integers(
+        -9, 10, (height, width, 3), dtype=np.int16
+    )
+    out = io.BytesIO()
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert(mode)
+    image.save(out, how.pop("format", "JPEG"), **how)
+    return out.getvalue()
+
+
+@pytest.fixture(scope="session")
+def photographs(shared_data) -> dict[str, bytes]:
+    """A few real photographs of ImageNet, as they are in it."""
+    with zipfile.ZipFile(shared_data / "imagenet-sample.zip") as sample:
+        names = sorted(n for n in sample.namelist() if n.endswith(".JPEG"))
+        return {Path(n).name: sample.read(n) for n in names[::12]}
+
+
+@pytest.fixture(scope="session")
+def tree(photographs, tmp_path_factory) -> Path:
+    """Two classes of photographs, of which four train and two test."""
+    root = tmp_path_factory.mktemp("tree")
+    content = list(photographs.values())
+    for i, (split, label) in enumerate(
+        [("train", "ant"), ("train", "bee"), ("val", "ant"), ("val", "bee")]
+    ):
+        (root / split / label).mkdir(parents=True)
+        for k in range(2 if split == "train" else 1):
+            (root / split / label / f"{k}.JPEG").write_bytes(content[2 * i % 7 + k])
+    return root
+
+
+def data(capsys, *arguments, status: int = 0) -> tuple[str, str]:
+    """What ``resnetv2 data`` writes to stdout and stderr, in this process."""
+    from resnetv2_cli.cli import main
+
+    capsys.readouterr()
+    try:
+        main(["data", *map(str, arguments)])
+        left = 0
+    except SystemExit as exit:
+        left = exit.code or 0
+    said = capsys.readouterr()
+    assert left == status, said.err
+    return " ".join(said.out.split()), " ".join(said.err.split())
+
+
+@pytest.fixture
+def full():
+    """Files may not grow beyond a size, as on a full disk; and what lifts that."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int = before[0]) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    yield limit
+    limit()

@@ -4,7 +4,6 @@ finite, and where every value came from. Trainings run in this process; test_run
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 
@@ -119,18 +118,6 @@ def test_where_none_is_whole_it_does_not_begin_again(whole, tmp_path):
         file.write_bytes(b"nothing")
     with pytest.raises(UserError, match="no whole one beside it"):
         trained_as(folder.path, resume={})
-
-
-@pytest.fixture
-def full():
-    """Files may not grow beyond a size, as on a full disk; and what lifts that."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(size: int = before[0]) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-
-    yield limit
-    limit()
 
 
 def test_on_a_full_disk_it_trains_on_and_loses_nothing(whole, tmp_path, full):

@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from resnetv2_cli.data import folder, picture, shards
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.files import replacing, write_text
+from resnetv2_cli.files import held, replacing, write_text
+
+LOCK = "prepare.lock"
 
 
 class Form(NamedTuple):
@@ -54,18 +56,47 @@ def prepare(
     earlier call finished are kept: what was stopped goes on.
 
     Raises:
-        UserError: an image cannot be read, or the folder has shards of something else.
+        UserError: an image cannot be read, the folder has shards of something else, or it cannot be
+            written.
     """
     splits = {"train": folder.scan(root, "train")}
     splits["val"] = folder.scan(root, "test", splits["train"].classes)
     plan = {"form": form._asdict(), "digest": folder.digest(*splits.values())}
     begun = output / "prepared.json"
-    output.mkdir(parents=True, exist_ok=True)
-    if not begun.exists() and any(output.iterdir()):
-        raise UserError(f"{output} is not empty", "name a new folder")
-    if begun.exists() and json.loads(begun.read_text()) != plan:
-        raise UserError(f"{output} was begun with other images or settings", "name a new folder")
-    write_text(begun, json.dumps(plan))
+    if output.is_dir() and not begun.exists():
+        left = {p.name for p in output.iterdir() if p.suffix != ".tmp"}
+        if left - {LOCK}:
+            raise UserError(f"{output} is not empty", "name a new folder")
+    with held(output / LOCK, "wait for it, or stop it"):
+        if begun.exists() and said(begun) != plan:
+            raise UserError(
+                f"{output} was begun with other images or settings", "name a new folder"
+            )
+        try:
+            write_text(begun, json.dumps(plan))
+            return _prepared(splits, output, form, workers, tick)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {output}: {error.strerror or error}",
+                "shards that are whole are kept: make room, and call it again",
+            ) from None
+
+
+def said(begun: Path) -> Any:
+    """What a folder was begun with."""
+    try:
+        return json.loads(begun.read_text())
+    except ValueError:
+        return None
+
+
+def _prepared(
+    splits: dict[str, folder.Folder],
+    output: Path,
+    form: Form,
+    workers: int,
+    tick: Callable[[int, int], None],
+) -> dict[str, int]:
     every = sum(len(split.files) for split in splits.values())
     done = 0
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.files import replacing
 
 AGAIN = "resnetv2 data prepare makes it anew"
 
@@ -61,17 +62,21 @@ def members(shard: Path) -> list[tuple[Member, int]]:
     """The images of a shard, and the numbers of their classes.
 
     Raises:
-        tarfile.TarError, OSError: it is not whole.
+        UserError: it is not whole.
     """
     made = []
-    with tarfile.open(shard, "r:") as tar:
-        image = None
-        for info in tar:
-            if info.name.endswith(".cls"):
-                assert image is not None
-                made.append((image, int(tar.extractfile(info).read())))  # type: ignore[union-attr]
-            else:
-                image = Member(shard, info.offset_data, info.size, info.name)
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            image = None
+            for info in tar:
+                if info.name.endswith(".cls"):
+                    assert image is not None
+                    label = tar.extractfile(info).read()  # type: ignore[union-attr]
+                    made.append((image, int(label)))
+                else:
+                    image = Member(shard, info.offset_data, info.size, info.name)
+    except (tarfile.TarError, OSError, AssertionError, ValueError):
+        raise UserError(f"{shard} is damaged", f"remove it: {AGAIN}") from None
     return made
 
 
@@ -80,8 +85,7 @@ def write_index(path: Path, classes: tuple[str, ...], found: list[tuple[Member, 
     found = sorted(found, key=lambda pair: (pair[1], pair[0].name))
     shards = sorted({m.shard.name for m, _ in found})
     number = {name: i for i, name in enumerate(shards)}
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("wb") as out:
+    with replacing(path) as out:
         np.savez_compressed(
             out,
             shards=np.array(shards),
@@ -91,7 +95,6 @@ def write_index(path: Path, classes: tuple[str, ...], found: list[tuple[Member, 
             label=np.array([label for _, label in found], np.int64),
             classes=np.array(json.dumps(list(classes))),
         )
-    partial.replace(path)
 
 
 def read_index(path: Path) -> tuple[list[Member], list[int], tuple[str, ...]]:

@@ -1,0 +1,154 @@
+"""``analyze``: what it is called with, what it says, and where that goes."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from signals import worst
+
+from resnetv2_cli import source
+from resnetv2_cli.analysis import study, subject
+from resnetv2_cli.analysis.subject import Batch
+from resnetv2_cli.analysis.topics import TOPICS
+from resnetv2_cli.cli import main
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.source import Source
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_every_topic_measures_tells_and_draws(topic):
+    module = study.module(topic)
+    assert all(callable(getattr(module, name)) for name in ("measure", "table", "draw"))
+
+
+def test_networks_are_called_by_what_tells_them_apart(tmp_path):
+    main = Source(Experiment(dataset="digits", depth=20))
+    others = [
+        source.beside(main, "depth=14,unit=original"),
+        source.beside(main, "shortcut=exclusive-gate, gate-bias=-5"),
+    ]
+    assert others[0].experiment == Experiment(dataset="digits", depth=14, unit="original")
+    assert others[1].experiment.gate_bias == -5.0
+    assert [s.label for s in source.labelled([main, *others])] == [
+        "depth=20, full-preact, identity",
+        "depth=14, original, identity",
+        "depth=20, full-preact, exclusive-gate, gate_bias=-5.0",
+    ]
+    narrow = Source(replace(main.experiment, block="basic"))
+    assert source.beside(narrow, "depth=164").experiment.block_ == "bottleneck"
+    assert source.beside(narrow, "depth=164,block=basic").experiment.block_ == "basic"
+    name = main.experiment.name
+    trained = main._replace(checkpoint=tmp_path, step=64000)
+    labels = [s.label for s in source.labelled([main, main, trained, trained])]
+    assert labels == [name, f"{name} (2)", f"{name} @64000", f"{name} @64000 (2)"]
+    for text, message in [
+        ("layout=tim", "unknown layout 'tim'"),
+        ("dept=20", "dept=20: unknown setting 'dept'"),
+        ("depth=111", "no network has 111 layers"),
+        ("depth=", "depth must be"),
+        ("unit=[", "unknown unit '\\['"),
+        (str(tmp_path / "none.ckpt"), "there is no checkpoint"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            source.beside(main, text)
+
+
+def test_images_come_from_all_classes():
+    one = subject.subject(Source(Experiment(dataset="digits", depth=8)), Batch(10, 20, "float32"))
+    assert one.labels.tolist() == list(range(10))
+    assert one.x.shape == (10, 3, 32, 32) and one.x.dtype == torch.float32
+    assert len(one.test_labels) == 20 and set(one.test_labels.tolist()) == set(range(10))
+    assert one.net.training
+
+
+@pytest.fixture
+def called(capsys):
+    """The command in this process: ``called(...)`` -> exit status, stdout, stderr."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as left:
+            main(["analyze", *map(str, arguments)])
+        return left.value.code, *capsys.readouterr()
+
+    return call
+
+
+FAST = ["--dataset", "digits", "--depth", 8, "--images", 2]
+
+
+def test_analyze_at_initialization(called, tmp_path):
+    arguments = [*FAST, "--compare", "unit=original", "--compare", "depth=14"]
+    status, out, _ = called(*arguments, "--json", "--output", tmp_path)
+    made = json.loads(out)
+    assert status == 0
+    assert made == json.loads((tmp_path / "analysis.json").read_text())
+    topics = {"forward", "backward", "shrink", "paths"}  # the others need a trained network
+    assert set(made["topics"]) == topics and made["batch"]["precision"] == "float64"
+    labels = ["depth=8, full-preact", "depth=8, original", "depth=14, full-preact"]
+    assert [n["label"] for n in made["networks"]] == labels
+    for topic in topics:
+        assert list(made["topics"][topic]) == labels
+        picture = tmp_path / made["pictures"][topic]
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    off = {name: worst(m["off"]) for name, m in made["topics"]["backward"].items()}
+    assert off["depth=14, full-preact"] < 1e-12 and off["depth=8, full-preact"] < 1e-12
+
+
+def test_analyze_of_a_run(called, trained):
+    many = ("--images", 2, "--test-images", 360, "--pairs", 2)
+    status, out, err = called(trained, *many)
+    assert status == 0
+    for word in ("(Eq. 4)", "(Eqs. 5, 8)", "(Eq. 5, its text)", "(Veit et al. 2016)", "360 images"):
+        assert word in out, word
+    assert "2 of 3 pairs, drawn at random" in out
+    folder = trained / "analysis"
+    assert f"pictures and numbers: {folder}" in err
+    made = json.loads((folder / "analysis.json").read_text())
+    assert set(made["topics"]) == set(TOPICS)
+    [found] = made["topics"]["lesion"].values()
+    result = json.loads((trained / "result.json").read_text())
+    assert found["whole"] == pytest.approx(result["test_error"], abs=1)  # of another arithmetic
+    assert len(found["single"]) == 3 and max(found["single"]) > found["whole"]
+    called(trained, *many, "--topic", "forward")  # of the same network: the others stay
+    again = json.loads((folder / "analysis.json").read_text())
+    assert again["topics"] == made["topics"]
+    called(trained, "--images", 3, "--topic", "forward", "--bn", "kept")  # seen otherwise
+    other = json.loads((folder / "analysis.json").read_text())
+    assert set(other["topics"]) == {"forward"}
+
+
+def test_where_an_analysis_goes(tmp_path):
+    e = Experiment(dataset="digits")
+    inside = tmp_path / "run" / "checkpoints"
+    for of, to in [
+        (Source(e), f"runs/analyze-{e.name}"),
+        (Source(e, inside / "last.ckpt"), tmp_path / "run" / "analysis"),
+        (Source(e, inside / "best.ckpt"), tmp_path / "run" / "analysis-best"),
+        (Source(e, tmp_path / "mine.ckpt"), tmp_path / "analysis-mine"),
+    ]:
+        assert str(study.folder_of(of)) == str(to)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, hint",
+    [
+        (["--topic", "forwards"], "unknown topic 'forwards'", "did you mean 'forward'?"),
+        (["--topic", "lesion"], "--topic lesion needs a trained network", "a run's folder"),
+        (["--compare", "unit=preact"], "unknown unit 'preact'", "did you mean 'full-preact'?"),
+        (["nothing.ckpt"], "there is no checkpoint nothing.ckpt", "a run folder"),
+        (["nothing.ckpt", "--config", "smoke"], "a checkpoint takes no --config", "by itself"),
+    ],
+)
+def test_mistakes(called, arguments, error, hint):
+    status, _, said = called(*([] if "ckpt" in arguments[0] else FAST), *arguments)
+    said = " ".join(said.split())
+    assert status == 2 and f"error: {error}" in said and hint in said
+
+
+def test_the_flags_that_mean_nothing_here_are_not_offered(resnetv2):
+    text = resnetv2("analyze", "--help").stdout
+    assert "--shortcut-scale" in text and "--data-dir" in text
+    assert "--devices" not in text and "--log-every" not in text
+    assert all(name in text for name in TOPICS)

@@ -1,0 +1,192 @@
+"""Looking after a tree of photographs: ``data check`` and ``data sort-val``."""
+
+import itertools
+import json
+import os
+import re
+import shlex
+import time
+from pathlib import Path
+
+import pytest
+from conftest import STOPPED, data, encoded
+from PIL import Image
+
+from resnetv2_cli.data import folder, survey
+from resnetv2_cli.errors import UserError
+
+
+def plant(root: Path) -> dict[str, list[str]]:
+    """A tree with each fault; which files have it."""
+    good = {split: encoded(60, 50, quality=q) for split, q in (("train", 80), ("val", 90))}
+    for split in good:
+        for label in ("ant", "bee"):
+            (root / split / label).mkdir(parents=True)
+    (root / "train" / "cow").mkdir()
+    (root / "val" / "dog").mkdir()
+    files = {
+        "train/ant/0.jpg": good["train"],
+        "train/bee/same.png": encoded(33, 30, format="PNG"),
+        "val/bee/other-name.bmp": encoded(33, 30, format="BMP"),
+        "val/ant/0.jpg": good["val"],
+        "train/bee/twice.jpg": good["train"],
+        "train/ant/text.jpg": b"no image at all",
+        "train/ant/cut.jpg": encoded(300, 200)[:2000],
+        "train/bee/cut.png": encoded(300, 200, format="PNG")[:2000],
+        "val/bee/named.png": encoded(34, 30),
+        "train/bee/print.jpg": encoded(35, 30, mode="CMYK"),
+        "val/ant/grey.png": encoded(36, 30, mode="L", format="PNG"),
+        "val/ant/moves.webp": encoded(
+            37, 30, format="WEBP", save_all=True, append_images=[Image.new("RGB", (37, 30))]
+        ),
+        "val/ant/notes.txt": b"by hand",
+        "train/ant/deep/er.jpg": good["train"],
+    }
+    (root / "train/ant/deep").mkdir()
+    for name, content in files.items():
+        (root / name).write_bytes(content)
+    return {
+        "unreadable": ["train/ant/text.jpg"],
+        "truncated": ["train/ant/cut.jpg", "train/bee/cut.png"],
+        "suffix": ["val/bee/named.png"],
+        "CMYK": ["train/bee/print.jpg"],
+        "grey": ["val/ant/grey.png"],
+        "animated": ["val/ant/moves.webp"],
+        "ignored": ["train/ant/deep/er.jpg", "val/ant/notes.txt"],
+    }
+
+
+def test_check_finds_each_fault_that_was_planted(tmp_path, capsys):
+    planted = plant(tmp_path / "tree")
+    report = tmp_path / "report.json"
+    out, err = data(capsys, "check", tmp_path / "tree", "--output", report, status=2)
+    made = json.loads(report.read_text())
+    root = f"{tmp_path / 'tree'}/"
+    found = {k: [f["file"].removeprefix(root) for f in v] for k, v in made["faults"].items()}
+    assert found == planted and set(planted) == set(survey.FAULTS)
+    assert made["splits"]["train"] | {"bytes": 0} == {
+        "classes": 3, "images": 7, "bytes": 0, "least": 0, "most": 4, "empty": ["cow"],
+    }  # fmt: skip
+    assert made["classes"] == {"val": {"missing": ["cow"], "strange": ["dog"]}}
+    names = {
+        k: [[n.removeprefix(root) for n in g] for g in v] for k, v in made["duplicates"].items()
+    }
+    assert names["across"] == [["train/bee/same.png", "val/bee/other-name.bmp"]]
+    assert names["classes"] == [["train/ant/0.jpg", "train/bee/twice.jpg"]]
+    for words in ("1 unreadable", "2 truncated", "1 classes of val", "1 images in several splits"):
+        assert words in err
+    assert "same pixels" in out and "colors of print" in out
+
+
+def test_check_of_a_tree_of_photographs_finds_nothing(tree, tmp_path, capsys, photographs):
+    report = tmp_path / "report.json"
+    out, _ = data(capsys, "check", tree, "--output", report, "--workers", 2)
+    made = json.loads(report.read_text())
+    assert made["splits"]["train"]["images"] == 4 and made["splits"]["val"]["images"] == 2
+    assert not made["classes"] and not made["flat"]
+    assert not any(made["faults"][kind] for kind in ("unreadable", "truncated", "suffix"))
+    assert "train" in out
+
+
+@pytest.mark.parametrize("number", STOPPED)
+def test_a_check_that_is_stopped_leaves_the_report_of_before(
+    tree, tmp_path, capsys, monkeypatch, number
+):
+    report = tmp_path / "report.json"
+    data(capsys, "check", tree, "--output", report)
+    before = report.read_bytes()
+
+    def stopped(entry):
+        if next(files) == 3:
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)
+        return look(entry)
+
+    look, files = survey.look, itertools.count()
+    monkeypatch.setattr(survey, "look", stopped)
+    status, line = STOPPED[number]
+    _, err = data(capsys, "check", tree, "--output", report, "--workers", 1, status=status)
+    assert err == line and report.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [report]
+
+
+FORMS = {
+    "names": "ILSVRC2012_val_00000001.JPEG n2\nILSVRC2012_val_00000002.JPEG n1\n"
+    "ILSVRC2012_val_00000003.JPEG n2\n",
+    "tabs": "ILSVRC2012_val_00000003\tn2\nILSVRC2012_val_00000001\tn2\n"
+    "ILSVRC2012_val_00000002\tn1\n",
+    "csv": "ImageId,PredictionString\nILSVRC2012_val_00000002,n1 85 1 499 272 \n"
+    "ILSVRC2012_val_00000001,n2 1 2 3 4\nILSVRC2012_val_00000003,n2 1 2 3 4 n2 5 6 7 8\n",
+    "in order": "n2\nn1\nn2\n",
+}
+SORTED = [f"n1/{2:08}", f"n2/{1:08}", f"n2/{3:08}"]
+
+
+@pytest.fixture
+def archive(tmp_path) -> Path:
+    """val/ as the official archive has it."""
+    for label in ("n1", "n2"):
+        (tmp_path / "train" / label).mkdir(parents=True)
+        (tmp_path / "train" / label / "a.JPEG").write_bytes(encoded())
+    (tmp_path / "val").mkdir()
+    for i in (1, 2, 3):
+        (tmp_path / "val" / f"ILSVRC2012_val_{i:08}.JPEG").write_bytes(encoded(30 + i))
+    return tmp_path
+
+
+def places(root: Path) -> list[str]:
+    return [
+        str(p.relative_to(root / "val")) for p in sorted((root / "val").rglob("*")) if p.is_file()
+    ]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_flat_val_is_sorted_by_labels_of_any_form(archive, capsys, form):
+    with pytest.raises(UserError, match="3 images in .*val are in no class folder") as refused:
+        folder.scan(archive, "test", ("n1", "n2"))
+    words = shlex.split(refused.value.hint.split(", which")[0])
+    assert words[:3] == ["resnetv2", "data", "sort-val"]
+    labels = archive / "labels.txt"
+    labels.write_text(FORMS[form])
+    command = [str(labels) if word == "FILE" else word for word in words[2:]]
+    before = places(archive)
+    assert "3 images would be moved" in data(capsys, *command, "--dry-run")[0]
+    assert places(archive) == before
+    assert "3 images moved into 2 class folders" in data(capsys, *command)[0]
+    expected = [f"{p[:3]}ILSVRC2012_val_{p[3:]}.JPEG" for p in SORTED]
+    assert places(archive) == expected
+    assert folder.scan(archive, "test", ("n1", "n2")).labels.tolist() == [0, 1, 1]
+    again, _ = data(capsys, *command)
+    assert "0 images moved" in again and "3 were there already" in again
+    assert places(archive) == expected
+
+
+def test_sorting_goes_on_where_it_was_stopped(archive, capsys):
+    (archive / "labels.txt").write_text(FORMS["csv"])
+    (archive / "val" / "n1").mkdir()
+    name = "ILSVRC2012_val_00000002.JPEG"
+    (archive / "val" / name).rename(archive / "val" / "n1" / name)
+    out, _ = data(capsys, "sort-val", archive, "--labels", archive / "labels.txt")
+    assert "2 images moved" in out and "1 were there already" in out
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ("".join(FORMS["names"].splitlines(True)[:2]), "1 images have no label"),
+        (FORMS["names"] + "ILSVRC2012_val_00000004.JPEG n1\n", "1 labelled images are not in"),
+        (FORMS["names"].replace("n1", "n9"), "train lacks 1 of the classes: 'n9'"),
+        (FORMS["names"] + "ILSVRC2012_val_00000001.JPEG n1\n", "two classes, n2 and n1"),
+        (FORMS["names"].replace("n1", "../n1"), "line 2: .* is no image and its class"),
+        ("n2\nn1\n", "2 labels without names, for 3 images"),
+        ("490\n361\n171\n", "numbers for classes"),
+        ("", "does not give each image its class"),
+        ("n1\nILSVRC2012_val_00000001.JPEG n1\n", "does not give each image its class"),
+    ],
+)
+def test_nothing_is_moved_if_anything_is_wrong(archive, capsys, labels, message):
+    (archive / "labels.txt").write_text(labels)
+    before = places(archive)
+    _, err = data(capsys, "sort-val", archive, "--labels", archive / "labels.txt", status=2)
+    assert re.search(message, err), err
+    assert places(archive) == before

@@ -1,0 +1,198 @@
+"""Photographs as shards: the same images in the same order, whatever stopped their making."""
+
+import io
+import itertools
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from conftest import STOPPED, data
+from PIL import Image
+from test_data import FakeTrainer
+
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.data import folder, prepare
+from resnetv2_cli.data.module import ImageData
+from resnetv2_cli.data.protocols import PROTOCOLS
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.files import held
+
+
+def prepared(tree: Path, to: Path, capsys, *more) -> Path:
+    data(capsys, "prepare", tree, "--output", to, "--shard", 3, *more)
+    return to
+
+
+def read_all(root: Path, split: str) -> tuple[folder.Folder, torch.Tensor]:
+    """A split, and its training crops in one epoch."""
+    found = folder.scan(root, split, ("ant", "bee"))
+    views = folder.FolderImages(found, 224, "scale", 0, PROTOCOLS["224"].view(224))
+    return found, torch.stack([views[i, 0][0] for i in range(len(found.files))])
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_shards_have_the_same_images_in_the_same_order(tree, tmp_path, capsys, raw):
+    shards = prepared(tree, tmp_path / "s", capsys, "--side", 4000, *(["--raw"] if raw else []))
+    for split in ("train", "test"):
+        (loose, x), (packed, y) = read_all(tree, split), read_all(shards, split)
+        assert packed.labels.tolist() == loose.labels.tolist() and packed.classes == loose.classes
+        apart = (x.short() - y.short()).abs()
+        assert apart.max() <= 2 if raw else apart.float().mean() < 4
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_webdataset_reads_the_shards(tree, tmp_path, capsys, raw):
+    shards = prepared(tree, tmp_path / "s", capsys, "--side", 200, *(["--raw"] if raw else []))
+    for split, labels in (("train", [0, 0, 1, 1]), ("val", [0, 1])):
+        found = folder.scan(shards, "test" if split == "val" else split, ("ant", "bee"))
+        files = sorted(str(shard) for shard in shards.glob(f"{split}-*.tar"))
+        read = webdataset.WebDataset(files, shardshuffle=False).decode("rgb8")
+        samples = sorted(read, key=lambda sample: sample["__key__"])
+        assert [sample["cls"] for sample in samples] == labels == found.labels.tolist()
+        for sample, member in zip(samples, found.files, strict=True):
+            pixels = sample["npy" if raw else "jpg"]
+            assert min(pixels.shape[:2]) == 200 and pixels.dtype == np.uint8
+            assert np.array_equal(pixels, picture_of(member.read(), raw))
+
+
+def picture_of(content: bytes, raw: bool) -> np.ndarray:
+    return np.load(io.BytesIO(content)) if raw else np.asarray(Image.open(io.BytesIO(content)))
+
+
+def test_preparing_goes_on_where_it_was_stopped(tree, tmp_path, capsys, monkeypatch):
+    whole = prepared(tree, tmp_path / "a", capsys)
+    calls = []
+
+    def stops(path, form):
+        calls.append(path)
+        if len(calls) > 3:
+            raise UserError("an image that cannot be read")
+        return encode(path, form)
+
+    encode = prepare.encoded
+    monkeypatch.setattr(prepare, "encoded", stops)
+    data(
+        capsys, "prepare", tree, "--output", tmp_path / "b", "--shard", 3, "--workers", 1,
+        status=2,
+    )  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
+        "prepare.lock", "prepared.json", "train-000000.tar",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="there is no folder"):
+        folder.scan(tmp_path / "b", "train")
+    monkeypatch.undo()
+    first = (tmp_path / "b" / "train-000000.tar").stat().st_mtime_ns
+    prepared(tree, tmp_path / "b", capsys)
+    assert (tmp_path / "b" / "train-000000.tar").stat().st_mtime_ns == first
+    for path in whole.glob("*.tar"):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    _, err = data(
+        capsys, "prepare", tree, "--output", tmp_path / "b", "--side", 99, "--shard", 3, status=2
+    )
+    assert "begun with other images or settings" in err
+    _, err = data(capsys, "prepare", tree, "--output", tree, status=2)
+    assert "is not empty" in err
+
+
+def test_processes_read_each_image_of_the_shards_once_and_resume_within_an_epoch(
+    tree, tmp_path, capsys
+):
+    shards = prepared(tree, tmp_path / "s", capsys)
+    given = {"dataset": "folder", "data_dir": str(shards), "depth": 18, "batch_size": 2}
+    e = Experiment(**given, steps=4, workers=0)
+
+    def batches(rank: int, ranks: int, step: int = 0) -> list:
+        module = ImageData(e)
+        module.trainer = FakeTrainer(rank, ranks, step)
+        module.setup()
+        return list(module.train_dataloader())
+
+    whole = batches(0, 1)
+    assert sorted(torch.cat([b.labels for b in whole[:2]]).tolist()) == [0, 0, 1, 1]
+    parts = [batches(rank, 2) for rank in (0, 1)]
+    for k, batch in enumerate(whole):
+        torch.testing.assert_close(torch.cat([p[k].images for p in parts]), batch.images)
+    torch.testing.assert_close(batches(0, 1, step=1)[0].images, whole[1].images)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda r: (r / "train.index.npz").write_bytes(b"nothing"), "index.npz is damaged"),
+        (lambda r: (r / "train-000000.tar").unlink(), "the shard .*train-000000.tar is missing"),
+        (lambda r: os.truncate(r / "train-000000.tar", 3000), "cannot read the image .*cut off"),
+    ],
+)
+def test_damaged_shards_are_one_clear_error(tree, tmp_path, capsys, damage, message):
+    shards = prepared(tree, tmp_path / "s", capsys)
+    damage(shards)
+    with pytest.raises(UserError, match=message):
+        read_all(shards, "train")
+
+
+@pytest.mark.parametrize("number", STOPPED)
+def test_a_signal_leaves_nothing_half_written_and_it_goes_on(
+    tree, tmp_path, capsys, monkeypatch, number
+):
+    whole = prepared(tree, tmp_path / "a", capsys)
+    to, images = tmp_path / "b", itertools.count()
+
+    def stopped(path, form):
+        if next(images) == 3:  # in the second shard
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)
+        return encode(path, form)
+
+    encode = prepare.encoded
+    monkeypatch.setattr(prepare, "encoded", stopped)
+    status, line = STOPPED[number]
+    _, err = data(
+        capsys, "prepare", tree, "--output", to, "--shard", 3, "--workers", 1, status=status
+    )
+    assert err == line
+    left = {"prepare.lock", "prepared.json", "train-000000.tar"}
+    assert {p.name for p in to.iterdir()} == left
+    monkeypatch.undo()
+    prepared(tree, to, capsys)
+    for path in whole.glob("*.tar"):
+        assert path.read_bytes() == (to / path.name).read_bytes()
+
+
+def test_killed_while_it_writes_the_second_call_goes_on(tree, tmp_path, capsys):
+    """What SIGKILL leaves: half of a shard, half of a plan, under names that nobody reads."""
+    whole, to = prepared(tree, tmp_path / "a", capsys), tmp_path / "b"
+    to.mkdir()
+    for name in ("prepared.json.tmp", "prepare.lock"):
+        (to / name).write_text("")
+    prepared(tree, to, capsys)
+    for path in whole.glob("*.tar"):
+        assert path.read_bytes() == (to / path.name).read_bytes()
+    (to / "train-000000.tar").unlink()
+    (to / "train-000000.tar.tmp").write_bytes(b"half")
+    prepared(tree, to, capsys)
+    assert not list(to.glob("*.tmp"))
+    os.truncate(to / "train-000000.tar", 3000)
+    _, err = data(capsys, "prepare", tree, "--output", to, "--shard", 3, status=2)
+    assert "train-000000.tar is damaged" in err and "remove it" in err
+
+
+def test_where_nothing_can_be_written_it_says_so(tree, tmp_path, capsys, full):
+    full(20_000)
+    _, err = data(capsys, "prepare", tree, "--output", tmp_path / "s", "--shard", 3, status=2)
+    assert "error: cannot write" in err and "File too large" in err
+    assert {p.name for p in (tmp_path / "s").iterdir()} == {"prepare.lock", "prepared.json"}
+    full()
+    prepared(tree, tmp_path / "s", capsys)
+    (tmp_path / "file").write_text("")
+    _, err = data(capsys, "prepare", tree, "--output", tmp_path / "file" / "s", status=2)
+    assert "error: cannot write" in err and err.count("error") == 1
+
+
+def test_two_at_once_are_refused(tree, tmp_path, capsys):
+    with held(tmp_path / "s" / "prepare.lock", "wait"):
+        _, err = data(capsys, "prepare", tree, "--output", tmp_path / "s", status=2)
+    assert f"is in use by process {os.getpid()}" in err

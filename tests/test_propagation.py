@@ -1,0 +1,283 @@
+"""Signals and gradients against the paper's equations: by hand, by autograd, and at 110 layers."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from signals import BROKEN, EXACT, batch, looked_at, measured, network, traced, worst
+from torch import nn
+
+from resnetv2_cli.analysis import backward, forward
+from resnetv2_cli.analysis.subject import Subject
+from resnetv2_cli.analysis.trace import Trace, trace
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.plans import UNITS
+from resnetv2_cli.resnet import ResNet
+from resnetv2_cli.shortcuts import SHORTCUTS
+
+# What is kept of a unit.
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_what_is_kept_of_a_unit_is_what_eqns_1_and_2_say(unit, shortcut):
+    for u in traced(unit=unit, shortcut=shortcut).units:
+        torch.testing.assert_close(u.y, u.h + u.added, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(u.out, u.module.after(u.y), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(u.split, u.module.shared(u.x), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(u.residual, u.module.residual(u.split), rtol=1e-12, atol=1e-12)
+
+
+def test_units_follow_one_another():
+    units = traced(20).units
+    assert [u.name for u in units][:4] == [
+        "stage1.unit1", "stage1.unit2", "stage1.unit3", "stage2.unit1"
+    ]  # fmt: skip
+    assert all(b.x is a.out for a, b in pairwise(units))
+
+
+def test_spans_leave_out_units_that_change_the_shape():
+    """Footnote 1: two of them in CIFAR networks of the basic block, three of bottlenecks."""
+    assert [len(span) for span in traced(20).spans] == [3, 2, 2]
+    assert [len(span) for span in traced(29, block="bottleneck").spans] == [2, 2, 2]
+
+
+def test_tracing_leaves_the_network_as_it_was():
+    net = network(shortcut="conv1x1", unit="original")
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x, labels = batch()
+    drawn = torch.get_rng_state()
+    trace(net, x, labels)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert torch.equal(torch.get_rng_state(), drawn)  # nothing random in this network
+
+
+# Trap: layers in place.
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_no_layer_rewrites_what_is_kept(unit):
+    """ReLU works in place behind BN: x_l, F and y_l are copied as they come, and compared later."""
+    net, copies = network(unit=unit), []
+    for u in net.units:
+        u.register_forward_pre_hook(lambda m, args: copies.append(args[0].clone()))
+        u.shortcut.register_forward_pre_hook(lambda m, args: copies.append(args[1].clone()))
+        u.shortcut.register_forward_hook(lambda m, args, y: copies.append(y.clone()))
+    kept = trace(net, *batch()).units
+    # h is computed by itself once with F = 0, without the hooks of the shortcut.
+    for u, (x, residual, y) in zip(kept, zip(*[iter(copies)] * 3, strict=True), strict=True):
+        assert torch.equal(u.x, x) and torch.equal(u.residual, residual) and torch.equal(u.y, y)
+
+
+def test_trap_relu_in_place_where_the_paths_split():
+    net = network(unit="relu-only-preact")
+    net.body.stage1.unit2.residual.act1.relu.inplace = True
+    with pytest.raises(UserError, match="stage1.unit2 rewrites its x_l in place"):
+        trace(net, *batch())
+
+
+class AddsInPlace(nn.Module):
+    carry = nn.Identity()
+
+    def forward(self, x, residual):
+        return residual.add_(x)
+
+
+def test_trap_an_addition_in_place():
+    net = network()
+    net.body.stage1.unit1.shortcut = AddsInPlace()
+    with pytest.raises(UserError, match=r"stage1.unit1 rewrites its F\(x_l\) in place"):
+        trace(net, *batch())
+
+
+# Eq. 4.
+
+
+@pytest.mark.parametrize("block", ["single", "basic", "bottleneck"])
+@pytest.mark.parametrize("unit", EXACT)
+def test_eqn_4_holds_where_f_and_h_are_identities(unit, block):
+    depth = {"single": 11, "basic": 20, "bottleneck": 29}[block]
+    assert worst(measured(forward, network(depth, unit=unit, block=block))["off"]) < 1e-14
+
+
+@pytest.mark.parametrize("unit", BROKEN)
+def test_eqn_4_breaks_where_f_is_none(unit):
+    assert worst(measured(forward, network(20, unit=unit))["off"]) > 0.1
+
+
+@pytest.mark.parametrize("shortcut", sorted(set(SHORTCUTS) - {"identity"}))
+def test_eqn_4_breaks_where_h_is_none(shortcut):
+    settings = {"gate_bias": 0.0} if "gate" in shortcut else {}
+    net = network(20, shortcut=shortcut, settings=settings)
+    assert worst(measured(forward, net)["off"]) > 0.1
+
+
+def test_eqn_4_is_computed_from_f_and_not_from_the_sum():
+    """F that is not what the sum has: the equation must be off by as much, at every l below."""
+    made = traced(20)
+    [first, *_] = made.spans
+    wrong = torch.randn_like(first[1].residual)
+    first[1].residual = first[1].residual + wrong
+    off = forward.additive_residuals(first)
+    expected = float(wrong.norm() / first[-1].out.detach().norm())
+    assert off[:2] == pytest.approx([expected] * 2, rel=1e-9) and off[2] < 1e-14
+
+
+def test_forward_by_hand():
+    """Norms of an image, F and x alike, and signs, of one unit whose tensors are known."""
+    made = traced()
+    unit = made.units[0]
+    unit.x, unit.residual = torch.tensor([[3.0, 4.0], [0, 1]]), torch.tensor([[2.0, 0], [0, 0]])
+    unit.y = torch.tensor([-1.0, 0, 2, 3])
+    found = forward.measure(looked_at(network()), Trace([unit, *made.units[1:]], made.loss))
+    assert found["x"][0] == 3 and found["residual"][0] == 1 and found["negative"][0] == 0.25
+
+
+# Eqs. 5 and 8.
+
+
+@pytest.mark.parametrize("unit", EXACT)
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_eqns_5_and_8_the_terms_add_up_where_f_is_the_identity(unit, shortcut):
+    settings = {"gate_bias": 0.0} if "gate" in shortcut else {}
+    net = network(20, unit=unit, shortcut=shortcut, settings=settings)
+    assert worst(measured(backward, net)["off"]) < 1e-13
+
+
+@pytest.mark.parametrize("unit", BROKEN)
+def test_eqn_5_is_off_where_f_is_none(unit):
+    assert worst(measured(backward, network(20, unit=unit))["off"]) > 0.1
+
+
+@pytest.mark.parametrize("unit", EXACT)
+def test_eqn_5_one_vjp_of_the_sum_of_residuals(unit):
+    """The term through the weights, from the stage alone and the sum as the paper writes it."""
+    made = traced(20, unit=unit)
+    span = made.spans[0]
+    _, at_out = backward.gradients(made)
+    at_end = at_out[span[-1]]
+    (direct, weights), *_ = backward.split(span, at_end)
+    x = start = span[0].x.detach().requires_grad_()
+    residuals = []
+    for u in span:
+        residuals.append(u.module.residual(u.module.shared(x)))
+        x = u.module(x)
+    [expected] = torch.autograd.grad(sum(residuals), start, at_end, retain_graph=True)
+    torch.testing.assert_close(weights, expected, rtol=1e-11, atol=1e-15)
+    torch.testing.assert_close(direct, at_end, rtol=0, atol=0)  # the 1 of Eq. 5
+    [total] = torch.autograd.grad(x, start, at_end)
+    torch.testing.assert_close(direct + weights, total, rtol=1e-11, atol=1e-15)
+
+
+def test_eqn_8_one_vjp_of_the_sum_of_scaled_residuals():
+    a = 0.7
+    made = traced(20, shortcut="constant-scale", settings={"shortcut_scale": a})
+    span = made.spans[0]
+    _, at_out = backward.gradients(made)
+    at_end = at_out[span[-1]]
+    (direct, weights), *_ = backward.split(span, at_end)
+    x = start = span[0].x.detach().requires_grad_()
+    scaled = []
+    for i, u in enumerate(span):
+        scaled.append(a ** (len(span) - 1 - i) * u.module.residual(x))  # F-hat of Eq. 7
+        x = u.module(x)
+    torch.testing.assert_close(x, a**3 * start + sum(scaled), rtol=1e-12, atol=1e-12)  # Eq. 7
+    [expected] = torch.autograd.grad(sum(scaled), start, at_end)
+    torch.testing.assert_close(weights, expected, rtol=1e-11, atol=1e-15)
+    torch.testing.assert_close(direct, a**3 * at_end, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("a", [1.1, 0.5, 0.0])
+def test_eqn_8_the_direct_term_is_the_product_of_scales(a):
+    net = network(20, shortcut="constant-scale", settings={"shortcut_scale": a})
+    found = measured(backward, net)
+    assert found["scale"] == pytest.approx([a] + [a or 0.0] * 8, rel=1e-12)
+    assert found["product"] == pytest.approx([a**n for n in range(9, 0, -1)], rel=1e-12)
+
+
+def test_trap_the_derivative_of_a_gated_shortcut():
+    """h' = diag(1-g) - diag(x) dg/dx, not diag(1-g) alone; written out by hand."""
+    made = traced(shortcut="exclusive-gate", settings={"gate_bias": 0.0})
+    u = made.units[0]
+    cotangent = torch.randn_like(u.out)
+    [_, direct] = backward.direct_terms([u], cotangent)
+    g, weight = u.gate, u.module.shortcut.gate.weight[:, :, 0, 0]
+    own = torch.einsum("nohw,oi->nihw", cotangent * u.x * g * (1 - g), weight)
+    torch.testing.assert_close(direct, (1 - g) * cotangent - own, rtol=1e-11, atol=1e-12)
+    assert float((direct - (1 - g) * cotangent).norm() / direct.norm()) > 0.01
+
+
+def test_trap_dropout_draws_one_mask_for_y_and_for_h():
+    for u in traced(shortcut="dropout").units:
+        kept = u.h != 0
+        assert torch.equal(u.h[kept], 2 * u.module.shortcut.carry(u.x)[kept])
+        torch.testing.assert_close(u.y - u.residual, u.h, rtol=1e-12, atol=1e-12)
+        assert 0.2 < kept.double().mean() < 0.8
+
+
+def test_trap_bn_couples_the_images_of_a_batch():
+    """In training the gradient at one image has a part that comes through another's statistics:
+    the terms are of the whole batch. With kept statistics it has none."""
+    for training in (True, False):
+        net = network(20).train(training)
+        x, labels = batch(4)
+        whole = trace(net, x, labels)
+        at_x, _ = backward.gradients(whole)
+        by_itself = trace(net, x[:1], labels[:1])
+        alone, _ = backward.gradients(by_itself)
+        in_batch = at_x[whole.units[0]][:1]
+        own = alone[by_itself.units[0]] / 4  # the loss is the mean over 4 images
+        assert torch.allclose(in_batch, own, rtol=1e-9, atol=1e-14) != training
+        found = backward.measure(Subject(net, x, labels, x, labels), whole)
+        assert worst(found["off"]) < 1e-13  # exact either way
+
+
+def test_gates_are_measured_where_they_are():
+    net = network(shortcut="shortcut-only-gate", settings={"gate_bias": -6.0}, unit="original")
+    for unit in net.units:
+        nn.init.zeros_(unit.shortcut.gate.weight)
+    found = measured(backward, net)
+    closed = 1 / (1 + 2.718281828459045**6)  # sigmoid(-6) = 0.00247
+    assert found["gate"][3] == pytest.approx([closed] * 3)
+    assert found["scale"] == pytest.approx([1 - closed] * 6)
+    assert measured(backward, network())["gate"] == [None] * 6
+
+
+def test_where_products_of_scales_leave_a_format():
+    """2^-n is normal in float32 and bfloat16 up to n = 126, in float16 up to 14; beside a 1, 24, 8
+    and 11 binary digits are left."""
+    found = backward.limits([0.5**n for n in range(1, 334)])
+    assert found == {
+        "float32": {"underflow": 127, "overflow": None, "lost": 25},
+        "bfloat16": {"underflow": 127, "overflow": None, "lost": 9},
+        "float16": {"underflow": 15, "overflow": None, "lost": 12},
+    }
+    assert backward.limits([2.0**n for n in range(1, 334)])["float32"]["overflow"] == 128
+    assert backward.limits([1.0] * 333)["bfloat16"] == dict.fromkeys(
+        ("underflow", "overflow", "lost")
+    )
+
+
+# At 110 layers, as the issue asks.
+
+
+def at_110(**of) -> tuple[dict, dict]:
+    net = ResNet(110, **of).double().train()
+    return measured(forward, net), measured(backward, net)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_110_layers(unit):
+    ahead, back = at_110(unit=unit)
+    for off in (worst(ahead["off"]), worst(back["off"])):
+        assert off < 1e-9 if unit in EXACT else off > 0.1
+
+
+def test_110_layers_of_constant_scaling():
+    _, back = at_110(shortcut="constant-scale", settings={"shortcut_scale": 0.5})
+    assert worst(back["off"]) < 1e-9
+    assert back["product"] == pytest.approx([0.5**n for n in range(54, 0, -1)], rel=1e-9)
+    ends = dict(zip(range(54), back["direct"], strict=True))
+    assert ends[0] / ends[17] == pytest.approx(0.5**17, rel=1e-9)  # 18 units of the first stage
