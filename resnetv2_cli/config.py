@@ -210,8 +210,8 @@ class Experiment:
     )
     kernels: Literal["auto", "eager"] = setting(
         "auto",
-        "BN, ReLU and the 1x1 convolution behind them in training: auto has one compiled operation "
-        "for them, on a CPU with gcc; eager has PyTorch's.",
+        "BN, ReLU and the convolution behind them in training: auto has one compiled operation for "
+        "them, on a CPU with gcc; eager has PyTorch's.",
         "Engine",
         free=BITS,
     )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnetv2_cli.fused import bn_relu, fits
-from resnetv2_cli.pointwise import bn_relu_conv, joins
+from resnetv2_cli.joined import bn_relu_conv, joins
 
 
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -65,8 +65,8 @@ def watched(*modules: nn.Module) -> bool:
 
 
 class Branch(nn.Sequential):
-    """Layers in turn; in training BN, ReLU and the 1x1 convolution behind them as one operation,
-    where that fits (``pointwise``).
+    """Layers in turn; in training BN, ReLU and the convolution behind them as one operation,
+    where that fits (``joined``).
 
     ``carry(x)``, if asked for, is added to what comes out: by the last layer as it writes, where
     that is such an operation.

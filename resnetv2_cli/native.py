@@ -1,4 +1,4 @@
-"""``kernels.c`` and ``pointwise.c``, compiled once for the processor they run on, and kept in the
+"""``kernels.c`` and its neighbours, compiled once for the processor they run on, and kept in the
 user's cache folder.
 
 It needs gcc, whose threads are PyTorch's own; where there is none, ``library()`` is None and
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).parent
-HEADER, SOURCES = HERE / "vectors.h", [HERE / "kernels.c", HERE / "pointwise.c"]
+HEADERS = [HERE / "vectors.h", HERE / "products.h"]
+SOURCES = [HERE / "kernels.c", HERE / "pointwise.c", HERE / "conv3x3.c"]
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
 PATIENCE = 120.0  # seconds that compiling may take; it takes three
 KINDS = ("bf16", "float")
@@ -32,8 +33,11 @@ ARGUMENTS: dict[str, tuple[int, list[Any]]] = {  # of each function: pointers, t
 }
 ARGUMENTS = {f"{name}_{kind}": row for name, row in ARGUMENTS.items() for kind in KINDS}
 PRODUCTS: dict[str, tuple[int, list[Any]]] = {  # where the processor multiplies bf16
-    "pointwise_forward": (11, [INT64] * 3 + [DOUBLE] * 2 + [INT]),
-    "pointwise_backward": (12, [INT64] * 3 + [INT]),
+    "forward": (11, [INT64] * 5 + [DOUBLE] * 2 + [INT]),
+    "backward": (12, [INT64] * 5 + [INT]),
+}
+PRODUCTS = {
+    f"{of}_{name}": row for name, row in PRODUCTS.items() for of in ("pointwise", "conv3x3")
 }
 
 
@@ -64,7 +68,7 @@ def _compiler() -> tuple[str, str]:
 def _built() -> Path:
     """The library's file, compiled unless it is there."""
     compiler, version = _compiler()
-    texts = [file.read_text() for file in (HEADER, *SOURCES)]
+    texts = [file.read_text() for file in (*HEADERS, *SOURCES)]
     parts = [*texts, *FLAGS, version, _processor()]
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnetv2"
@@ -109,7 +113,7 @@ def why_not() -> str:
 
 @cache
 def multiplies() -> bool:
-    """Whether the library has the functions of ``pointwise.c``: the processor multiplies bf16."""
+    """Whether the library has the functions of ``products.h``: the processor multiplies bf16."""
     return all(hasattr(library(), name) for name in PRODUCTS)
 
 

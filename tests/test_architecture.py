@@ -13,7 +13,7 @@ import resnetv2_cli
 ORDER = """
     errors trust memory files
     plans paper
-    native fused pointwise
+    native fused joined
     layers shortcuts units resnet compiling
     data.catalog data.protocols
     settings origin recipes config flags

@@ -1,4 +1,4 @@
-"""BN, ReLU and a 1x1 convolution as one operation give the numbers of the three."""
+"""BN, ReLU and a convolution as one operation give the numbers of the three."""
 
 import copy
 import re
@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from resnetv2_cli import native
+from resnetv2_cli.joined import bn_relu_conv, joins
 from resnetv2_cli.layers import Branch, activation, conv
 from resnetv2_cli.plans import UNITS
-from resnetv2_cli.pointwise import bn_relu_conv, joins
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.shortcuts import SHORTCUTS
 
@@ -27,10 +27,10 @@ def bf16(*shape):
     return torch.randn(shape).bfloat16().to(memory_format=LAST)
 
 
-def example(c, n, shape, added):
+def example(c, n, shape, added, kernel=1):
     """A BN, a convolution whose weights are numbers of bf16, x, what is added, and gradients."""
     torch.manual_seed(c + n)
-    norm, weights = nn.BatchNorm2d(c), conv(c, n, 1).to(memory_format=LAST)
+    norm, weights = nn.BatchNorm2d(c), conv(c, n, kernel).to(memory_format=LAST)
     nn.init.normal_(norm.weight, 1, 0.3)
     nn.init.normal_(norm.bias)
     weights.weight.data = weights.weight.data.bfloat16().float()
@@ -76,12 +76,18 @@ def check(given):
     assert all(far[k] <= bounds.get(k, BOUND) for k in far), far
 
 
+SHAPES = {
+    1: [(4, 8, 8), (3, 5, 7), (2, 9, 9), (1, 1, 3)],  # 256, 105, 162 and 3 rows
+    3: [(4, 8, 8), (3, 5, 16), (2, 9, 24), (1, 1, 8)],
+}
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("added", [False, True])
-@pytest.mark.parametrize("shape", [(4, 8, 8), (3, 5, 7), (2, 9, 9), (1, 1, 3)])  # 256, 105, 162, 3
+@pytest.mark.parametrize("kernel, shape", [(k, s) for k in SHAPES for s in SHAPES[k]])
 @pytest.mark.parametrize("c, n", [(64, 16), (16, 64), (48, 112), (256, 32), (16, 16)])
-def test_the_numbers_are_float64s(c, n, shape, added, threads):
-    given = example(c, n, shape, added)
+def test_the_numbers_are_float64s(c, n, kernel, shape, added, threads):
+    given = example(c, n, shape, added, kernel)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -92,23 +98,35 @@ def test_the_numbers_are_float64s(c, n, shape, added, threads):
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-FAULTS = {
-    "a ReLU that lets everything through backward": ("(U)(z <= 0)", "(U)(z != z)"),
-    "rows of a tail that are lost": ("memcpy(x_, xb, 2 * c * (last - b))", "memcpy(x_, xb, 2 * c)"),
-    "a gradient that is not added": ("plus ? v + load_bf16(plus + i) : v", "v"),
-    "a thread whose part of dW is lost": ("t < omp_get_num_threads(); t++)\n", "t < 2; t++)\n"),
-}
+FAULTS = {  # file, what stands there, what is planted, and the kernel
+    "a ReLU that lets everything through backward": (
+        "products.h", "~(U)(z <= 0)", "~(U)(z != z)", 1,
+    ),
+    "rows of a tail that are lost": (
+        "pointwise.c", "memcpy(x_, xb, 2 * c * (last - b))", "memcpy(x_, xb, 2 * c)", 1,
+    ),
+    "a gradient that is not added": ("products.h", "plus ? v + load_bf16(plus + i) : v", "v", 3),
+    "a thread whose part of dW is lost": (
+        "products.h", "t < omp_get_num_threads(); t++)\n", "t < 2; t++)\n", 3,
+    ),
+    "taps that are not turned for the gradient": ("products.h", "taps - 1 - t", "t", 3),
+    "a border that is not one of zeros": (
+        "conv3x3.c", "memset(a, 0, sizeof a);", "memset(a, 63, sizeof a);", 3,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_seen(fault, monkeypatch, tmp_path):
     """What the test above compares cannot be right by chance."""
-    right, wrong = FAULTS[fault]
-    text = (native.HERE / "pointwise.c").read_text()
-    assert right in text
-    broken = tmp_path / "pointwise.c"
-    broken.write_text(text.replace(right, wrong).replace('"vectors.h"', f'"{native.HEADER}"'))
-    monkeypatch.setattr(native, "SOURCES", [native.HERE / "kernels.c", broken])
+    file, right, wrong, kernel = FAULTS[fault]
+    for source in (*native.HEADERS, *native.SOURCES):
+        text = source.read_text()
+        assert source.name != file or right in text
+        (tmp_path / source.name).write_text(text.replace(right, wrong))
+    sources = [tmp_path / source.name for source in native.SOURCES]
+    monkeypatch.setattr(native, "HEADERS", [tmp_path / h.name for h in native.HEADERS])
+    monkeypatch.setattr(native, "SOURCES", sources)
     monkeypatch.setattr(native, "FLAGS", ["-O1", *native.FLAGS[1:]])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = torch.get_num_threads()
@@ -116,7 +134,7 @@ def test_a_fault_is_seen(fault, monkeypatch, tmp_path):
     native._found.cache_clear()
     try:
         with pytest.raises(AssertionError, match=re.escape("{'y': ")):
-            check(example(64, 16, (3, 9, 9), True))
+            check(example(64, 16, (3, 9, 9) if kernel == 1 else (4, 9, 8), True, kernel))
     finally:
         native._found.cache_clear()
         torch.set_num_threads(before)
@@ -130,18 +148,20 @@ def called(monkeypatch):
     return names
 
 
+@pytest.mark.parametrize("depth, block", [(14, "basic"), (20, "bottleneck")])
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 @pytest.mark.parametrize("unit", UNITS)
-def test_every_unit_and_shortcut_against_float64(unit, shortcut, called):
-    """Bottlenecks in bf16 are no farther from float64 than eager bf16 is, with room for the chance
-    in it; BN counts a batch once."""
+def test_every_unit_and_shortcut_against_float64(unit, shortcut, depth, block, called):
+    """In bf16 no farther from float64 than eager bf16 is, with room for the chance in it; BN counts
+    a batch once."""
     settings = {"dropout_ratio": 0.0} if shortcut == "dropout" else {}  # it draws by the type
-    net = ResNet(20, "bottleneck", unit, shortcut, settings=settings)
+    net = ResNet(depth, block, unit, shortcut, settings=settings)
     exact = trained_step(copy.deepcopy(net).double(), "eager")
     eager = trained_step(net, "eager", mixed=True)
     assert not called
     found = trained_step(net, "compiled", mixed=True)
-    assert called.count("pointwise_forward") == called.count("pointwise_backward") >= 6
+    name = "pointwise" if block == "bottleneck" else "conv3x3"
+    assert called.count(f"{name}_forward") == called.count(f"{name}_backward") >= 6
     for i in (0, 1):
         assert distance(found[i], exact[i]) < 1.3 * distance(eager[i], exact[i]) + 1e-3
     for name, value in exact[2].items():
@@ -161,15 +181,15 @@ def test_what_is_computed_again_is_what_was(segments, mode, called):
 
 
 def test_the_addition_is_its_last_layers(called):
-    """A unit of full pre-activation is two operations and the 3x3 convolution between them."""
+    """A unit of full pre-activation is as many operations as it has weight layers."""
     unit = ResNet(20, "bottleneck").units[1].train().to(memory_format=LAST)
     for module in unit.modules():
         module.compiled = True
     x = bf16(2, 64, 8, 8).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         y = unit(x)
-    assert called == ["pointwise_forward", "forward_bf16", "pointwise_forward"]
-    assert y.grad_fn.name() == "_PointwiseBackward"
+    assert called == ["pointwise_forward", "conv3x3_forward", "pointwise_forward"]
+    assert y.grad_fn.name() == "_JoinedBackward"
     nodes, seen = [y.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -187,8 +207,14 @@ def unfit(name):
         x = x.contiguous()
     elif name == "strided":
         layer = conv(32, 16, 1, stride=2)
-    elif name == "3x3":
+    elif name == "5x5":
+        layer = conv(32, 16, 5)
+    elif name == "a 3x3 on a width of 4":
         layer = conv(32, 16, 3)
+    elif name == "without a border":
+        layer, x = nn.Conv2d(32, 16, 3, bias=False), bf16(2, 32, 8, 8)
+    elif name == "an image too large":
+        layer, x = conv(32, 16, 3), bf16(1, 32, 64, 64)
     elif name == "with a bias":
         layer = nn.Conv2d(32, 16, 1)
     elif name == "odd outputs":
@@ -203,7 +229,8 @@ def unfit(name):
 
 
 @pytest.mark.parametrize("name", [
-    "float32", "channels first", "strided", "3x3", "with a bias", "odd outputs", "grouped",
+    "float32", "channels first", "strided", "5x5", "with a bias",
+    "a 3x3 on a width of 4", "without a border", "an image too large", "odd outputs", "grouped",
     "weights of bf16", "too many weights",
 ])  # fmt: skip
 def test_what_does_not_fit(name):

@@ -1,0 +1,218 @@
+/* BN, ReLU and the convolution behind them as one operation on bf16, in training: what pointwise.c
+   and conv3x3.c share.
+
+   With a = relu(scale x + shift), rounded to bf16 as it would be in memory, which it never sees:
+     forward    y = a * W + plus
+     backward   g = (dy * W') where a > 0;  dW = dy' * a;  dx = scale g + slope x + offset + plus
+   x, a, g, dx have c channels; y, dy have n; W, dW: [n][taps][c] in float. Sums of products are
+   floats. ``plus`` may be null: it is the other side of an addition, which then costs no pass of its
+   own.
+
+   A block (rows, or an image) is gone through by tiles of sums that fill the registers. The processor
+   multiplies and adds pairs of bf16, so each factor of a product lies as pairs along what is summed
+   over: W by two inputs (forward) or two outputs (backward), a and dy by two rows (dW). */
+
+#include "vectors.h"
+
+#ifdef __AVX512BF16__
+
+#define INLINE static inline __attribute__((always_inline))
+#define WIDE 2 /* vectors in a row of a tile, at most */
+#define TALL 16 /* rows of a tile, at most */
+
+INLINE F dot(F sum, U a, U b) {
+    return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+
+/* A NaN stays one. */
+INLINE F relu(F z) { return (F)_mm512_max_ps(_mm512_setzero_ps(), (__m512)z); }
+
+/* The first of two vectors to bf16, and then the other. */
+INLINE U both(F first, F other) {
+    return (U)_mm512_cvtne2ps_pbh((__m512)other, (__m512)first);
+}
+
+/* Two vectors to bf16, as pairs of one number from each. */
+INLINE U interleaved(F low, F high) {
+    static const uint16_t order[2 * LANES] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,
+                                              21, 6, 22, 7, 23, 8,  24, 9,  25, 10, 26,
+                                              11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512i at = _mm512_loadu_si512(order);
+    return (U)_mm512_permutexvar_epi16(at, (__m512i)both(low, high));
+}
+
+INLINE void store_row(uint16_t *p, const F *x, int wide) {
+    if (wide == 2)
+        *(U_ *)p = both(x[0], x[1]);
+    else
+        store_bf16(p, x[0]);
+}
+
+/* The numbers at low and at high, as pairs. */
+INLINE U pairs(const uint16_t *low, const uint16_t *high) {
+    return __builtin_convertvector(*(const H_ *)low, U) |
+           __builtin_convertvector(*(const H_ *)high, U) << 16;
+}
+
+/* The pair at p, sixteen times. */
+INLINE U spread(const uint16_t *p) {
+    uint32_t both;
+    memcpy(&both, p, sizeof both);
+    return (U)_mm512_set1_epi32(both);
+}
+
+/* sum[r][v] += left[r][k] right[k][v], k in pairs. One row of pairs of the left factor is
+   ``step`` numbers from the next pair, and ``stride`` from the next row. */
+INLINE void tile(F sum[TALL][WIDE], const uint16_t *left, int64_t stride, int64_t step,
+                 const uint16_t *right, int64_t columns, int64_t many, int tall, int wide) {
+    for (int64_t k = 0; k < many; k++) {
+        U w[WIDE];
+#pragma GCC unroll 2
+        for (int v = 0; v < wide; v++)
+            w[v] = *(const U_ *)(right + 2 * (k * columns + v * LANES));
+#pragma GCC unroll 16
+        for (int r = 0; r < tall; r++) {
+            U l = spread(left + r * stride + k * step);
+#pragma GCC unroll 2
+            for (int v = 0; v < wide; v++) sum[r][v] = dot(sum[r][v], w[v], l);
+        }
+    }
+}
+
+INLINE void clear(F sum[TALL][WIDE], int tall, int wide) {
+    for (int r = 0; r < tall; r++)
+        for (int v = 0; v < wide; v++) sum[r][v] = (F){0};
+}
+
+INLINE void activate(const uint16_t *x, const float *scale, const float *shift, uint16_t *a,
+                     int wide) {
+    F z[WIDE];
+    for (int v = 0; v < wide; v++) {
+        int64_t i = v * LANES;
+        z[v] = relu(load_float(scale + i) * load_bf16(x + i) + load_float(shift + i));
+    }
+    store_row(a, z, wide);
+}
+
+/* A tile of sums, and plus, to y. */
+INLINE void put(F sum[TALL][WIDE], const uint16_t *plus, uint16_t *y, int64_t n, int tall,
+                int wide) {
+#pragma GCC unroll 16
+    for (int r = 0; r < tall; r++) {
+        for (int v = 0; plus && v < wide; v++) sum[r][v] += load_bf16(plus + r * n + v * LANES);
+        store_row(y + r * n, sum[r], wide);
+    }
+}
+
+/* g of a tile, from sums of dy * W', and its sums s and q; a is left in the tile. */
+INLINE void let_through(F sum[TALL][WIDE], const uint16_t *x, uint16_t *g, const float *saved, F *s,
+                        F *q, int64_t c, int tall, int wide) {
+#pragma GCC unroll 2
+    for (int v = 0; v < wide; v++) {
+        const float *of = saved + v * LANES;
+        F mean = load_float(of), scale = load_float(of + 2 * c), shift = load_float(of + 3 * c);
+#pragma GCC unroll 16
+        for (int r = 0; r < tall; r++) {
+            int64_t i = r * c + v * LANES;
+            F u = load_bf16(x + i), z = scale * u + shift, d = only(sum[r][v], ~(U)(z <= 0));
+            store_bf16(g + i, d);
+            s[v] += d;
+            q[v] += d * (u - mean);
+            sum[r][v] = relu(z);
+        }
+    }
+}
+
+INLINE void widen_both(double *sums, const F *s, const F *q, int64_t c, int wide) {
+    for (int v = 0; v < wide; v++) {
+        widen(sums + v * LANES, s[v]);
+        widen(sums + c + v * LANES, q[v]);
+    }
+}
+
+/* dW of a tile, over ``many`` pairs of rows, added to what is there; dw: rows of ``row`` numbers. */
+INLINE void weigh(const uint16_t *d, int64_t n, const uint16_t *a, int64_t columns, int64_t many,
+                  float *dw, int64_t row, int tall, int wide) {
+    F sum[TALL][WIDE];
+    for (int i = 0; i < tall; i++)
+        for (int v = 0; v < wide; v++) sum[i][v] = load_float(dw + i * row + v * LANES);
+    tile(sum, d, 2, 2 * n, a, columns, many, tall, wide);
+    for (int i = 0; i < tall; i++)
+        for (int v = 0; v < wide; v++) store_float(dw + i * row + v * LANES, sum[i][v]);
+}
+
+/* W as pairs of inputs, c of them with every tap's: [c / 2][n][2]; each thread makes a part. */
+static void pack_inputs(const float *weight, uint16_t *w, int64_t c, int64_t n) {
+#pragma omp for
+    for (int64_t k = 0; k < c; k += 2)
+        for (int64_t j = 0; j < n; j += LANES) {
+            F low, high;
+            for (int i = 0; i < LANES; i++) {
+                low[i] = weight[(j + i) * c + k];
+                high[i] = weight[(j + i) * c + k + 1];
+            }
+            *(U_ *)(w + k * n + 2 * j) = interleaved(low, high);
+        }
+}
+
+/* W as pairs of outputs, its taps from the last to the first: [taps][n / 2][c][2]. */
+static void pack_outputs(const float *weight, uint16_t *w, int64_t c, int64_t n, int64_t taps) {
+#pragma omp for
+    for (int64_t k = 0; k < n; k += 2)
+        for (int64_t t = 0; t < taps; t++)
+            for (int64_t j = 0; j < c; j += LANES) {
+                const float *from = weight + (k * taps + taps - 1 - t) * c + j;
+                F low = load_float(from), high = load_float(from + taps * c);
+                *(U_ *)(w + (t * n + k) * c + 2 * j) = interleaved(low, high);
+            }
+}
+
+/* Sums of x - origin and of its square, up to four vectors at a time: whole lines of a row. */
+INLINE void moments(const uint16_t *x, const float *origin, double *sums, int64_t rows, int64_t c,
+                    int wide) {
+    F s[4], q[4];
+    for (int v = 0; v < wide; v++) s[v] = q[v] = (F){0};
+    for (int64_t r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < wide; v++) {
+            F d = load_bf16(x + r * c + v * LANES) - load_float(origin + v * LANES);
+            s[v] += d;
+            q[v] += d * d;
+        }
+    widen_both(sums, s, q, c, wide);
+}
+
+/* The same of rows first to last. */
+static void count(const uint16_t *x, const float *origin, double *sums, int64_t first, int64_t last,
+                  int64_t c) {
+    memset(sums, 0, 2 * c * sizeof(double));
+    for (int64_t b = first; b < last; b += BLOCK) {
+        int64_t many = b + BLOCK < last ? BLOCK : last - b, j = 0;
+        for (; j + 4 * LANES <= c; j += 4 * LANES)
+            moments(x + b * c + j, origin + j, sums + j, many, c, 4);
+        for (; j < c; j += LANES) moments(x + b * c + j, origin + j, sums + j, many, c, 1);
+    }
+}
+
+/* The parts of dW by the other threads, added to the first's in their order. */
+static void add_parts(float *dw, const float *parts, int64_t numbers) {
+#pragma omp for
+    for (int64_t i = 0; i < numbers; i += LANES)
+        for (int t = 1; t < omp_get_num_threads(); t++)
+            *(F_ *)(dw + i) += load_float(parts + numbers * (t - 1) + i);
+}
+
+/* dx of rows first to last, where g stands. */
+static void normalized(uint16_t *dx, const uint16_t *x, const uint16_t *plus, const float *scale,
+                       const float *slope, const float *offset, int64_t first, int64_t last,
+                       int64_t c) {
+    for (int64_t r = first; r < last; r++)
+        for (int64_t j = 0; j < c; j += LANES) {
+            int64_t i = r * c + j;
+            F v = load_float(scale + j) * load_bf16(dx + i) +
+                  (load_float(slope + j) * load_bf16(x + i) + load_float(offset + j));
+            store_bf16(dx + i, plus ? v + load_bf16(plus + i) : v);
+        }
+}
+
+#endif
