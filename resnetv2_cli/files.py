@@ -57,9 +57,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             flush(file)
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
     flush_folder(path.parent)
 

@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from resnetv2_cli.files import replacing
 from resnetv2_cli.runfolder import read_metrics
 
 COLORS = """
@@ -96,8 +97,13 @@ def confusion(counts: list[list[int]], classes: tuple[str, ...], to: Path) -> No
 
 
 def save(figure: plt.Figure, to: Path) -> None:
-    """Write a picture; the format is the suffix's. The same figure gives the same file again."""
+    """Write a picture; the format is the suffix's. The same figure gives the same file again.
+
+    Raises:
+        OSError: it cannot be written; what was there is there still.
+    """
     to.parent.mkdir(parents=True, exist_ok=True)
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(to.suffix)
-    figure.savefig(to, dpi=130, metadata=undated)
+    with replacing(to) as file:
+        figure.savefig(file, format=to.suffix[1:] or None, dpi=130, metadata=undated)
     plt.close(figure)

@@ -147,25 +147,28 @@ def evaluate(
     if not run.first_process():
         return
     inside = file.parent.parent if file.parent.name == "checkpoints" else file.parent
-    picture = (output or inside) / f"confusion-{file.stem}.png"
+    to = (output or inside) / f"confusion-{file.stem}.png"
+    picture: str | None = str(to)
     per_class = [
         100 * (sum(row) - row[i]) / max(1, sum(row)) for i, row in enumerate(scores["confusion"])
     ]
     try:
-        confusion(scores["confusion"], task.classes, picture)
+        confusion(scores["confusion"], task.classes, to)
     except OSError as error:
-        console.note(f"no picture: cannot write {picture}: {error.strerror}")
+        picture = None
+        console.note(f"no picture: cannot write {to}: {error.strerror}")
     rows = paper.evaluated(task.experiment)
     named = dict(zip(task.classes, per_class, strict=True))
     if json:
         known = [{"name": r.name, "error": r.published, "top5_error": r.top5} for r in rows]
         extra = {"protocol": task.experiment.protocol, "published": known}
-        console.as_json(scores | extra | {"class_error": named, "picture": str(picture)})
+        console.as_json(scores | extra | {"class_error": named, "picture": picture})
         return
     console.table(str(file), COLUMNS, [measured(task.experiment, scores), *map(published, rows)])
     if len(named) <= 20:
         console.table("error by class", ["class", "%"], [(c, f"{e:.2f}") for c, e in named.items()])
-    console.note(f"confusion matrix: {picture}")
+    if picture:
+        console.note(f"confusion matrix: {picture}")
 
 
 COLUMNS = ["network", "protocol", "error", "top-5", "loss", "images", "iteration"]

@@ -55,7 +55,10 @@ def import_(
     to = output or Path(f"{source}-resnet{e.depth}-{e.block_}-{e.unit}.ckpt")
     if to.exists():
         raise UserError(f"{to} exists", "name another file with --output")
-    WholeFiles().save_checkpoint(saved, to)
+    writer = WholeFiles()
+    writer.save_checkpoint(saved, to)
+    if writer.failure:
+        raise UserError(str(writer.failure), "name another file with --output")
     learned = sum(v.numel() for n, v in made.weights.items() if n.endswith(("weight", "bias")))
     facts = {
         "checkpoint": str(to),

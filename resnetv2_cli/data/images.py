@@ -7,6 +7,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -211,9 +212,9 @@ def cached(name: str, sources: list[Path], read: Callable[[], tuple[Split, Split
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # not there yet, or damaged: read the originals
     images = finished(*read())
+    partial = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.tmp")
         with open(partial, "wb") as out:
             np.savez(
                 out,
@@ -224,6 +225,7 @@ def cached(name: str, sources: list[Path], read: Callable[[], tuple[Split, Split
                 digest=np.array(images.digest),
             )
         partial.replace(file)
-    except OSError:
-        pass  # a full or read-only cache costs time, not the run
+    except OSError:  # a full or read-only cache costs time, not the run
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return images

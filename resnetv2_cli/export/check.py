@@ -97,7 +97,8 @@ def written(
     """Write a file under another name, check it, and give it its name.
 
     Raises:
-        UserError: the check fails; no file is left, and one that was there before stays.
+        UserError: the check fails, or it cannot be written; no file is left, and one that was there
+            before stays.
     """
     row = FORMATS[format]
     pixels, source = test_images(task, view)
@@ -107,6 +108,11 @@ def written(
         row.write(model, torch.zeros(2, 3, view.side, view.side), partial, metadata)
         made = compare(task, row.read(model, partial), pixels, source)
         os.replace(partial, to)
+    except OSError as error:
+        said = error.strerror or error
+        raise UserError(
+            f"cannot write {to}: {said}", "make room, or name another --output"
+        ) from None
     finally:
         partial.unlink(missing_ok=True)
     return made

@@ -3,6 +3,7 @@
 To add a format: one row in FORMATS.
 """
 
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,11 +36,11 @@ class Format(NamedTuple):
 
 
 def write_safetensors(model: Exported, example: Tensor, path: Path, metadata: Metadata) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     # Counters of batches are the training's alone, but --weights wants every tensor.
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(state, path, metadata)
+    path.write_bytes(save(state, metadata))  # its own writing has an error of its own
 
 
 def read_safetensors(model: Exported, path: Path) -> Run:
@@ -83,8 +84,10 @@ def write_torch_export(model: Exported, example: Tensor, path: Path, metadata: M
     shapes = {INPUT: {0: torch.export.Dim("batch")}}
     with quiet():
         program = torch.export.export(model, (example,), dynamic_shapes=shapes)
-    with quiet(), path.open("wb") as file:  # by its name it would insist on a suffix
+    file = io.BytesIO()  # by its name it would insist on a suffix; a full disk would end it all
+    with quiet():
         torch.export.save(program, file, extra_files=metadata)  # type: ignore[arg-type]
+    path.write_bytes(file.getbuffer())
 
 
 def read_torch_export(model: Exported, path: Path) -> Run:

@@ -14,6 +14,7 @@ from resnetv2_cli.export.card import Facts, card
 from resnetv2_cli.export.check import Agreement, written
 from resnetv2_cli.export.fold import exported
 from resnetv2_cli.export.formats import FORMATS, INPUT, OUTPUT, check_packages
+from resnetv2_cli.files import write_text
 from resnetv2_cli.inference import network, view_of
 from resnetv2_cli.origin import sha256
 from resnetv2_cli.task import Classification
@@ -79,7 +80,7 @@ def export(
         use=USE[format].format(file=to.name),
     )
     beside = to.with_name(to.name + ".md")
-    beside.write_text(card(facts))
+    write_text(beside, card(facts))
     return Export(to, beside, size, norms, folded, agreement)
 
 

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from resnetv2_cli import __version__
 from resnetv2_cli.compare import word
 from resnetv2_cli.console import finite
+from resnetv2_cli.files import write_text
 from resnetv2_cli.inventory import OPEN, Found, look
 from resnetv2_cli.plot import COLORS
 from resnetv2_cli.report.charts import everything
@@ -37,9 +38,7 @@ def write(paths: list[Path], to: Path, detect: float, refresh: int = 0) -> dict[
     still = any(states[state] for state in OPEN)
     html = render(found, detect, refresh if still else 0, states)
     to.parent.mkdir(parents=True, exist_ok=True)
-    partial = to.with_name(to.name + ".tmp")
-    partial.write_text(html, encoding="utf-8")
-    partial.replace(to)
+    write_text(to, html)
     return dict(states)
 
 
