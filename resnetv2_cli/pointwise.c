@@ -115,8 +115,13 @@ INLINE void columns(int64_t j, const uint16_t *dy, const uint16_t *d, const uint
         gradient(dy + r * n, w + 2 * j, x + r * c + j, g + r * c + j, a + r * wide * LANES,
                  saved + j, s, q, c, n, tall, wide);
     widen_both(sums + j, s, q, c, wide);
-    for (int64_t i = 0; i < n; i += 8)
+    /* Each product asks for its part of the next block's dy, as ahead() does. */
+    int64_t part = BLOCK * 8 * LANES * wide / c;
+    const uint16_t *next = dy + BLOCK * n + j / (LANES * wide) * (n / 8) * part;
+    for (int64_t i = 0; i < n; i += 8, next += part) {
         weigh(d + 2 * i, n, a, wide * LANES, BLOCK / 2, dw + i * c + j, c, 8, wide);
+        for (int64_t k = 0; k < part; k += 32) __builtin_prefetch(next + k, 0, 2);
+    }
 }
 
 /* g of a block, its sums, and its part of dW; d: room for dy as pairs of rows. */
