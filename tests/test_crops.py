@@ -131,7 +131,35 @@ def test_a_size_that_would_fill_the_memory_is_refused():
         crop.crops(bytes(content), "it.jpg", lambda w, h: [(0, 0, 9, 9)], 8)
 
 
-SMALL = [encoded(30, 22, **how) for how in KINDS.values()]
+def saved(array: np.ndarray, **how) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array, **how)
+    return out.getvalue()
+
+
+PIXELS = saved(np.arange(30 * 22 * 3, dtype=np.uint8).reshape(22, 30, 3))
+ARRAYS = {
+    "magic alone": PIXELS[:6],
+    "another version": PIXELS[:6] + b"\xff\xd8",
+    "cut off": PIXELS[:-1],
+    "no end": PIXELS + b"0",
+    "a header of brackets": PIXELS[:10] + b"[" * 118,
+    "a size that would fill the memory": PIXELS.replace(b"22, 30, 3", b"9" * 7 + b",30"),
+    "no colors": saved(np.zeros((22, 30), np.uint8)),
+    "numbers": saved(np.zeros((22, 30, 3), np.float32)),
+    "nothing": saved(np.zeros((0, 30, 3), np.uint8)),
+    "by columns": saved(np.asfortranarray(np.zeros((22, 30, 3), np.uint8))),
+    "objects": saved(np.array([[["x"] * 3]], object), allow_pickle=True),
+}
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_an_array_that_is_no_image_is_an_error(kind):
+    with pytest.raises(UserError, match="cannot read the image it.npy: "):
+        crop.crops(ARRAYS[kind], "it.npy", chosen("scale", 0), 8)
+
+
+SMALL = [PIXELS, *(encoded(30, 22, **how) for how in KINDS.values())]
 
 
 @needs_turbo

@@ -2,7 +2,6 @@
 decoded, at the least scale that suffices.
 """
 
-import io
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -68,10 +67,10 @@ def crops(content: bytes, name: str, choose: Choose, side: int) -> Tensor:
         UserError: it cannot be read as an image; says which.
     """
     if content.startswith(PIXELS):
-        whole = np.load(io.BytesIO(content), allow_pickle=False)
+        whole = picture.saved_pixels(content, name)
         plan = settled(choose(whole.shape[1], whole.shape[0]), whole.shape[1::-1], side, (1,))
         box = plan.around
-        return resized(whole[box.top : box.bottom, box.left : box.right], plan, side)
+        return resized(whole[box.top : box.bottom, box.left : box.right].copy(), plan, side)
     jpeg = turbo.plain(content, Image.MAX_IMAGE_PIXELS or 0)
     if jpeg is not None:
         plan = settled(choose(*jpeg.size), jpeg.size, side)

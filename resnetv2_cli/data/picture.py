@@ -9,6 +9,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from resnetv2_cli.errors import UserError
@@ -75,6 +76,25 @@ def content(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise unreadable(str(path), error) from None
+
+
+def saved_pixels(content: bytes, name: str) -> NDArray[np.uint8]:
+    """The pixels that NumPy has saved, which are not copied.
+
+    Shape: (height, width, 3) uint8.
+
+    Raises:
+        UserError: it is another array, or none; says which.
+    """
+    try:
+        file = BytesIO(content)
+        np.lib.format.read_magic(file)
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype != np.uint8 or by_columns or len(shape) != 3 or shape[2] != 3 or min(shape) < 1:
+            raise ValueError("the array has not the pixels of an image")
+        return np.frombuffer(content, np.uint8, offset=file.tell()).reshape(shape)
+    except Exception as error:  # a header of a stranger's fails in any way
+        raise unreadable(name, error) from None
 
 
 def converted(image: Image.Image) -> Image.Image:
