@@ -8,29 +8,42 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from resnetv2_cli.errors import UserError
 
+MANY = 6  # columns: where more do not fit beside each other, they go on below
+
 out = Console(soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """A table on stdout; columns whose cells are numbers stand on the right."""
-    cells = [[plain(str(cell)) for cell in row] for row in rows]
-    grid = Table(title=escape(plain(title)), title_justify="left", title_style="bold")
-    for i, column in enumerate(columns):
-        number = all(row[i][:1] in "0123456789+-—f" for row in cells)
-        # Names are read whole; what is long beside them folds.
-        justify: Literal["left", "right"] = "right" if number and i else "left"
-        whole = not i and max((len(row[0]) for row in cells), default=0) <= 40
-        grid.add_column(column, justify=justify, overflow="fold", no_wrap=whole)
-    for row in cells:
-        grid.add_row(*map(escape, row))
-    out.print(grid)
+    """A table on stdout; columns whose cells are numbers stand on the right. Many columns that do
+    not fit beside each other go on below, with the first one again."""
+    lines = [[plain(str(cell)) for cell in row] for row in rows]
+    cells = list(zip(columns, *lines, strict=True))
+    widths = [3 + max(map(cell_len, column)) for column in cells]
+    begun = [0]
+    if len(cells) > MANY:
+        for i in range(1, len(cells)):
+            if widths[0] + sum(widths[max(1, begun[-1]) : i + 1]) >= out.width:
+                begun.append(i)
+    for start, end in zip(begun, [*begun[1:], len(cells)], strict=True):
+        grid = Table(title=None if start else escape(plain(title)), title_justify="left")
+        grid.title_style = "bold"
+        for i in (0, *range(max(1, start), end)):
+            number = all(cell[:1] in "0123456789+-—f" for cell in cells[i][1:])
+            # Names are read whole; what is long beside them folds.
+            justify: Literal["left", "right"] = "right" if number and i else "left"
+            whole = not i and widths[i] <= 43
+            grid.add_column(cells[i][0], justify=justify, overflow="fold", no_wrap=whole)
+        for row in lines:
+            grid.add_row(*(escape(row[i]) for i in (0, *range(max(1, start), end))))
+        out.print(grid)
 
 
 def plain(text: str) -> str:
@@ -70,8 +83,10 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def duration(seconds: float) -> str:
-    """``40 s``, ``12 min``, ``3.5 h`` or ``2.1 days``."""
+def duration(seconds: float | None) -> str:
+    """``40 s``, ``12 min``, ``3.5 h`` or ``2.1 days``; a dash where nobody knows."""
+    if seconds is None:
+        return "—"
     for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * size or (unit == "h" and seconds >= size):
             number = seconds / size

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from resnetv2_cli import paper, plans
+from resnetv2_cli import console, paper, plans
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.describe import describe
 from resnetv2_cli.errors import UserError
@@ -219,3 +219,13 @@ def test_the_names_read_from_the_source_are_the_shortcuts():
     for name, (formula, settings) in plans.shortcuts().items():
         assert SHORTCUTS[name].__doc__.splitlines()[0] == formula
         assert settings_of(SHORTCUTS[name]) == settings
+
+
+def test_columns_that_do_not_fit_go_on_below_and_no_cell_is_broken(monkeypatch, capsys):
+    monkeypatch.setattr(console.out, "_width", 60)
+    columns = ["row", *(f"column {i}" for i in range(9))]
+    console.table("many", columns, [["a long name", *(f"{i}.25 (±1)" for i in range(9))]])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert [sum("a long name" in ln for ln in lines), sum("many" in ln for ln in lines)] == [3, 1]
+    assert all(any(f"{i}.25 (±1)" in ln for ln in lines) for i in range(9))

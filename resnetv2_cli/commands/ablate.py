@@ -165,23 +165,22 @@ def plan(made: list, jobs: int, probe: bool, format: str) -> None:
             ]
         )
         return
-    columns = ["row", "paper", "network", "weights", "MACs", "memory", "runs", "done", "time"]
     for ablation, lines in zip(made, counted, strict=True):
-        rows = [
-            [
-                line.row.name,
-                tables.published(line.row),
-                f"ResNet-{line.arms[0].experiment.depth}",
-                f"{counts['parameters'] / 1e6:.2f}M",
-                f"{counts['macs'] / 1e6:,.0f}M",
-                f"{counts['activation_bytes'] / 1e9:.1f} GB",
-                f"{counts['runs']}",
-                f"{counts['done']}",
-                "—" if counts["seconds"] is None else console.duration(counts["seconds"]),
-            ]
-            for line, counts in zip(ablation.lines, lines, strict=True)
-        ]
-        console.SHOW[format](ablation.title, columns, rows)
+        rows = list(zip(ablation.lines, lines, strict=True))
+        columns = {
+            "row": [line.row.name for line, _ in rows],
+            "paper": [tables.published(line.row) for line, _ in rows],
+            "depth": [f"{line.arms[0].experiment.depth}" for line, _ in rows],
+            "weights": [f"{counts['parameters'] / 1e6:.2f}M" for _, counts in rows],
+            "MACs": [f"{counts['macs'] / 1e6:,.0f}M" for _, counts in rows],
+            "memory": [f"{counts['activation_bytes'] / 1e9:.1f} GB" for _, counts in rows],
+            "done": [f"{counts['done']}/{counts['runs']}" for _, counts in rows],
+            "time": [console.duration(counts["seconds"]) for _, counts in rows],
+        }
+        title = ablation.title
+        if len(set(columns["depth"])) == 1:
+            title += f"\n{columns.pop('depth')[0]} layers each"
+        console.SHOW[format](title, columns, zip(*columns.values(), strict=True))
         seconds = total(lines, jobs)
         if seconds is not None:
             console.note(
