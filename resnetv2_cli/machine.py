@@ -19,6 +19,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.syncbn import FirstAverages, OverProcesses
 
+LEAST = 0.7  # of what is foretold a step takes at least: test_footprint.py has the bounds
 CROWD = 4  # processes on one processor, at most: slow, but as good as on many to try things out
 
 
@@ -121,7 +122,11 @@ def in_parts(experiment: Experiment, micro_batch: str) -> Experiment:
 
 
 def memory_line(experiment: Experiment) -> str:
-    """What a training step will need, beside what is free."""
+    """What a training step will need, beside what is free.
+
+    Raises:
+        UserError: it needs so much that the system would kill the process; names what would fit.
+    """
     devices = int(experiment.devices) if experiment.devices.isdecimal() else 1
     images = footprint.part_size(experiment, max(1, devices))
     device = device_of(experiment)
@@ -132,5 +137,18 @@ def memory_line(experiment: Experiment) -> str:
     if free is None:
         return line
     line += f"; {free / 1e9:.1f} GB are free"
-    fits = needed <= free
-    return line if fits else f"{line}: try --micro-batch auto or --recompute-bn"
+    if needed <= free:
+        return line
+    hint = fitting(experiment)
+    if LEAST * needed > free + (memory.swap() if device.type == "cpu" else 0):
+        raise UserError(line, hint)
+    return f"{line}: {hint}"
+
+
+def fitting(experiment: Experiment) -> str:
+    """What to give so that a step fits into what is free."""
+    try:
+        parts = in_parts(experiment, "auto")
+    except UserError as error:  # not even one image does
+        return error.hint
+    return f"--micro-batch {footprint.part_size(parts)} would fit, or try --recompute-bn"

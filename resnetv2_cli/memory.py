@@ -36,6 +36,11 @@ def available(device: torch.device) -> int | None:
     return min(known) if known else None
 
 
+def swap() -> int:
+    """What the system can put aside on its disk, slowly."""
+    return _field(PROC / "meminfo", "SwapFree") or 0
+
+
 def now() -> int | None:
     """What the process has in memory."""
     return _field(PROC / "self/status", "VmRSS")

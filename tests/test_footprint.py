@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from resnetv2_cli import footprint, memory, native, run
+from resnetv2_cli import footprint, machine, memory, native, run
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
@@ -127,3 +127,23 @@ def test_train_says_what_it_needs_and_splits(tmp_path, capsys):
     assert "a step needs about 0.0 GB (32 images, 2 parts)" in told and "GB are free" in told
     assert "accumulate: 2" in (tmp_path / "run/config.yaml").read_text()
     assert run.FOLDER not in os.environ
+
+
+def test_a_batch_that_the_system_would_die_of_is_refused_with_the_size_that_fits(monkeypatch):
+    e = Experiment(depth=110)
+    needed = step_bytes(e, "32-true", e.batch_size)
+    monkeypatch.setattr(memory, "swap", lambda: 0)
+    for share, refused in ((1.1, False), (0.8, False), (0.6, True)):
+        monkeypatch.setattr(memory, "available", lambda _, free=int(share * needed): free)
+        try:
+            line = machine.memory_line(replace(e, precision="32-true"))
+        except UserError as error:
+            assert refused and "a step needs about" in str(error)
+            size = int(error.hint.split()[1])
+            assert 0 < size < 128 and step_bytes(e, "32-true", size) <= share * needed
+        else:
+            assert not refused and ("--micro-batch" in line) == (share < 1)
+    monkeypatch.setattr(memory, "available", lambda _: 10**5)
+    with pytest.raises(UserError) as caught:
+        machine.memory_line(e)
+    assert "--recompute" in caught.value.hint
