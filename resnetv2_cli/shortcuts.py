@@ -39,8 +39,9 @@ class Shortcut(nn.Module):
         return self.carry(x) + residual
 
     def join(self, x: Tensor, residual: Branch) -> Tensor:
-        """``forward(x, F(x))``. Where that is this plain sum, F adds as it writes."""
-        if type(self).forward is Shortcut.forward and not watched(self):
+        """``forward(x, F(x))``. Where that is this plain sum, F adds as it writes, unless somebody
+        watches for F(x)."""
+        if type(self).forward is Shortcut.forward and not watched(self, residual):
             return residual(x, self.carry)
         return self(x, residual(x))
 

@@ -198,6 +198,17 @@ def test_the_addition_is_its_last_layers(called):
     assert not any("Add" in name for name in seen)
 
 
+@pytest.mark.parametrize("part", ["residual", "shortcut"])
+@pytest.mark.parametrize("training", [False, True])
+def test_who_watches_a_side_of_the_addition_sees_it(part, training):
+    unit = ResNet(14).units[1].train(training)
+    x, seen = torch.randn(2, 16, 8, 8), {}
+    whole = unit(x)
+    unit.get_submodule(part).register_forward_hook(lambda _, given, y: seen.update({part: y}))
+    assert torch.equal(unit(x), whole)
+    torch.testing.assert_close(seen[part], whole - x if part == "residual" else whole)
+
+
 def unfit(name):
     """x, a BN and a layer that are not for this operation, each for one reason."""
     norm, layer, x = nn.BatchNorm2d(32), conv(32, 16, 1), bf16(2, 32, 4, 4)
