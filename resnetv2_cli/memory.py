@@ -1,5 +1,6 @@
 """Memory of this process and of its machine, in bytes; None where the system does not say."""
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import torch
 
 PROC = Path("/proc")
 GROUP = Path("/sys/fs/cgroup")  # the limit of a container
+TRIM, MAP = -1, -3  # parameters of glibc's mallopt
+LARGE = 16_000_000  # bytes: a wide tensor of the first stage at batch 128 has 16.8 million
 
 
 def _field(file: Path, name: str) -> int | None:
@@ -59,6 +62,21 @@ def peak(device: torch.device) -> dict[str, int | None]:
     """The most that was in memory at one time: ``host``, and ``device`` where that is a GPU."""
     on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {"host": _field(PROC / "self/status", "VmHWM"), "device": on_device}
+
+
+def map_large() -> None:
+    """Have the C library give each large tensor a place of its own, which goes back to the system
+    with it. In its heap they leave holes behind, between what lives longer: for ResNet-1001 a sixth
+    of the peak. Nothing happens where the user has set this, or the library is not glibc.
+    """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ or "GLIBC_TUNABLES" in os.environ:
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(MAP, LARGE)
+    mallopt(TRIM, 4 * LARGE)  # what it would come to by itself, if the first had not been set
 
 
 def processors() -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from resnetv2_cli import compiling, native
+from resnetv2_cli import compiling, memory, native
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.augment import Normalize, crop_and_flip
 from resnetv2_cli.data.module import Batch
@@ -97,6 +97,8 @@ class Classification(L.LightningModule):
     def engage(self, device: torch.device) -> list[str]:
         """Switch on what makes a training step fast on a device; what cannot be had is told."""
         e, told = self.experiment, []
+        if device.type == "cpu":
+            memory.map_large()
         if e.compile:
             why = compiling.why_not(device)
             self.compiled = not why

@@ -94,6 +94,31 @@ def test_a_step_takes_what_was_foretold(again):
     assert 0.7 < int(done.stdout) / foretold < 1.6
 
 
+HOLES = """
+import sys, torch
+from resnetv2_cli import memory
+if "apart" in sys.argv:
+    memory.map_large()
+kept = []
+for _ in range(8):  # what is freed lies between what is kept
+    freed = torch.ones(17_000_000, dtype=torch.uint8)
+    kept.append(torch.ones(17_000_000, dtype=torch.uint8))
+    whole = memory.now()
+    del freed
+print(whole - memory.now())
+"""
+
+
+@pytest.mark.skipif(memory.now() is None, reason="the system does not tell what is in memory")
+def test_what_is_large_goes_back_when_it_is_freed():
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    returned = [
+        int(subprocess.check_output([sys.executable, "-c", HOLES, how], env=environ))
+        for how in ("apart", "")
+    ]
+    assert returned[0] > 16_000_000 > returned[1]
+
+
 @pytest.mark.parametrize("asked, parts", [("128", 1), ("64", 2), ("50", 3), ("1", 128), ("999", 1)])
 def test_a_number_is_the_most_images_at_a_time(asked, parts):
     assert split(Experiment(), asked, "32-true", None).accumulate == parts
