@@ -230,7 +230,7 @@ def test_a_validation_split_chooses_the_best(resnetv2, tmp_path):
 
 def test_what_was_chosen_is_what_is_tested(resnetv2, tmp_path):
     """A learning rate that ruins the network in the second half: the last iteration is worse."""
-    flags = ["--val", 200, "--steps", 50, "--schedule", "one-cycle", "--warmup", 49, "--lr", 3]
+    flags = ["--val", 200, "--steps", 50, "--schedule", "one-cycle", "--warmup", 49, "--lr", 10]
     resnetv2("train", *SMALL, *flags, "--output", tmp_path / "run")
     lines = metrics(tmp_path / "run").splitlines()[1:]
     errors = {line.split(",")[0]: float(line.split(",")[-1]) for line in lines if line[-1] != ","}
