@@ -71,10 +71,8 @@ def test_it_fits_and_follows_the_system_by_day_and_night(opened, size, scheme):
     assert wide[0] <= wide[1]
     assert (background(page) > 128) == (scheme == "light")
     page.click("#theme")
-    page.wait_for_timeout(500)
     assert (background(page) > 128) == (scheme == "dark")
     page.reload()
-    page.wait_for_timeout(500)
     assert (background(page) > 128) == (scheme == "dark")
 
 

@@ -254,3 +254,21 @@ def test_ctrl_c_saves_and_exits_with_130(tmp_path):
     assert process.returncode == 130 and "Traceback" not in said
     assert f"resnetv2 train --resume {folder}" in said
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] >= 5
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+    folder = tmp_path / "run"
+    slow = ["--dataset", "digits", "--depth", 110, "--batch-size", 512, "--log-every", 1]  # seconds
+    command = [SCRIPT, "train", *slow, "--steps", 5000, "--output", folder]
+    process = subprocess.Popen(
+        list(map(str, command)), env={**os.environ, **THREADS}, stderr=subprocess.PIPE, text=True
+    )
+    lines = folder / "metrics.csv"
+    while process.poll() is None and not (lines.exists() and "\n1," in lines.read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)  # two that come together are one
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "saved" not in said and "Traceback" not in said
+    assert not (folder / "checkpoints" / "last.ckpt").exists()

@@ -1,8 +1,6 @@
-"""Images: read right from every layout, ordered and augmented by (seed, epoch, index) alone."""
+"""Batches: images ordered and augmented by (seed, epoch, index) alone."""
 
-import pickle
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +10,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.data import folder, images
-from resnetv2_cli.data.augment import Normalize, crop_and_flip, statistics
-from resnetv2_cli.data.catalog import CIFAR10, CIFAR100
+from resnetv2_cli.data import folder
+from resnetv2_cli.data.augment import Normalize, crop_and_flip
 from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.data.order import Schedule, epoch_order, share
 from resnetv2_cli.errors import UserError
@@ -23,169 +20,6 @@ from resnetv2_cli.errors import UserError
 @pytest.fixture(autouse=True)
 def no_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="session")
-def cifar10(shared_data, tmp_path_factory):
-    """All of CIFAR-10, decoded once for all tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield images.load("cifar10", shared_data)
-
-
-def test_cifar10_is_whole_and_in_the_official_order_of_classes(cifar10):
-    assert cifar10.train.images.shape == (50_000, 32, 32, 3)
-    assert np.bincount(cifar10.train.labels).tolist() == [5000] * 10
-    assert np.bincount(cifar10.test.labels).tolist() == [1000] * 10
-    assert CIFAR10.index("airplane") == 0 and CIFAR10.index("truck") == 9
-
-
-def test_cifar10_has_its_known_mean_and_deviation(cifar10):
-    mean, std = statistics(cifar10.train, "channel")
-    known = [0.49139968, 0.48215841, 0.44653091], [0.24703223, 0.24348513, 0.26158784]
-    np.testing.assert_allclose(mean.flatten(), known[0], atol=1e-6)
-    np.testing.assert_allclose(std.flatten(), known[1], atol=1e-6)
-
-
-def test_pixel_mean_is_the_mean_image(cifar10):
-    mean, std = statistics(cifar10.train, "pixel-mean")
-    assert mean.shape == (3, 32, 32) and std.unique().tolist() == [1]
-    expected = cifar10.train.images[:, 5, 7, 2].mean() / 255
-    assert mean[2, 5, 7].item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_the_cifar100_sample(shared_data):
-    sample = images.load("cifar100", shared_data)
-    assert np.bincount(sample.train.labels).tolist() == [50] * 100
-    assert len(CIFAR100) == 100 and list(CIFAR100) == sorted(CIFAR100)
-
-
-def test_the_digits_are_split_once_and_for_all():
-    digits = images.digits()
-    assert digits.train.images.shape == (1437, 32, 32, 3) and len(digits.test.labels) == 360
-    assert digits.train.images.max() == 255
-    assert images.digits().digest == digits.digest
-
-
-# Small copies of CIFAR-10 in each layout, made of the same images.
-
-
-@pytest.fixture
-def small() -> dict[str, dict[str, np.ndarray]]:
-    rng = np.random.default_rng(0)
-    return {
-        split: {c: rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8) for c in CIFAR10}
-        for split, n in [("train", 5), ("test", 2)]
-    }
-
-
-def write_tree(root: Path, small: dict, suffix: str = "png") -> Path:
-    for split, classes in small.items():
-        for name, arrays in classes.items():
-            place = root / split / name
-            place.mkdir(parents=True)
-            for i, pixels in enumerate(arrays):
-                Image.fromarray(pixels).save(place / f"{i}.{suffix}", lossless=True)
-    return root
-
-
-def write_archive(root: Path, small: dict, monkeypatch) -> Path:
-    """The official layout, with the md5 sums of these files in the place of the official ones."""
-    import hashlib
-
-    from torchvision.datasets import CIFAR10 as Official
-
-    place = root / Official.base_folder
-    place.mkdir(parents=True)
-    pixels = {
-        split: [(im, CIFAR10.index(c)) for c, ims in classes.items() for im in ims]
-        for split, classes in small.items()
-    }
-
-    def batch(name: str, chosen: list) -> list[str]:
-        rows = np.stack([im.transpose(2, 0, 1).reshape(-1) for im, _ in chosen])
-        content = pickle.dumps({"data": rows, "labels": [label for _, label in chosen]})
-        (place / name).write_bytes(content)
-        return [name, hashlib.md5(content).hexdigest()]
-
-    train = [batch(f"data_batch_{k + 1}", pixels["train"][k::5][::-1]) for k in range(5)]
-    monkeypatch.setattr(Official, "train_list", train)
-    monkeypatch.setattr(Official, "test_list", [batch("test_batch", pixels["test"])])
-    meta = pickle.dumps({"label_names": list(CIFAR10)})
-    (place / "batches.meta").write_bytes(meta)
-    md5 = hashlib.md5(meta).hexdigest()
-    monkeypatch.setattr(Official, "meta", Official.meta | {"md5": md5})
-    return root
-
-
-def write_zips(root: Path, small: dict) -> Path:
-    tree = write_tree(root / "loose", small, "webp")
-    (root / "cifar10").mkdir()
-    files = [p for p in sorted(tree.rglob("*")) if p.is_file()]
-    for part in range(2):
-        with zipfile.ZipFile(root / "cifar10" / f"part-{part}.zip", "w") as archive:
-            for file in files[part::2]:
-                archive.write(file, file.relative_to(tree))
-    shutil.rmtree(tree)
-    return root
-
-
-def test_every_layout_gives_the_same_arrays(small, tmp_path, monkeypatch):
-    copies = [
-        images.load("cifar10", write_tree(tmp_path / "a", small)),
-        images.load("cifar10", write_tree(tmp_path / "b" / "cifar10", small, "webp").parent),
-        images.load("cifar10", write_zips(tmp_path / "c", small)),
-        images.load("cifar10", tmp_path / "c" / "cifar10"),
-        images.load("cifar10", write_archive(tmp_path / "d", small, monkeypatch)),
-    ]
-    for copy in copies[1:]:
-        for split in (0, 1):
-            np.testing.assert_array_equal(copy[split].images, copies[0][split].images)
-            np.testing.assert_array_equal(copy[split].labels, copies[0][split].labels)
-        assert copy.digest == copies[0].digest
-    original = {im.tobytes() for im in small["train"]["cat"]}
-    cats = copies[0].train.images[copies[0].train.labels == 3]
-    assert {im.tobytes() for im in cats} == original
-
-
-def test_the_cache_serves_until_a_file_changes(small, tmp_path, monkeypatch):
-    root = write_tree(tmp_path / "a", small)
-    first = images.load("cifar10", root)
-    with monkeypatch.context() as patch:
-        patch.setattr(images, "decode", None)  # a second decoding would fail
-        assert images.load("cifar10", root).digest == first.digest
-    changed = np.zeros((32, 32, 3), np.uint8)
-    Image.fromarray(changed).save(root / "train" / "cat" / "9.png")
-    (root / "train" / "cat" / "0.png").unlink()
-    assert images.load("cifar10", root).digest != first.digest
-    seen = images.load("cifar10", root).digest
-    changed += 1
-    Image.fromarray(changed).save(root / "train" / "cat" / "9.png")  # in place
-    assert images.load("cifar10", root).digest != seen
-    for file in (tmp_path / "cache").rglob("*.npz"):
-        file.write_bytes(file.read_bytes()[:5000])
-    assert images.load("cifar10", root).digest != first.digest  # a damaged cache is read anew
-
-
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (lambda r: shutil.rmtree(r / "test"), "half of cifar10 is missing: there is no .*test"),
-        (lambda r: shutil.rmtree(r / "train" / "cat"), r"train lacks 1 of its classes \(cat\)"),
-        (lambda r: (r / "train/cat/0.png").unlink(), "train/cat has 4 images, others 5"),
-        (lambda r: (r / "test/dog/1.png").write_bytes(b"no"), "cannot read the image .*dog.1.png"),
-        (
-            lambda r: (r / "test/dog/1.png").write_bytes((r / "test/dog/1.png").read_bytes()[:900]),
-            "cannot read the image .*dog.1.png",
-        ),
-        (lambda r: Image.new("RGB", (8, 9)).save(r / "test/dog/1.png"), "1.png is 8x9, not 32x32"),
-    ],
-)
-def test_a_damaged_copy_is_one_clear_error(small, tmp_path, damage, message):
-    root = write_tree(tmp_path / "a", small)
-    damage(root)
-    with pytest.raises(UserError, match=message):
-        images.load("cifar10", root)
 
 
 # The order.

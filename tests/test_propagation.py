@@ -154,14 +154,19 @@ def test_eqn_5_is_off_where_f_is_none(unit):
     assert worst(measured(backward, network(20, unit=unit))["off"]) > 0.1
 
 
+def first_stage(*depth, **settings):
+    """Its units, the gradient at its end, and both terms of the gradient at its start."""
+    made = traced(*depth, **settings)
+    span = made.spans[0]
+    at_end = backward.gradients(made)[1][span[-1]]
+    (direct, weights), *_ = backward.split(span, at_end)
+    return span, at_end, direct, weights
+
+
 @pytest.mark.parametrize("unit", EXACT)
 def test_eqn_5_one_vjp_of_the_sum_of_residuals(unit):
     """The term through the weights, from the stage alone and the sum as the paper writes it."""
-    made = traced(20, unit=unit)
-    span = made.spans[0]
-    _, at_out = backward.gradients(made)
-    at_end = at_out[span[-1]]
-    (direct, weights), *_ = backward.split(span, at_end)
+    span, at_end, direct, weights = first_stage(20, unit=unit)
     x = start = span[0].x.detach().requires_grad_()
     residuals = []
     for u in span:
@@ -176,11 +181,9 @@ def test_eqn_5_one_vjp_of_the_sum_of_residuals(unit):
 
 def test_eqn_8_one_vjp_of_the_sum_of_scaled_residuals():
     a = 0.7
-    made = traced(20, shortcut="constant-scale", settings={"shortcut_scale": a})
-    span = made.spans[0]
-    _, at_out = backward.gradients(made)
-    at_end = at_out[span[-1]]
-    (direct, weights), *_ = backward.split(span, at_end)
+    span, at_end, direct, weights = first_stage(
+        20, shortcut="constant-scale", settings={"shortcut_scale": a}
+    )
     x = start = span[0].x.detach().requires_grad_()
     scaled = []
     for i, u in enumerate(span):
