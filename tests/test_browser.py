@@ -72,6 +72,7 @@ def test_it_fits_and_follows_the_system_by_day_and_night(opened, size, scheme):
     assert (background(page) > 128) == (scheme == "light")
     page.click("#theme")
     assert (background(page) > 128) == (scheme == "dark")
+    page.wait_for_timeout(300)  # the browser writes behind our back what the page remembers
     page.reload()
     assert (background(page) > 128) == (scheme == "dark")
 
