@@ -60,8 +60,9 @@ def plain(norm: nn.Module | None) -> bool:
 
 
 def watched(*modules: nn.Module) -> bool:
-    """Whether somebody sees them run, through hooks."""
-    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    """Whether somebody sees them run, forward or backward, through hooks."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(m, kind) for m in modules for kind in kinds)
 
 
 class Branch(nn.Sequential):
