@@ -2,6 +2,7 @@
 share, what they do not wait for, and that they begin together or not at all."""
 
 import atexit
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -48,13 +49,15 @@ def refuse_unfit(strategy: str) -> None:
 
 def outside() -> ClusterEnvironment | None:
     """What started this process as one of many; None where it is the only one."""
-    for kind in OUTSIDE:
-        if kind.detect():
-            try:
-                found = kind()
-                return found if found.world_size() > 1 else None
-            except (RuntimeError, KeyError, ValueError):  # the Trainer says what is wrong with it
-                return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice to use srun, wherever there is one
+        for kind in OUTSIDE:
+            if kind.detect():
+                try:
+                    found = kind()
+                    return found if found.world_size() > 1 else None
+                except (RuntimeError, KeyError, ValueError):  # the Trainer says what is wrong
+                    return None
     return None
 
 

@@ -164,26 +164,28 @@ def evaluate(
         extra = {"protocol": task.experiment.protocol, "published": known}
         console.as_json(scores | extra | {"class_error": named, "picture": picture})
         return
-    console.table(str(file), COLUMNS, [measured(task.experiment, scores), *map(published, rows)])
+    lines = [COLUMNS, measured(task.experiment, scores), *map(published, rows)]
+    if DATASETS[task.experiment.dataset].decoded:  # one view of an image, which needs no name
+        lines = [[*cells[:1], *cells[2:]] for cells in lines]
+    console.table(f"{file}, after {scores['step']:,} iterations", lines[0], lines[1:])
     if len(named) <= 20:
         console.table("error by class", ["class", "%"], [(c, f"{e:.2f}") for c, e in named.items()])
     if picture:
         console.note(f"confusion matrix: {picture}")
 
 
-COLUMNS = ["network", "protocol", "error", "top-5", "loss", "images", "iteration"]
+COLUMNS = ["network", "protocol", "error", "top-5", "loss", "images"]
 
 
 def measured(experiment: Experiment, scores: dict[str, Any]) -> list[str]:
     """The scores of a network as cells of a table, under COLUMNS."""
-    protocol = "—" if DATASETS[experiment.dataset].decoded else experiment.protocol
     errors = [f"{scores[key]:.2f} %" for key in ("error", "top5_error")]
-    counts = [f"{scores[key]:,}" for key in ("images", "step")]
-    return [experiment.name, protocol, *errors, f"{scores['loss']:.2f}", *counts]
+    counts = [f"{scores['loss']:.2f}", f"{scores['images']:,}"]
+    return [experiment.name, experiment.protocol, *errors, *counts]
 
 
 def published(row: paper.Row) -> list[str]:
     """What is published for it, under COLUMNS."""
     source = row.source or "Table 5"
     errors = [f"{error:.2f} %" for error in (row.published, row.top5)]
-    return [f"{row.name} ({source})", row.settings["protocol"], *errors, "—", "50,000", "—"]
+    return [f"{row.name} ({source})", row.settings["protocol"], *errors, "—", "50,000"]
