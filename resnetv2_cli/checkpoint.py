@@ -94,7 +94,8 @@ def read(path: Path) -> dict[str, Any]:
             raise Damaged(f"{path} is damaged: {broken} fails its checksum", again)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except zipfile.BadZipFile:
-        raise Damaged(f"{path} is no checkpoint, or is cut short", again) from None
+        damaged = Damaged(f"{path} is no checkpoint, or is cut short", again)
+        raise form.other(path) or damaged from None
     except pickle.UnpicklingError:
         hint = "such a file could run anything; only tensors and plain values are read"
         raise UserError(f"{path} holds more than tensors", hint) from None
@@ -102,7 +103,9 @@ def read(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # what was tampered with fails in any way
         line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read {path}: {line}", "was it changed?") from None
+        raise form.other(path) or UserError(
+            f"cannot read {path}: {line}", "was it changed?"
+        ) from None
     form.refuse_misshapen(checkpoint, path)
     if checkpoint.get(SEALED) and not sealed:
         raise Damaged(f"{path} is damaged: its checksum at its end is not whole", again)

@@ -1,6 +1,8 @@
 """The form of a checkpoint: what must hold before anything in a file of a stranger's is used."""
 
+import json
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,9 @@ def refuse_misshapen(checkpoint: Any, path: Path) -> None:
         UserError: it lacks a key, or a key holds something else than it must.
     """
     if not isinstance(checkpoint, dict) or not {"state_dict", "experiment"} <= set(checkpoint):
-        raise UserError(f"{path} is not a checkpoint of resnetv2", "it names no experiment")
+        raise other(path) or UserError(
+            f"{path} is not a checkpoint of resnetv2", "it names no experiment"
+        )
     for key, kind in KEYS.items():
         if not isinstance(checkpoint.get(key), kind):
             raise misshapen(path, f"its {key} is {shown(checkpoint.get(key))}")
@@ -61,3 +65,36 @@ def is_plain(value: Any) -> bool:
 def misshapen(path: Path, why: str) -> UserError:
     """The error of a file that is whole, and still not what this tool writes."""
     return UserError(f"{path} is not a checkpoint of resnetv2: {why}", "of another version?")
+
+
+WEIGHTS = (".safetensors", ".pth", ".h5", ".hdf5", ".keras")  # that import reads
+PROGRAMS = (".onnx", ".pt2")  # that export writes
+HEADER = (
+    2**21
+)  # bytes, at most, of the header of a safetensors file; that of ResNet-1001 has 664,080
+
+
+def other(path: Path) -> UserError | None:
+    """The error of a file that is something else than a checkpoint by its name; None if that says
+    nothing."""
+    kind, about = path.suffix.lower(), metadata(path)
+    if kind in PROGRAMS or "experiment" in about:
+        hint = "name the checkpoint that it was made from"
+        if kind not in PROGRAMS and about.get("folded") == "[]":
+            hint += "; train --weights takes this file too"
+        return UserError(f"{path} was exported from a checkpoint, and is none", hint)
+    if kind in WEIGHTS:
+        hint = "resnetv2 import makes one of another code base's weights"
+        if kind == ".safetensors":
+            hint += "; train --weights takes such a file if the names in it are this tool's"
+        return UserError(f"{path} is no checkpoint: it holds weights alone", hint)
+    return None
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """What the header of a safetensors file says besides its tensors; nothing, of any other."""
+    with suppress(OSError, ValueError, TypeError, RecursionError), path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length)) if length <= HEADER else {}
+        return dict(header.get("__metadata__", {})) if isinstance(header, dict) else {}
+    return {}

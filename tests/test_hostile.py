@@ -2,8 +2,10 @@
 
 import hashlib
 import io
+import json
 import os
 import pickle
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -54,6 +56,29 @@ def test_a_checkpoint(canary, tmp_path, form):
         torch.save(value, file, _use_new_zipfile_serialization=form != "legacy")
     with pytest.raises(UserError, match=r"holds more than tensors|is no checkpoint"):
         checkpoints.read(file)
+
+
+def header(metadata: dict) -> bytes:
+    text = json.dumps({"__metadata__": metadata}).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize("name, content, said, hint", [
+    ("a.safetensors", header({}), "holds weights alone", "resnetv2 import.*train --weights"),
+    ("a.safetensors", b"no header", "holds weights alone", "resnetv2 import"),
+    ("a.safetensors", header({"experiment": "{}", "folded": "[]"}), "was exported", "--weights"),
+    ("a.safetensors", header({"experiment": "{}", "folded": "[1]"}), "was exported", "from$"),
+    ("a.onnx", b"a program", "was exported from a checkpoint", "from$"),
+    ("resnet50.pth", b"of before 2020", "holds weights alone", "resnetv2 import makes"),
+    ("a.ckpt", header({}), "is no checkpoint, or is cut short", "copy it again"),
+])  # fmt: skip
+def test_what_is_no_checkpoint_is_named_with_the_way_that_works(
+    tmp_path, name, content, said, hint
+):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said) as refused:
+        checkpoints.read(tmp_path / name)
+    assert re.search(hint, refused.value.hint)
 
 
 def test_a_checkpoint_that_would_unpack_to_any_size(tmp_path):
