@@ -195,6 +195,12 @@ class Experiment:
     )
     accumulate: int = setting(1, "Micro-batches that one batch is split into.", "Engine", least=1)
     compile: bool = setting(False, "Compile the network, unit by unit.", "Engine", free=BITS)
+    graphs: bool = setting(
+        False,
+        "GPU: launch the network as CUDA graphs, once they agree with it.",
+        "Engine",
+        free=BITS,
+    )
     recompute: int = setting(
         0,
         "Segments whose activations are recomputed in backward, to save memory; 0: none.",

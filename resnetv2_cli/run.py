@@ -169,8 +169,7 @@ def _train(
         else:
             folder.create(e, begun(experiment, e, origins, data.facts))
     meeting.agree(dict)
-    for line in task.engage(trainer.strategy.root_device):
-        tell(line)
+    task.engage(trainer.strategy.root_device, tell)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
     except Diverged as error:

@@ -1,6 +1,7 @@
 """Classification as a LightningModule: loss, error rate, optimizer."""
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, Self
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from resnetv2_cli import compiling, memory, native
+from resnetv2_cli import compiling, graphs, memory, native
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.augment import Normalize, crop_and_flip
 from resnetv2_cli.data.module import Batch
 from resnetv2_cli.nonfinite import Guard, poisoned
 from resnetv2_cli.optim import lr_factor, schedule, sgd
+from resnetv2_cli.plans import STEMS
 from resnetv2_cli.resnet import ResNet
 
 
@@ -82,6 +84,8 @@ class Classification(L.LightningModule):
         self.net.activate(False, experiment.recompute_bn)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.compiled = False
+        self.replays: dict[torch.Size, graphs.Forward] = {}  # of the network, by shape of input
+        self.tell: Callable[[str], object] = str
         # No buffer: DDP would replace every process's sums by the first's.
         self.sums = torch.zeros(3, dtype=torch.float64)
         self.guard = Guard(
@@ -94,9 +98,9 @@ class Classification(L.LightningModule):
         self.scores: dict[str, Any] = {}
         self.frozen: list[nn.Module] = []
 
-    def engage(self, device: torch.device) -> list[str]:
+    def engage(self, device: torch.device, tell: Callable[[str], object]) -> None:
         """Switch on what makes a training step fast on a device; what cannot be had is told."""
-        e, told = self.experiment, []
+        e, self.tell = self.experiment, tell
         if device.type == "cpu":
             memory.map_large()
         if e.compile:
@@ -104,13 +108,32 @@ class Classification(L.LightningModule):
             self.compiled = not why
             if self.compiled:
                 compiling.compile_units(self.net)
-                return ["the first iteration compiles the units, one of each shape"]
-            told.append(f"not compiled: {why}")
+                tell("the first iteration compiles the units, one of each shape")
+                return
+            tell(f"not compiled: {why}")
         if e.kernels == "auto" and device.type == "cpu":
             self.net.activate(True, e.recompute_bn)
             if why := native.why_not():
-                told.append(f"BN and ReLU are PyTorch's own, which are slower: {why}")
-        return told
+                tell(f"BN and ReLU are PyTorch's own, which are slower: {why}")
+
+    def record(self, processes: int = 1) -> None:
+        """Have whole batches pass the network as CUDA graphs, if that was asked for; it is where
+        it trains by now. What cannot be had is told."""
+        e = self.experiment
+        if not e.graphs:
+            return
+        why, replay = graphs.why_not(self.device, e.accumulate, processes), None
+        if not why:
+            size = STEMS[e.stem_].size
+            shape = (e.batch_size, size, size, 3)
+            noise = torch.randint(256, shape, dtype=torch.uint8, device=self.device)
+            x = self.normalize(noise)
+            replay, why = graphs.record(self.net, x, e.precision)
+        if replay is None:
+            self.tell(f"no CUDA graphs: {why}")
+            return
+        self.replays[x.shape] = replay
+        self.tell("the network is replayed as CUDA graphs")
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(self.normalize(images))
@@ -145,6 +168,10 @@ class Classification(L.LightningModule):
     def on_fit_start(self) -> None:
         self.sums, self.finite = self.sums.to(self.device), self.finite.to(self.device)
         self.guard.to(self.device)
+        self.record(self.trainer.world_size)
+
+    def on_fit_end(self) -> None:
+        self.replays.clear()  # the Trainer takes the network off its device
 
     def on_train_start(self) -> None:
         # Saved rates are of the schedule that the run was begun with, which may have been shorter.
@@ -164,6 +191,10 @@ class Classification(L.LightningModule):
         numbers = (self.experiment.seed, step, micro, self.global_rank)
         torch.manual_seed(hash(numbers) % 2**63)
 
+    def through(self, x: Tensor) -> Tensor:
+        """The network in training. Shape: normalized (N, 3, H, W) -> logits (N, classes)."""
+        return self.replays.get(x.shape, self.net)(x)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self.loss(batch)
 
@@ -172,7 +203,7 @@ class Classification(L.LightningModule):
         x = self.normalize(batch.images)
         if batch.views is not None:
             x = crop_and_flip(x, batch.views)
-        logits = self.net(x)
+        logits = self.through(x)
         smoothing = self.experiment.label_smoothing
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
         with torch.no_grad():

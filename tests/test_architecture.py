@@ -14,7 +14,7 @@ ORDER = """
     errors trust memory files
     plans paper
     native fused joined
-    layers shortcuts units resnet compiling
+    layers shortcuts units resnet compiling graphs
     data.catalog data.protocols
     settings origin recipes config flags
     data.picture data.archive data.images

@@ -95,3 +95,22 @@ def test_checkpoint_keys_are_sentences():
     keys = task().state_dict()
     assert "net.body.stage2.unit1.residual.conv1.weight" in keys
     assert "normalize.mean" in keys
+
+
+@pytest.mark.parametrize("non_finite", ["stop", "skip"])
+def test_no_part_of_a_training_step_waits_for_the_device(non_finite):
+    """A meta tensor has no value to wait for: whoever asks for one fails."""
+    t = task(shortcut="stochastic-depth", non_finite=non_finite).to("meta").train()
+    t.sums, t.finite = t.sums.to("meta"), t.finite.to("meta")
+    t.guard.to(torch.device("meta"))
+    optimizer, pixels = sgd(t.net, t.experiment), batch()
+    for step in range(2):
+        t.guard.begin()
+        t.finite.fill_(True)
+        on_device = Batch(*(each.to("meta") for each in pixels[:3]), 0.5)
+        t.training_step(on_device, step).backward()
+        t.guard.look(step, optimizer, t.finite)
+        optimizer.step()
+        optimizer.zero_grad()
+    with pytest.raises(RuntimeError):
+        t.guard.read()

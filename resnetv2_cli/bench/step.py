@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
+from resnetv2_cli import graphs
 from resnetv2_cli.bench.floor import convolutions_alone, floor
 from resnetv2_cli.bench.turns import Arm, in_turns, ratios, rows, timed
 from resnetv2_cli.compiling import compile_units
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.machine import trainer_of
 from resnetv2_cli.manifest import environment
 from resnetv2_cli.optim import sgd
@@ -34,7 +36,12 @@ class Option(NamedTuple):
     forget: bool = False  # what they make is made again in backward
     recompute: int = 0  # segments of the body; -1: every unit is one
     compile: bool = False
+    graphs: bool = False  # replayed as CUDA graphs
     usual: bool = True  # timed when none is named
+
+    @property
+    def precision(self) -> str:
+        return "bf16-mixed" if self.mixed else "32-true"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,11 +66,19 @@ OPTIONS = {
     "recompute-bn": Option("the same, made again in backward", fused=True, forget=True),
     "recompute-units": Option("fused, every unit computed again", fused=True, recompute=-1),
     "compile": Option("bf16, channels last, compiled unit by unit", compile=True, usual=False),
+    "graphs": Option("bf16, channels last, as CUDA graphs", graphs=True, usual=False),
+    "compile-graphs": Option(
+        "compiled unit by unit, as CUDA graphs", compile=True, graphs=True, usual=False
+    ),
 }
 
 
 def step_arm(experiment: Experiment, option: Option, device: torch.device) -> Arm:
-    """Forward, backward and update on one batch of noise."""
+    """Forward, backward and update on one batch of noise.
+
+    Raises:
+        UserError: the device has no such option.
+    """
     torch.manual_seed(experiment.seed)
     classes = len(DATASETS[experiment.dataset].classes) or 1000
     net = ResNet(**experiment.architecture, classes=classes).to(device)
@@ -80,15 +95,30 @@ def step_arm(experiment: Experiment, option: Option, device: torch.device) -> Ar
     x = torch.randn(experiment.batch_size, 3, size, size, device=device)
     x = x.contiguous(memory_format=option.layout)
     y = torch.randint(classes, (experiment.batch_size,), device=device)
+    forward = replayed(net, x, option.precision) if option.graphs else net
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=option.mixed):
-            loss = F.cross_entropy(net(x), y)
+        with graphs.arithmetic(device, option.precision):
+            loss = F.cross_entropy(forward(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
     return timed(step, device)
+
+
+def replayed(net: ResNet, x: torch.Tensor, precision: str) -> graphs.Forward:
+    """The network as CUDA graphs.
+
+    Raises:
+        UserError: it cannot be had so.
+    """
+    forward, why = None, graphs.why_not(x.device, 1, 1)
+    if not why:
+        forward, why = graphs.record(net, x, precision)
+    if forward is None:
+        raise UserError(f"no CUDA graphs: {why}", "leave out the arms that replay them")
+    return forward
 
 
 def bench_step(

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
 from resnetv2_cli.data.augment import crop_and_flip
 from resnetv2_cli.data.module import Batch, ImageData, Stream
-from resnetv2_cli.data.order import Schedule, epoch_order
+from resnetv2_cli.data.order import Epoch, Schedule, epoch_order
 from resnetv2_cli.display import Display
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.machine import precision, trainer_of
@@ -42,12 +42,14 @@ def bare_arm(
     """The tool's network, images, arithmetic and optimizer, without the Trainer around them."""
     e = task.experiment
     task = task.to(device).train()
+    task.record()
     optimizer = sgd(task.net, e)
     scheduler = schedule(optimizer, e)
     pixels = torch.from_numpy(split.images).to(device)
     labels = torch.from_numpy(split.labels).to(device)
     order = Schedule(data.train_images, e.batch_size)
-    epoch = epoch_order(data.train_images, e.seed, 0, data.dataset.flip)
+    drawn = epoch_order(data.train_images, e.seed, 0, data.dataset.flip)
+    epoch = Epoch(drawn.order.to(device), drawn.views.to(device))
     mixed = precision(e)
     dtype = torch.float16 if mixed == "16-mixed" else torch.bfloat16
     done = 0
@@ -55,11 +57,10 @@ def bare_arm(
     def step() -> None:
         nonlocal done
         [part] = order.parts(done % order.steps_per_epoch)
-        chosen = epoch.order[part.start : part.stop].to(device)
-        views = epoch.views[part.start : part.stop].to(device)
+        chosen, views = (each[part.start : part.stop] for each in epoch)
         with torch.autocast(device.type, dtype, enabled=mixed.endswith("mixed")):
             x = crop_and_flip(task.normalize(pixels[chosen]), views)
-            loss = F.cross_entropy(task.net(x), labels[chosen])
+            loss = F.cross_entropy(task.through(x), labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -183,7 +184,9 @@ def first_step_seconds(experiment: Experiment, folder: Path) -> float:
             process.wait()
 
 
-def bench_train(experiment: Experiment, rounds: int, steps: int) -> dict[str, Any]:
+def bench_train(
+    experiment: Experiment, rounds: int, steps: int, tell: Callable[[str], object]
+) -> dict[str, Any]:
     """Images a second of each arm, and the ratio of each to the plain loop.
 
     ``waiting``: of an arm's time, the share in which it waited for images. ``trainer_overhead``:
@@ -205,8 +208,8 @@ def bench_train(experiment: Experiment, rounds: int, steps: int) -> dict[str, An
         first = first_step_seconds(experiment, folder)
         plain = PlainLoop(experiment, len(data.classes), split, device)
         bare_task = build(experiment)[0]
-        for each in (task, bare_task):
-            each.engage(device)
+        task.engage(device, silent)
+        bare_task.engage(device, tell)
         whole = WholeTrain(task, data, folder)
         bare = bare_arm(bare_task, data, split, device)
         arms: dict[str, Arm] = {PLAIN: plain, BARE: bare, TRAIN: whole}

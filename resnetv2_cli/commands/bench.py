@@ -72,7 +72,7 @@ def train(
     experiment = Experiment.load(config, **flags)
     from resnetv2_cli.bench.train import bench_train
 
-    made = bench_train(experiment, rounds, stretch)
+    made = bench_train(experiment, rounds, stretch, console.note)
     if not shown(made, output, json):
         return
     rows = [

@@ -1,0 +1,77 @@
+"""The forward and backward pass of a training step as CUDA graphs: two calls launch all of it.
+
+A deep network of narrow layers keeps a GPU waiting for the launches of its kernels, some ten a
+layer. Recorded once, they are replayed; PyTorch's ``make_graphed_callables`` does both. What a
+shortcut of one's own decides in Python is decided once, when it is recorded.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from resnetv2_cli.resnet import ResNet
+
+NEAR = 0.05  # of the gradient's norm: other kernels round otherwise, another batch is 1 away
+DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+Forward = Callable[[Tensor], Tensor]
+
+
+def arithmetic(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """As the Trainer's: casts of weights are not kept, which a recording could not see again."""
+    if precision not in DTYPES:
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[precision], cache_enabled=False)
+
+
+def why_not(device: torch.device, micro_batches: int, processes: int) -> str:
+    """Why a training cannot replay graphs; empty where it can."""
+    if device.type != "cuda":
+        return "they are for GPUs"
+    if micro_batches > 1:  # a replay writes its gradients where the last one did
+        return "they cannot add up the gradients of micro-batches"
+    return "not under several processes" if processes > 1 else ""
+
+
+def record(net: ResNet, x: Tensor, precision: str) -> tuple[Forward | None, str]:
+    """The network in training, for batches of the shape and layout of ``x``, or None and why it
+    cannot be recorded. Weights and moving averages stay as they are.
+
+    What is replayed is compared with what the network computes, on another batch, before it is
+    trusted with a training.
+
+    Shape: x (N, 3, H, W) on the device of the network -> of the result: as the network's.
+    """
+    before = [buffer.clone() for buffer in net.buffers()]
+    try:
+        with arithmetic(x.device, precision):
+            torch.cuda.make_graphed_callables(net, (x,))  # in place of net.forward
+        replay = net.__dict__.pop("forward")
+        far = distance(net, replay, x.flip(-1), precision)
+    except Exception as error:  # whatever a layer does that a graph cannot
+        net.__dict__.pop("forward", None)
+        return None, str(error).strip().partition("\n")[0] or type(error).__name__
+    finally:
+        for buffer, value in zip(net.buffers(), before, strict=True):
+            buffer.copy_(value)
+    if not far < NEAR:
+        return None, f"the gradient of a replay is {far:.2g} of its norm away from the network's"
+    return replay, ""
+
+
+def distance(net: ResNet, replay: Forward, x: Tensor, precision: str) -> float:
+    """How far the gradient through ``replay`` is from the network's own, in its norm."""
+    ours, theirs = (_gradient(net, forward, x, precision) for forward in (net, replay))
+    return float((theirs - ours).norm() / ours.norm())
+
+
+def _gradient(net: ResNet, forward: Forward, x: Tensor, precision: str) -> Tensor:
+    torch.manual_seed(0)  # what a shortcut draws
+    with arithmetic(x.device, precision):
+        logits = forward(x)
+    labels = torch.arange(len(x), device=x.device) % logits.shape[1]
+    learning = [p for p in net.parameters() if p.requires_grad]
+    parts = torch.autograd.grad(F.cross_entropy(logits.float(), labels), learning)
+    return torch.cat([part.detach().reshape(-1).float() for part in parts])

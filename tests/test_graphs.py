@@ -1,0 +1,68 @@
+"""CUDA graphs: trusted only where they agree with the network; left out where there are none."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from resnetv2_cli import graphs, run
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.resnet import ResNet
+from resnetv2_cli.runfolder import RunFolder
+
+CPU = torch.device("cpu")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def test_what_is_not_of_this_batch_is_far_from_the_network():
+    torch.manual_seed(1)
+    net, x = ResNet(8, shortcut="dropout").train(), torch.randn(16, 3, 32, 32)
+    assert graphs.distance(net, net, x, "32-true") == 0  # draws the same, too
+    assert graphs.distance(net, lambda _: net(x.flip(-1)), x, "32-true") > 4 * graphs.NEAR
+    assert graphs.distance(net, net, x, "bf16-mixed") < graphs.NEAR
+
+
+def test_a_gradient_that_is_not_finite_is_not_near():
+    net, x = ResNet(8).train(), torch.randn(4, 3, 32, 32)
+    assert not graphs.distance(net, lambda x: net(x) * torch.inf, x, "32-true") < graphs.NEAR
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fails where there is no GPU")
+def test_what_cannot_be_recorded_is_as_it_was():
+    net = ResNet(8).train()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    replay, why = graphs.record(net, torch.randn(4, 3, 32, 32), "32-true")
+    assert replay is None and why
+    assert "forward" not in vars(net)
+    for key, value in net.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "device, micro_batches, processes, word",
+    [("cpu", 1, 1, "GPUs"), ("cuda", 2, 1, "micro-batches"), ("cuda", 1, 2, "processes")],
+)
+def test_where_replays_would_be_wrong_there_are_none(device, micro_batches, processes, word):
+    assert word in graphs.why_not(torch.device(device), micro_batches, processes)
+    assert not graphs.why_not(torch.device("cuda"), 1, 1)
+
+
+def test_a_training_without_them_says_so(tmp_path):
+    told: list[str] = []
+    e = Experiment(dataset="digits", depth=8, batch_size=64, steps=2, graphs=True)
+    result = run.train(replace(e, accelerator="cpu"), RunFolder(tmp_path / "run"), tell=told.append)
+    assert "no CUDA graphs: they are for GPUs" in told
+    assert result["test_step"] == 2
+
+
+@gpu
+@pytest.mark.parametrize("shortcut", ["identity", "exclusive-gate", "dropout", "stochastic-depth"])
+def test_a_replayed_training_ends_where_another_does(shortcut, tmp_path):
+    told: list[str] = []
+    e = Experiment(dataset="digits", depth=8, shortcut=shortcut, batch_size=64, steps=30)
+    ends = {}
+    for name in ("eager", "graphs"):
+        one = replace(e, graphs=name == "graphs", deterministic=True)
+        ends[name] = run.train(one, RunFolder(tmp_path / name), tell=told.append)["test_loss"]
+    assert "the network is replayed as CUDA graphs" in told
+    assert ends["graphs"] == pytest.approx(ends["eager"], rel=1e-2)
