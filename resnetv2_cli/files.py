@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from resnetv2_cli.errors import UserError
 
@@ -75,32 +75,66 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def held(lock: Path, hint: str) -> Iterator[None]:
     """Hold a folder by a lock in it, so that no other process works in it meanwhile. It is free
-    again when this one has gone, however it went. The folder is made where there is none.
+    again when this one has gone, however it went.
+
+    The folder is made where there is none. The lock goes with its holder, and with it whatever was
+    made for it and has nothing else in it: who is refused in between leaves what was there before.
 
     Raises:
         UserError: another process has it (``hint``: what to do then), or it cannot be written.
     """
+    made = [f for f in (lock.parent, *lock.parent.parents) if not f.exists()]
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("a+")
-    except OSError as error:
-        raise UserError(
-            f"cannot write {lock.parent}: {error.strerror}", "name another folder with --output"
-        ) from None
-    with file:
+        with _locked(lock, hint):
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    lock.unlink()
+    finally:
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+TRIES = 10  # a lock may go just when it is opened
+
+
+def _locked(lock: Path, hint: str) -> TextIO:
+    for _ in range(TRIES):
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = lock.open("a+")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {lock.parent}: {error.strerror}",
+                "name another folder with --output",
+            ) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
+            file.close()
             raise UserError(f"{lock.parent} is in use by {holder}", hint) from None
         except OSError:  # a filesystem without locks
             pass
-        with suppress(OSError):  # on a full disk it is held all the same
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-        yield
+        if _is(lock, file):
+            break
+        file.close()  # who held it took it away in between, and there may be another by now
+    with suppress(OSError):  # on a full disk it is held all the same
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    return file
+
+
+def _is(path: Path, file: TextIO) -> bool:
+    """Whether a path names the file that is open."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def name_too(path: Path, other: Path) -> None:

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from resnetv2_cli.manifest import Manifest
 
 
 class RunFolder:
-    """``config.yaml``, ``manifest.json``, ``metrics.csv``, ``speed.csv``, ``run.lock``,
-    ``checkpoints/``, and at the end ``result.json`` and ``curves.png``, or ``failed.json`` if the
-    loss diverged."""
+    """``config.yaml``, ``manifest.json``, ``metrics.csv``, ``speed.csv``, ``checkpoints/``, and at
+    the end ``result.json`` and ``curves.png``, or ``failed.json`` if the loss diverged; while a
+    process trains in it, ``run.lock``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,6 +78,9 @@ class RunFolder:
             write_json(self.manifest.path, manifest)
             write_text(self.config, experiment.dump())
         except OSError as error:
+            with suppress(OSError):
+                self.manifest.path.unlink(missing_ok=True)
+                self.checkpoints.rmdir()
             hint = "name another folder with --output"
             raise UserError(f"cannot write {self.path}: {error.strerror}", hint) from None
 

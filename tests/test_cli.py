@@ -138,9 +138,10 @@ def mistake(done) -> tuple[str, str]:
         (["eval", "nothing.ckpt"], "there is no checkpoint nothing.ckpt", "a run folder"),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_line_and_a_hint(resnetv2, arguments, error, hint):
-    said, hinted = mistake(resnetv2(*arguments, status=None))
+def test_mistakes_are_one_line_and_a_hint(resnetv2, tmp_path, arguments, error, hint):
+    said, hinted = mistake(resnetv2(*arguments, status=None, cwd=tmp_path))
     assert error in said and hint in hinted
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_mistaken_flag_exits_with_2(resnetv2):
@@ -149,7 +150,7 @@ def test_a_mistaken_flag_exits_with_2(resnetv2):
 
 
 def test_cifar_that_is_not_there_and_no_network(resnetv2, tmp_path):
-    done = resnetv2("train", "--data-dir", tmp_path / "none", status=None, env={
+    done = resnetv2("train", "--data-dir", tmp_path / "none", status=None, cwd=tmp_path, env={
         "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9",
     })  # fmt: skip
     said, hint = mistake(done)

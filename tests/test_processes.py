@@ -126,6 +126,7 @@ def work(rank: int, place: Path, port: int) -> None:
         status, said = command(own, 2 * STEPS)
         kept = rank == 1 or own.manifest.path.read_bytes() == before
         made["apart"][change.__name__] = (status, said, kept)
+    made["new"] = command(RunFolder(place / "new" / "run"), STEPS + rank)
     torch.save(made, place / str(rank))
 
 
@@ -137,6 +138,7 @@ def seen(tmp_path_factory) -> list[dict]:
         port = s.getsockname()[1]
     os.environ["OMP_NUM_THREADS"] = "1"
     multiprocessing.spawn(work, args=(place, port), nprocs=2)
+    assert not (place / "new").exists()  # a run that was refused
     return [torch.load(place / str(rank)) for rank in (0, 1)]
 
 
@@ -159,3 +161,9 @@ def test_processes_that_would_begin_apart_all_say_so_and_change_nothing(seen, ch
         status, said, kept = one["apart"][change.__name__]
         assert status == 2 and expected in said and kept
         assert said.count("error: ") == 1 and "Traceback" not in said
+
+
+def test_a_new_run_that_would_begin_apart_is_refused(seen):
+    for one in seen:
+        status, said = one["new"]
+        assert status == 2 and "process 0 would begin with steps 23, process 1 with 24" in said

@@ -6,6 +6,9 @@ import os
 import random
 import shutil
 import signal
+import time
+from contextlib import suppress
+from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch
@@ -153,6 +156,38 @@ def test_a_run_in_use_says_by_whom(tmp_path):
             pass
     with RunFolder(tmp_path).claimed():
         pass
+
+
+def test_who_is_refused_in_a_folder_leaves_what_was_there(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for folder in ("new/run", "mine"):
+        with pytest.raises(UserError, match="precision"), RunFolder(tmp_path / folder).claimed():
+            raise UserError("no such precision")
+    assert [p.name for p in tmp_path.rglob("*")] == ["mine"]
+    with pytest.raises(UserError), RunFolder(tmp_path / "new" / "run").claimed():
+        (tmp_path / "new" / "other").touch()
+        raise UserError("and meanwhile another came")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["mine", "new", "other"]
+
+
+def test_a_lock_that_goes_with_its_holder_holds(tmp_path):
+    """Who opened it just before it went does not hold what is no longer there."""
+    folder, inside, most = RunFolder(tmp_path / "run"), [], []
+
+    def work(n: int) -> int:
+        held = 0
+        while held < 50:
+            with suppress(UserError), folder.claimed():
+                inside.append(n)
+                most.append(len(inside))
+                time.sleep(0)
+                inside.remove(n)
+                held += 1
+        return held
+
+    with ThreadPool(3) as pool:
+        assert pool.map(work, range(3)) == [50] * 3
+    assert set(most) == {1} and not folder.lock.exists()
 
 
 def test_a_changed_flag_is_announced_with_its_effect_or_refused(whole):
