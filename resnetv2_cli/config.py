@@ -96,6 +96,14 @@ class Experiment:
         "cifar10", "Images to learn from.", "Data"
     )
     data_dir: str = setting("data", "Where images are, or are downloaded to.", "Data", free=SAME)
+    classes: int | None = setting(
+        None,
+        "How many classes there must be: images with more or fewer are refused. By itself as many "
+        "as the images have.",
+        "Data",
+        least=1,
+        free=SAME,
+    )
     batch_size: int = setting(
         128,
         "Images in one iteration, over all devices and micro-batches; each takes its equal part.",

@@ -174,9 +174,11 @@ def test_statistics_come_from_the_images_that_train():
     [
         ({"batch_size": 2000}, "the batch of 2000 is larger than the 1437 training images"),
         ({"val": 1437}, "cannot hold out 1437 of 1437"),
+        ({"classes": 9}, "9 classes were asked for, the images have 10: 0, 1, 2, 3, 4, ..."),
     ],
 )
 def test_settings_that_do_not_fit_the_images(given, message):
+    assert data(classes=10).classes == tuple("0123456789")
     with pytest.raises(UserError, match=message):
         data(**given)
 

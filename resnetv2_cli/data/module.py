@@ -154,8 +154,8 @@ class ImageData(L.LightningDataModule):
         """Read the images.
 
         Raises:
-            UserError: they are missing or not whole, or ``val`` or ``batch_size`` ask for more
-                than there are.
+            UserError: they are missing or not whole, of another number of classes than was asked
+                for, or ``val`` or ``batch_size`` ask for more than there are.
         """
         if self._ready:
             return
@@ -168,6 +168,12 @@ class ImageData(L.LightningDataModule):
         else:
             self.train, self.val, self.test = self._setup_folder()
             self.normalize = Normalize(folder.MEAN, folder.STD)
+        if e.classes not in (None, len(self.classes)):
+            names = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
+            raise UserError(
+                f"{e.classes} classes were asked for, the images have {len(self.classes)}: {names}",
+                "one folder is one class; leave --classes out to take them as they are",
+            )
         if e.batch_size > self.train_images:
             raise UserError(
                 f"the batch of {e.batch_size} is larger than the {self.train_images} training "
