@@ -98,8 +98,7 @@ class Experiment:
     data_dir: str = setting("data", "Where images are, or are downloaded to.", "Data", free=SAME)
     classes: int | None = setting(
         None,
-        "How many classes there must be: images with more or fewer are refused. By itself as many "
-        "as the images have.",
+        "How many there must be: images of more or fewer are refused.",
         "Data",
         least=1,
         free=SAME,
@@ -111,10 +110,7 @@ class Experiment:
         least=1,
     )
     val: int = setting(
-        0,
-        "Training images held out for choosing; 5000 makes the 45k/5k split of [1].",
-        "Data",
-        least=0,
+        0, "Training images held out for choosing; 5000 as in [1], of 50,000.", "Data", least=0
     )
     augment: bool = setting(True, "Pad by 4, crop at random and flip (CIFAR).", "Data")
     normalize: Literal["pixel-mean", "channel"] = setting(
