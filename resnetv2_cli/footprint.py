@@ -10,6 +10,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.describe import parameters, skeleton
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.fused import made_again
+from resnetv2_cli.joined import EACH
 from resnetv2_cli.plans import BLOCKS, STEMS, units_per_stage
 from resnetv2_cli.resnet import ResNet
 
@@ -52,16 +53,17 @@ def run(net: ResNet, x: Tensor, modules: Iterable[nn.Module]) -> tuple[Tensor, i
 
 
 def along_depth(experiment: Experiment, count: Callable[[Experiment], int]) -> int:
-    """A count of a network that grows by the same with each unit of a stage, from its count in
-    shallow ones: a deep network takes seconds to build."""
+    """A count of a network that grows by the same with every so many units of a stage, from its
+    count in shallow ones: a deep network takes seconds to build."""
     e = experiment
     n = units_per_stage(e.depth, e.block_, e.stem_)[0]
-    if e.stem_ == "imagenet" or n <= 3:
+    more = EACH if e.recompute_bn else 1
+    if e.stem_ == "imagenet" or n <= 2 + more:
         return count(e)
     per_n = 3 * len(BLOCKS[e.block_].kernels)
-    shallow = [replace(e, depth=k * per_n + 2, block=e.block_) for k in (2, 3)]
-    two, three = map(count, shallow)
-    return two + (n - 2) * (three - two)
+    shallow = [replace(e, depth=k * per_n + 2, block=e.block_) for k in (2, 2 + more)]
+    two, several = map(count, shallow)
+    return two + (n - 2) * (several - two) // more
 
 
 def activation_bytes(experiment: Experiment, precision: str, device: str = "cpu") -> int:

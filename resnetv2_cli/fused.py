@@ -1,7 +1,8 @@
 """BN and ReLU as one operation in training: fewer passes over memory, and less of it kept.
 
 Only x is kept for backward. What ReLU let through is found again from x; and so is the output, in
-the backward of the convolution behind it, inside ``forgetting()``.
+the backward of the convolution behind it, inside ``forgetting()``. There every tensor that
+knows how it is made again (``remember``) gives way to that.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ from torch.autograd.function import once_differentiable
 from resnetv2_cli import native
 
 LANES, MOST = 16, 4096  # channels: a multiple of the first, at most the second (kernels.c)
-_AGAIN = "_resnetv2_again"  # on an activated tensor: the function that makes it again
+_AGAIN = "_resnetv2_again"  # on a tensor: the function that makes it again
+Kept = Tensor | Callable[[], Tensor]
 
 
 def fits(x: Tensor, norm: nn.BatchNorm2d) -> bool:
@@ -38,13 +40,35 @@ def _call(name: str, dtype: torch.dtype, tensors: list[Tensor], *numbers: float)
     native.call(f"{name}_{native.kind_of(dtype)}", tensors, *numbers)
 
 
+def made_again(tensor: Tensor) -> Callable[[], Tensor] | None:
+    """The function that makes this tensor again; None for one that nobody remembers how."""
+    return getattr(tensor, _AGAIN, None)
+
+
+def remember(tensor: Tensor, again: Callable[[], Tensor] | None) -> Tensor:
+    """The tensor, which knows from now on how it is made again."""
+    if again is not None:
+        setattr(tensor, _AGAIN, again)
+    return tensor
+
+
+def pack(tensor: Tensor) -> Kept:
+    """What is kept of a tensor that can be made again, or the tensor."""
+    return made_again(tensor) or tensor.detach()
+
+
+def unpack(kept: Kept) -> Tensor:
+    """The tensor."""
+    return kept if isinstance(kept, Tensor) else kept()
+
+
 def rows_of(x: Tensor) -> tuple[int, int]:
     """Rows and channels."""
     n, c, h, w = x.shape
     return n * h * w, c
 
 
-def _made_again(x: Tensor, saved: Tensor, relu: bool) -> Tensor:
+def _activated(x: Tensor, saved: Tensor, relu: bool) -> Tensor:
     y = torch.empty_like(x)
     _call("again", x.dtype, [x, y, saved], *rows_of(x), relu, torch.get_num_threads())
     return y
@@ -55,6 +79,7 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, norm: Any, relu: bool) -> Tensor:
+        x = x.detach()  # kept: all that read y, which is made from it, would have it made again
         (rows, c), threads = rows_of(x), torch.get_num_threads()
         y, saved = torch.empty_like(x), torch.empty(4, c, device=x.device)
         sums = torch.empty(threads, 2, c, dtype=torch.float64)
@@ -63,8 +88,7 @@ class _Compiled(torch.autograd.Function):
         _call("forward", x.dtype, tensors, rows, c, norm.momentum, norm.eps, relu, threads)
         ctx.save_for_backward(x, saved)
         ctx.relu = relu
-        setattr(y, _AGAIN, partial(_made_again, x.detach(), saved, relu))
-        return y
+        return remember(y, partial(_activated, x, saved, relu))
 
     @staticmethod
     @once_differentiable
@@ -90,16 +114,14 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, norm: Any, relu: bool) -> Tensor:
-        running = (norm.running_mean, norm.running_var)
+        x, running = x.detach(), (norm.running_mean, norm.running_var)  # kept, as above
         y, mean, inverse = torch.native_batch_norm(
             x, gamma, beta, *running, True, norm.momentum, norm.eps
         )
         ctx.save_for_backward(x, gamma, mean, inverse)
-        ctx.again = partial(_normalized, x.detach(), mean, inverse, norm, relu)
+        ctx.again = partial(_normalized, x, mean, inverse, norm, relu)
         ctx.eps, ctx.relu = norm.eps, relu
-        y = y.relu_() if relu else y
-        setattr(y, _AGAIN, ctx.again)
-        return y
+        return remember(y.relu_() if relu else y, ctx.again)
 
     @staticmethod
     @once_differentiable
@@ -126,20 +148,8 @@ def bn_relu(x: Tensor, norm: nn.BatchNorm2d, relu: bool, compiled: bool) -> Tens
     return made.apply(x, norm.weight, norm.bias, norm, relu)
 
 
-def made_again(tensor: Tensor) -> Callable[[], Tensor] | None:
-    """The function that makes this output of ``bn_relu`` again; None for any other tensor."""
-    return getattr(tensor, _AGAIN, None)
-
-
 @contextmanager
 def forgetting() -> Iterator[None]:
-    """Whatever is computed inside keeps, of what ``bn_relu`` made, only how to make it again."""
-
-    def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
-        return made_again(tensor) or tensor.detach()
-
-    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
-        return kept if isinstance(kept, Tensor) else kept()
-
+    """Whatever is computed inside keeps, of what can be made again, only how."""
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

@@ -4,19 +4,22 @@ What is activated is neither written to memory nor kept. Between convolutions th
 well, passes over memory are half of what a step takes.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from resnetv2_cli import native
-from resnetv2_cli.fused import LANES, fits
+from resnetv2_cli.fused import LANES, fits, made_again, pack, remember, unpack
 
 LAST = torch.channels_last
 MOST = 2**17  # weights; PyTorch's own is as fast from 2**18 on, where they no longer lie in a cache
 ROOM = 2**17  # numbers of an image with its border, which a 3x3 convolution keeps in a cache
 NAMES = {1: "pointwise", 3: "conv3x3"}  # of the functions, by the kernel
+EACH = 8  # of sums along a shortcut, one of so many is kept where the others are made again
 
 
 def joins(x: Tensor, norm: nn.BatchNorm2d, conv: nn.Module) -> bool:
@@ -53,6 +56,59 @@ def _mixed() -> bool:
     return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
+class Sum:
+    """Makes x_l + F(x_l) again, by the last convolution of F alone, from an x_l that may be such a
+    sum itself. That one stays at hand: backward asks for it next."""
+
+    def __init__(self, plus: Tensor, added_to: Callable[[Tensor], Tensor]) -> None:
+        self.plus, self.added_to = pack(plus), added_to
+        self.length: int = 1 + (self.plus.length if isinstance(self.plus, Sum) else 0)
+        self.made: Tensor | None = None
+
+    @classmethod
+    def of(cls, plus: Tensor, added_to: Callable[[Tensor], Tensor]) -> Self | None:
+        """None for one that is to be kept, from which the next ones are made."""
+        made = cls(plus, added_to)
+        return made if made.length < EACH else None
+
+    def __call__(self) -> Tensor:
+        made, self.made = self._stays(), None
+        return made
+
+    def _stays(self) -> Tensor:
+        if self.made is None:
+            plus = self.plus._stays() if isinstance(self.plus, Sum) else unpack(self.plus)
+            self.made = self.added_to(plus)
+        return self.made
+
+
+def _forward(
+    x: Tensor,
+    plus: Tensor | None,
+    w: Tensor,
+    saved: Tensor,
+    own: list[Tensor | None],
+    numbers: tuple[float, float],
+    again: bool = False,
+) -> Tensor:
+    """y; ``saved`` is written, or read if it is made ``again``. ``own``: BN's parameters and
+    running statistics; ``numbers``: its momentum and eps."""
+    images, c, *sides = x.shape
+    n, threads = w.shape[0], torch.get_num_threads()
+    y = torch.empty_like(x[:, :1].expand(-1, n, -1, -1), memory_format=LAST)
+    sums = torch.empty(threads, 2, c, dtype=torch.float64)
+    packed = torch.empty(w.shape, dtype=x.dtype)
+    tensors = [x, plus, y, *own[:2], w, *own[2:], saved, sums, packed]
+    name = f"{NAMES[w.shape[-1]]}_forward"
+    native.call(name, tensors, images, *sides, c, n, *numbers, threads, again)
+    return y
+
+
+def _added(x: Tensor, saved: Tensor, w: Tensor, plus: Tensor) -> Tensor:
+    """What ``_Joined`` makes of x, plus and the statistics that it saved."""
+    return _forward(x, plus, w, saved, [None] * 4, (0.0, 0.0), again=True)
+
+
 class _Joined(torch.autograd.Function):
     """By the functions of ``pointwise.c`` and ``conv3x3.c``. x comes out again: its gradient is
     added as dx is written."""
@@ -61,21 +117,16 @@ class _Joined(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, plus: Tensor | None, gamma: Tensor, beta: Tensor, w: Tensor, norm: Any
     ) -> tuple[Tensor, Tensor]:
-        images, c, *sides = x.shape
-        n, threads = w.shape[0], torch.get_num_threads()
-        y = torch.empty_like(x[:, :1].expand(-1, n, -1, -1), memory_format=LAST)
-        saved = torch.empty(4, c, device=x.device)
-        sums = torch.empty(threads, 2, c, dtype=torch.float64)
-        packed = torch.empty(w.shape, dtype=x.dtype)
+        saved = torch.empty(4, x.shape[1], device=x.device)
         if plus is not None:
-            plus = plus.to(y.dtype).contiguous(memory_format=LAST)
-        running = [norm.running_mean, norm.running_var]
-        tensors = [x, plus, y, gamma, beta, w, *running, saved, sums, packed]
-        numbers = [images, *sides, c, n, norm.momentum, norm.eps, threads]
-        native.call(f"{NAMES[w.shape[-1]]}_forward", tensors, *numbers)
+            plus = plus.to(x.dtype).contiguous(memory_format=LAST)
+        own = [gamma, beta, norm.running_mean, norm.running_var]
+        y = _forward(x, plus, w, saved, own, (norm.momentum, norm.eps))
         ctx.save_for_backward(x, saved, w)
         ctx.set_materialize_grads(False)
-        return y, x.view_as(x)
+        if plus is not None and ctx.needs_input_grad[1]:
+            remember(y, Sum.of(plus, partial(_added, x.detach(), saved, w.detach())))
+        return y, remember(x.view_as(x), made_again(x))
 
     @staticmethod
     @once_differentiable

@@ -47,11 +47,12 @@ static void forward_block(const uint16_t *x, const uint16_t *w, const uint16_t *
 #undef TILES
 }
 
+/* again: with the statistics that are saved, which stay as they are. */
 void pointwise_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, const float *gamma,
                        const float *beta, const float *weight, float *running_mean,
                        float *running_var, float *saved, double *sums, uint16_t *w, int64_t images,
                        int64_t height, int64_t width, int64_t c, int64_t n, double momentum,
-                       double eps, int threads) {
+                       double eps, int threads, int again) {
     int64_t rows = images * height * width;
     float origin[MOST];
     for (int64_t j = 0; j < c; j += LANES) store_float(origin + j, load_bf16(x + j));
@@ -59,10 +60,10 @@ void pointwise_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, con
     {
         int64_t first, last;
         rows_of(rows, BLOCK, &first, &last);
-        count(x, origin, sums + 2 * c * omp_get_thread_num(), first, last, c);
+        if (!again) count(x, origin, sums + 2 * c * omp_get_thread_num(), first, last, c);
         pack_inputs(weight, w, c, n); /* its end is a barrier: the sums are there */
 #pragma omp single
-        {
+        if (!again) {
             gather(sums, c);
             statistics(sums, origin, gamma, beta, running_mean, running_var, saved, rows, c,
                        momentum, eps);

@@ -57,6 +57,17 @@ def test_the_count_grows_with_depth_as_the_networks_do(unit, block, shortcut):
     assert found == pytest.approx(counted, abs=100)  # stochastic depth keeps a bit of each unit
 
 
+@pytest.mark.parametrize("n, off", [(18, 0.001), (22, 0.05)])
+def test_the_count_grows_where_most_sums_are_made_again(n, off):
+    e = Experiment(depth=9 * n + 2, block="bottleneck", recompute_bn=True)
+    counted = footprint._whole(e, "bf16-mixed", "cpu")
+    found = along_depth(e, lambda e: footprint._whole(e, "bf16-mixed", "cpu"))
+    assert found == pytest.approx(counted, rel=off)
+    if native.multiplies():
+        plain = activation_bytes(replace(e, recompute_bn=False), "bf16-mixed")
+        assert 0.38 < counted / plain < 0.46
+
+
 def test_half_is_kept_where_bn_and_relu_are_made_again():
     def kept(**settings):
         return activation_bytes(Experiment(depth=110, **settings), "bf16-mixed")
@@ -71,25 +82,33 @@ STEP = """
 import sys, torch
 from resnetv2_cli import memory
 from resnetv2_cli.resnet import ResNet
-net = ResNet(56).to(memory_format=torch.channels_last)
+mixed = "mixed" in sys.argv
+net = ResNet(83 if mixed else 56).to(memory_format=torch.channels_last)
 net.activate(True, "bn" in sys.argv)
 net.segments = 9 * ("segments" in sys.argv)
 x = torch.randn(128, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-net(x[:2]).sum().backward()
+def step(x):
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed, cache_enabled=False):
+        y = net(x)
+    y.sum().backward()
+step(x[:2])
 before = memory.now()
 memory.forget_peak()
-net(x).sum().backward()
+step(x)
 print(memory.peak(x.device)["host"] - before)
 """
 
 
 @pytest.mark.skipif(not memory.forget_peak(), reason="the system does not tell the peak")
-@pytest.mark.parametrize("again", ["", "bn", "segments"])
+@pytest.mark.parametrize("again", ["", "bn", "segments", "bn mixed"])
 def test_a_step_takes_what_was_foretold(again):
-    command = [sys.executable, "-c", STEP, again]
+    command = [sys.executable, "-c", STEP, *again.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    e = Experiment(depth=56, recompute_bn=again == "bn", recompute=9 * (again == "segments"))
-    foretold = step_bytes(e, "32-true", 128)
+    mixed = "mixed" in again
+    e = Experiment(
+        depth=83 if mixed else 56, recompute_bn="bn" in again, recompute=9 * (again == "segments")
+    )
+    foretold = step_bytes(e, "bf16-mixed" if mixed else "32-true", 128)
     # Convolutions have buffers of their own, which weigh more where little else is kept.
     assert 0.7 < int(done.stdout) / foretold < 1.6
 

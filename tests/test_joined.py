@@ -169,15 +169,27 @@ def test_every_unit_and_shortcut_against_float64(unit, shortcut, depth, block, c
     assert all(int(v) == 1 for k, v in found[2].items() if k.endswith("tracked"))
 
 
+@pytest.mark.parametrize("each", [2, 8])
+@pytest.mark.parametrize("shortcut", ["identity", "dropout"])
 @pytest.mark.parametrize("segments, mode", [(0, "forget"), (2, "compiled"), (2, "forget")])
-def test_what_is_computed_again_is_what_was(segments, mode, called):
-    net = ResNet(29, "bottleneck", shortcut="dropout")
+def test_what_is_computed_again_is_what_was(segments, mode, shortcut, each, called, monkeypatch):
+    monkeypatch.setattr("resnetv2_cli.joined.EACH", each)
+    net = ResNet(29, "bottleneck", shortcut=shortcut)
     kept = trained_step(net, "compiled", mixed=True)
     net.segments = segments
     again = trained_step(net, mode, mixed=True)
     assert "pointwise_backward" in called
     assert torch.equal(kept[0], again[0]) and torch.equal(kept[1], again[1])
     torch.testing.assert_close(kept[2], again[2])
+
+
+@pytest.mark.parametrize("each, made", [(1, 0), (2, 3), (3, 6), (8, 6)])
+def test_sums_are_made_again_once_each_from_those_that_are_kept(each, made, called, monkeypatch):
+    """Of three stages of three units; the sum of a stage's last is kept, for what is behind it is
+    not joined."""
+    monkeypatch.setattr("resnetv2_cli.joined.EACH", each)
+    trained_step(ResNet(29, "bottleneck"), "forget", mixed=True)
+    assert called.count("pointwise_forward") - called.count("pointwise_backward") == made
 
 
 def test_the_addition_is_its_last_layers(called):
