@@ -214,7 +214,7 @@ class Experiment:
     )
     recompute_bn: bool = setting(
         False,
-        "Keep nothing of what BN and ReLU make, and make it again in backward: half the memory.",
+        "Make again in backward what BN and ReLU make, and most additions: half the memory.",
         "Engine",
         free="memory against time",
     )
