@@ -13,6 +13,7 @@ from resnetv2_cli.bench.step import OPTIONS, PLAIN, bench_step
 from resnetv2_cli.bench.turns import Turn, in_turns, ratios, rows
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.prepare import Form, prepare
 from resnetv2_cli.describe import describe
 
 CPU = torch.device("cpu")
@@ -109,18 +110,24 @@ def test_data_paths_are_timed_beside_torchvisions(capsys):
 def test_photographs_are_read_beside_pil_and_torchvision(capsys, tmp_path):
     for split in ("train", "val"):
         for i in range(2):
-            (tmp_path / split / "a").mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (300, 280), (i, 9, 99)).save(tmp_path / split / "a" / f"{i}.jpg")
-    small = ["--dataset", "folder", "--data-dir", tmp_path, "--depth", 18, "--batch-size", 2]
-    made = json.loads(run(capsys, "data", *small, "--rounds", 1, "--stretch", 1, "--json").out)
-    assert list(made["arms"]) == [name for name, path in PATHS.items() if not path.decoded]
+            (tmp_path / "own" / split / "a").mkdir(parents=True, exist_ok=True)
+            file = tmp_path / "own" / split / "a" / f"{i}.jpg"
+            Image.new("RGB", (300, 280), (i, 9, 99)).save(file)
+    prepare(tmp_path / "own", tmp_path / "raw", Form(raw=True), 1, lambda done, of: None)
+    small = ["--dataset", "folder", "--data-dir", tmp_path / "own", "--depth", 18]
+    small += ["--batch-size", 2, "--prepared", tmp_path / "raw", "--rounds", 1, "--stretch", 1]
+    made = json.loads(run(capsys, "data", *small, "--json").out)
+    usual = [name for name, path in PATHS.items() if not path.decoded]
+    assert list(made["arms"]) == [*usual, "raw, scale", "raw, scale-aspect"]
 
 
 @pytest.mark.parametrize(
     "arguments, said",
     [
         (["step", "--arm", "bf16-chanels-last"], "bf16-channels-last"),
+        (["step", "--depth", 8, "--arm", "graphs", "--accelerator", "cpu"], "no CUDA graphs"),
         (["train", "--dataset", "digits", "--accumulate", 2], "whole batches"),
+        (["data", "--dataset", "digits", "--prepared", "x"], "only photographs"),
     ],
 )
 def test_what_bench_cannot_time_is_refused(arguments, said, capsys):

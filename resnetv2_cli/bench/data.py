@@ -6,6 +6,8 @@ To add one: a row in PATHS.
 import itertools
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from resnetv2_cli.data.augment import crop_and_flip
 from resnetv2_cli.data.module import EpochMaker, ImageData, Parts, Stream
 from resnetv2_cli.data.order import Schedule
 from resnetv2_cli.data.protocols import PROTOCOLS
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.machine import trainer_of
 from resnetv2_cli.manifest import environment
 from resnetv2_cli.plans import STEMS
@@ -158,18 +161,34 @@ PATHS = {
 }
 
 
-def bench_data(experiment: Experiment, rounds: int, steps: int) -> dict[str, Any]:
+def prepared_arms(experiment: Experiment, folders: list[Path], device: torch.device) -> dict:
+    """What ``train`` does with the same photographs prepared (``data prepare``), by folder."""
+    arms = {}
+    for place in folders:
+        _, data = build(replace(experiment, data_dir=str(place)))
+        for crop in ("scale", "scale-aspect"):
+            arms[f"{place.name}, {crop}"] = ours(crop)(data, device)
+    return arms
+
+
+def bench_data(
+    experiment: Experiment, rounds: int, steps: int, prepared: list[Path]
+) -> dict[str, Any]:
     """Images a second of each way to read the dataset, and their ratios to the first of PATHS.
 
-    Photographs are read by one core each; so many workers are so many times as fast.
+    Photographs are read by one core each; so many workers are so many times as fast. ``prepared``:
+    folders of the same photographs, which take turns with them.
 
     Raises:
-        UserError: the images are missing.
+        UserError: the images are missing, or there is nothing that could be prepared.
     """
     _, data = build(experiment)
     device = trainer_of(experiment, logger=False).strategy.root_device
     paths = {name: p for name, p in PATHS.items() if p.decoded == data.dataset.decoded}
     arms = {name: path.make(data, device) for name, path in paths.items()}
+    if prepared and data.dataset.decoded:
+        raise UserError("only photographs are prepared", "--dataset folder or imagenet")
+    arms |= prepared_arms(experiment, prepared, device)
     turns = in_turns(arms, rounds, steps, device)
     return {
         "bench": "data",

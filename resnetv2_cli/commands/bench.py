@@ -132,6 +132,10 @@ def step(
 @with_flags("accumulate", "compile", "recompute", "precision")
 def data(
     config: Config = None,
+    prepared: Annotated[
+        list[Path] | None,
+        typer.Option(help="The same photographs prepared, to take turns; may be given often."),
+    ] = None,
     rounds: Rounds = 5,
     stretch: Stretch = 20,
     output: Output = None,
@@ -142,6 +146,6 @@ def data(
     experiment = Experiment.load(config, **flags)
     from resnetv2_cli.bench.data import bench_data
 
-    made = bench_data(experiment, rounds, stretch)
+    made = bench_data(experiment, rounds, stretch, prepared or [])
     if shown(made, output, json):
         console.table(title(made), COLUMNS, [row(name, a) for name, a in made["arms"].items()])
