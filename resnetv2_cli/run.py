@@ -28,11 +28,7 @@ from resnetv2_cli.runfolder import RunFolder, read_metrics, write_json
 from resnetv2_cli.shortcuts import shortcut_class
 from resnetv2_cli.task import Classification
 
-OF_EACH = (
-    "data_dir",
-    "workers",
-    "weights",
-)  # what processes of one run need not share
+OF_EACH = ("data_dir", "workers", "weights")  # what processes of one run need not share
 FOLDER = "RESNETV2_RUN_FOLDER"  # tells the other processes of a run which folder the first took
 
 

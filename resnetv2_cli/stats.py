@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from statistics import mean, median, stdev
 
 CONFIDENCE = 0.95
-POWER = (
-    0.8  # chance of seeing a difference that is there, of as many seeds as ``seeds_needed`` says
-)
+POWER = 0.8  # chance of seeing a difference that is there, with ``seeds_needed`` seeds
 MOST_SEEDS = 10_000
 
 

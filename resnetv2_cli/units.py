@@ -30,9 +30,8 @@ class ResidualUnit(nn.Module):
         return self.after(y)  # x_{l+1} = f(y_l)               (2)
 
 
-PROJECTS: dict[
-    str, Callable[[bool], bool]
-] = {  # whether a unit that changes the shape, or not, does
+# Whether a unit projects, by the option of [1], from whether it changes the shape.
+PROJECTS: dict[str, Callable[[bool], bool]] = {
     "A": lambda changes: False,
     "B": lambda changes: changes,
     "C": lambda changes: True,
@@ -47,9 +46,7 @@ class Kind:
     block: str = "basic"
     shortcut: str = "identity"
     settings: Mapping[str, object] = field(default_factory=dict)
-    option: str = (
-        "A"  # of [1]: where the shape changes A pads with zeros, B projects; C always does
-    )
+    option: str = "A"  # of [1]: where the shape changes, A pads and B projects; C always does
     pad: str = "raw"  # what option A carries in a pre-activation unit: raw or activated x
     stride_on: str = "first"  # which weight layer of F has the stride: the first, or the 3x3
 
