@@ -1,14 +1,11 @@
-"""What happens around the training steps: metrics, checkpoints, and leaving early."""
+"""What happens around the training steps: metrics and checkpoints."""
 
 import math
-import os
-import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,7 +16,7 @@ from torch.nn.utils import get_total_norm
 from resnetv2_cli.checkpoint import WholeFiles
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.csvlog import CSVMetrics
-from resnetv2_cli.errors import Diverged, NotSaved, Stopped, UserError
+from resnetv2_cli.errors import Diverged, NotSaved, UserError
 from resnetv2_cli.manifest import Manifest
 from resnetv2_cli.nonfinite import IN_A_ROW, began
 from resnetv2_cli.runfolder import RunFolder
@@ -295,57 +292,3 @@ class Keeper(Callback):
 def evaluates(trainer: Trainer, batch_idx: int) -> bool:
     """Whether an evaluation follows this micro-batch."""
     return (batch_idx + 1) % trainer.val_check_batch == 0  # type: ignore[operator]
-
-
-SIGNALS = {
-    signal.SIGINT: 130,
-    signal.SIGTERM: 143,
-    signal.SIGUSR1: 138,
-    signal.SIGUSR2: 140,
-}
-TIME_OVER = 1000  # beside the numbers of signals
-
-
-class Leaver(Callback):
-    """Saves and leaves at the next iteration on a signal, or when ``seconds`` are over.
-
-    A second Ctrl-C leaves at once. The handler only sets a flag: several processes agree, every
-    ten iterations, before any of them saves.
-
-    Raises:
-        Stopped: with the exit status, 128 + the signal's number, or 0 when the time is over.
-    """
-
-    def __init__(self, keeper: Keeper, seconds: float | None) -> None:
-        self.keeper, self.signal = keeper, 0
-        self.deadline = math.inf if seconds is None else time.monotonic() + seconds
-
-    def on_train_start(self, trainer: Trainer, task: Classification) -> None:
-        # After Lightning's own, which broadcasts inside the handler; its teardown restores all.
-        for number in SIGNALS:
-            signal.signal(number, self.handle)
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal == signal.SIGINT == number:
-            os._exit(SIGNALS[signal.SIGINT])
-        self.signal = number
-
-    def on_train_batch_end(
-        self, trainer: Trainer, task: Classification, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not stepped(trainer, batch_idx) or evaluates(trainer, batch_idx):
-            return
-        if trainer.world_size == 1 or trainer.global_step % AGREE_EVERY == 0:
-            self.leave(trainer, task)
-
-    def on_validation_end(self, trainer: Trainer, task: Classification) -> None:
-        self.leave(trainer, task)
-
-    def leave(self, trainer: Trainer, task: Classification) -> None:
-        late = time.monotonic() > self.deadline
-        wish = agreed(trainer, self.signal or (TIME_OVER if late else 0))
-        if wish and trainer.global_step < trainer.max_steps:
-            self.keeper.save(trainer, task, leaving=True)
-            if wish == TIME_OVER:
-                raise Stopped("the time is over", 0)
-            raise Stopped(signal.Signals(wish).name, SIGNALS[signal.Signals(wish)])

@@ -103,8 +103,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         console.fail(error)
         sys.exit(2)
     except Stopped as stopped:
-        # Of several processes the first reports; another's status would look like a crash to it.
-        sys.exit(stopped.status if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
+        sys.exit(0 if child() else stopped.status)
     except (KeyboardInterrupt, SystemExit) as left:
         if interrupted(left):
             console.note("interrupted")
@@ -112,6 +111,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
         if isinstance(left, Terminated):
             console.note("terminated")
         raise
+
+
+def child() -> bool:
+    """Whether another process of the same run started this one, which would take its status for a
+    crash: Lightning's launcher names it as torchrun does, which starts them all."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def interrupted(error: BaseException | None) -> bool:

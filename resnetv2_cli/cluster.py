@@ -16,6 +16,7 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch import distributed
 
 from resnetv2_cli.errors import UserError, shown
@@ -161,9 +162,20 @@ class Steps(_TrainingEpochLoop):
     """Lightning's loop over batches, without its broadcast in each of them.
 
     There every process asks the first before each batch whether SIGTERM came, and waits for the
-    answer, which on a GPU waits for all that was queued. ``callbacks.Leaver`` has that signal, and
+    answer, which on a GPU waits for all that was queued. ``leaving.Leaver`` has that signal, and
     asks every ten iterations.
     """
 
     def _broadcast_sigterm_tensor(self) -> None:
+        pass
+
+
+class NoHandlers(_SignalConnector):
+    """Lightning's handlers of signals, which are not installed.
+
+    Theirs of SIGTERM broadcasts from within: another process takes that for its own next exchange,
+    and all of them hang. On SLURM theirs of USR1 saves a checkpoint of its own and requeues.
+    """
+
+    def register_signal_handlers(self) -> None:
         pass

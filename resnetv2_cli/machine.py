@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.layer_sync import LayerSync
 
 from resnetv2_cli import footprint, memory
 from resnetv2_cli.checkpoint import WholeFiles
-from resnetv2_cli.cluster import Steps, refuse_unfit
+from resnetv2_cli.cluster import NoHandlers, Steps, refuse_unfit
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.syncbn import FirstAverages, OverProcesses
@@ -101,6 +101,7 @@ def trainer_of(
         raise UserError(f"no such devices: {line}", hint) from None
     steps = trainer.fit_loop.epoch_loop
     trainer.fit_loop.epoch_loop = Steps(trainer, steps.min_steps, steps.max_steps)
+    trainer._signal_connector = NoHandlers(trainer)
     return trainer
 
 

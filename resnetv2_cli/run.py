@@ -6,13 +6,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli.callbacks import Keeper, Leaver, Readings, Recorder
+from resnetv2_cli.callbacks import Keeper, Readings, Recorder
 from resnetv2_cli.cluster import Meeting
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.csvlog import CSVMetrics
@@ -20,6 +21,7 @@ from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.errors import Diverged, UserError
 from resnetv2_cli.files import seal_of
 from resnetv2_cli.finetune import begin
+from resnetv2_cli.leaving import Leaver
 from resnetv2_cli.machine import precision, trainer_of
 from resnetv2_cli.manifest import Manifest, begun, environment
 from resnetv2_cli.plot import curves
@@ -142,6 +144,7 @@ def _train(
     recorder = Recorder(write[0], write[1], e.log_every, data.scored)  # type: ignore[arg-type]
     keeper = Keeper(folder, e, write[:2], tell)  # type: ignore[arg-type]
     readings = Readings(folder.manifest, data.scored)
+    leaver = Leaver(keeper, left())
     steps_between = max(1, round(e.eval_every * data.steps_per_epoch))
     trainer = trainer_of(
         e,
@@ -151,7 +154,7 @@ def _train(
         check_val_every_n_epoch=None,
         log_every_n_steps=10**9,
         logger=write,
-        callbacks=[readings, recorder, *display, keeper, Leaver(keeper, left())],
+        callbacks=[readings, recorder, *display, keeper, leaver],
         default_root_dir=folder.path,
     )
     last, step = _found(task, data, folder, tell) if resume else (None, 0)
@@ -165,7 +168,19 @@ def _train(
         else:
             folder.create(e, begun(experiment, e, origins, data.facts))
     meeting.agree(dict)
-    task.engage(trainer.strategy.root_device, tell)
+    with leaver:
+        task.engage(trainer.strategy.root_device, tell)
+        _fit(trainer, task, data, folder, last)
+    if not trainer.is_global_zero:
+        return {}
+    recorder.csv.write(flush=True)
+    return finish(task, data, folder)
+
+
+def _fit(
+    trainer: L.Trainer, task: Classification, data: ImageData, folder: RunFolder, last: Path | None
+) -> None:
+    """Train to the last iteration, and evaluate what the result is of."""
     try:
         trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
     except Diverged as error:
@@ -174,17 +189,13 @@ def _train(
             said |= {"iteration": error.iteration, "where": error.where}
             write_json(folder.failed, said)
         raise
-    if task.scores.get("step") != e.steps:  # the last iteration was not at the end of an epoch
+    if task.scores.get("step") != task.experiment.steps:  # it was not at the end of an epoch
         trainer.validate(task, datamodule=data, verbose=False, weights_only=True)
     if data.scored == "val":  # chosen without the test images, which are now read the first time
         chosen = checkpoints.read(folder.best)
         checkpoints.load_weights(task, chosen, folder.best)
         trainer.test(task, datamodule=data, verbose=False, weights_only=True)
         task.scores["step"] = chosen["global_step"]
-    if not trainer.is_global_zero:
-        return {}
-    recorder.csv.write(flush=True)
-    return finish(task, data, folder)
 
 
 def _found(
@@ -309,10 +320,12 @@ def evaluate(
     saved, task, data = restore(path, **overrides)
     counted = [Readings(manifest, "test")] if (manifest := manifest_of(path)) else []
     e = checkpoints.experiment_of(saved, **overrides)
-    trainer = trainer_of(e, logger=False, callbacks=counted)
+    leaver = Leaver()
+    trainer = trainer_of(e, logger=False, callbacks=[*counted, leaver])
     step = saved["global_step"]
     (meeting or Meeting()).agree(lambda: _state(e, data, path, step))
-    trainer.test(task, datamodule=data, verbose=False, weights_only=True)
+    with leaver:
+        trainer.test(task, datamodule=data, verbose=False, weights_only=True)
     scores = task.scores | {"step": step}
     expected = len(data.test.labels)
     assert scores["images"] == expected, f"{scores['images']} of {expected} images were counted"

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import shutil
+import signal
 import socket
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import multiprocessing
 from torch.profiler import ProfilerActivity, profile
@@ -19,6 +21,7 @@ from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import run
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import Stopped
 from resnetv2_cli.runfolder import RunFolder
 
 STEPS = 23  # an epoch of the digits, and an evaluation after it
@@ -50,6 +53,14 @@ class Collectives(Callback):
 
     def on_validation_end(self, trainer, task) -> None:
         self.keep(task)
+
+
+class Terminated(Callback):
+    """SIGTERM to the second process alone, in the evaluation after training."""
+
+    def on_validation_batch_start(self, trainer, task, batch, batch_idx) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def nothing_whole(folder: RunFolder) -> None:
@@ -103,6 +114,17 @@ def command(folder: RunFolder, steps: int) -> tuple[int, str]:
     return left.value.code, said.getvalue()
 
 
+def terminated(folder: RunFolder) -> tuple[int, int, bool]:
+    """A run that is terminated in its last evaluation, and continued: its status, the iteration
+    that is saved, and whether it has a result then."""
+    experiment = Experiment(**{**TRAIN, "devices": "2"}, steps=3, eval_every=0.1)
+    with pytest.raises(Stopped) as left:
+        run.train(experiment, folder, display=[Terminated()])
+    saved = checkpoints.read(folder.last)["global_step"]
+    run.train(experiment, folder, resume=True)
+    return left.value.status, saved, folder.result.exists()
+
+
 def work(rank: int, place: Path, port: int) -> None:
     """One of two processes: trains, and tries to go on in a folder of its own; what it saw is left
     in a file."""
@@ -127,6 +149,7 @@ def work(rank: int, place: Path, port: int) -> None:
         kept = rank == 1 or own.manifest.path.read_bytes() == before
         made["apart"][change.__name__] = (status, said, kept)
     made["new"] = command(RunFolder(place / "new" / "run"), STEPS + rank)
+    made["left"] = terminated(RunFolder(place / "ended"))
     torch.save(made, place / str(rank))
 
 
@@ -167,3 +190,9 @@ def test_a_new_run_that_would_begin_apart_is_refused(seen):
     for one in seen:
         status, said = one["new"]
         assert status == 2 and "process 0 would begin with steps 23, process 1 with 24" in said
+
+
+def test_a_signal_to_one_in_the_last_evaluation_ends_both_and_what_is_saved_goes_on(seen):
+    statuses, saved, _ = zip(*(one["left"] for one in seen), strict=True)
+    assert statuses == (143, 143) and saved == (3, 3)
+    assert seen[0]["left"][2]

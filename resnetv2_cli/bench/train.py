@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from resnetv2_cli.bench.plain import PlainLoop
 from resnetv2_cli.bench.turns import WARM, Arm, finish, in_turns, rows, timed
-from resnetv2_cli.callbacks import Keeper, Leaver, Recorder
+from resnetv2_cli.callbacks import Keeper, Recorder
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
 from resnetv2_cli.data.augment import crop_and_flip
@@ -25,6 +25,7 @@ from resnetv2_cli.data.module import Batch, ImageData, Stream
 from resnetv2_cli.data.order import Epoch, Schedule, epoch_order
 from resnetv2_cli.display import Display
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.leaving import Leaver
 from resnetv2_cli.machine import precision, trainer_of
 from resnetv2_cli.manifest import environment
 from resnetv2_cli.optim import schedule, sgd

@@ -143,7 +143,12 @@ def evaluate(
 
     with cluster.Meeting() as meeting:
         file = checkpoints.find(checkpoint)
-        scores, task = run.evaluate(file, meeting, **flags)
+        try:
+            scores, task = run.evaluate(file, meeting, **flags)
+        except Stopped as stopped:
+            if run.first_process():
+                console.note(f"{stopped}: it was not evaluated")
+            raise
     if not run.first_process():
         return
     inside = file.parent.parent if file.parent.name == "checkpoints" else file.parent

@@ -1,0 +1,119 @@
+"""Leaving early, by a signal or when the time is over: all processes, and nothing is lost."""
+
+import math
+import os
+import signal
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from resnetv2_cli.callbacks import AGREE_EVERY, Keeper, agreed, evaluates, stepped
+from resnetv2_cli.errors import Stopped
+from resnetv2_cli.task import Classification
+
+SIGNALS = {
+    signal.SIGINT: 130,
+    signal.SIGTERM: 143,
+    signal.SIGUSR1: 138,
+    signal.SIGUSR2: 140,
+}
+TIME_OVER = 1000  # beside the numbers of signals
+
+
+class Leaver(Callback):
+    """Saves and leaves at the next iteration on a signal, or when ``seconds`` are over. In an
+    evaluation after training all is saved: one process leaves at once, several at a batch.
+
+    Its handler is there while it is entered, and sets a flag: several processes agree, every ten
+    iterations, before any of them saves. A second Ctrl-C leaves at once.
+
+    Raises:
+        Stopped: with the exit status, 128 + the signal's number, or 0 when the time is over.
+    """
+
+    def __init__(self, keeper: Keeper | None = None, seconds: float | None = None) -> None:
+        self.keeper, self.signal = keeper, 0
+        self.deadline = math.inf if seconds is None else time.monotonic() + seconds
+        self.at_once = False
+        self.shared = 0  # batches of an evaluation that every process has
+
+    def __enter__(self) -> "Leaver":
+        self.before = {number: signal.signal(number, self.handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal == signal.SIGINT == number:
+            os._exit(SIGNALS[signal.SIGINT])
+        self.signal = number
+        if self.at_once:
+            raise stopped(number)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, task: Classification, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not stepped(trainer, batch_idx) or evaluates(trainer, batch_idx):
+            return
+        if trainer.world_size == 1 or trainer.global_step % AGREE_EVERY == 0:
+            self.leave(trainer, task)
+
+    def leave(self, trainer: Trainer, task: Classification) -> None:
+        late = time.monotonic() > self.deadline
+        wish = agreed(trainer, self.signal or (TIME_OVER if late else 0))
+        if wish and trainer.global_step < trainer.max_steps:
+            assert self.keeper is not None
+            self.keeper.save(trainer, task, leaving=True)
+            raise stopped(wish)
+
+    def on_validation_end(self, trainer: Trainer, task: Classification) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.leave(trainer, task)
+        self.at_once = False
+
+    def on_validation_start(self, trainer: Trainer, task: Classification) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.begin(trainer, trainer.num_val_batches)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, task: Classification, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.on_test_batch_end(trainer, task, outputs, batch, batch_idx)
+
+    def on_test_start(self, trainer: Trainer, task: Classification) -> None:
+        self.begin(trainer, trainer.num_test_batches)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, task: Classification, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # To ask waits for a GPU. A processor has nothing to wait for, and takes long for a batch.
+        often = trainer.strategy.root_device.type == "cpu" or (batch_idx + 1) % AGREE_EVERY == 0
+        if often and batch_idx < self.shared:
+            self.leave_evaluation(trainer)
+
+    def on_test_end(self, trainer: Trainer, task: Classification) -> None:
+        self.at_once = False
+
+    def begin(self, trainer: Trainer, batches: Sequence[float]) -> None:
+        """Before the first batch of an evaluation after training."""
+        self.shared = -agreed(trainer, -int(sum(batches)))  # another may have one less
+        self.at_once = trainer.world_size == 1
+        self.leave_evaluation(trainer)
+
+    def leave_evaluation(self, trainer: Trainer) -> None:
+        if wish := agreed(trainer, self.signal):
+            raise stopped(wish)
+
+
+def stopped(wish: int) -> Stopped:
+    """What a signal, or the time, ends the command with."""
+    if wish == TIME_OVER:
+        return Stopped("the time is over", 0)
+    return Stopped(signal.Signals(wish).name, SIGNALS[signal.Signals(wish)])
