@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from resnetv2_cli import native
 
 LANES, MOST = 16, 4096  # channels: a multiple of the first, at most the second (kernels.c)
+BEFORE, AFTER = 1, 2  # the addition: where ReLU is (kernels.c)
 _AGAIN = "_resnetv2_again"  # on a tensor: the function that makes it again
 Kept = Tensor | Callable[[], Tensor]
 
@@ -68,7 +69,7 @@ def rows_of(x: Tensor) -> tuple[int, int]:
     return n * h * w, c
 
 
-def _activated(x: Tensor, saved: Tensor, relu: bool) -> Tensor:
+def _activated(x: Tensor, saved: Tensor, relu: int) -> Tensor:
     y = torch.empty_like(x)
     _call("again", x.dtype, [x, y, saved], *rows_of(x), relu, torch.get_num_threads())
     return y
@@ -78,29 +79,34 @@ class _Compiled(torch.autograd.Function):
     """By the functions of ``kernels.c``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, norm: Any, relu: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, plus: Tensor | None, gamma: Tensor, beta: Tensor, norm: Any, relu: int
+    ) -> Tensor:
         x = x.detach()  # kept: all that read y, which is made from it, would have it made again
         (rows, c), threads = rows_of(x), torch.get_num_threads()
         y, saved = torch.empty_like(x), torch.empty(4, c, device=x.device)
         sums = torch.empty(threads, 2, c, dtype=torch.float64)
+        if plus is not None:
+            plus = plus.to(x.dtype).contiguous(memory_format=torch.channels_last)
         running = [norm.running_mean, norm.running_var]
-        tensors = [x, y, gamma, beta, *running, saved, sums]
+        tensors = [x, plus, y, gamma, beta, *running, saved, sums]
         _call("forward", x.dtype, tensors, rows, c, norm.momentum, norm.eps, relu, threads)
-        ctx.save_for_backward(x, saved)
+        ctx.save_for_backward(x, saved, y if relu == AFTER else None)
         ctx.relu = relu
-        return remember(y, partial(_activated, x, saved, relu))
+        return y if plus is not None else remember(y, partial(_activated, x, saved, relu))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, saved = ctx.saved_tensors
+        x, saved, y = ctx.saved_tensors
         (rows, c), threads = rows_of(x), torch.get_num_threads()
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
         dx, dgamma, dbeta = torch.empty_like(x), torch.empty(c), torch.empty(c)
+        dplus = dy if y is None else torch.empty_like(x)
         sums = torch.empty(threads, 2, c, dtype=torch.float64)
-        tensors = [dy, x, dx, saved, dgamma, dbeta, sums]
+        tensors = [dy, x, y, dx, dplus, saved, dgamma, dbeta, sums]
         _call("backward", x.dtype, tensors, rows, c, ctx.relu, threads)
-        return dx, dgamma, dbeta, None, None
+        return dx, dplus if ctx.needs_input_grad[1] else None, dgamma, dbeta, None, None
 
 
 def _normalized(x: Tensor, mean: Tensor, inverse: Tensor, norm: Any, relu: bool) -> Tensor:
@@ -144,8 +150,19 @@ def bn_relu(x: Tensor, norm: nn.BatchNorm2d, relu: bool, compiled: bool) -> Tens
     Shape: (N, C, H, W) -> (N, C, H, W).
     """
     norm.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
-    made = _Compiled if compiled else _Plain
-    return made.apply(x, norm.weight, norm.bias, norm, relu)
+    if compiled:
+        return _Compiled.apply(x, None, norm.weight, norm.bias, norm, BEFORE if relu else 0)
+    return _Plain.apply(x, norm.weight, norm.bias, norm, relu)
+
+
+def bn_sum(x: Tensor, plus: Tensor, norm: nn.BatchNorm2d, relu: int) -> Tensor:
+    """BN(x) + plus by ``kernels.c``, which x ``fits``; with ReLU on BN(x) (``BEFORE``), on the sum
+    (``AFTER``), or nowhere (0).
+
+    Shape: (N, C, H, W) each -> (N, C, H, W).
+    """
+    norm.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
+    return _Compiled.apply(x, plus, norm.weight, norm.bias, norm, relu)
 
 
 @contextmanager

@@ -1,15 +1,18 @@
-/* Batch normalization with an optional ReLU, in training, forward and backward.
+/* Batch normalization, ReLU and an addition, in training, forward and backward:
 
-   Each function exists for bf16 (T = uint16_t) and for float. A thread takes the same rows in both
+     y = f(scale x + shift, plus)     f: their sum, with ReLU nowhere, BEFORE it or AFTER it
+
+   ``plus`` may be null: nothing is added, and ReLU is BEFORE. Each function exists for bf16 (T = uint16_t) and for float. A thread takes the same rows in both
    passes, so that the second finds in its cache what the first brought there. */
 
 #include "vectors.h"
 
-/* y = scale x + shift, then ReLU if relu. */
+enum { BEFORE = 1, AFTER = 2 }; /* where ReLU is, if anywhere */
+
 #define FORWARD(NAME, T, LOAD, STORE)                                                            \
-    void NAME(const T *x, T *y, const float *gamma, const float *beta, float *running_mean,      \
-              float *running_var, float *saved, double *sums, int64_t rows, int64_t c,           \
-              double momentum, double eps, int relu, int threads) {                              \
+    void NAME(const T *x, const T *plus, T *y, const float *gamma, const float *beta,            \
+              float *running_mean, float *running_var, float *saved, double *sums, int64_t rows, \
+              int64_t c, double momentum, double eps, int relu, int threads) {                   \
         float origin[MOST];                                                                      \
         for (int64_t j = 0; j < c; j += LANES)                                                   \
             *(F_ *)(origin + j) = LOAD(x + j);                                                   \
@@ -46,41 +49,47 @@
                 statistics(sums, origin, gamma, beta, running_mean, running_var, saved, rows, c, \
                            momentum, eps);                                                       \
             }                                                                                    \
-            APPLY(x, y, saved, first, last, c, relu, LOAD, STORE)                                \
+            APPLY(x, plus, y, saved, first, last, c, relu, LOAD, STORE)                          \
         }                                                                                        \
     }
 
-#define APPLY(X, Y, SAVED, FIRST, LAST, C, RELU, LOAD, STORE)                                    \
+#define APPLY(X, PLUS, Y, SAVED, FIRST, LAST, C, RELU, LOAD, STORE)                              \
     for (int64_t b = FIRST; b < LAST; b += BLOCK) {                                              \
         int64_t end = b + BLOCK < LAST ? b + BLOCK : LAST;                                       \
         for (int64_t j = 0; j < C; j += LANES) {                                                 \
             F scale = *(F_ *)(SAVED + 2 * C + j), shift = *(F_ *)(SAVED + 3 * C + j);            \
-            if (RELU)                                                                            \
-                for (int64_t r = b; r < end; r++) {                                              \
-                    F v = scale * LOAD((X) + r * C + j) + shift;                                 \
-                    STORE(Y + r * C + j, only(v, ~(U)(v < 0)));                                  \
-                }                                                                                \
-            else                                                                                 \
-                for (int64_t r = b; r < end; r++)                                                \
-                    STORE(Y + r * C + j, scale * LOAD((X) + r * C + j) + shift);                 \
+            for (int64_t r = b; r < end; r++) {                                                  \
+                F v = scale * LOAD((X) + r * C + j) + shift;                                     \
+                if (RELU == BEFORE) v = only(v, ~(U)(v < 0));                                    \
+                if (PLUS) v += LOAD(PLUS + r * C + j);                                           \
+                if (RELU == AFTER) v = only(v, ~(U)(v < 0));                                     \
+                STORE(Y + r * C + j, v);                                                         \
+            }                                                                                    \
         }                                                                                        \
     }
 
-/* y of a forward once more, from x and what was saved. */
+/* y of a forward that added nothing once more, from x and what was saved. */
 #define AGAIN(NAME, T, LOAD, STORE)                                                              \
     void NAME(const T *x, T *y, const float *saved, int64_t rows, int64_t c, int relu,           \
               int threads) {                                                                     \
         _Pragma("omp parallel num_threads(threads)") {                                           \
             int64_t first, last;                                                                 \
             rows_of(rows, 1, &first, &last);                                                     \
-            APPLY(x, y, saved, first, last, c, relu, LOAD, STORE)                                \
+            APPLY(x, (const T *)0, y, saved, first, last, c, relu, LOAD, STORE)                  \
         }                                                                                        \
     }
 
-/* dx, dgamma and dbeta, from the gradient of y. What ReLU let pass is found again from x. */
+/* g, the gradient that ReLU let pass: found again from x (v), or from y where it is AFTER. */
+#define PASSED(G, R, LOAD)                                                                       \
+    if (relu == BEFORE) G = only(G, ~(U)(scale * v + shift <= 0));                               \
+    if (relu == AFTER) G = only(G, ~(U)(LOAD(y + (R) * c + j) <= 0));
+
+/* dx, dgamma and dbeta, from the gradient of y. Where ReLU is AFTER, dplus too, and it needs y;
+   elsewhere dplus is dy. */
 #define BACKWARD(NAME, T, LOAD, STORE)                                                           \
-    void NAME(const T *dy, const T *x, T *dx, const float *saved, float *dgamma, float *dbeta,   \
-              double *sums, int64_t rows, int64_t c, int relu, int threads) {                    \
+    void NAME(const T *dy, const T *x, const T *y, T *dx, T *dplus, const float *saved,          \
+              float *dgamma, float *dbeta, double *sums, int64_t rows, int64_t c, int relu,      \
+              int threads) {                                                                     \
         float slope[MOST], offset[MOST];                                                         \
         _Pragma("omp parallel num_threads(threads)") {                                           \
             double *mine = sums + 2 * c * omp_get_thread_num();                                  \
@@ -97,13 +106,13 @@
                     for (; r + 4 <= end; r += 4)                                                 \
                         for (int k = 0; k < 4; k++) {                                            \
                             F v = LOAD(x + (r + k) * c + j), g = LOAD(dy + (r + k) * c + j);     \
-                            if (relu) g = only(g, ~(U)(scale * v + shift <= 0));                 \
+                            PASSED(g, r + k, LOAD)                                               \
                             s[k] += g;                                                           \
                             q[k] += g * (v - mean);                                              \
                         }                                                                        \
                     for (; r < end; r++) {                                                       \
                         F v = LOAD(x + r * c + j), g = LOAD(dy + r * c + j);                     \
-                        if (relu) g = only(g, ~(U)(scale * v + shift <= 0));                     \
+                        PASSED(g, r, LOAD)                                                       \
                         s[0] += g;                                                               \
                         q[0] += g * (v - mean);                                                  \
                     }                                                                            \
@@ -122,9 +131,10 @@
                     F m = *(F_ *)(slope + j), o = *(F_ *)(offset + j);                           \
                     for (int64_t r = b; r < end; r++) {                                          \
                         F v = LOAD(x + r * c + j), g = LOAD(dy + r * c + j);                     \
-                        if (relu) g = only(g, ~(U)(scale * v + shift <= 0));                     \
+                        PASSED(g, r, LOAD)                                                       \
                         F d = scale * g + (m * v + o);                                           \
                         STORE(dx + r * c + j, d);                                                \
+                        if (relu == AFTER) STORE(dplus + r * c + j, g);                          \
                     }                                                                            \
                 }                                                                                \
             }                                                                                    \

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnetv2_cli.fused import bn_relu, fits
+from resnetv2_cli.fused import AFTER, BEFORE, bn_relu, bn_sum, fits
 from resnetv2_cli.joined import bn_relu_conv, joins
 
 
@@ -38,6 +38,17 @@ class Activation(nn.Sequential):
         if watched(*self) or not (compiled or self.forget):
             return super().forward(x)
         return bn_relu(x, norm, "relu" in self._modules, compiled)
+
+    def adds(self, x: Tensor) -> Any:
+        """The BN, where it can add something as it writes; else None."""
+        norm: Any = getattr(self, "bn", None)
+        one = self.training and self.compiled and plain(norm) and fits(x, norm)
+        return norm if one and not watched(self, *self) else None
+
+    @property
+    def bare(self) -> bool:
+        """Whether it is ReLU and nothing else, which nobody watches."""
+        return list(self._modules) == ["relu"] and not watched(self, *self)
 
     def joined(self, x: Tensor, conv: nn.Module) -> tuple[Any, Any] | None:
         """The BN and the convolution behind it, where both and ReLU are one operation on x."""
@@ -69,29 +80,41 @@ class Branch(nn.Sequential):
     """Layers in turn; in training BN, ReLU and the convolution behind them as one operation,
     where that fits (``joined``).
 
-    ``carry(x)``, if asked for, is added to what comes out: by the last layer as it writes, where
-    that is such an operation.
+    ``carry(x)``, if asked for, is added to what comes out, and ``after`` acts on the sum: by the
+    last layer as it writes, where that is such an operation or BN.
 
     Shape: (N, c_in, H, W) -> (N, c_out, H', W').
     """
 
-    def forward(self, x: Tensor, carry: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        y, layers = x, [m for m in self if not (type(m) is Activation and len(m) == 0)]
+    def forward(
+        self,
+        x: Tensor,
+        carry: Callable[[Tensor], Tensor] | None = None,
+        after: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        y, layers = x, list[Any](m for m in self if not (type(m) is Activation and len(m) == 0))
         while layers:
             layer = layers.pop(0)
-            joined = layer.joined(y, layers[0]) if type(layer) is Activation and layers else None
-            if joined is None:
+            acts = type(layer) is Activation
+            joined = layer.joined(y, layers[0]) if acts and layers else None
+            if acts and not layers and carry is not None and (norm := layer.adds(y)):
+                relu = BEFORE if "relu" in layer._modules else 0
+                if relu == 0 and type(after) is Activation and after.bare:
+                    relu, after = AFTER, None
+                y, carry = bn_sum(y, carry(x), norm, relu), None
+            elif joined is None:
                 y = layer(y)
-                continue
-            del layers[0]
-            plus = None
-            if carry is not None and not layers:
-                plus, carry = carry(x), None
-            if y is x:
-                y, x = bn_relu_conv(y, plus, *joined)
             else:
-                y, _ = bn_relu_conv(y, plus, *joined)
-        return y if carry is None else carry(x) + y
+                del layers[0]
+                plus = None
+                if carry is not None and not layers:
+                    plus, carry = carry(x), None
+                if y is x:
+                    y, x = bn_relu_conv(y, plus, *joined)
+                else:
+                    y, _ = bn_relu_conv(y, plus, *joined)
+        y = y if carry is None else carry(x) + y
+        return y if after is None else after(y)
 
 
 def activation(order: str, channels: int) -> Activation:

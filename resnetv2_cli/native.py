@@ -27,9 +27,9 @@ PATIENCE = 120.0  # seconds that compiling may take; it takes three
 KINDS = ("bf16", "float")
 INT64, DOUBLE, INT = ctypes.c_int64, ctypes.c_double, ctypes.c_int
 ARGUMENTS: dict[str, tuple[int, list[Any]]] = {  # of each function: pointers, then numbers
-    "forward": (8, [INT64] * 2 + [DOUBLE] * 2 + [INT] * 2),
+    "forward": (9, [INT64] * 2 + [DOUBLE] * 2 + [INT] * 2),
     "again": (3, [INT64] * 2 + [INT] * 2),
-    "backward": (7, [INT64] * 2 + [INT] * 2),
+    "backward": (9, [INT64] * 2 + [INT] * 2),
 }
 ARGUMENTS = {f"{name}_{kind}": row for name, row in ARGUMENTS.items() for kind in KINDS}
 PRODUCTS: dict[str, tuple[int, list[Any]]] = {  # where the processor multiplies bf16

@@ -38,12 +38,12 @@ class Shortcut(nn.Module):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.carry(x) + residual
 
-    def join(self, x: Tensor, residual: Branch) -> Tensor:
-        """``forward(x, F(x))``. Where that is this plain sum, F adds as it writes, unless somebody
-        watches for F(x)."""
+    def join(self, x: Tensor, residual: Branch, after: nn.Module) -> Tensor:
+        """``after(forward(x, F(x)))``. Where the middle is this plain sum, F adds as it writes,
+        unless somebody watches for F(x)."""
         if type(self).forward is Shortcut.forward and not watched(self, residual):
-            return residual(x, self.carry)
-        return self(x, residual(x))
+            return residual(x, self.carry, after)
+        return after(self(x, residual(x)))
 
 
 class ConstantScale(Shortcut):

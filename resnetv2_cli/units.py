@@ -26,8 +26,9 @@ class ResidualUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.shared(x)  # the identity in most units
-        y = self.shortcut.join(x, self.residual)  # y_l = h(x_l) + F(x_l, W_l)   (1)
-        return self.after(y)  # x_{l+1} = f(y_l)               (2)
+        # y_l = h(x_l) + F(x_l, W_l)   (1)
+        # x_{l+1} = f(y_l)             (2)
+        return self.shortcut.join(x, self.residual, self.after)
 
 
 # Whether a unit projects, by the option of [1], from whether it changes the shape.

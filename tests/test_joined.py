@@ -210,6 +210,34 @@ def test_the_addition_is_its_last_layers(called):
     assert not any("Add" in name for name in seen)
 
 
+@pytest.mark.parametrize("unit", ["original", "relu-before-add", "relu-only-preact"])
+def test_bn_behind_the_weights_adds_as_it_writes(unit, called):
+    """Of fp32 networks too; ReLU behind the addition is in it."""
+    made = ResNet(20, unit=unit).units[1].train().to(memory_format=LAST)
+    for module in made.modules():
+        module.compiled = True
+    y = made(torch.randn(2, 16, 8, 8).relu().to(memory_format=LAST).requires_grad_())
+    assert called.count("forward_float") == 2
+    assert y.grad_fn.name() == "_CompiledBackward"
+
+
+@pytest.mark.parametrize("part", ["residual", "shortcut", "after", "after.relu", "residual.last"])
+def test_who_watches_what_is_behind_the_weights_sees_it(part):
+    unit = ResNet(14, unit="original").units[1].train().to(memory_format=LAST)
+    for module in unit.modules():
+        module.compiled = True
+    x, seen = torch.randn(2, 16, 8, 8).to(memory_format=LAST), []
+    whole = unit(x)
+    unit.get_submodule(part).register_forward_hook(lambda _, given, y: seen.append(y.clone()))
+    torch.testing.assert_close(unit(x), whole)
+    if part.startswith("after"):
+        torch.testing.assert_close(seen[0], whole)
+    elif part == "shortcut":
+        torch.testing.assert_close(F.relu(seen[0]), whole)
+    else:
+        torch.testing.assert_close(F.relu(seen[0] + x), whole)
+
+
 @pytest.mark.parametrize("part", ["residual", "shortcut"])
 @pytest.mark.parametrize("training", [False, True])
 def test_who_watches_a_side_of_the_addition_sees_it(part, training):
