@@ -15,9 +15,9 @@ from conftest import REPOSITORY, THREADS
 PLANTED = {
     "the projection is fed the raw signal": (
         "units.py",
-        "        x = self.shared(x)  # the identity in most units\n"
-        "        y = self.shortcut.join(x, self.residual)",
-        "        raw, x = x, self.shared(x)\n        y = self.shortcut(raw, self.residual(x))",
+        "        x = self.shared(x)  # the identity in most units",
+        "        raw, x = x, self.shared(x)\n"
+        "        return self.after(self.shortcut(raw, self.residual(x)))",
         "figures",
     ),
     "the gates of exclusive gating are swapped": (
