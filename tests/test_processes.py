@@ -14,11 +14,12 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
+from test_fused import distance
 from torch import multiprocessing
 from torch.profiler import ProfilerActivity, profile
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import run
+from resnetv2_cli import native, run
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Stopped
@@ -61,6 +62,29 @@ class Terminated(Callback):
     def on_validation_batch_start(self, trainer, task, batch, batch_idx) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING and trainer.global_rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Gradients(Callback):
+    """What the first iteration learns from: all processes together, as DDP leaves it, and this one
+    alone, from its part of the batch. No more of the run."""
+
+    class Enough(Exception):
+        pass
+
+    def on_train_batch_start(self, trainer, task, batch, batch_idx) -> None:
+        self.batch = batch
+
+    def on_before_optimizer_step(self, trainer, task, optimizer) -> None:
+        parameters = list(task.net.parameters())
+        self.shared = flat(p.grad for p in parameters)
+        self.sizes = [p.numel() for p in parameters]
+        with trainer.precision_plugin.forward_context():
+            self.own = flat(torch.autograd.grad(task.loss(self.batch), parameters))
+        raise self.Enough
+
+
+def flat(tensors) -> torch.Tensor:
+    return torch.cat([t.flatten() for t in tensors])
 
 
 def nothing_whole(folder: RunFolder) -> None:
@@ -125,6 +149,29 @@ def terminated(folder: RunFolder) -> tuple[int, int, bool]:
     return left.value.status, saved, folder.result.exists()
 
 
+def gradients(place: Path) -> dict[str, dict]:
+    """Of a network of bottlenecks, and the functions of the library that ran."""
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        call = native.call
+        for name, settings in KERNELS.items():
+            ran, seen = Counter(), Gradients()
+            patch.setattr(native, "call", lambda n, *rest, c=ran: (c.update([n]), call(n, *rest)))
+            of = {"depth": 20, "block": "bottleneck", "devices": "2", "steps": 1, **settings}
+            with pytest.raises(Gradients.Enough):
+                run.train(Experiment(**TRAIN | of), RunFolder(place / name), display=[seen])
+            made[name] = {"shared": seen.shared, "own": seen.own, "sizes": seen.sizes, "ran": ran}
+    return made
+
+
+KERNELS = {
+    "exact": {"kernels": "eager"},
+    "eager": {"kernels": "eager", "precision": "bf16-mixed"},
+    "joined": {"precision": "bf16-mixed"},
+    "again": {"precision": "bf16-mixed", "recompute_bn": True},
+}
+
+
 def work(rank: int, place: Path, port: int) -> None:
     """One of two processes: trains, and tries to go on in a folder of its own; what it saw is left
     in a file."""
@@ -150,6 +197,7 @@ def work(rank: int, place: Path, port: int) -> None:
         made["apart"][change.__name__] = (status, said, kept)
     made["new"] = command(RunFolder(place / "new" / "run"), STEPS + rank)
     made["left"] = terminated(RunFolder(place / "ended"))
+    made["gradients"] = gradients(place) if native.multiplies() else {}
     torch.save(made, place / str(rank))
 
 
@@ -196,3 +244,24 @@ def test_a_signal_to_one_in_the_last_evaluation_ends_both_and_what_is_saved_goes
     statuses, saved, _ = zip(*(one["left"] for one in seen), strict=True)
     assert statuses == (143, 143) and saved == (3, 3)
     assert seen[0]["left"][2]
+
+
+@pytest.mark.skipif(not native.multiplies(), reason="no products of bf16")
+def test_joined_operations_learn_under_ddp_what_eager_ones_do(seen):
+    """Bit for bit the mean of what each part of the batch gives alone, for every parameter; in bf16
+    no farther from float32 than eager bf16 is, with room for the chance in it."""
+    one, other = (of["gradients"] for of in seen)
+    for name in KERNELS:
+        shared = one[name]["shared"]
+        assert torch.equal(shared, other[name]["shared"])
+        assert torch.equal(shared, (one[name]["own"] + other[name]["own"]) / 2)
+        assert not torch.equal(shared, one[name]["own"])
+        assert all(part.any() for part in shared.split(one[name]["sizes"]))
+    exact, eager, joined, again = (one[name]["shared"] for name in KERNELS)
+    assert distance(joined, exact) < 1.3 * distance(eager, exact)
+    assert torch.equal(joined, again)
+    layers = {"pointwise": 9, "conv3x3": 6}  # of those of stride 1 behind BN and ReLU
+    for kind, count in layers.items():
+        for way in ("forward", "backward"):  # of the step, and of a part of it alone
+            assert one["joined"]["ran"][f"{kind}_{way}"] == 2 * count
+    assert not one["eager"]["ran"]
