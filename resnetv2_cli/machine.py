@@ -134,10 +134,10 @@ def memory_line(experiment: Experiment) -> str:
     needed = footprint.step_bytes(experiment, precision(experiment), images, device.type)
     free = memory.available(device)
     parts = f", {experiment.accumulate} parts" if experiment.accumulate > 1 else ""
-    line = f"a step needs about {needed / 1e9:.1f} GB ({images} images{parts})"
+    line = f"a step needs about {needed / 1e9:,.1f} GB ({images:,} images{parts})"
     if free is None:
         return line
-    line += f"; {free / 1e9:.1f} GB are free"
+    line += f"; {free / 1e9:,.1f} GB are free"
     if needed <= free:
         return line
     hint = fitting(experiment)
@@ -152,4 +152,5 @@ def fitting(experiment: Experiment) -> str:
         parts = in_parts(experiment, "auto")
     except UserError as error:  # not even one image does
         return error.hint
-    return f"--micro-batch {footprint.part_size(parts)} would fit, or try --recompute-bn"
+    hint = f"--micro-batch {footprint.part_size(parts)} would fit, which --micro-batch auto finds"
+    return hint if experiment.recompute_bn else f"{hint}; or try --recompute-bn"

@@ -1,6 +1,7 @@
 """The memory that is foretold is the memory that is taken, and micro-batches are made to fit it."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -191,3 +192,17 @@ def test_a_batch_that_the_system_would_die_of_is_refused_with_the_size_that_fits
     with pytest.raises(UserError) as caught:
         machine.memory_line(e)
     assert "--recompute" in caught.value.hint
+
+
+@pytest.mark.skipif(memory.available(torch.device("cpu")) is None, reason="free memory unknown")
+def test_what_no_machine_has_is_refused_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main("train --depth 1001 --batch-size 100000 --accelerator cpu --recompute-bn".split())
+    _, error, hint = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and not list(tmp_path.iterdir())
+    free = re.search(r"needs about [\d,.]+ GB \(100,000 images\); ([\d,.]+) GB are free", error)
+    size = re.fullmatch("hint: --micro-batch (.+) would fit, which --micro-batch auto finds", hint)
+    e = Experiment(depth=1001, batch_size=100_000, recompute_bn=True)
+    needed = step_bytes(e, machine.precision(e), int(size[1])) / 1e9
+    assert 0.8 * needed < float(free[1].replace(",", "")) < 1.3 * needed
