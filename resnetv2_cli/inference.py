@@ -168,7 +168,7 @@ def predict(task: Classification, found: Sequence[Picture], top: int) -> Iterato
     )
     trainer = trainer_of(e, logger=False)
     device = trainer.strategy.root_device
-    task.to(device)
+    task.to(device).fuse(device)
     names = iter(found)
     for pixels, errors in loader:
         with torch.inference_mode(), trainer.precision_plugin.forward_context():

@@ -1,4 +1,4 @@
-"""BN, ReLU and the convolution of stride 1 behind them as one operation, in training, on bf16.
+"""BN, ReLU and the convolution of stride 1 behind them as one operation on bf16.
 
 What is activated is neither written to memory nor kept. Between convolutions that use the processor
 well, passes over memory are half of what a step takes.
@@ -104,8 +104,10 @@ def _forward(
     return y
 
 
-def _added(x: Tensor, saved: Tensor, w: Tensor, plus: Tensor) -> Tensor:
+def _added(x: Tensor, saved: Tensor, w: Tensor, plus: Tensor | None) -> Tensor:
     """What ``_Joined`` makes of x, plus and the statistics that it saved."""
+    if plus is not None:
+        plus = plus.to(x.dtype).contiguous(memory_format=LAST)
     return _forward(x, plus, w, saved, [None] * 4, (0.0, 0.0), again=True)
 
 
@@ -152,11 +154,21 @@ class _Joined(torch.autograd.Function):
 def bn_relu_conv(
     x: Tensor, plus: Tensor | None, norm: nn.BatchNorm2d, conv: nn.Conv2d
 ) -> tuple[Tensor, Tensor]:
-    """The convolution of relu(BN(x)), with ``plus`` added if there is one; and x.
+    """The convolution of relu(BN(x)), with ``plus`` added if there is one; and x. BN has the
+    batch's statistics in training, and its running ones in evaluation, which has no gradient.
 
     Who goes on with the x that comes out saves the addition of two gradients.
 
     Shape: x (N, c_in, H, W), plus (N, c_out, H, W) -> y (N, c_out, H, W), x.
     """
+    if not norm.training:
+        return _added(x, _running(norm), conv.weight, plus), x
     norm.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
     return _Joined.apply(x, plus, norm.weight, norm.bias, conv.weight, norm)
+
+
+def _running(norm: Any) -> Tensor:
+    """Mean, 1 / std, scale and shift by the running statistics, as a training pass saves them."""
+    inverse = (norm.running_var + norm.eps).rsqrt()
+    scale = norm.weight * inverse
+    return torch.stack([norm.running_mean, inverse, scale, norm.bias - norm.running_mean * scale])

@@ -18,7 +18,8 @@ def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Activation(nn.Sequential):
-    """BN and ReLU in the order written; in training as one operation, where that is asked for.
+    """BN and ReLU in the order written; in training as one operation, where that is asked for, and
+    with the convolution behind them in evaluation too (``joined``).
 
     ``compiled``: by the functions of ``kernels.c``, for tensors that fit them. ``forget``: what
     comes out is not kept for backward but made again, whatever the tensor. Modules that somebody
@@ -53,21 +54,27 @@ class Activation(nn.Sequential):
     def joined(self, x: Tensor, conv: nn.Module) -> tuple[Any, Any] | None:
         """The BN and the convolution behind it, where both and ReLU are one operation on x."""
         norm: Any = getattr(self, "bn", None)
-        one = self.training and self.compiled and "relu" in self._modules and plain(norm)
+        evaluates = still(norm) and not torch.is_grad_enabled()
+        one = self.compiled and "relu" in self._modules and (plain(norm) or evaluates)
         if one and joins(x, norm, conv) and not watched(self, *self, conv):
             return norm, conv
         return None
 
 
 def plain(norm: nn.Module | None) -> bool:
-    """Whether this is BN as it is here: not one that synchronizes processes, averages wholly, or
-    stands still."""
+    """Whether this is BN as it is here in training: not one that synchronizes processes, averages
+    wholly, or stands still."""
     return (
         type(norm) is nn.BatchNorm2d
         and norm.training
         and norm.momentum is not None
         and norm.track_running_stats
     )
+
+
+def still(norm: nn.Module | None) -> bool:
+    """Whether this is BN that goes by its running statistics."""
+    return type(norm) is nn.BatchNorm2d and not norm.training and norm.track_running_stats
 
 
 def watched(*modules: nn.Module) -> bool:
@@ -77,8 +84,8 @@ def watched(*modules: nn.Module) -> bool:
 
 
 class Branch(nn.Sequential):
-    """Layers in turn; in training BN, ReLU and the convolution behind them as one operation,
-    where that fits (``joined``).
+    """Layers in turn; BN, ReLU and the convolution behind them as one operation, where that fits
+    (``joined``).
 
     ``carry(x)``, if asked for, is added to what comes out, and ``after`` acts on the sum: by the
     last layer as it writes, where that is such an operation or BN.

@@ -324,6 +324,7 @@ def evaluate(
     trainer = trainer_of(e, logger=False, callbacks=[*counted, leaver])
     step = saved["global_step"]
     (meeting or Meeting()).agree(lambda: _state(e, data, path, step))
+    task.fuse(trainer.strategy.root_device)
     with leaver:
         trainer.test(task, datamodule=data, verbose=False, weights_only=True)
     scores = task.scores | {"step": step}

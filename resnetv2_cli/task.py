@@ -112,9 +112,14 @@ class Classification(L.LightningModule):
                 return
             tell(f"not compiled: {why}")
         if e.kernels == "auto" and device.type == "cpu":
-            self.net.activate(True, e.recompute_bn)
+            self.fuse(device)
             if why := native.why_not():
                 tell(f"BN and ReLU are PyTorch's own, which are slower: {why}")
+
+    def fuse(self, device: torch.device) -> None:
+        """Switch on the compiled operations, where the device and the experiment have them."""
+        e = self.experiment
+        self.net.activate(e.kernels == "auto" and device.type == "cpu", e.recompute_bn)
 
     def record(self, processes: int = 1) -> None:
         """Have whole batches pass the network as CUDA graphs, if that was asked for; it is where

@@ -169,6 +169,34 @@ def test_every_unit_and_shortcut_against_float64(unit, shortcut, depth, block, c
     assert all(int(v) == 1 for k, v in found[2].items() if k.endswith("tracked"))
 
 
+@pytest.mark.parametrize("depth, block", [(14, "basic"), (20, "bottleneck")])
+@pytest.mark.parametrize("shortcut", ["identity", "exclusive-gate"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_an_evaluation_is_joined_too(unit, shortcut, depth, block, called):
+    """By running statistics, which stay as they are; no farther from float64 than eager bf16."""
+    torch.manual_seed(0)
+    net = ResNet(depth, block, unit, shortcut).eval().to(memory_format=LAST)
+    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.normal_(norm.running_mean, 0, 0.3)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.normal_(norm.weight, 1, 0.3)
+        nn.init.normal_(norm.bias)
+    x, found = torch.randn(8, 3, 32, 32).to(memory_format=LAST), {}
+    state = copy.deepcopy(net.state_dict())
+    exact = copy.deepcopy(net).double()(x.double()).detach()
+    for compiled in (False, True):
+        net.activate(compiled, False)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found[compiled] = distance(net(x).double(), exact)
+        assert bool(called) == compiled
+    assert found[True] < 1.3 * found[False] + 1e-3
+    torch.testing.assert_close(net.state_dict(), state, rtol=0, atol=0)
+    called.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        net(x)  # somebody may want gradients
+    assert not called
+
+
 @pytest.mark.parametrize("each", [2, 8])
 @pytest.mark.parametrize("shortcut", ["identity", "dropout"])
 @pytest.mark.parametrize("segments, mode", [(0, "forget"), (2, "compiled"), (2, "forget")])

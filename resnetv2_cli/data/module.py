@@ -20,7 +20,7 @@ from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.plans import STEMS
 
-EVAL_BATCH = {True: 500, False: 64}  # images at a time in evaluation, when decoded, and from files
+EVAL_BATCH = {True: 250, False: 64}  # images at a time in evaluation, when decoded, and from files
 
 
 class Batch(NamedTuple):
