@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# A job that its queue stops and requeues ends as one that was never stopped; a sweep runs as jobs of the queue.
+# A job that its queue stops and requeues ends as one that was never stopped, with one task and with two; a sweep
+# runs as jobs of the queue.
 #
-# tests/stress/slurm.sh: as root, where Debian's slurm-wlm and munge are installed. It starts a SLURM of one
-# node of its own, which no other touches, and ends with status 0 if everything is as it should be.
+# tests/stress/slurm.sh: as root, on two processors, where Debian's slurm-wlm and munge are installed. It starts a
+# SLURM of one node of its own, which no other touches, and ends with status 0 if everything is as it should be.
 set -euo pipefail
 work=$(mktemp -d)
 export SLURM_CONF=$work/slurm.conf OMP_NUM_THREADS=1
@@ -32,40 +33,44 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
-NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
+NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc --all) State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
 slurmctld -f "$SLURM_CONF"
 slurmd -f "$SLURM_CONF"
 for _ in $(seq 30); do sinfo -h -o %t 2>/dev/null | grep -q idle && break || sleep 1; done
 
-for run in whole requeued; do
-    cat >"$work/$run.sh" <<JOB
+for tasks in 1 2; do # two meet before they begin, and agree when to leave
+    for run in whole requeued; do
+        cat >"$work/$run-$tasks.sh" <<JOB
 #!/bin/bash
-#SBATCH --nodes=1 --ntasks-per-node=1 --requeue --open-mode=append --output=$work/$run.log
-srun resnetv2 train --continue --output $work/$run --dataset digits --depth 8 --batch-size 16 \
-    --steps 1000 --log-every 50 --shortcut dropout --accelerator cpu
+#SBATCH --nodes=1 --ntasks-per-node=$tasks --requeue --open-mode=append --output=$work/$run-$tasks.log
+srun resnetv2 train --continue --output $work/$run-$tasks --dataset digits --depth 8 --batch-size 16 \
+    --steps $((1000 / tasks)) --log-every 50 --shortcut dropout --accelerator cpu --devices $tasks
 status=\$?
 if [ \$status = 138 ]; then scontrol requeue \$SLURM_JOB_ID; fi
 exit \$status
 JOB
-done
-sbatch "$work/whole.sh"
-job=$(sbatch --parsable "$work/requeued.sh")
-for _ in $(seq 300); do grep -q "^200," "$work/requeued/metrics.csv" 2>/dev/null && break || sleep 0.5; done
-scancel --signal=USR1 "$job" # what the queue sends before a job's time is over
-for _ in $(seq 300); do [ -f "$work/whole/result.json" ] && [ -f "$work/requeued/result.json" ] && break || sleep 2; done
-cmp "$work/whole/metrics.csv" "$work/requeued/metrics.csv"
-python - "$work" <<'COMPARE'
+    done
+    whole=$work/whole-$tasks requeued=$work/requeued-$tasks
+    job=$(sbatch --parsable "$requeued.sh")
+    sbatch "$whole.sh"
+    for _ in $(seq 300); do grep -q "^200," "$requeued/metrics.csv" 2>/dev/null && break || sleep 0.5; done
+    scancel --signal=USR1 "$job" # what the queue sends before a job's time is over
+    for _ in $(seq 300); do [ -f "$whole/result.json" ] && [ -f "$requeued/result.json" ] && break || sleep 2; done
+    cmp "$whole/metrics.csv" "$requeued/metrics.csv" || { cat "$whole.log" "$requeued.log" && exit 1; }
+    python - "$whole" "$requeued" <<'COMPARE'
 import json, sys, torch
-whole, requeued = (f"{sys.argv[1]}/{name}" for name in ("whole", "requeued"))
+whole, requeued = sys.argv[1:]
 a, b = (torch.load(f"{r}/checkpoints/last.ckpt", weights_only=True) for r in (whole, requeued))
 for part in ("state_dict", "optimizer_states", "lr_schedulers"):
     torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)
 resumes = json.load(open(f"{requeued}/manifest.json"))["resumes"]
 assert resumes, "it was never requeued"
-print("requeued at iteration", [r["step"] for r in resumes], "of 1000: the same bits")
+steps = [r["step"] for r in resumes]
+print(f"{requeued[-1]} tasks: requeued at iteration {steps} of {a['global_step']}: the same bits")
 COMPARE
+done
 
 resnetv2 ablate --launcher slurm --jobs 2 --shortcut conv1x1 --dataset digits --depth 8 --steps 20 \
     --batch-size 64 --output "$work/lab" --format csv
