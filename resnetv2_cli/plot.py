@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import replacing
 from resnetv2_cli.runfolder import read_metrics
 
@@ -100,10 +101,14 @@ def save(figure: plt.Figure, to: Path) -> None:
     """Write a picture; the format is the suffix's. The same figure gives the same file again.
 
     Raises:
+        UserError: its suffix is not that of a picture.
         OSError: it cannot be written; what was there is there still.
     """
+    if (kind := to.suffix[1:] or "png") not in (known := figure.canvas.get_supported_filetypes()):
+        hint = f"its name ends in one of {', '.join(f'.{name}' for name in sorted(known))}"
+        raise UserError(f"no picture is called {to}", hint)
     to.parent.mkdir(parents=True, exist_ok=True)
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(to.suffix)
     with replacing(to) as file:
-        figure.savefig(file, format=to.suffix[1:] or None, dpi=130, metadata=undated)
+        figure.savefig(file, format=kind, dpi=130, metadata=undated)
     plt.close(figure)

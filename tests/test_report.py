@@ -14,7 +14,8 @@ from conftest import LAB
 from resnetv2_cli import inventory, plot
 from resnetv2_cli.ablation import arms, record, studies, tables
 from resnetv2_cli.cli import main
-from resnetv2_cli.plot import COLORS, plt
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.plot import COLORS, plt, save
 from resnetv2_cli.report import charts, pictures
 from resnetv2_cli.report.page import DARK, MOST_BYTES
 from resnetv2_cli.runfolder import RunFolder, read_metrics
@@ -143,6 +144,12 @@ def test_a_run_that_trains_is_not_removed(called, lab, tmp_path):
     os.utime(root / "alone" / "metrics.csv")
     status, _, said = called("runs", "rm", "alone", "--yes", "--root", root)
     assert status == 2 and "alone is running" in said and (root / "alone").exists()
+
+
+def test_a_picture_has_the_suffix_of_one(tmp_path):
+    with pytest.raises(UserError, match="no picture is called .*seen.xyz"):
+        save(plt.figure(), tmp_path / "seen.xyz")
+    assert not list(tmp_path.iterdir())
 
 
 def test_plot_draws_every_figure_in_every_format(called, lab, tmp_path):
