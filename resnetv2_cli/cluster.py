@@ -2,10 +2,13 @@
 share, what they do not wait for, and that they begin together or not at all."""
 
 import atexit
+import time
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
+from uuid import uuid4
 
 import torch
 from lightning.fabric.plugins.environments import (
@@ -18,6 +21,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 from resnetv2_cli.errors import UserError, shown
 
@@ -129,9 +133,10 @@ class Meeting:
         everyone: list[Any] = [None] * size
         try:
             if not distributed.is_initialized():  # Lightning takes it as it is
-                distributed.init_process_group(
-                    init_method=f"tcp://{place}", rank=rank, world_size=size
-                )
+                found = rendezvous(f"tcp://{place}?rank={rank}&world_size={size}", timeout=PATIENCE)
+                store = next(found)[0]
+                store = distributed.PrefixStore(met(store, rank, size), store)
+                distributed.init_process_group(store=store, rank=rank, world_size=size)
                 if torch.cuda.is_available():
                     atexit.register(distributed.destroy_process_group)
             distributed.all_gather_object(everyone, mine)
@@ -140,6 +145,52 @@ class Meeting:
             line = str(error).splitlines()[0]
             raise UserError(f"the {size} processes do not meet at {place}: {line}") from None
         return everyone
+
+
+PATIENCE = timedelta(minutes=30)  # as long as processes wait for one another in training
+AGAIN = 0.05  # seconds between two looks at a store
+
+
+def met(store: distributed.Store, rank: int, size: int) -> str:
+    """A name of this meeting, the same in each process and in no other meeting.
+
+    torchrun keeps one store through its restarts, and who finds in it where those that are gone
+    could be reached tries that, and fails or waits for ever. So the first process calls, and takes
+    no answer but to this call; the others answer until they are taken.
+
+    Raises:
+        RuntimeError: one does not come.
+    """
+    end, mine = time.monotonic() + PATIENCE.total_seconds(), uuid4().hex
+    if rank == 0:
+        store.set("call", mine)
+        came = [mine]
+        for other in range(1, size):
+            while True:
+                call, answer = store.get(f"answer of {other}").decode().split()
+                if call == mine:
+                    break
+                wait(end)
+            came.append(answer)
+        store.set("came", " ".join(came))
+        return mine
+    while True:
+        call = store.get("call").decode()
+        store.set(f"answer of {rank}", f"{call} {mine}")
+        came = store.get("came").decode().split() if store.check(["came"]) else []
+        if mine in came:
+            return came[0]
+        wait(end)
+
+
+def wait(end: float) -> None:
+    """
+    Raises:
+        RuntimeError: the time is over.
+    """
+    if time.monotonic() > end:
+        raise RuntimeError(f"after {PATIENCE} one has not come")
+    time.sleep(AGAIN)
 
 
 def refuse_apart(states: list[dict[str, Any]]) -> None:

@@ -6,7 +6,10 @@ import os
 import shutil
 import signal
 import socket
+import time
 from collections import Counter
+from datetime import timedelta
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
@@ -15,11 +18,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from test_fused import distance
-from torch import multiprocessing
+from torch import distributed, multiprocessing
 from torch.profiler import ProfilerActivity, profile
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import native, run
+from resnetv2_cli import cluster, native, run
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Stopped
@@ -244,6 +247,21 @@ def test_a_signal_to_one_in_the_last_evaluation_ends_both_and_what_is_saved_goes
     statuses, saved, _ = zip(*(one["left"] for one in seen), strict=True)
     assert statuses == (143, 143) and saved == (3, 3)
     assert seen[0]["left"][2]
+
+
+def test_who_is_started_again_meets_those_of_now_in_the_store_of_before(monkeypatch):
+    """As torchrun keeps it: what the processes of before said of themselves is still in it."""
+    monkeypatch.setattr(cluster, "PATIENCE", timedelta(seconds=9))
+    store, size = distributed.HashStore(), 3
+
+    def meet(rank: int) -> str:
+        time.sleep(0.1 if rank == 0 else 0)  # the others see what is old
+        return cluster.met(store, rank, size)
+
+    with ThreadPool(size) as pool:
+        names = [pool.map(meet, range(size), chunksize=1) for _ in range(3)]
+    assert all(len(set(of_one)) == 1 for of_one in names)
+    assert len({of_one[0] for of_one in names}) == 3
 
 
 @pytest.mark.skipif(not native.multiplies(), reason="no products of bf16")
