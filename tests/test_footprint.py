@@ -201,6 +201,7 @@ def test_what_no_machine_has_is_refused_here(tmp_path, monkeypatch, capsys):
         main("train --depth 1001 --batch-size 100000 --accelerator cpu --recompute-bn".split())
     _, error, hint = capsys.readouterr().err.splitlines()
     assert left.value.code == 2 and not list(tmp_path.iterdir())
+    assert run.FOLDER not in os.environ
     free = re.search(r"needs about [\d,.]+ GB \(100,000 images\); ([\d,.]+) GB are free", error)
     size = re.fullmatch("hint: --micro-batch (.+) would fit, which --micro-batch auto finds", hint)
     e = Experiment(depth=1001, batch_size=100_000, recompute_bn=True)

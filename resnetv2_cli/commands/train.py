@@ -88,17 +88,16 @@ def train(
             named = Path(taken) if taken else output
             folder = RunFolder(named) if named else RunFolder.free(experiment)
         os.environ[run.FOLDER] = str(folder.path)
-        if run.first_process():
-            console.note(f"{experiment.name} -> {folder.path}, {machine.precision(experiment)}")
-            console.note(machine.memory_line(experiment))
-        display = Display(console.err)
         try:
+            if run.first_process():
+                console.note(f"{experiment.name} -> {folder.path}, {machine.precision(experiment)}")
+                console.note(machine.memory_line(experiment))
             result = run.train(
                 experiment,
                 folder,
                 resume=bool(begun),
                 seconds=budget,
-                display=[display],
+                display=[Display(console.err)],
                 origins=origins(config, flags),
                 tell=console.note if run.first_process() else run.silent,
                 meeting=meeting,
