@@ -4,6 +4,7 @@ A network as one graph takes the longer to compile the deeper it is; its units h
 compiling costs, and what it is worth, is in RESULTS.md.
 """
 
+import logging
 from contextlib import AbstractContextManager
 
 import torch
@@ -16,6 +17,8 @@ SHAPES = 64  # of units: by stage, stride and activation, of each size of micro-
 
 def why_not(device: torch.device) -> str:
     """Why nothing can be compiled for a device, as where it has no compiler; empty where it can."""
+    if device.type == "cpu":  # the compiler looks for CUDA's, and says that it found no GPU
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         torch.compile(_trial)(torch.ones(16, device=device))
     except Exception as error:  # whatever the compiler's many parts raise

@@ -94,6 +94,15 @@ def duration(seconds: float | None) -> str:
     return f"{seconds:.0f} s"
 
 
+def size(count: float) -> str:
+    """Bytes as ``30 kB``, ``1.2 MB`` or ``340 GB``."""
+    for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= one:
+            number = count / one
+            return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[int, int], None]]:
     """What shows, on a terminal, how many things of all are done."""

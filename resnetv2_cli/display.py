@@ -43,9 +43,11 @@ class Display(Callback):
         parts, whole = trainer.world_size, data.experiment.batch_size
         micro = data.experiment.accumulate
         if parts * micro > 1:
-            each = f"{whole / parts / micro:g} on each of {parts} devices"
+            each = "about " if whole % (parts * micro) else ""
+            each += f"{whole / parts / micro:.0f}"
+            each += f" on each of {parts} devices" if parts > 1 else ""
             times = f", {micro} times" if micro > 1 else ""
-            self.console.print(f"{whole} images an iteration: {each}{times}")
+            self.console.print(f"{whole:,} images an iteration: {each}{times}")
         self.began, self.first = time.monotonic(), trainer.global_step
         if self.console.is_terminal:
             bar = BarColumn(bar_width=20)
@@ -64,6 +66,8 @@ class Display(Callback):
         last, latest = step == trainer.max_steps, self.recorded(trainer)
         if not last and now - self.shown < (REFRESH if self.live else LINES):
             return
+        if last:  # what was evaluated is of another iteration; the last one's comes next
+            latest = {k: v for k, v in latest.items() if k not in ("val_error", "test_error")}
         scores = "  ".join(show(latest[key]) for key, show in SCORES.items() if key in latest)
         if self.live:
             self.bar.update(self.row, completed=step, description=self.pace(trainer))

@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -83,25 +84,32 @@ def held(lock: Path, hint: str) -> Iterator[None]:
     Raises:
         UserError: another process has it (``hint``: what to do then), or it cannot be written.
     """
-    made = [f for f in (lock.parent, *lock.parent.parents) if not f.exists()]
+    with left_as_it_was(lock.parent), _locked(lock, hint):
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()
+
+
+@contextmanager
+def left_as_it_was(folder: Path) -> Iterator[None]:
+    """A folder that is made meanwhile, and those above it, go again if nothing stays in them."""
+    made = [f for f in (folder, *folder.parents) if not f.exists()]
     try:
-        with _locked(lock, hint):
-            try:
-                yield
-            finally:
-                with suppress(OSError):
-                    lock.unlink()
+        yield
     finally:
         with suppress(OSError):
-            for folder in made:
-                folder.rmdir()
+            for each in made:
+                each.rmdir()
 
 
-TRIES = 10  # a lock may go just when it is opened
+TRIES = 10  # a lock may go just when it is opened, or be ``taken`` for the moment of a look
+PAUSE = 0.02  # seconds
 
 
 def _locked(lock: Path, hint: str) -> TextIO:
-    for _ in range(TRIES):
+    for left in reversed(range(TRIES)):
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = lock.open("a+")
@@ -116,7 +124,10 @@ def _locked(lock: Path, hint: str) -> TextIO:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
-            raise UserError(f"{lock.parent} is in use by {holder}", hint) from None
+            if not left:
+                raise UserError(f"{lock.parent} is in use by {holder}", hint) from None
+            time.sleep(PAUSE)
+            continue
         except OSError:  # a filesystem without locks
             pass
         if _is(lock, file):
@@ -135,6 +146,23 @@ def _is(path: Path, file: TextIO) -> bool:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False
+
+
+def taken(lock: Path) -> bool | None:
+    """Whether a process holds a lock; None where the filesystem has none, and nobody can say."""
+    try:
+        file = os.open(lock, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(file)
+    return False
 
 
 def name_too(path: Path, other: Path) -> None:

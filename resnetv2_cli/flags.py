@@ -76,6 +76,11 @@ def with_flags(*without: str) -> Callable:
     return wrap
 
 
+def of_panels(*panels: str) -> list[str]:
+    """The fields of Experiment that help shows in these panels."""
+    return [f.name for f in fields(Experiment) if f.metadata["panel"] in panels]
+
+
 def parsed(name: str, text: str) -> Any:
     """The value of a setting, from its text on the command line; ``none`` where it may be unset.
 

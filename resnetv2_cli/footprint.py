@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.console import size
 from resnetv2_cli.describe import parameters, skeleton
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.fused import made_again
@@ -151,6 +152,6 @@ def split(
     one, two = (step_bytes(experiment, precision, n, device) for n in (1, 2))
     fitting = int((SPARE * free - (2 * one - two)) // (two - one))
     if fitting < 1:
-        needs = f"{one / 1e9:.1f} GB, of {free / 1e9:.1f} free"
-        raise UserError(f"not even one image fits: it needs {needs}", "--recompute-bn, --recompute")
+        needs = f"it needs {size(one)}, and {size(free)} are free"
+        raise UserError(f"not even one image fits: {needs}", "--recompute-bn, --recompute")
     return replace(experiment, accumulate=-(-batch // min(batch, fitting)))

@@ -69,9 +69,7 @@ def misshapen(path: Path, why: str) -> UserError:
 
 WEIGHTS = (".safetensors", ".pth", ".h5", ".hdf5", ".keras")  # that import reads
 PROGRAMS = (".onnx", ".pt2")  # that export writes
-HEADER = (
-    2**21
-)  # bytes, at most, of the header of a safetensors file; that of ResNet-1001 has 664,080
+HEADER = 2**21  # bytes of a safetensors file's header, at most; ResNet-1001's has 664,080
 
 
 def other(path: Path) -> UserError | None:

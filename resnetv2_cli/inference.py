@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli import console
 from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.data.folder import MIDDLE, SUFFIXES, Folder, FolderImages
@@ -99,9 +100,13 @@ def below(folder: Path) -> list[Picture]:
     Raises:
         UserError: there are none.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    every = sorted(p for p in folder.rglob("*") if not p.is_dir())
+    paths = [p for p in every if p.suffix.lower() in SUFFIXES]
+    names = f"their names end in {', '.join(sorted(SUFFIXES))}"
     if not paths:
-        raise UserError(f"no images in {folder}", f"their names end in {', '.join(SUFFIXES)}")
+        raise UserError(f"no images in {folder}", names)
+    if others := len(every) - len(paths):
+        console.note(f"{others:,} files in {folder} are taken for no images: {names}")
     return [Picture(str(p), p) for p in paths]
 
 

@@ -1,6 +1,5 @@
 """What is on disk: runs, ablations and analyses below some folders, and what became of each run."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -14,6 +13,8 @@ from typing import Any
 from resnetv2_cli.ablation.arms import Ablation
 from resnetv2_cli.ablation.record import read
 from resnetv2_cli.errors import UserError, unknown
+from resnetv2_cli.files import taken
+from resnetv2_cli.manifest import ORIGINS, environment_in
 from resnetv2_cli.paper import FAIL
 from resnetv2_cli.recipes import read_yaml
 from resnetv2_cli.runfolder import RunFolder, read_metrics
@@ -54,7 +55,7 @@ class Run:
     @cached_property
     def environment(self) -> dict[str, Any]:
         """Command, versions and hardware: of its end, or of its beginning before that."""
-        return self.result.get("environment") or mapping(self.folder.manifest.path)
+        return self.result.get("environment") or environment_in(mapping(self.folder.manifest.path))
 
     @cached_property
     def series(self) -> dict[str, list[tuple[int, float]]]:
@@ -153,19 +154,17 @@ def newest(folder: RunFolder) -> float:
 
 
 def alive(folder: RunFolder) -> bool:
-    """Whether a run without a result is on its way: an ablation holds its lock; or, for one that
-    was started by itself, something was written not long ago."""
-    lock = folder.path.with_suffix(".lock")
-    if not lock.exists():
+    """Whether a run without a result is on its way: its process holds its lock, or an ablation the
+    one beside it. Where there are no locks, something was written not long ago."""
+    held = [taken(lock) for lock in (folder.lock, beside(folder, ".lock"))]
+    if None in held:
         return time.time() - newest(folder) < FRESH
-    file = os.open(lock, os.O_RDONLY)
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(file)
+    return any(held)
+
+
+def beside(folder: RunFolder, suffix: str) -> Path:
+    """What an ablation keeps beside the folder of a run: its request, log or lock."""
+    return folder.path.with_name(folder.path.name + suffix)
 
 
 def look(paths: Iterable[Path]) -> Found:
@@ -252,11 +251,10 @@ def choose(word: str, runs: list[Run]) -> Run:
 
 def remove(run: Run) -> None:
     """Remove a run's folder, and what an ablation keeps beside it: request, log and lock."""
-    path = run.folder.path
-    shutil.rmtree(path)
-    if path.with_suffix(".lock").exists():
-        for suffix in (".yaml", ".log", ".lock"):
-            path.with_suffix(suffix).unlink(missing_ok=True)
+    shutil.rmtree(run.folder.path)
+    if beside(run.folder, ".lock").exists():
+        for suffix in (".yaml", ORIGINS, ".log", ".lock"):
+            beside(run.folder, suffix).unlink(missing_ok=True)
 
 
 def tails(name: str) -> list[str]:

@@ -16,6 +16,7 @@ from resnetv2_cli import footprint, memory
 from resnetv2_cli.checkpoint import WholeFiles
 from resnetv2_cli.cluster import NoHandlers, Steps, refuse_unfit
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.console import size
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.syncbn import FirstAverages, OverProcesses
 
@@ -134,10 +135,10 @@ def memory_line(experiment: Experiment) -> str:
     needed = footprint.step_bytes(experiment, precision(experiment), images, device.type)
     free = memory.available(device)
     parts = f", {experiment.accumulate} parts" if experiment.accumulate > 1 else ""
-    line = f"a step needs about {needed / 1e9:,.1f} GB ({images:,} images{parts})"
+    line = f"a step needs about {size(needed)} ({images:,} images{parts})"
     if free is None:
         return line
-    line += f"; {free / 1e9:,.1f} GB are free"
+    line += f"; {size(free)} are free"
     if needed <= free:
         return line
     hint = fitting(experiment)

@@ -24,6 +24,7 @@ from resnetv2_cli.files import write_text
 from resnetv2_cli.recipes import read_yaml
 
 PACKAGES = ["resnetv2-cli", "torch", "torchvision", "lightning", "torchmetrics", "numpy"]
+ENVIRONMENT = ("command", "python", "versions", "commit", "hardware", "cpu_threads", "system")
 LONGEST_DIFF = 2**16  # characters of it that are kept whole
 PACKAGE = Path(__file__).parent
 ORIGINS = ".origins.json"  # ends the name of what is beside a config that an ablation wrote
@@ -78,6 +79,11 @@ class Manifest:
             resumes.append(entry | {"changed": changed, "extended": extended})
 
 
+def environment_in(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says of where its run began, as ``environment`` tells it."""
+    return {key: manifest[key] for key in ENVIRONMENT if key in manifest}
+
+
 def origins(path: Path | str | None, overrides: Mapping[str, Any]) -> dict[str, str]:
     """Where each setting came from that is no default, for those that ``load`` is given.
 
@@ -97,6 +103,8 @@ def origins(path: Path | str | None, overrides: Mapping[str, Any]) -> dict[str, 
 def annotated(experiment: Experiment, origins: Mapping[str, str]) -> str:
     """The experiment as YAML, and behind values that are no defaults where they came from."""
     notes = {f"{name}:": f"  # {origin}" for name, origin in origins.items()}
+    if experiment.epochs is not None:
+        notes["steps:"] = "  # not used: epochs say how long"
     lines = experiment.dump().splitlines()
     return "".join(f"{line}{notes.get(line.split()[0], '')}\n" for line in lines)
 
@@ -178,7 +186,7 @@ def environment() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    return {
+    told = {
         "command": command(),
         "python": platform.python_version(),
         "versions": versions,
@@ -187,6 +195,7 @@ def environment() -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "system": platform.platform(),
     }
+    return {key: told[key] for key in ENVIRONMENT}
 
 
 def hardware() -> str:

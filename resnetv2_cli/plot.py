@@ -10,7 +10,8 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.axis import Axis
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import replacing
@@ -68,9 +69,8 @@ def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
     left.set(xlabel="iterations", ylabel="training loss (dashed)", yscale=loss_scale)
     left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     right.set(ylabel="test error, % (solid)", yscale=error_scale)
-    for axis in (left.yaxis, right.yaxis):
-        for ticks in (axis.set_major_formatter, axis.set_minor_formatter):
-            ticks(FuncFormatter(lambda y, _: f"{y:g}"))
+    label_numbers(left.yaxis)
+    label_numbers(right.yaxis)
     if largest and max(largest) > (most := ABOVE * median(largest)):
         left.set_ylim(top=most)
     if error_scale == "linear":
@@ -78,6 +78,14 @@ def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
     right.grid(axis="y", alpha=0.3)
     if right.get_legend_handles_labels()[0]:
         right.legend(loc="best", fontsize=8)
+
+
+def label_numbers(axis: Axis) -> None:
+    """Numbers as one writes them; of a logarithmic axis 1, 2, 5, 10, ..., which stand apart."""
+    if axis.get_scale() == "log":
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
 
 
 def confusion(counts: list[list[int]], classes: tuple[str, ...], to: Path) -> None:

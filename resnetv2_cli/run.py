@@ -39,13 +39,15 @@ def first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) in (0, None)
 
 
-def build(experiment: Experiment) -> tuple[Classification, ImageData]:
-    """Network and images; the weights follow from the seed."""
+def build(
+    experiment: Experiment, learned: tuple[str, ...] = ()
+) -> tuple[Classification, ImageData]:
+    """Network and images; the weights follow from the seed. ``learned``: as ``ImageData``."""
     shortcut_class(experiment.shortcut)  # a mistake in it shows before images are read
-    data = ImageData(experiment)
+    data = ImageData(experiment, learned)
     data.prepare_data()
     data.setup()
-    settled = experiment.settle(data.steps_per_epoch)
+    settled = experiment if learned else experiment.settle(data.steps_per_epoch)
     settled = replace(settled, precision=precision(settled))  # type: ignore[arg-type]
     data.experiment = settled
     torch.manual_seed(settled.seed)
@@ -71,7 +73,8 @@ def loggers(experiment: Experiment, folder: RunFolder, scored: str) -> list[Logg
 
             chosen.append(WandbLogger(name=experiment.name, save_dir=folder.path))
     except ModuleNotFoundError as error:
-        raise UserError(str(error), "pip install 'resnetv2-cli[loggers]'") from None
+        why = str(error).partition(". HINT")[0].partition("\n")[0]
+        raise UserError(f"no such logger: {why}", "pip install 'resnetv2-cli[loggers]'") from None
     return chosen
 
 
@@ -259,6 +262,7 @@ def finish(task: Classification, data: ImageData, folder: RunFolder) -> dict[str
         "steps": e.steps,
         "epochs": round(e.steps / data.steps_per_epoch, 4),
         "train_images": data.train_images,
+        "classes": len(data.classes),
         "parameters": sum(p.numel() for p in task.net.parameters()),
         "seed": e.seed,
         "precision": precision(e),
@@ -283,14 +287,18 @@ def draw(experiment: Experiment, folder: RunFolder) -> None:
 def restore(
     path: Path, experiment: Experiment | None = None, **overrides: Any
 ) -> tuple[dict[str, Any], Classification, ImageData]:
-    """A checkpoint, and its network with its weights, and its images; the experiment comes from the
-    checkpoint alone unless one is given.
+    """A checkpoint, and its network with its weights, and its images: of an experiment, or what the
+    checkpoint alone says is tested.
 
     Raises:
         UserError: the file is no checkpoint of this tool, or the images are missing.
     """
     saved = checkpoints.read(path)
-    task, data = build(experiment or checkpoints.experiment_of(saved, **overrides))
+    if experiment is None:
+        tested = checkpoints.experiment_of(saved, **overrides)
+        task, data = build(tested, tuple(saved["classes"]))
+    else:
+        task, data = build(experiment)
     if list(data.classes) != saved["classes"]:
         ours, theirs = ", ".join(data.classes[:3]), ", ".join(saved["classes"][:3])
         raise UserError(

@@ -7,6 +7,8 @@ SHORTCUTS. A class of your own needs no row: ``--shortcut my_module:MyShortcut``
 import importlib
 import inspect
 import sys
+import traceback
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -171,17 +173,27 @@ SHORTCUTS: dict[str, type[Shortcut]] = {  # read as text by plans.shortcuts(): n
 
 
 def shortcut_class(name: str) -> type[Shortcut]:
-    """The class of a row, or of ``module:Class``, looked for in the current folder too.
+    """The class of a row, or one of the user's own, ``module:Class``.
 
     Raises:
-        UserError: there is no such row, module or class, the class is no ``Shortcut``, or only a
-            file asks for it (``trust``).
+        UserError: there is no such row, module or class, the class is none that can be used, or
+            only a file asks for it (``trust``).
     """
     if ":" not in name:
         if name not in SHORTCUTS:
             raise unknown("shortcut", name, SHORTCUTS)
         return SHORTCUTS[name]
     trust.refuse_strange(name)
+    return _own(name)
+
+
+@cache
+def _own(name: str) -> type[Shortcut]:
+    """The class of ``module:Class``, looked for in the current folder too.
+
+    Raises:
+        UserError: there is no such module or class, or the class is no ``Shortcut``, or fails.
+    """
     module, _, cls = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
@@ -193,7 +205,33 @@ def shortcut_class(name: str) -> type[Shortcut]:
     if not (isinstance(found, type) and issubclass(found, Shortcut)):
         hint = "derive it from resnetv2_cli.shortcuts.Shortcut"
         raise UserError(f"{name!r} is not a Shortcut", hint)
+    refuse_broken(found, name)
     return found
+
+
+def refuse_broken(cls: type[Shortcut], name: str) -> None:
+    """Let a class of one's own carry something small, before it stands in a network.
+
+    Raises:
+        UserError: it fails, or what it gives has another shape than F(x).
+    """
+    with torch.random.fork_rng(devices=[]):
+        for c, stride, carry in ((64, 1, nn.Identity()), (128, 2, nn.Conv2d(64, 128, 1, 2))):
+            x, residual = torch.randn(2, 64, 8, 8), torch.randn(2, c, 8 // stride, 8 // stride)
+            try:
+                shortcut = cls(64, c, stride, carry)
+                shortcut.place(1, 2)
+                y = shortcut(x, residual)
+            except Exception as error:  # it is the user's code
+                said = f"{type(error).__name__}: {error}".partition("\n")[0]
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                hint = f"{place.filename}, line {place.lineno}: {place.line}"
+                raise UserError(f"shortcut {name!r} fails: {said}", hint) from error
+            shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            if shape != residual.shape:
+                hint = "x and what it is carried to differ where a stage begins: see self.carry"
+                wanted = tuple(residual.shape)
+                raise UserError(f"shortcut {name!r} gives {shape} where F(x) is {wanted}", hint)
 
 
 def settings_of(cls: type[Shortcut]) -> dict[str, object]:

@@ -111,15 +111,16 @@ class Classification(L.LightningModule):
                 tell("the first iteration compiles the units, one of each shape")
                 return
             tell(f"not compiled: {why}")
-        if e.kernels == "auto" and device.type == "cpu":
-            self.fuse(device)
-            if why := native.why_not():
-                tell(f"BN and ReLU are PyTorch's own, which are slower: {why}")
+        if self.fuse(device) and (why := native.why_not()):
+            tell(f"BN and ReLU are PyTorch's own, which are slower: {why}")
 
-    def fuse(self, device: torch.device) -> None:
-        """Switch on the compiled operations, where the device and the experiment have them."""
+    def fuse(self, device: torch.device) -> bool:
+        """Switch on the compiled operations, where the device and the experiment have them, and
+        say whether they do."""
         e = self.experiment
-        self.net.activate(e.kernels == "auto" and device.type == "cpu", e.recompute_bn)
+        fit = e.kernels == "auto" and device.type == "cpu"
+        self.net.activate(fit, e.recompute_bn)
+        return fit
 
     def record(self, processes: int = 1) -> None:
         """Have whole batches pass the network as CUDA graphs, if that was asked for; it is where

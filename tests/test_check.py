@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import time
 from pathlib import Path
 
@@ -86,6 +87,13 @@ def test_check_of_a_tree_of_photographs_finds_nothing(tree, tmp_path, capsys, ph
     assert not made["classes"] and not made["flat"]
     assert not any(made["faults"][kind] for kind in ("unreadable", "truncated", "suffix"))
     assert "train" in out
+
+
+@pytest.mark.parametrize("split, said", [("train", "no folder train"), ("val", "no folder val or")])
+def test_check_says_when_half_is_missing(tree, tmp_path, capsys, split, said):
+    half = shutil.copytree(tree, tmp_path / "half", ignore=lambda *_: {split})
+    _, err = data(capsys, "check", half, "--output", tmp_path / "report.json", status=2)
+    assert said in err
 
 
 @pytest.mark.parametrize("number", STOPPED)

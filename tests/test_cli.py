@@ -135,6 +135,7 @@ def mistake(done) -> tuple[str, str]:
         (["train", "--seed", 2**40], "seed must be at most", "Seed"),
         (["train", "--time", "soon"], "is no duration", "25m"),
         (["train", "--resume", "nowhere"], "nowhere is not the folder of a run", "config.yaml"),
+        (["eval", "nothing.ckpt", "--lr", "1"], "No such option: --lr", ""),
         (["eval", "nothing.ckpt"], "there is no checkpoint nothing.ckpt", "a run folder"),
     ],
 )  # fmt: skip

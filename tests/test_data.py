@@ -244,6 +244,19 @@ def test_a_folder_that_is_not_right(photographs, damage, message):
         folder.scan(photographs, "test", train.classes)
 
 
+def test_who_has_learned_its_classes_needs_the_test_images_alone(photographs):
+    given = {"dataset": "folder", "data_dir": str(photographs), "depth": 18, "batch_size": 12}
+    both = ImageData(Experiment(**given))
+    both.setup()
+    shutil.rmtree(photographs / "train")
+    alone = ImageData(Experiment(**given), both.classes)
+    alone.setup()
+    assert alone.test.files == both.test.files and torch.equal(alone.test.labels, both.test.labels)
+    assert alone.classes == both.classes and not alone.train_images
+    with pytest.raises(UserError, match="val has classes that the checkpoint lacks: "):
+        ImageData(Experiment(**given), both.classes[1:]).setup()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_photograph_is_named(photographs, workers):
     (photographs / "train" / "ant" / "0.jpg").write_bytes(b"nothing")

@@ -92,6 +92,15 @@ def test_a_broken_file_is_a_row_and_the_others_are_as_without_it(trained, digits
     assert rows(alone) == [found[0], found[2]]
 
 
+def test_what_a_folder_has_besides_images_is_told(trained, digits, tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(sorted(digits[0].iterdir())[0].read_bytes())
+    (tmp_path / "b.gif").write_text("moves")
+    (tmp_path / "c.png").symlink_to("nowhere.png")
+    out, err = called(capsys, trained, tmp_path, "--format", "jsonl")
+    assert ["error" in row for row in rows(out)] == [False, True]
+    assert "1 files in" in err and "are taken for no images: their names end in .bmp" in err
+
+
 def test_nothing_but_broken_files_is_a_mistake(trained, capsys):
     _, err = called(capsys, trained, "nowhere.png", status=2)
     assert "none of the 1 files can be read" in err and "nowhere.png is no file" in err

@@ -15,6 +15,7 @@ from resnetv2_cli import inventory, plot
 from resnetv2_cli.ablation import arms, record, studies, tables
 from resnetv2_cli.cli import main
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.manifest import environment, environment_in
 from resnetv2_cli.plot import COLORS, plt, save
 from resnetv2_cli.report import charts, pictures
 from resnetv2_cli.report.page import DARK, MOST_BYTES
@@ -66,9 +67,18 @@ def test_every_state_is_told_apart(lab):
     os.close(lock)
 
 
-def test_a_run_by_itself_is_running_as_long_as_it_writes(lab, tmp_path):
-    folder = RunFolder(shutil.copytree(lab / "alone", tmp_path / "run"))
+def test_a_run_by_itself_is_running_as_long_as_its_process_holds_it(lab, tmp_path, monkeypatch):
+    folder = RunFolder(shutil.copytree(lab / "alone", tmp_path / "run.2"))
     folder.failed.unlink()
+    assert inventory.Run("run", folder).state == "stopped"
+    with folder.claimed():
+        assert inventory.Run("run", folder).state == "running"
+        with pytest.raises(UserError, match="is in use by process"), folder.claimed():
+            pass
+    assert inventory.Run("run", folder).state == "stopped"
+    folder.lock.write_text("of one that was killed")
+    assert inventory.Run("run", folder).state == "stopped"
+    monkeypatch.setattr(inventory, "taken", lambda lock: None)  # a filesystem without locks
     assert inventory.Run("run", folder).state == "running"
     for file in folder.path.rglob("*"):
         os.utime(file, (0, 0))
@@ -138,11 +148,37 @@ def test_rm_asks_first_and_leaves_nothing_behind(called, lab, tmp_path, monkeypa
     assert len(inventory.runs_in(root)) == 1
 
 
+def test_nobody_to_ask_removes_nothing(called, lab, tmp_path, monkeypatch):
+    root = shutil.copytree(lab, tmp_path / "runs")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    status, _, said = called("runs", "rm", "alone", "--root", root)
+    assert status == 2 and "--yes removes without asking" in said and (root / "alone").exists()
+
+
+def test_what_is_shown_of_a_run_that_has_not_ended_is_no_more_than_of_one_that_has(
+    called, lab, tmp_path
+):
+    folder = RunFolder(shutil.copytree(lab / "alone", tmp_path / "runs" / "open"))
+    folder.failed.unlink()
+    begun = json.loads(folder.manifest.path.read_text())
+    folder.manifest.path.write_text(json.dumps(begun | {"code": {"diff": "a long one"}}))
+    _, out, _ = called("runs", "show", "open", "--root", tmp_path / "runs", "--format", "json")
+    assert json.loads(out)["environment"] == environment_in(begun)
+    assert set(environment_in(begun)) == set(environment())
+    _, out, _ = called("runs", "show", "open", "--root", tmp_path / "runs")
+    assert "a long one" not in out and "torchvision" in out
+
+
+def test_where_nothing_is_there_is_no_report(called, tmp_path):
+    status, _, said = called("report", tmp_path, "--output", tmp_path / "report.html")
+    assert status == 2 and "nothing to report in" in said and not list(tmp_path.iterdir())
+
+
 def test_a_run_that_trains_is_not_removed(called, lab, tmp_path):
     root = shutil.copytree(lab, tmp_path / "runs")
     (root / "alone" / "failed.json").unlink()
-    os.utime(root / "alone" / "metrics.csv")
-    status, _, said = called("runs", "rm", "alone", "--yes", "--root", root)
+    with RunFolder(root / "alone").claimed():
+        status, _, said = called("runs", "rm", "alone", "--yes", "--root", root)
     assert status == 2 and "alone is running" in said and (root / "alone").exists()
 
 

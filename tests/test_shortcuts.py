@@ -1,12 +1,14 @@
 """Every shortcut against its formula, written here once more, by hand."""
 
 import itertools
+import re
 
 import pytest
 import torch
 from torch import nn
 
 from resnetv2_cli import trust
+from resnetv2_cli.cli import main
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.plans import BLOCKS, UNITS
 from resnetv2_cli.resnet import ResNet
@@ -145,6 +147,35 @@ def test_a_shortcut_of_ones_own(tmp_path, monkeypatch):
     ]:
         with pytest.raises(UserError, match=message):
             shortcut_class(name)
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("return self.carry(x) + self.b * residual", "fails: AttributeError: .* no attribute 'b'"),
+        ("return x + residual", r"fails: RuntimeError: The size of tensor"),
+        ("return torch.cat([residual, residual], 1)", r"gives \(2, 128, 8, 8\) where F\(x\) is"),
+        ("self.last = residual", "gives NoneType where"),
+    ],
+)
+def test_a_shortcut_of_ones_own_that_fails_is_one_line(
+    tmp_path, monkeypatch, capsys, request, body, message
+):
+    name = f"failing{request.node.callspec.indices['body']}"
+    (tmp_path / f"{name}.py").write_text(
+        "import torch\nfrom resnetv2_cli.shortcuts import Shortcut\n\nclass Own(Shortcut):\n"
+        f"    def forward(self, x, residual):\n        {body}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    drawn = torch.get_rng_state()
+    for command in ("train", "describe"):
+        with pytest.raises(SystemExit, match="2"):
+            main([command, "--shortcut", f"{name}:Own", "--dataset", "digits", "--depth", "8"])
+        *_, error, hint = capsys.readouterr().err.splitlines()
+        assert re.search(f"shortcut '{name}:Own' {message}", error)
+        assert f"{name}.py, line 6: {body}" in hint or "self.carry" in hint
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert [p.name for p in tmp_path.iterdir() if p.suffix] == [f"{name}.py"]
 
 
 def test_a_setting_that_would_be_ignored_is_refused():

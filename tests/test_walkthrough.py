@@ -8,7 +8,6 @@ import pytest
 from conftest import REPOSITORY
 
 from resnetv2_cli.cli import main
-from resnetv2_cli.run import FOLDER
 
 PAGE = (REPOSITORY / "docs" / "own-shortcut.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", PAGE, re.DOTALL)
@@ -33,7 +32,6 @@ def test_the_walkthrough_works_as_it_is_written(tmp_path, monkeypatch, capsys):
     for tool, command, *flags in COMMANDS:
         assert tool == "resnetv2"
         more = ["--no-probe"] if "--dry-run" in flags else []
-        monkeypatch.delenv(FOLDER, raising=False)  # each command is a process of its own
         with pytest.raises(SystemExit) as left:
             main([command, *flags, *SMALLER[command], *more])
         assert not left.value.code, capsys.readouterr().err

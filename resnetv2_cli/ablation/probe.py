@@ -14,6 +14,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.describe import describe
 from resnetv2_cli.footprint import activation_bytes
+from resnetv2_cli.graphs import arithmetic
 from resnetv2_cli.machine import device_of, precision
 from resnetv2_cli.optim import sgd
 from resnetv2_cli.plans import STEMS
@@ -32,8 +33,6 @@ def step_seconds(experiment: Experiment) -> float:
     """Seconds of one training iteration here: the median of a few on a part of the batch."""
     gpu = torch.cuda.is_available() and experiment.accelerator != "cpu"
     device = torch.device("cuda" if gpu else "cpu")
-    mixed = precision(experiment)
-    dtype = torch.float16 if mixed == "16-mixed" else torch.bfloat16
     net = ResNet(**experiment.architecture, classes=classes(experiment)).to(device)
     net.to(memory_format=torch.channels_last)
     net.activate(experiment.fuses, experiment.recompute_bn)
@@ -44,7 +43,7 @@ def step_seconds(experiment: Experiment) -> float:
     taken = []
     for _ in range(1 + PROBE_STEPS):
         began = time.perf_counter()
-        with torch.autocast(device.type, dtype, enabled=mixed.endswith("mixed")):
+        with arithmetic(device, precision(experiment)):
             loss = F.cross_entropy(net(x), y)
         loss.backward()
         optimizer.step()

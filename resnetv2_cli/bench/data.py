@@ -19,6 +19,7 @@ from resnetv2_cli.bench.turns import Arm, in_turns, rows, timed
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import folder, images, picture
 from resnetv2_cli.data.augment import crop_and_flip
+from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.data.module import EpochMaker, ImageData, Parts, Stream
 from resnetv2_cli.data.order import Schedule
 from resnetv2_cli.data.protocols import PROTOCOLS
@@ -182,12 +183,12 @@ def bench_data(
     Raises:
         UserError: the images are missing, or there is nothing that could be prepared.
     """
+    if prepared and DATASETS[experiment.dataset].decoded:
+        raise UserError("only photographs are prepared", "--dataset folder or imagenet")
     _, data = build(experiment)
     device = trainer_of(experiment, logger=False).strategy.root_device
     paths = {name: p for name, p in PATHS.items() if p.decoded == data.dataset.decoded}
     arms = {name: path.make(data, device) for name, path in paths.items()}
-    if prepared and data.dataset.decoded:
-        raise UserError("only photographs are prepared", "--dataset folder or imagenet")
     arms |= prepared_arms(experiment, prepared, device)
     turns = in_turns(arms, rounds, steps, device)
     return {

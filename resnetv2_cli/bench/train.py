@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from torch.nn import functional as F
 
+from resnetv2_cli import graphs
 from resnetv2_cli.bench.plain import PlainLoop
 from resnetv2_cli.bench.turns import WARM, Arm, finish, in_turns, rows, timed
 from resnetv2_cli.callbacks import Keeper, Recorder
@@ -51,15 +52,13 @@ def bare_arm(
     order = Schedule(data.train_images, e.batch_size)
     drawn = epoch_order(data.train_images, e.seed, 0, data.dataset.flip)
     epoch = Epoch(drawn.order.to(device), drawn.views.to(device))
-    mixed = precision(e)
-    dtype = torch.float16 if mixed == "16-mixed" else torch.bfloat16
     done = 0
 
     def step() -> None:
         nonlocal done
         [part] = order.parts(done % order.steps_per_epoch)
         chosen, views = (each[part.start : part.stop] for each in epoch)
-        with torch.autocast(device.type, dtype, enabled=mixed.endswith("mixed")):
+        with graphs.arithmetic(device, precision(e)):
             x = crop_and_flip(task.normalize(pixels[chosen]), views)
             loss = F.cross_entropy(task.through(x), labels[chosen])
         optimizer.zero_grad()

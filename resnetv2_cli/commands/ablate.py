@@ -173,7 +173,7 @@ def plan(made: list, jobs: int, probe: bool, format: str) -> None:
             "depth": [f"{line.arms[0].experiment.depth}" for line, _ in rows],
             "weights": [f"{counts['parameters'] / 1e6:.2f}M" for _, counts in rows],
             "MACs": [f"{counts['macs'] / 1e6:,.0f}M" for _, counts in rows],
-            "memory": [f"{counts['activation_bytes'] / 1e9:.1f} GB" for _, counts in rows],
+            "memory": [console.size(counts["activation_bytes"]) for _, counts in rows],
             "done": [f"{counts['done']}/{counts['runs']}" for _, counts in rows],
             "time": [console.duration(counts["seconds"]) for _, counts in rows],
         }

@@ -54,7 +54,7 @@ def row(name: str, arm: dict[str, Any]) -> list[str]:
         f"{arm['images_per_second']:,.0f}",
         f"{arm['ratio']:.2f}",
         f"{arm['least']:.2f}-{arm['most']:.2f}",
-        "—" if peak is None else f"{peak / 1e9:.2f} GB",
+        "—" if peak is None else console.size(peak),
     ]
 
 
@@ -121,10 +121,10 @@ def step(
     ]
     console.table(title(made), [*COLUMNS, "of floor"], rows)
     for dtype, floor in made["floors"].items():
+        rate = console.size(floor["copy_bytes_per_second"])
         console.out.print(
-            f"{dtype.removeprefix('torch.')}: {floor['bytes'] / 1e9:.2f} GB must move, which takes "
-            f"{floor['seconds']:.3f} s at the {floor['copy_bytes_per_second'] / 1e9:.1f} GB/s of a "
-            "copy."
+            f"{dtype.removeprefix('torch.')}: {console.size(floor['bytes'])} must move, which "
+            f"takes {floor['seconds']:.3f} s at the {rate}/s of a copy."
         )
 
 

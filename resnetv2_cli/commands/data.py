@@ -58,7 +58,7 @@ def show(report: dict[str, Any], docs: dict[str, str]) -> None:
             f"{s['classes']:,}",
             f"{s['images']:,}",
             f"{s['least']:,}-{s['most']:,}",
-            f"{s['bytes'] / 1e9:.2f} GB",
+            console.size(s["bytes"]),
         ]
         for split, s in report["splits"].items()
     ]
@@ -141,6 +141,6 @@ def prepare(
     form = Form(side, quality, raw, shard)
     with console.progress() as tick:
         made = prepared(folder, output, form, workers, tick)
-    size = sum(p.stat().st_size for p in output.glob("*.tar"))
+    size = console.size(sum(p.stat().st_size for p in output.glob("*.tar")))
     counts = ", ".join(f"{n:,} of {name}" for name, n in made.items())
-    console.out.print(f"{counts}: {size / 1e9:.2f} GB in {output}", highlight=False)
+    console.out.print(f"{counts}: {size} in {output}", highlight=False)

@@ -87,7 +87,7 @@ def age(changed: float) -> str:
 def show(name: Name, root: Root = RUNS, format: Format = "table") -> None:
     """Show what one run is, what became of it, and where it ran."""
     from resnetv2_cli.ablation.studies import unusual
-    from resnetv2_cli.compare import RESULTS, flat, number, word
+    from resnetv2_cli.compare import RESULTS, number, word
     from resnetv2_cli.inventory import choose, runs_in
 
     run = choose(name, runs_in(root) if root.is_dir() else [])
@@ -103,10 +103,13 @@ def show(name: Name, root: Root = RUNS, format: Format = "table") -> None:
     for key, value in run.result.items():
         if key in RESULTS:
             rows.append([f"{key}, {RESULTS[key]}", number(value)])
-        elif key not in ("environment", "name", "steps"):
-            rows.append([key, word(value)])
+        elif key not in ("environment", "name", "steps") and value != []:
+            rows.append([key, f"{value:,}" if type(value) is int else word(value)])
     rows += [[f"--{k.replace('_', '-')}", word(v)] for k, v in unusual(run.settings).items()]
-    rows += [[key, word(value)] for key, value in flat(run.environment).items()]
+    for key, value in run.environment.items():
+        several = isinstance(value, dict)
+        words = ", ".join(f"{k} {v}" for k, v in value.items()) if several else word(value)
+        rows.append([key, words])
     console.SHOW[format](str(run.folder.path), ["", run.name], rows)
 
 
@@ -147,13 +150,22 @@ def rm(
     chosen = {run.folder.path.resolve(): run for run in (choose(n, known) for n in names)}
     for run in chosen.values():
         if run.state == "running":
-            hint = "stop it first; one that was killed counts as running for twenty minutes"
-            raise UserError(f"{run.name} is running", hint)
+            raise UserError(f"{run.name} is running", "let it save and leave first: kill -TERM")
     for run in chosen.values():
         console.note(f"{run.folder.path}: {run.state}, {run.step:,} iterations, {percent(run)}")
     question = f"Remove {len(chosen)} run{'s' if len(chosen) > 1 else ''} for good?"
-    if not yes and not typer.confirm(question, err=True):
+    if not yes and not confirmed(question):
         raise UserError("nothing was removed", "--yes removes without asking")
     for run in chosen.values():
         remove(run)
     console.note(f"removed {len(chosen)}")
+
+
+def confirmed(question: str) -> bool:
+    """Whether somebody says yes; nobody does where there is nothing to read."""
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort as error:
+        if isinstance(error.__context__, EOFError):
+            return False
+        raise  # Ctrl-C

@@ -12,7 +12,7 @@ from resnetv2_cli.commands.app import Config, Json, app
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import Stopped, UserError
-from resnetv2_cli.flags import seconds, with_flags
+from resnetv2_cli.flags import of_panels, seconds, with_flags
 from resnetv2_cli.recipes import asked_for
 
 
@@ -116,21 +116,22 @@ def train(
         console.as_json(result)
         return
     error = f"{result['test_error']:.2f} %"
-    console.out.print(
-        f"test error {error} (top-5 {result['test_top5_error']:.2f} %) of "
-        f"{result['test_images']:,} images after {result['steps']:,} iterations"
-    )
+    if result.get("classes", TOP + 1) > TOP:
+        error += f" (top-5 {result['test_top5_error']:.2f} %)"
+    images, steps = result["test_images"], result["steps"]
+    console.out.print(f"test error {error} of {images:,} images after {steps:,} iterations")
     console.note(f"curves:   {folder.curves}")
     also = "".join(f" {word}" for word in trust.flags(experiment.shortcut))
     console.note(f"evaluate: resnetv2 eval {folder.path}{also}")
 
 
 @app.command("eval", rich_help_panel="Train")
-@with_flags()
+@with_flags(*of_panels("Optimization", "Fine-tuning", "Run"))
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run's folder.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where the picture goes.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the confusion matrix, a picture."),
     ] = None,
     json: Json = False,
     **flags: Any,
@@ -168,16 +169,22 @@ def evaluate(
         extra = {"protocol": task.experiment.protocol, "published": known}
         console.as_json(scores | extra | {"class_error": named, "picture": picture})
         return
-    lines = [COLUMNS, measured(task.experiment, scores), *map(published, rows)]
-    if DATASETS[task.experiment.dataset].decoded:  # one view of an image, which needs no name
-        lines = [[*cells[:1], *cells[2:]] for cells in lines]
-    console.table(f"{file}, after {scores['step']:,} iterations", lines[0], lines[1:])
+    lines = [measured(task.experiment, scores), *map(published, rows)]
+    needless = {"protocol"} if DATASETS[task.experiment.dataset].decoded else set()  # of one view
+    needless |= set() if len(task.classes) > TOP else {"top-5"}
+    kept = [i for i, column in enumerate(COLUMNS) if column not in needless]
+    console.table(
+        f"{file}, after {scores['step']:,} iterations",
+        [COLUMNS[i] for i in kept],
+        [[cells[i] for i in kept] for cells in lines],
+    )
     if len(named) <= 20:
         console.table("error by class", ["class", "%"], [(c, f"{e:.2f}") for c, e in named.items()])
     if picture:
         console.note(f"confusion matrix: {picture}")
 
 
+TOP = 5  # guesses that the second error allows: among so few classes it is none
 COLUMNS = ["network", "protocol", "error", "top-5", "loss", "images"]
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.files import left_as_it_was
 
 PLACES = {  # what the official archives look like in a folder: unpacked, or as downloaded
     "cifar10": ("cifar-10-batches-py/*_batch*", "cifar-10-python.tar.gz"),
@@ -81,7 +82,8 @@ def packed(name: str, official: Any, root: Path) -> dict[str, bytes]:
     from torchvision.datasets.utils import download_url
 
     try:
-        download_url(official.url, root, official.filename, official.tgz_md5)
+        with left_as_it_was(root):
+            download_url(official.url, root, official.filename, official.tgz_md5)
         with tarfile.open(root / official.filename) as archive:
             members = [m for m in archive if m.isfile()]
             return {Path(m.name).name: archive.extractfile(m).read() for m in members}  # type: ignore

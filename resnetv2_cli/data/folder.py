@@ -37,13 +37,13 @@ class Folder(NamedTuple):
     classes: tuple[str, ...]
 
 
-def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> Folder:
-    """The images of ``root/split/<class>/``, or of prepared shards; ``classes``: those that
-    the other split has.
+def scan(root: Path, split: str, classes: tuple[str, ...] = (), of: str = "train") -> Folder:
+    """The images of ``root/split/<class>/``, or of prepared shards; ``classes``: those that the
+    other split has, or whoever ``of`` names.
 
     Raises:
         UserError: there is no such folder, no image in it, some outside of class folders, or a
-            class that train lacks.
+            class that is none of ``classes``.
     """
     names = ("val", "test") if split == "test" else (split,)
     for name in names:
@@ -64,7 +64,7 @@ def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> Folder:
             hint += ", which has the class of each image"
         raise UserError(f"{len(loose):,} images in {place} are in no class folder", hint)
     if strange := sorted(set(found) - set(classes)) if classes else []:
-        raise UserError(f"{place} has classes that train lacks: {', '.join(strange[:3])}")
+        raise UserError(f"{place} has classes that {of} lacks: {', '.join(strange[:3])}")
     classes = classes or found
     pairs = [
         (path, i)

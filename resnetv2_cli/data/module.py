@@ -129,6 +129,7 @@ class ImageData(L.LightningDataModule):
     """Training, validation and test images of an experiment.
 
     ``classes`` are known after ``setup``; ``normalize`` is made from the training images alone.
+    With those that a checkpoint has ``learned``, files are looked for of the test images alone.
     """
 
     classes: tuple[str, ...]
@@ -138,9 +139,9 @@ class ImageData(L.LightningDataModule):
     val: images.Split | folder.Folder
     test: images.Split | folder.Folder
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, learned: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.experiment = experiment
+        self.experiment, self.learned = experiment, learned
         self.dataset = DATASETS[experiment.dataset]
         self.root = Path(experiment.data_dir).expanduser()
         self._ready = False
@@ -174,7 +175,7 @@ class ImageData(L.LightningDataModule):
                 f"{e.classes} classes were asked for, the images have {len(self.classes)}: {names}",
                 "one folder is one class; leave --classes out to take them as they are",
             )
-        if e.batch_size > self.train_images:
+        if e.batch_size > self.train_images and not self.learned:
             raise UserError(
                 f"the batch of {e.batch_size} is larger than the {self.train_images} training "
                 "images",
@@ -191,6 +192,11 @@ class ImageData(L.LightningDataModule):
         return train, val, loaded.test
 
     def _setup_folder(self) -> tuple:
+        if self.learned:
+            nothing = folder.Folder([], torch.zeros(0, dtype=torch.int64), self.learned)
+            test = folder.scan(self.root, "test", self.learned, of="the checkpoint")
+            self.classes, self.digest = test.classes, folder.digest(test)
+            return nothing, nothing, test
         train = folder.scan(self.root, "train")
         self.classes = train.classes
         test = folder.scan(self.root, "test", train.classes)

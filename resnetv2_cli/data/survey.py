@@ -190,6 +190,9 @@ def serious(report: dict[str, Any]) -> list[str]:
         for kind, fault in FAULTS.items()
         if fault.stops and report["faults"][kind]
     ]
+    there = report["splits"].keys()
+    said += [] if "train" in there else ["no folder train"]
+    said += [] if there & {"val", "test"} else ["no folder val or test"]
     said += [f"{split} has its images in no class folder" for split in report["flat"]]
     for split, found in report["classes"].items():
         if found["strange"]:

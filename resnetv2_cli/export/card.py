@@ -1,6 +1,5 @@
 """The model card: what a file is, how it came to be, and how good it is, in Markdown."""
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from resnetv2_cli.ablation.studies import identity
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.inventory import Run, mapping
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.stats import Summary
 
@@ -32,21 +32,14 @@ class Facts:
     use: str
 
 
-def result_of(run: Path | None) -> dict[str, Any]:
-    """What a run came to; empty where that is not known."""
-    try:
-        return json.loads(RunFolder(run).result.read_text()) if run else {}
-    except (OSError, ValueError):
-        return {}
-
-
 def seeds(run: Path) -> dict[int, float]:
     """Seed: test error in percent, of the run and of those beside it that are the same experiment
     but for their seed."""
     wanted, found = identity(RunFolder(run).experiment()), {}
     for other in sorted(run.absolute().parent.iterdir()):
-        folder, result = RunFolder(other), result_of(other)
-        if not result or not folder.config.is_file():
+        folder = RunFolder(other)
+        result = mapping(folder.result)
+        if not result or not folder.begun:
             continue
         try:
             same = identity(folder.experiment()) == wanted
@@ -54,13 +47,14 @@ def seeds(run: Path) -> dict[int, float]:
             continue
         if same:
             found[int(result["seed"])] = float(result["test_error"])
-    own = result_of(run)  # of two runs of one seed this one counts
+    own = mapping(RunFolder(run).result)  # of two runs of one seed this one counts
     return found | ({int(own["seed"]): float(own["test_error"])} if own else {})
 
 
 def card(facts: Facts) -> str:
     """A Markdown page, with the header that hubs read."""
-    e, result = facts.experiment, result_of(facts.run)
+    e, run = facts.experiment, Run("", RunFolder(facts.run)) if facts.run else None
+    result = run.result if run else {}
     header = {
         "library_name": "resnetv2-cli",
         "pipeline_tag": "image-classification",
@@ -89,15 +83,20 @@ def card(facts: Facts) -> str:
         f"{facts.preprocessing} The output is a logit for each class.",
         f"```python\n{facts.use}\n```",
         "## Trained with",
-        made_by(result.get("environment", {})),
+        made_by(run.environment if run else {}),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def outcome(facts: Facts, result: dict[str, Any]) -> str:
     """The test error, with the spread over seeds where there are several."""
-    if not result or facts.run is None:
-        return "Not known: the checkpoint lay in no run folder that has come to its end."
+    if facts.run is None:
+        return "Not known: the checkpoint lay in no run's folder."
+    if not result:
+        whole = facts.experiment.steps
+        return (
+            f"Not measured: the run has not ended; this is iteration {facts.step:,} of {whole:,}."
+        )
     error, n = float(result["test_error"]), int(result["test_images"])
     if facts.step != int(result.get("test_step", result["steps"])):
         return (

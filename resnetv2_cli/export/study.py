@@ -18,6 +18,7 @@ from resnetv2_cli.files import write_text
 from resnetv2_cli.inference import network, view_of
 from resnetv2_cli.origin import sha256
 from resnetv2_cli.task import Classification
+from resnetv2_cli.runfolder import RunFolder
 
 USE = {  # of each format: how it is run on images (N, 3, size, size), 0 to 1
     "safetensors": "# resnetv2 train --weights FILE trains on from it\n"
@@ -71,7 +72,7 @@ def export(
         classes=task.classes,
         parameters=sum(p.numel() for p in task.net.parameters()),
         step=step,
-        run=run,
+        run=run if run and RunFolder(run).begun else None,
         file=to.name,
         bytes=size,
         sha256=sha256(to),

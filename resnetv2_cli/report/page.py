@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from resnetv2_cli import __version__
 from resnetv2_cli.compare import word
 from resnetv2_cli.console import finite
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import write_text
 from resnetv2_cli.inventory import OPEN, Found, look
 from resnetv2_cli.plot import COLORS
@@ -31,9 +32,13 @@ def write(paths: list[Path], to: Path, detect: float, refresh: int = 0) -> dict[
     which the page reads itself again while runs are open, 0 for never.
 
     Raises:
-        UserError: a folder is not there, or what is in it cannot be read.
+        UserError: a folder is not there, or has nothing to report, or what is in it cannot be
+            read.
     """
     found = look(paths)
+    if not (found.ablations or found.every or found.analyses):
+        named = ", ".join(map(str, paths))
+        raise UserError(f"nothing to report in {named}", "no run there has begun")
     states = Counter(run.state for run in found.every)
     still = any(states[state] for state in OPEN)
     html = render(found, detect, refresh if still else 0, states)
