@@ -215,7 +215,7 @@ def refuse_broken(cls: type[Shortcut], name: str) -> None:
     Raises:
         UserError: it fails, or what it gives has another shape than F(x).
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         for c, stride, carry in ((64, 1, nn.Identity()), (128, 2, nn.Conv2d(64, 128, 1, 2))):
             x, residual = torch.randn(2, 64, 8, 8), torch.randn(2, c, 8 // stride, 8 // stride)
             try:
@@ -224,7 +224,9 @@ def refuse_broken(cls: type[Shortcut], name: str) -> None:
                 y = shortcut(x, residual)
             except Exception as error:  # it is the user's code
                 said = f"{type(error).__name__}: {error}".partition("\n")[0]
-                place = traceback.extract_tb(error.__traceback__)[-1]
+                calls = traceback.extract_tb(error.__traceback__)
+                own = [call for call in calls if call.filename == inspect.getfile(cls)]
+                place = (own or calls)[-1]
                 hint = f"{place.filename}, line {place.lineno}: {place.line}"
                 raise UserError(f"shortcut {name!r} fails: {said}", hint) from error
             shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__

@@ -207,13 +207,17 @@ def test_a_card_has_the_spread_over_the_seeds_beside_the_run(trained, tmp_path):
 def test_a_card_claims_nothing_for_weights_that_were_not_measured(trained, tmp_path):
     loose = shutil.copy(trained / "checkpoints" / "last.ckpt", tmp_path / "loose.ckpt")
     made = study.export(loose, "safetensors", None, None, None)
-    assert "Not known: the checkpoint lay in no run folder" in made.card.read_text()
+    assert "Not known: the checkpoint lay in no run's folder" in made.card.read_text()
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     result = json.loads((run / "result.json").read_text()) | {"steps": 500, "test_step": 500}
     (run / "result.json").write_text(json.dumps(result))
     made = study.export(run / "checkpoints" / "last.ckpt", "safetensors", None, None, None)
     assert "Of this file, iteration 92: not measured" in made.card.read_text()
+    (run / "result.json").unlink()
+    made = study.export(run / "checkpoints" / "last.ckpt", "safetensors", None, None, None)
+    assert "the run has not ended; this is iteration 92 of 92" in made.card.read_text()
+    assert "Not known" not in made.card.read_text() and "torchvision" in made.card.read_text()
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line_and_the_file_is_kept(tmp_path, monkeypatch):

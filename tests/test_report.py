@@ -260,10 +260,7 @@ def test_the_page_has_the_table_the_curves_and_every_run_and_fetches_nothing(cal
     assert "the loss is not finite" in text and "--shortcut" in text
 
 
-def test_a_page_of_nothing_begun_and_its_mistakes(called, lab, tmp_path):
-    (tmp_path / "empty").mkdir()
-    page(called, tmp_path / "empty", "-o", tmp_path / "r.html")
-    assert "no runs" in (tmp_path / "r.html").read_text()
+def test_the_mistakes_of_a_page(called, lab, tmp_path):
     assert "is a folder" in called("report", lab, "-o", tmp_path)[2]
     assert "--watch 'soon' is no duration" in called("report", lab, "--watch", "soon")[2]
     broken = tmp_path / "broken"
