@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +14,6 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import write_text
 from resnetv2_cli.manifest import ORIGINS
 from resnetv2_cli.runfolder import write_json
-
-LAUNCHERS = ("process", "local", "slurm")
 
 
 class Started(Protocol):
@@ -140,3 +139,10 @@ class Queue:
     def start(self, arm: Arm, slot: int, lock: int) -> Job:
         function = self.submitit.helpers.CommandFunction(command(arm), verbose=False)
         return Job(self.executor.submit(function))
+
+
+LAUNCHERS: dict[str, Callable[[int, Path, float], Launcher]] = {
+    "process": lambda jobs, root, hours: Processes(jobs),
+    "local": lambda jobs, root, hours: Queue("local", root, hours),
+    "slurm": lambda jobs, root, hours: Queue("slurm", root, hours),
+}  # of ``jobs`` at a time, in ``root``, each for ``hours`` at most; --launcher has their names

@@ -111,7 +111,7 @@ def ablate(
 
 def run(made: list, jobs: int, launcher: str, hours: float, budget: float) -> None:
     """Run what has no result yet, for ``budget`` seconds, and draw what has curves to show."""
-    from resnetv2_cli.ablation.launch import Processes, Queue
+    from resnetv2_cli.ablation.launch import LAUNCHERS
     from resnetv2_cli.ablation.progress import Progress
     from resnetv2_cli.ablation.sweep import Sweep
     from resnetv2_cli.plot import panels
@@ -120,7 +120,7 @@ def run(made: list, jobs: int, launcher: str, hours: float, budget: float) -> No
     for ablation in made:
         ablation.write()
     arms = {arm.folder: arm for ablation in made for line in ablation.lines for arm in line.arms}
-    start = Processes(jobs) if launcher == "process" else Queue(launcher, root, hours)
+    start = LAUNCHERS[launcher](jobs, root, hours)
     console.note(f"{len(arms)} runs in {root}; the same command continues, resnetv2 report shows")
     with Progress(console.err, len(arms)) as progress:
         Sweep(start, jobs, progress.announce, progress.watch, budget).run(arms.values())
