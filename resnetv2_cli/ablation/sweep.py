@@ -54,7 +54,8 @@ class Sweep:
                 same command continues.
         """
         deadline = time.monotonic() + self.seconds
-        waiting = list({arm.folder: arm for arm in sorted(arms, key=seed)}.values())
+        each = {arm.folder: arm for arm in sorted(arms, key=seed)}.values()
+        waiting = [arm for arm in each if not self.done(arm)]
         before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             while (waiting or self.running) and not self.signal:
@@ -85,23 +86,30 @@ class Sweep:
         self.signal = number
 
     def fill(self, waiting: list[Arm]) -> list[Arm]:
-        """Start what there is a place for; what still waits is returned."""
+        """Start what there is a place for; what still waits is returned. While all places are
+        taken no file is looked at: there may be thousands of runs."""
         left = []
-        for arm in waiting:
-            if arm.error is not None:
-                self.announce(arm, "done before")
-            elif len(self.running) == self.jobs or not self.start(arm):
+        for i, arm in enumerate(waiting):
+            if len(self.running) == self.jobs:
+                return left + waiting[i:]
+            if not self.done(arm) and not self.start(arm):
                 left.append(arm)
         return left
+
+    def done(self, arm: Arm) -> bool:
+        """Whether a run has ended before, which is announced."""
+        ended = arm.error is not None
+        if ended:
+            self.announce(arm, "done before")
+        return ended
 
     def start(self, arm: Arm) -> bool:
         """Start a run, unless another ablation has it; whether it is looked after."""
         lock = arm.claim()
         if lock is None:
             return False
-        if arm.error is not None:  # another ablation ended it a moment ago
+        if self.done(arm):  # another ablation ended it a moment ago
             os.close(lock)
-            self.announce(arm, "done before")
             return True
         arm.clear()
         taken = {r.slot for r in self.running}
