@@ -104,12 +104,11 @@ def main(arguments: Iterable[str] | None = None) -> None:
         sys.exit(2)
     except Stopped as stopped:
         sys.exit(0 if child() else stopped.status)
-    except (KeyboardInterrupt, SystemExit) as left:
-        if interrupted(left):
-            console.note("interrupted")
-            sys.exit(130)
-        if isinstance(left, Terminated):
-            console.note("terminated")
+    except BaseException as left:
+        for kind, word, status in SIGNALS:
+            if began_with(left, kind):
+                console.note(word)
+                sys.exit(status)
         raise
 
 
@@ -119,8 +118,11 @@ def child() -> bool:
     return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
-def interrupted(error: BaseException | None) -> bool:
-    """Whether it is Ctrl-C, or what one of the frameworks made of it."""
-    while error and not isinstance(error, KeyboardInterrupt):
+SIGNALS = ((KeyboardInterrupt, "interrupted", 130), (Terminated, "terminated", 143))
+
+
+def began_with(error: BaseException | None, kind: type[BaseException]) -> bool:
+    """Whether it is of that kind, or what one of the frameworks made of it."""
+    while error and not isinstance(error, kind):
         error = error.__context__
     return error is not None

@@ -19,7 +19,7 @@ from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.data.folder import MIDDLE, SUFFIXES, Folder, FolderImages
 from resnetv2_cli.data.images import SIZE
-from resnetv2_cli.data.module import EVAL_BATCH, leave_ctrl_c
+from resnetv2_cli.data.module import EVAL_BATCH, stand_apart
 from resnetv2_cli.data.picture import BROKEN, FORMATS
 from resnetv2_cli.data.protocols import PROTOCOLS, View
 from resnetv2_cli.data.shards import Member
@@ -169,7 +169,7 @@ def predict(task: Classification, found: Sequence[Picture], top: int) -> Iterato
         batch_size=batch,
         # To start processes takes longer than to decode a batch of small images.
         num_workers=min(e.workers, len(found) // batch),
-        worker_init_fn=leave_ctrl_c,
+        worker_init_fn=stand_apart,
     )
     trainer = trainer_of(e, logger=False)
     device = trainer.strategy.root_device

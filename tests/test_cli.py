@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import SCRIPT, SMALL, THREADS
+from conftest import SCRIPT, SMALL, STOPPED, THREADS
 
 from resnetv2_cli import __version__
 from resnetv2_cli.data.catalog import DATASETS
@@ -256,6 +256,25 @@ def test_ctrl_c_saves_and_exits_with_130(tmp_path):
     assert process.returncode == 130 and "Traceback" not in said
     assert f"resnetv2 train --resume {folder}" in said
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] >= 5
+
+
+@pytest.mark.parametrize("number", STOPPED)
+def test_a_signal_to_all_processes_of_the_command_saves_too(tree, tmp_path, number):
+    """As Ctrl-C, timeout and some queues send it: workers that decode images hear it as well."""
+    folder = tmp_path / "run"
+    photographs = ["--dataset", "folder", "--data-dir", tree, "--depth", 18, "--batch-size", 4]
+    command = [SCRIPT, "train", *photographs, "--workers", 2, "--log-every", 1, "--steps", 5000]
+    process = subprocess.Popen(
+        [*map(str, command), "--output", str(folder)],
+        env={**os.environ, **THREADS}, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    lines = folder / "metrics.csv"
+    while process.poll() is None and not (lines.exists() and "\n1," in lines.read_text()):
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == STOPPED[number][0] and "Traceback" not in said
+    assert f"{number.name}: saved" in said and (folder / "checkpoints" / "last.ckpt").exists()
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):

@@ -88,7 +88,7 @@ class Sweep:
     def fill(self, waiting: list[Arm]) -> list[Arm]:
         """Start what there is a place for; what still waits is returned. While all places are
         taken no file is looked at: there may be thousands of runs."""
-        left = []
+        left: list[Arm] = []
         for i, arm in enumerate(waiting):
             if len(self.running) == self.jobs:
                 return left + waiting[i:]

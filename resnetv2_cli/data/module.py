@@ -1,6 +1,6 @@
 """The images of one experiment as a LightningDataModule."""
 
-import signal
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,9 +120,10 @@ class FileStream:
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
 
-def leave_ctrl_c(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the one that trains decides when to leave."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def stand_apart(worker: int) -> None:
+    """Take a worker out of its process group: Ctrl-C, and what ``timeout`` or a queue sends, reach
+    all of a group; the process that trains needs its workers until it has saved."""
+    os.setpgid(0, 0)
 
 
 class ImageData(L.LightningDataModule):
@@ -326,7 +327,7 @@ class ImageData(L.LightningDataModule):
             folder.FolderImages(split, size, e.crop, e.seed, view),
             batch_sampler=folder.Keys(keys, length),
             num_workers=e.workers,
-            worker_init_fn=leave_ctrl_c,
+            worker_init_fn=stand_apart,
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
         return FileStream(loader, weights)
