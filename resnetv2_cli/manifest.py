@@ -40,6 +40,10 @@ class Manifest:
         """What it says; nothing where there is none."""
         return json.loads(self.path.read_text()) if self.path.exists() else {}
 
+    def extensions(self) -> list[dict[str, Any]]:
+        """What training longer made of the run, each time."""
+        return [r["extended"] for r in self.read().get("resumes", []) if r.get("extended")]
+
     @contextmanager
     def change(self) -> Iterator[dict[str, Any]]:
         """What it says, to be changed; an evaluation of a run at work waits for its turn.

@@ -119,22 +119,34 @@ def same_run(path: Path, held: dict[str, Any], experiment: Experiment, digest: s
 
 
 def extend(
-    saved: Experiment, experiment: Experiment, step: int, tell: Callable[[str], None]
+    saved: Experiment,
+    experiment: Experiment,
+    step: int,
+    before: list[dict[str, Any]],
+    tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Say, and return for the result, what training longer than was planned makes of a run.
 
-    The learning rates so far were those of the shorter schedule. Only if the longer one has the
-    same up to ``step`` is it the run that it would have been from its start.
+    The learning rates so far were those of shorter schedules: of ``saved``, and of what was
+    extended ``before``, as returned here. Only if the longer one has the same up to ``step`` is it
+    the run that it would have been from its start.
     """
     if saved.steps == experiment.steps:
         return {}
-    differ = (s for s in range(step) if lr_factor(saved, s) != lr_factor(experiment, s))
-    first = next(differ, None)
-    if first is None:
+    plans = [*before, {"from_steps": saved.steps, "at": step}]
+    differ = [
+        (s, plan["from_steps"])
+        for begun, plan in zip([0, *(p["at"] for p in plans)], plans, strict=False)
+        for s in range(begun, plan["at"])
+        if lr_factor(replace(saved, steps=plan["from_steps"]), s) != lr_factor(experiment, s)
+    ]
+    if not differ:
         tell(f"its rates so far are those of {experiment.steps:,} iterations too: one run")
     else:
+        shorter = list(dict.fromkeys(f"{steps:,}" for _, steps in differ))
+        named = f"the schedule{'s' if len(shorter) > 1 else ''} of {', '.join(shorter)}"
         tell(
-            f"not one run of {experiment.steps:,} iterations: {first + 1:,} to {step:,} had rates "
-            f"of the schedule of {saved.steps:,}; the result says so"
+            f"not one run of {experiment.steps:,} iterations: {differ[0][0] + 1:,} to "
+            f"{differ[-1][0] + 1:,} had rates of {named}; the result says so"
         )
-    return {"from_steps": saved.steps, "at": step, "one_schedule": first is None}
+    return {"from_steps": saved.steps, "at": step, "one_schedule": not differ}

@@ -236,7 +236,7 @@ def _go_on(
 ) -> None:
     """Write down that the run is continued after iteration ``step``, and with which changes."""
     saved = folder.experiment()
-    extended = extend(saved, experiment, step, tell)
+    extended = extend(saved, experiment, step, folder.manifest.extensions(), tell)
     changed = {k: v for k, v in asdict(experiment).items() if getattr(saved, k) != v}
     folder.go_on(experiment, step, changed, extended)
 
@@ -249,7 +249,6 @@ def finish(task: Classification, data: ImageData, folder: RunFolder) -> dict[str
     """
     e, scores, trained = task.experiment, task.scores, read_metrics(folder.metrics)
     said = folder.manifest.read()
-    extended = [r["extended"] for r in said.get("resumes", []) if r.get("extended")]
     result = {
         "name": e.name,
         "test_error": scores["error"],
@@ -268,7 +267,7 @@ def finish(task: Classification, data: ImageData, folder: RunFolder) -> dict[str
         "precision": precision(e),
         "data": data.digest,
         "test_set_readings": said.get("test_set_readings"),
-        "extended": extended,
+        "extended": folder.manifest.extensions(),
         "skipped_iterations": task.guard.read()[0],
         "environment": environment(),
     }

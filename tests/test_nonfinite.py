@@ -1,0 +1,129 @@
+"""A loss or a gradient that is not finite: where it began, and what becomes of the iteration."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from test_reliability import At, same, trained_as
+from torch import nn
+
+from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli.errors import Diverged, Stopped, UserError
+from resnetv2_cli.nonfinite import Guard, poisoned
+from resnetv2_cli.resume import continued
+from resnetv2_cli.runfolder import RunFolder
+from resnetv2_cli.shortcuts import Shortcut
+from resnetv2_cli.verify import difference
+
+
+class Late(torch.autograd.Function):
+    """x, with a gradient of inf if ``bad``."""
+
+    @staticmethod
+    def forward(ctx, x, bad):
+        ctx.bad = bad
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient * float("inf") if ctx.bad else gradient), None
+
+
+class BadBackward(Shortcut):
+    """x + F(x), in the second unit at times with a gradient that is not finite."""
+
+    def place(self, number, units):
+        self.number = number
+
+    def bad(self):
+        return self.training and self.number == 2 and bool(torch.rand(()) < 0.2)
+
+    def forward(self, x, residual):
+        return Late.apply(self.carry(x) + residual, self.bad())
+
+
+class BadForward(BadBackward):
+    """x + F(x), at times inf in the second unit."""
+
+    def forward(self, x, residual):
+        y = self.carry(x) + residual
+        return y * float("inf") if self.bad() else y
+
+
+class AlwaysBad(BadForward):
+    """x + F(x), always inf in the second unit."""
+
+    def bad(self):
+        return self.training and self.number == 2
+
+
+@pytest.mark.parametrize("kind, what, way", [
+    ("BadForward", "loss", "forward"), ("BadBackward", "gradient", "back"),
+])  # fmt: skip
+def test_the_unit_where_it_began_is_named(tmp_path, kind, what, way):
+    with pytest.raises(Diverged) as caught:
+        trained_as(tmp_path / "run", shortcut=f"test_nonfinite:{kind}", accumulate=2)
+    error = caught.value
+    assert error.where == f"stage2.unit1, on the way {way}"
+    assert f"the {what} is not finite at iteration {error.iteration}: it began in" in str(error)
+    said = json.loads((tmp_path / "run" / "failed.json").read_text())
+    assert said["iteration"] == error.iteration and said["where"] == error.where
+    with pytest.raises(UserError, match="diverged: the "):
+        continued(RunFolder(tmp_path / "run"), {})
+
+
+def test_it_is_traced_too_where_an_evaluation_would_save_it(tmp_path):
+    """An evaluation keeps no graph, and this looks for the unit from within one."""
+    with pytest.raises(Diverged) as caught:
+        shortcut = "test_nonfinite:AlwaysBad"
+        trained_as(tmp_path / "run", shortcut=shortcut, log_every=1000, save_every=0)
+    assert caught.value.where == "stage2.unit1, on the way forward"
+    assert not RunFolder(tmp_path / "run").last.exists()
+
+
+@pytest.mark.parametrize("kind", ["BadForward", "BadBackward"])
+def test_skipped_iterations_leave_no_trace_and_are_exact_under_resuming(tmp_path, kind):
+    settings = {"shortcut": f"test_nonfinite:{kind}", "non_finite": "skip", "save_every": 0}
+    whole = trained_as(tmp_path / "whole", **settings)
+    skipped = json.loads(whole.result.read_text())["skipped_iterations"]
+    assert 0 < skipped < 12
+    state = checkpoints.read(whole.last)["state_dict"]
+    assert all(value.isfinite().all() for value in state.values())
+    leave = At(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        trained_as(tmp_path / "run", display=[leave], **settings)
+    assert same(trained_as(tmp_path / "run", resume={}), whole)
+
+
+def test_where_nothing_is_finite_skipping_ends(tmp_path):
+    with pytest.raises(Diverged, match="12 iterations in a row were not finite"):
+        shortcut = "test_nonfinite:AlwaysBad"
+        trained_as(tmp_path / "run", shortcut=shortcut, non_finite="skip", save_every=0)
+
+
+def test_the_guard_leaves_out_a_first_step_as_if_it_had_not_been():
+    """Weights, momentum and BN's averages; then the next step is the one a new optimizer takes."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    start = {k: v.clone() for k, v in net.state_dict().items()}
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
+    guard, x = Guard(net, stop=False, scaled=False), torch.randn(8, 3)
+
+    def step(number: int, loss_is: float) -> None:
+        guard.begin()
+        sgd.zero_grad()
+        loss = net(x).square().sum() * loss_is
+        poisoned(loss, loss.detach().isfinite()).backward()
+        guard.look(number, sgd, torch.tensor(True))
+        sgd.step()
+
+    step(0, float("nan"))
+    assert not difference(net.state_dict(), start) and guard.read() == (1, 0, 1)
+    step(1, 1.0)
+    skipped = {k: v.clone() for k, v in net.state_dict().items()}
+    net.load_state_dict(start)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
+    step(2, 1.0)
+    assert not difference(net.state_dict(), skipped) and guard.read() == (1, 0, 0)
