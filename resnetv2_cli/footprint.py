@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.console import size
 from resnetv2_cli.describe import parameters, skeleton
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.fused import made_again
 from resnetv2_cli.joined import EACH
 from resnetv2_cli.plans import BLOCKS, STEMS, units_per_stage
+from resnetv2_cli.quantities import size
 from resnetv2_cli.resnet import ResNet
 
 IMAGES = 2  # that are counted: BN asks for more than one value a channel

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import console
 from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.data.folder import MIDDLE, SUFFIXES, Folder, FolderImages
@@ -75,7 +74,9 @@ def view_of(task: Classification) -> View:
 
 
 @contextmanager
-def pictures(names: Sequence[str], stdin: BinaryIO) -> Iterator[list[Picture]]:
+def pictures(
+    names: Sequence[str], stdin: BinaryIO, tell: Callable[[str], object]
+) -> Iterator[list[Picture]]:
     """The files that some names stand for: a file itself, a folder all images below it, and ``-``
     what comes on standard input, which is one image, or else the names of files.
 
@@ -88,14 +89,15 @@ def pictures(names: Sequence[str], stdin: BinaryIO) -> Iterator[list[Picture]]:
             if name == STDIN:
                 found += from_stdin(stdin.read(), Path(scratch) / "stdin")
             elif Path(name).is_dir():
-                found += below(Path(name))
+                found += below(Path(name), tell)
             else:
                 found.append(Picture(name, Path(name)))
         yield found
 
 
-def below(folder: Path) -> list[Picture]:
+def below(folder: Path, tell: Callable[[str], object]) -> list[Picture]:
     """The images of a folder and of those in it, by their suffixes, in the order of their names.
+    How many other files there are is told.
 
     Raises:
         UserError: there are none.
@@ -106,7 +108,7 @@ def below(folder: Path) -> list[Picture]:
     if not paths:
         raise UserError(f"no images in {folder}", names)
     if others := len(every) - len(paths):
-        console.note(f"{others:,} files in {folder} are taken for no images: {names}")
+        tell(f"{others:,} files in {folder} are taken for no images: {names}")
     return [Picture(str(p), p) for p in paths]
 
 

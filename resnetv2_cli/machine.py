@@ -16,8 +16,8 @@ from resnetv2_cli import footprint, memory
 from resnetv2_cli.checkpoint import WholeFiles
 from resnetv2_cli.cluster import NoHandlers, Steps, refuse_unfit
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.console import size
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.quantities import size
 from resnetv2_cli.syncbn import FirstAverages, OverProcesses
 
 LEAST = 0.7  # of what is foretold a step takes at least: test_footprint.py has the bounds

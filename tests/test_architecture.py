@@ -11,7 +11,7 @@ import pytest
 import resnetv2_cli
 
 ORDER = """
-    errors trust memory files
+    errors quantities trust memory files
     plans paper
     native fused joined
     layers shortcuts units resnet compiling graphs

@@ -21,7 +21,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Damaged, NotSaved, Stopped, UserError
 from resnetv2_cli.manifest import ORIGINS, origins
 from resnetv2_cli.resume import continued, finished
-from resnetv2_cli.runfolder import RunFolder
+from resnetv2_cli.runfolder import RunFolder, read_metrics
 from resnetv2_cli.verify import difference, differences
 
 TINY = {
@@ -289,6 +289,26 @@ def test_the_manifest_counts_how_often_the_test_set_was_read(whole, tmp_path):
 def test_a_validation_split_leaves_the_test_set_unread_until_the_end(tmp_path):
     folder = trained_as(tmp_path / "run", val=1000, eval_every=0.2)
     assert folder.manifest.read()["test_set_readings"] == 1
+
+
+class Ruin(Callback):
+    """Takes from the network what it has learned, shortly before its last iteration."""
+
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == 48:
+            nn.init.zeros_(task.net.head.fc.weight)
+
+
+def test_what_was_chosen_is_what_is_tested(tmp_path):
+    long = {"batch_size": 64, "steps": 50, "eval_every": 1.0, "warmup": 0, "val": 200}
+    folder = trained_as(tmp_path / "run", display=[Ruin()], **long)
+    errors = dict(read_metrics(folder.metrics)["val_error"])
+    assert list(errors) == [20, 40, 50]  # the last iteration too, amid an epoch
+    result = json.loads(folder.result.read_text())
+    assert result["test_step"] == min(errors, key=errors.__getitem__) < 50
+    for what in (folder.path, folder.best):
+        scores, _ = run.evaluate(checkpoints.find(what))
+        assert scores["error"] == result["test_error"]
 
 
 # Bits.

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from resnetv2_cli import console, plans
+from resnetv2_cli import console, plans, quantities
 from resnetv2_cli.commands.app import Format, app
 from resnetv2_cli.errors import Stopped, UserError, unknown
 from resnetv2_cli.flags import seconds, with_flags
@@ -173,9 +173,9 @@ def plan(made: list, jobs: int, probe: bool, format: str) -> None:
             "depth": [f"{line.arms[0].experiment.depth}" for line, _ in rows],
             "weights": [f"{counts['parameters'] / 1e6:.2f}M" for _, counts in rows],
             "MACs": [f"{counts['macs'] / 1e6:,.0f}M" for _, counts in rows],
-            "memory": [console.size(counts["activation_bytes"]) for _, counts in rows],
+            "memory": [quantities.size(counts["activation_bytes"]) for _, counts in rows],
             "done": [f"{counts['done']}/{counts['runs']}" for _, counts in rows],
-            "time": [console.duration(counts["seconds"]) for _, counts in rows],
+            "time": [quantities.duration(counts["seconds"]) for _, counts in rows],
         }
         title = ablation.title
         if len(set(columns["depth"])) == 1:
@@ -184,6 +184,6 @@ def plan(made: list, jobs: int, probe: bool, format: str) -> None:
         seconds = total(lines, jobs)
         if seconds is not None:
             console.note(
-                f"about {console.duration(seconds)} of training in all, from a few iterations "
+                f"about {quantities.duration(seconds)} of training in all, from a few iterations "
                 "measured here; evaluation comes on top"
             )

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resnetv2_cli import console
+from resnetv2_cli import console, quantities
 from resnetv2_cli.commands.app import Config, Json, app
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import unknown
@@ -54,7 +54,7 @@ def row(name: str, arm: dict[str, Any]) -> list[str]:
         f"{arm['images_per_second']:,.0f}",
         f"{arm['ratio']:.2f}",
         f"{arm['least']:.2f}-{arm['most']:.2f}",
-        "—" if peak is None else console.size(peak),
+        "—" if peak is None else quantities.size(peak),
     ]
 
 
@@ -121,9 +121,9 @@ def step(
     ]
     console.table(title(made), [*COLUMNS, "of floor"], rows)
     for dtype, floor in made["floors"].items():
-        rate = console.size(floor["copy_bytes_per_second"])
+        rate = quantities.size(floor["copy_bytes_per_second"])
         console.out.print(
-            f"{dtype.removeprefix('torch.')}: {console.size(floor['bytes'])} must move, which "
+            f"{dtype.removeprefix('torch.')}: {quantities.size(floor['bytes'])} must move, which "
             f"takes {floor['seconds']:.3f} s at the {rate}/s of a copy."
         )
 

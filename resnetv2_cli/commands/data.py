@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resnetv2_cli import console
+from resnetv2_cli import console, quantities
 from resnetv2_cli.commands.app import Json, app
 from resnetv2_cli.errors import UserError
 
@@ -58,7 +58,7 @@ def show(report: dict[str, Any], docs: dict[str, str]) -> None:
             f"{s['classes']:,}",
             f"{s['images']:,}",
             f"{s['least']:,}-{s['most']:,}",
-            console.size(s["bytes"]),
+            quantities.size(s["bytes"]),
         ]
         for split, s in report["splits"].items()
     ]
@@ -141,6 +141,6 @@ def prepare(
     form = Form(side, quality, raw, shard)
     with console.progress() as tick:
         made = prepared(folder, output, form, workers, tick)
-    size = console.size(sum(p.stat().st_size for p in output.glob("*.tar")))
+    size = quantities.size(sum(p.stat().st_size for p in output.glob("*.tar")))
     counts = ", ".join(f"{n:,} of {name}" for name, n in made.items())
     console.out.print(f"{counts}: {size} in {output}", highlight=False)

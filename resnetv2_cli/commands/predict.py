@@ -65,7 +65,7 @@ def predict(
                 broken.append(prediction)
             yield prediction
 
-    with inference.pictures(images, sys.stdin.buffer) as found:
+    with inference.pictures(images, sys.stdin.buffer, console.note) as found:
         top = min(top, len(task.classes))
         SHOW[format](noted(inference.predict(task, found, top)), top)
         count = len(found)

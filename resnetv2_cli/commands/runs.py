@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resnetv2_cli import console
+from resnetv2_cli import console, quantities
 from resnetv2_cli.commands.app import Format, app
 from resnetv2_cli.errors import UserError
 
@@ -80,7 +80,7 @@ def percent(run: "Run") -> str:
 
 def age(changed: float) -> str:
     """``3 min ago``."""
-    return f"{console.duration(max(0.0, time.time() - changed))} ago"
+    return f"{quantities.duration(max(0.0, time.time() - changed))} ago"
 
 
 @runs.command()
