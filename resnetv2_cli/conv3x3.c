@@ -13,11 +13,13 @@ typedef struct {
     int64_t start;  /* of the first pixel that is no border */
     int64_t pixels; /* with the border, and a few more zeros that the last pairs reach into */
     int64_t pairs;  /* of pixels from the first to the last, with the borders between rows */
+    int tall;       /* pixels of a row that a tile takes */
 } Shape;
 
 static Shape shape_of(int64_t height, int64_t width) {
-    int64_t pitch = width + 1;
-    Shape s = {height, width, pitch, pitch + 1, (height + 2) * pitch + 6, (height * pitch + 1) / 2};
+    int64_t pitch = width + 1, pairs = ((height * pitch + 1) / 2 + EVEN - 1) / EVEN * EVEN;
+    int64_t pixels = 2 * pairs + 2 * pitch + 6;
+    Shape s = {height, width, pitch, pitch + 1, pixels, pairs, width % 16 ? 8 : 16};
     return s;
 }
 
@@ -28,6 +30,7 @@ INLINE void around(F sum[TALL][WIDE], const uint16_t *image, int64_t at, const S
     for (int64_t row = 0; row < 3; row++)
         tile(sum, image + (at + row * s->pitch) * channels, channels, 2,
              w + row * 3 * channels * columns, columns, 3 * channels / 2, tall, wide);
+    done(sum, wide);
 }
 
 /* Columns j on of y of an image; a: the image activated. */
@@ -56,12 +59,16 @@ static void forward_image(const uint16_t *x, const uint16_t *w, const uint16_t *
         }
     }
     int64_t j = 0;
-    for (; j + 2 * LANES <= n; j += 2 * LANES) outputs(j, a, w, plus, y, s, c, n, 8, 2);
+    for (; j + 2 * LANES <= n; j += 2 * LANES)
+        if (s->tall < TALLEST(2))
+            outputs(j, a, w, plus, y, s, c, n, 8, 2);
+        else
+            outputs(j, a, w, plus, y, s, c, n, TALLEST(2), 2);
     for (; j < n; j += LANES)
-        if (s->width % 16)
+        if (s->tall < TALL)
             outputs(j, a, w, plus, y, s, c, n, 8, 1);
         else
-            outputs(j, a, w, plus, y, s, c, n, 16, 1);
+            outputs(j, a, w, plus, y, s, c, n, TALL, 1);
 }
 
 /* again: with the statistics that are saved, which stay as they are. */
@@ -89,8 +96,10 @@ void conv3x3_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, const
         }
         uint16_t a[s.pixels * c] __attribute__((aligned(64)));
         memset(a, 0, sizeof a);
+        begin(s.tall);
         for (int64_t i = first * size; i < last * size; i += size)
             forward_image(x + i * c, w, plus ? plus + i * n : 0, y + i * n, saved, a, &s, c, n);
+        end();
     }
 }
 
@@ -133,27 +142,31 @@ static void backward_image(const uint16_t *dy, const uint16_t *x, const uint16_t
                2 * s->width * n);
     int64_t j = 0;
     for (; j + 2 * LANES <= c; j += 2 * LANES)
-        gradient(j, room->dy, w, x, g, room->a, saved, sums, s, c, n, 8, 2);
+        if (s->tall < TALLEST(2))
+            gradient(j, room->dy, w, x, g, room->a, saved, sums, s, c, n, 8, 2);
+        else
+            gradient(j, room->dy, w, x, g, room->a, saved, sums, s, c, n, TALLEST(2), 2);
     for (; j < c; j += LANES)
-        if (s->width % 16)
+        if (s->tall < TALL)
             gradient(j, room->dy, w, x, g, room->a, saved, sums, s, c, n, 8, 1);
         else
-            gradient(j, room->dy, w, x, g, room->a, saved, sums, s, c, n, 16, 1);
+            gradient(j, room->dy, w, x, g, room->a, saved, sums, s, c, n, TALL, 1);
 
-    by_two(room->dy + s->start * n, room->dy_two, s->pairs, n);
+    lay_pairs(room->dy + s->start * n, room->dy_two, s->pairs, n);
     for (int odd = 0; odd < 2; odd++)
         by_two(room->a + odd * c, room->a_two[odd], s->pixels / 2 - 1, c);
     for (int64_t tap = 0; tap < 9; tap++) {
         int64_t moved = tap / 3 * s->pitch + tap % 3;
         const uint16_t *a = room->a_two[moved % 2] + moved / 2 * 2 * c;
+        int deep = AMX ? s->tall : 8, deep_alone = AMX ? s->tall : TALL;
         for (j = 0; j + 2 * LANES <= c; j += 2 * LANES)
-            for (int64_t i = 0; i < n; i += 8)
-                weigh(room->dy_two + 2 * i, n, a + 2 * j, c, s->pairs, dw + (i * 9 + tap) * c + j,
-                      9 * c, 8, 2);
+            for (int64_t i = 0; i < n; i += deep)
+                weigh(room->dy_two, i, n, a + 2 * j, c, s->pairs, dw + (i * 9 + tap) * c + j,
+                      9 * c, deep, 2);
         for (; j < c; j += LANES)
-            for (int64_t i = 0; i < n; i += 16)
-                weigh(room->dy_two + 2 * i, n, a + 2 * j, c, s->pairs, dw + (i * 9 + tap) * c + j,
-                      9 * c, 16, 1);
+            for (int64_t i = 0; i < n; i += deep_alone)
+                weigh(room->dy_two, i, n, a + 2 * j, c, s->pairs, dw + (i * 9 + tap) * c + j,
+                      9 * c, deep_alone, 1);
     }
 }
 
@@ -180,8 +193,10 @@ void conv3x3_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *plu
         memset(dy_, 0, sizeof dy_);
         memset(a, 0, sizeof a);
         Room room = {dy_, dy_two, a, {even, odd}};
+        begin(s.tall);
         for (int64_t i = first * size; i < last * size; i += size)
             backward_image(dy + i * n, x + i * c, w, dx + i * c, saved, mine, dw_, &room, &s, c, n);
+        end();
 #pragma omp barrier
         add_parts(dw, parts, weights);
 #pragma omp single

@@ -113,8 +113,10 @@ def why_not() -> str:
 
 @cache
 def multiplies() -> bool:
-    """Whether the library has the functions of ``products.h``: the processor multiplies bf16."""
-    return all(hasattr(library(), name) for name in PRODUCTS)
+    """Whether the library has the functions of ``products.h``, because the processor multiplies
+    bf16, and may use them."""
+    found = library()
+    return all(hasattr(found, name) for name in PRODUCTS) and bool(found.products_allowed())  # type: ignore[union-attr]
 
 
 def call(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:

@@ -1,5 +1,8 @@
 /* BN, ReLU and a 1x1 convolution of stride 1 (products.h), by blocks of rows. */
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include "products.h"
 
 #ifdef __AVX512BF16__
@@ -16,6 +19,7 @@ INLINE void product(const uint16_t *a, const uint16_t *w, const uint16_t *plus, 
     F sum[TALL][WIDE];
     clear(sum, tall, wide);
     tile(sum, a, c, 2, w, n, c / 2, tall, wide);
+    done(sum, wide);
     put(sum, plus, y, n, tall, wide);
 #pragma GCC unroll 16
     for (int r = 0; r < tall; r++) {
@@ -39,6 +43,7 @@ static void forward_block(const uint16_t *x, const uint16_t *w, const uint16_t *
     int64_t j = 0;
     for (; j + 2 * LANES <= n; j += 2 * LANES) {
         int64_t r = 0;
+        for (; AMX && r < BLOCK; r += 16) TILES(j, 16, 2);
         for (; r + 12 <= BLOCK; r += 12) TILES(j, 12, 2);
         for (; r < BLOCK; r += 4) TILES(j, 4, 2);
     }
@@ -69,6 +74,7 @@ void pointwise_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, con
                        momentum, eps);
         }
         uint16_t a[BLOCK * c] __attribute__((aligned(64)));
+        begin(TALL);
         for (int64_t b = first; b < last; b += BLOCK) {
             const uint16_t *xb = x + b * c, *pb = plus ? plus + b * n : 0;
             uint16_t *yb = y + b * n;
@@ -83,6 +89,7 @@ void pointwise_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, con
                 memcpy(yb, y_, 2 * n * (last - b));
             }
         }
+        end();
     }
 }
 
@@ -93,6 +100,7 @@ INLINE void gradient(const uint16_t *dy, const uint16_t *w, const uint16_t *x, u
     F sum[TALL][WIDE];
     clear(sum, tall, wide);
     tile(sum, dy, n, 2, w, c, n / 2, tall, wide);
+    done(sum, wide);
     let_through(sum, x, g, saved, s, q, c, tall, wide);
 #pragma GCC unroll 8
     for (int r = 0; r < tall; r += 2)
@@ -117,10 +125,11 @@ INLINE void columns(int64_t j, const uint16_t *dy, const uint16_t *d, const uint
                  saved + j, s, q, c, n, tall, wide);
     widen_both(sums + j, s, q, c, wide);
     /* Each product asks for its part of the next block's dy, as ahead() does. */
-    int64_t part = BLOCK * 8 * LANES * wide / c;
-    const uint16_t *next = dy + BLOCK * n + j / (LANES * wide) * (n / 8) * part;
-    for (int64_t i = 0; i < n; i += 8, next += part) {
-        weigh(d + 2 * i, n, a, wide * LANES, BLOCK / 2, dw + i * c + j, c, 8, wide);
+    int deep = TALLEST(2);
+    int64_t part = BLOCK * deep * LANES * wide / c;
+    const uint16_t *next = dy + BLOCK * n + j / (LANES * wide) * (n / deep) * part;
+    for (int64_t i = 0; i < n; i += deep, next += part) {
+        weigh(d, i, n, a, wide * LANES, BLOCK / 2, dw + i * c + j, c, deep, wide);
         for (int64_t k = 0; k < part; k += 32) __builtin_prefetch(next + k, 0, 2);
     }
 }
@@ -130,12 +139,10 @@ static void backward_block(const uint16_t *dy, const uint16_t *x, const uint16_t
                            const float *saved, double *sums, float *dw, uint16_t *d, int64_t c,
                            int64_t n) {
     uint16_t a[BLOCK * WIDE * LANES] __attribute__((aligned(64)));
-    for (int64_t r = 0; r < BLOCK; r += 2)
-        for (int64_t j = 0; j < n; j += LANES)
-            *(U_ *)(d + r * n + 2 * j) = pairs(dy + r * n + j, dy + (r + 1) * n + j);
+    lay_pairs(dy, d, BLOCK / 2, n);
     int64_t j = 0;
     for (; j + 2 * LANES <= c; j += 2 * LANES)
-        columns(j, dy, d, w, x, g, a, saved, sums, dw, c, n, 8, 2);
+        columns(j, dy, d, w, x, g, a, saved, sums, dw, c, n, TALLEST(2), 2);
     for (; j < c; j += LANES) columns(j, dy, d, w, x, g, a, saved, sums, dw, c, n, 16, 1);
 }
 
@@ -157,6 +164,7 @@ void pointwise_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *p
         int64_t first, last;
         rows_of(rows, BLOCK, &first, &last);
         uint16_t d[BLOCK * n] __attribute__((aligned(64)));
+        begin(TALL);
         for (int64_t b = first; b < last; b += BLOCK) {
             const uint16_t *dyb = dy + b * n, *xb = x + b * c;
             uint16_t *gb = dx + b * c;
@@ -172,6 +180,7 @@ void pointwise_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *p
                 memcpy(gb, g_, 2 * c * (last - b));
             }
         }
+        end();
 #pragma omp barrier
         add_parts(dw, parts, n * c);
 #pragma omp single
@@ -181,6 +190,16 @@ void pointwise_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *p
         }
         normalized(dx, x, plus, saved + 2 * c, slope, offset, first, last, c);
     }
+}
+
+/* Whether this process may use them: Linux gives the registers of tiles to those who ask. */
+int products_allowed(void) {
+#if AMX
+    enum { REQUEST = 0x1023, TILES = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
+    return !syscall(SYS_arch_prctl, REQUEST, TILES);
+#else
+    return 1;
+#endif
 }
 
 #endif

@@ -8,9 +8,11 @@
    floats. ``plus`` may be null: it is the other side of an addition, which then costs no pass of its
    own.
 
-   A block (rows, or an image) is gone through by tiles of sums that fill the registers. The processor
-   multiplies and adds pairs of bf16, so each factor of a product lies as pairs along what is summed
-   over: W by two inputs (forward) or two outputs (backward), a and dy by two rows (dW). */
+   A block (rows, or an image) is gone through by tiles of sums. The processor multiplies and adds
+   pairs of bf16, so each factor of a product lies as pairs along what is summed over: W by two inputs
+   (forward) or two outputs (backward), a and dy by two rows (dW). The sums of a tile fill the vector
+   registers; or, where the processor has AMX, the first two of its eight registers of tiles, into
+   which it multiplies 32 rows of 16 numbers at once: of sixteen pairs, or of eight at the end. */
 
 #include "vectors.h"
 
@@ -19,6 +21,14 @@
 #define INLINE static inline __attribute__((always_inline))
 #define WIDE 2 /* vectors in a row of a tile, at most */
 #define TALL 16 /* rows of a tile, at most */
+#ifdef __AMX_BF16__
+#define AMX 1
+#define EVEN 8 /* pairs that a sum takes are a multiple of it */
+#else
+#define AMX 0
+#define EVEN 1
+#endif
+#define TALLEST(WIDE_) (AMX || WIDE_ == 1 ? TALL : 8) /* rows that there are registers for */
 
 INLINE F dot(F sum, U a, U b) {
     return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
@@ -61,6 +71,114 @@ INLINE U spread(const uint16_t *p) {
     return (U)_mm512_set1_epi32(both);
 }
 
+#if AMX
+
+/* Sums (0, 1) and left factors (2; 3: of eight pairs) of ``tall`` rows; right factors (4, 5). */
+static void begin(int tall) {
+    struct {
+        uint8_t palette, start, none[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } tiles = {1, 0, {0}, {64, 64, 64, 32, 64, 64}, {tall, tall, tall, tall, 16, 8}};
+    __asm__ volatile("ldtilecfg %0" : : "m"(tiles)); /* _tile_loadconfig has it read a part */
+}
+
+static void end(void) { _tile_release(); }
+
+INLINE void clear(F sum[TALL][WIDE], int tall, int wide) {
+    __asm__ volatile("" ::: "memory"); /* what a tile is loaded from is written by now */
+    _tile_zero(0);
+    if (wide == 2) _tile_zero(1);
+}
+
+/* As below; ``step`` is 2, and ``many`` a multiple of 8. */
+INLINE void tile(F sum[TALL][WIDE], const uint16_t *left, int64_t stride, int64_t step,
+                 const uint16_t *right, int64_t columns, int64_t many, int tall, int wide) {
+    int64_t k = 0;
+    for (; k + 16 <= many; k += 16) {
+        const uint16_t *from = right + 2 * k * columns;
+        _tile_loadd(2, left + 2 * k, 2 * stride);
+        _tile_loadd(4, from, 4 * columns);
+        _tile_dpbf16ps(0, 2, 4);
+        if (wide == 2) {
+            _tile_loadd(4, from + 2 * LANES, 4 * columns);
+            _tile_dpbf16ps(1, 2, 4);
+        }
+    }
+    if (k < many) {
+        const uint16_t *from = right + 2 * k * columns;
+        _tile_loadd(3, left + 2 * k, 2 * stride);
+        _tile_loadd(5, from, 4 * columns);
+        _tile_dpbf16ps(0, 3, 5);
+        if (wide == 2) {
+            _tile_loadd(5, from + 2 * LANES, 4 * columns);
+            _tile_dpbf16ps(1, 3, 5);
+        }
+    }
+}
+
+INLINE void done(F sum[TALL][WIDE], int wide) {
+    _tile_stored(0, &sum[0][0], sizeof sum[0]);
+    if (wide == 2) _tile_stored(1, &sum[0][1], sizeof sum[0]);
+}
+
+/* dW of a tile: outputs i on, over ``many`` pairs of rows, added to what is there. dy: as laid by
+   lay_pairs; dw: rows of ``row`` numbers. */
+INLINE void weigh(const uint16_t *dy, int64_t i, int64_t n, const uint16_t *a, int64_t columns,
+                  int64_t many, float *dw, int64_t row, int tall, int wide) {
+    __asm__ volatile("" ::: "memory");
+    _tile_loadd(0, dw, 4 * row);
+    if (wide == 2) _tile_loadd(1, dw + LANES, 4 * row);
+    tile(0, dy + 2 * i * many, 2 * many, 2, a, columns, many, tall, wide);
+    _tile_stored(0, dw, 4 * row);
+    if (wide == 2) _tile_stored(1, dw + LANES, 4 * row);
+}
+
+/* Sixteen rows of sixteen become columns. */
+INLINE void transpose(U m[LANES]) {
+#pragma GCC unroll 4
+    for (int s = LANES / 2; s; s /= 2) {
+        U low, high; /* where lane l of a row and of the one s further go */
+        for (int l = 0; l < LANES; l++) {
+            low[l] = l & s ? LANES + l - s : l;
+            high[l] = l & s ? LANES + l : l + s;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (!(i & s)) {
+                U one = m[i], other = m[i + s];
+                m[i] = __builtin_shuffle(one, other, low);
+                m[i + s] = __builtin_shuffle(one, other, high);
+            }
+    }
+}
+
+/* Rows of n numbers two by two, ``many`` times, output by output: [n][many][2]. */
+static void lay_pairs(const uint16_t *rows, uint16_t *to, int64_t many, int64_t n) {
+    for (int64_t k = 0; k < many; k += LANES) {
+        int64_t left = many - k < LANES ? many - k : LANES;
+        for (int64_t j = 0; j < n; j += LANES) {
+            U m[LANES] = {0};
+            const uint16_t *from = rows + 2 * k * n + j;
+            for (int64_t i = 0; i < left; i++) m[i] = pairs(from + 2 * i * n, from + (2 * i + 1) * n);
+            transpose(m);
+            for (int64_t i = 0; i < LANES; i++)
+                _mm512_mask_storeu_epi32(to + 2 * ((j + i) * many + k), (1 << left) - 1,
+                                         (__m512i)m[i]);
+        }
+    }
+}
+
+#else
+
+static void begin(int tall) {}
+static void end(void) {}
+
+INLINE void clear(F sum[TALL][WIDE], int tall, int wide) {
+    for (int r = 0; r < tall; r++)
+        for (int v = 0; v < wide; v++) sum[r][v] = (F){0};
+}
+
 /* sum[r][v] += left[r][k] right[k][v], k in pairs. One row of pairs of the left factor is
    ``step`` numbers from the next pair, and ``stride`` from the next row. */
 INLINE void tile(F sum[TALL][WIDE], const uint16_t *left, int64_t stride, int64_t step,
@@ -79,10 +197,27 @@ INLINE void tile(F sum[TALL][WIDE], const uint16_t *left, int64_t stride, int64_
     }
 }
 
-INLINE void clear(F sum[TALL][WIDE], int tall, int wide) {
+/* The sums are complete. */
+INLINE void done(F sum[TALL][WIDE], int wide) {}
+
+INLINE void weigh(const uint16_t *dy, int64_t i, int64_t n, const uint16_t *a, int64_t columns,
+                  int64_t many, float *dw, int64_t row, int tall, int wide) {
+    F sum[TALL][WIDE];
     for (int r = 0; r < tall; r++)
-        for (int v = 0; v < wide; v++) sum[r][v] = (F){0};
+        for (int v = 0; v < wide; v++) sum[r][v] = load_float(dw + r * row + v * LANES);
+    tile(sum, dy + 2 * i, 2, 2 * n, a, columns, many, tall, wide);
+    for (int r = 0; r < tall; r++)
+        for (int v = 0; v < wide; v++) store_float(dw + r * row + v * LANES, sum[r][v]);
 }
+
+/* Rows of n numbers two by two, ``many`` times: [many][n][2]. */
+static void lay_pairs(const uint16_t *rows, uint16_t *to, int64_t many, int64_t n) {
+    for (int64_t i = 0; i < 2 * many * n; i += 2 * n)
+        for (int64_t j = 0; j < n; j += LANES)
+            *(U_ *)(to + i + 2 * j) = pairs(rows + i + j, rows + i + n + j);
+}
+
+#endif
 
 INLINE void activate(const uint16_t *x, const float *scale, const float *shift, uint16_t *a,
                      int wide) {
@@ -128,17 +263,6 @@ INLINE void widen_both(double *sums, const F *s, const F *q, int64_t c, int wide
         widen(sums + v * LANES, s[v]);
         widen(sums + c + v * LANES, q[v]);
     }
-}
-
-/* dW of a tile, over ``many`` pairs of rows, added to what is there; dw: rows of ``row`` numbers. */
-INLINE void weigh(const uint16_t *d, int64_t n, const uint16_t *a, int64_t columns, int64_t many,
-                  float *dw, int64_t row, int tall, int wide) {
-    F sum[TALL][WIDE];
-    for (int i = 0; i < tall; i++)
-        for (int v = 0; v < wide; v++) sum[i][v] = load_float(dw + i * row + v * LANES);
-    tile(sum, d, 2, 2 * n, a, columns, many, tall, wide);
-    for (int i = 0; i < tall; i++)
-        for (int v = 0; v < wide; v++) store_float(dw + i * row + v * LANES, sum[i][v]);
 }
 
 /* W as pairs of inputs, c of them with every tap's: [c / 2][n][2]; each thread makes a part. */

@@ -296,7 +296,7 @@ class Ruin(Callback):
 
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
         if trainer.global_step == 48:
-            nn.init.zeros_(task.net.head.fc.weight)
+            torch.nn.init.zeros_(task.net.head.fc.weight)
 
 
 def test_what_was_chosen_is_what_is_tested(tmp_path):
