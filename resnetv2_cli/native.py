@@ -114,7 +114,7 @@ def why_not() -> str:
 @cache
 def multiplies() -> bool:
     """Whether the library has the functions of ``products.h``, because the processor multiplies
-    bf16, and may use them."""
+    bf16, and should use them."""
     found = library()
     return all(hasattr(found, name) for name in PRODUCTS) and bool(found.products_allowed())  # type: ignore[union-attr]
 

@@ -1,5 +1,6 @@
 /* BN, ReLU and a 1x1 convolution of stride 1 (products.h), by blocks of rows. */
 
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -192,13 +193,15 @@ void pointwise_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *p
     }
 }
 
-/* Whether this process may use them: Linux gives the registers of tiles to those who ask. */
+/* Whether this process should use them. Linux gives the registers of tiles to those who ask; a
+   processor with AMX that the compiler does not know is faster in PyTorch's hands. */
 int products_allowed(void) {
 #if AMX
     enum { REQUEST = 0x1023, TILES = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
     return !syscall(SYS_arch_prctl, REQUEST, TILES);
 #else
-    return 1;
+    unsigned a, b, c, d;
+    return !(__get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1); /* AMX-BF16 */
 #endif
 }
 
