@@ -1,12 +1,12 @@
 /* BN, ReLU and a 1x1 convolution of stride 1 (products.h), by blocks of rows. */
 
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include "products.h"
 
 #ifdef __AVX512BF16__
+
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 /* What lies here in the next block will be needed: asked for row by row, among the products, it
    comes while they are computed. */
