@@ -141,7 +141,7 @@ def newest(
 
 def experiment_of(checkpoint: dict[str, Any], **overrides: Any) -> Experiment:
     """The experiment a checkpoint was made by, on the machine that is here: what it says of
-    devices and arithmetic is left out.
+    devices and arithmetic is left out, but for float32, which every machine has.
 
     Raises:
         UserError: it has a setting that this version does not know.
@@ -156,6 +156,8 @@ def experiment_of(checkpoint: dict[str, Any], **overrides: Any) -> Experiment:
     saved = {
         name: value for name, value in written.items() if known[name].metadata["panel"] != "Engine"
     }
+    if written.get("precision") == "32-true":
+        saved["precision"] = "32-true"
     return Experiment(**{**saved, **overrides})
 
 
