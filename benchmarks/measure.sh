@@ -2,7 +2,7 @@
 # The speed figures of one machine, in order of worth, for a while; each is there as soon as it is measured.
 #
 #   benchmarks/measure.sh SECONDS FOLDER [flags of every call, such as --data-dir data]
-#   benchmarks/measure.sh 800 speed --data-dir /tmp/data
+#   benchmarks/measure.sh 800 speed --data-dir data
 #
 # Leaves JSON, picture and log of each bench in FOLDER. What is there already is not measured again. On a GPU
 # DEPTHS and ARMS stay as they are; DEPTHS="8" ARMS="fused" WHOLE="" rehearses it on a CPU.

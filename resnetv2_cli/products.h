@@ -12,7 +12,8 @@
    pairs of bf16, so each factor of a product lies as pairs along what is summed over: W by two inputs
    (forward) or two outputs (backward), a and dy by two rows (dW). The sums of a tile fill the vector
    registers; or, where the processor has AMX, the first two of its eight registers of tiles, into
-   which it multiplies 32 rows of 16 numbers at once: of sixteen pairs, or of eight at the end. */
+   which it adds the products of 16 rows of sixteen pairs with 16 columns of them at once, or of eight
+   pairs at the end. */
 
 #include "vectors.h"
 
@@ -91,30 +92,25 @@ INLINE void clear(F sum[TALL][WIDE], int tall, int wide) {
     if (wide == 2) _tile_zero(1);
 }
 
+/* The next pairs, k on, into the sums: by registers that are shaped for so many. */
+#define MULTIPLY(LEFT, RIGHT)                                                                    \
+    do {                                                                                         \
+        const uint16_t *from = right + 2 * k * columns;                                          \
+        _tile_loadd(LEFT, left + 2 * k, 2 * stride);                                             \
+        _tile_loadd(RIGHT, from, 4 * columns);                                                   \
+        _tile_dpbf16ps(0, LEFT, RIGHT);                                                          \
+        if (wide == 2) {                                                                         \
+            _tile_loadd(RIGHT, from + 2 * LANES, 4 * columns);                                   \
+            _tile_dpbf16ps(1, LEFT, RIGHT);                                                      \
+        }                                                                                        \
+    } while (0)
+
 /* As below; ``step`` is 2, and ``many`` a multiple of 8. */
 INLINE void tile(F sum[TALL][WIDE], const uint16_t *left, int64_t stride, int64_t step,
                  const uint16_t *right, int64_t columns, int64_t many, int tall, int wide) {
     int64_t k = 0;
-    for (; k + 16 <= many; k += 16) {
-        const uint16_t *from = right + 2 * k * columns;
-        _tile_loadd(2, left + 2 * k, 2 * stride);
-        _tile_loadd(4, from, 4 * columns);
-        _tile_dpbf16ps(0, 2, 4);
-        if (wide == 2) {
-            _tile_loadd(4, from + 2 * LANES, 4 * columns);
-            _tile_dpbf16ps(1, 2, 4);
-        }
-    }
-    if (k < many) {
-        const uint16_t *from = right + 2 * k * columns;
-        _tile_loadd(3, left + 2 * k, 2 * stride);
-        _tile_loadd(5, from, 4 * columns);
-        _tile_dpbf16ps(0, 3, 5);
-        if (wide == 2) {
-            _tile_loadd(5, from + 2 * LANES, 4 * columns);
-            _tile_dpbf16ps(1, 3, 5);
-        }
-    }
+    for (; k + 16 <= many; k += 16) MULTIPLY(2, 4);
+    if (k < many) MULTIPLY(3, 5);
 }
 
 INLINE void done(F sum[TALL][WIDE], int wide) {

@@ -99,6 +99,13 @@ def test_the_time_of_an_ablation_ends_it_with_its_runs_saved(tmp_path):
     assert all(arm.failure is None for arm in runs)
 
 
+def test_what_waits_is_not_looked_at_while_all_places_are_taken():
+    """Arms here are none: a look at one would fail."""
+    sweep = Sweep(None, 1, print, print, running=["one"])
+    waiting = [object(), object()]
+    assert sweep.fill(waiting) == waiting
+
+
 def test_the_plan_of_the_paper_names_rows_that_exist():
     lines = (REPOSITORY / "results" / "plan.txt").read_text().splitlines()
     calls = [shlex.split(line) for line in lines if line and not line.startswith("#")]

@@ -171,11 +171,15 @@ def test_what_cannot_be_split_is_refused(asked, free, said):
 def test_train_says_what_it_needs_and_splits(tmp_path, capsys):
     small = ["--dataset", "digits", "--depth", "8", "--batch-size", "64", "--steps", "2"]
     with pytest.raises(SystemExit, match="0"):
-        main(["train", *small, "--micro-batch", "32", "--output", str(tmp_path / "run")])
+        often = ["--log-every", "1", "--eval-every", "0.05"]
+        main(["train", *small, *often, "--micro-batch", "32", "--output", str(tmp_path / "run")])
     told = " ".join(capsys.readouterr().err.split())
     assert re.search(
         r"a step needs about [\d.]+ MB \(32 images, 2 parts\); [\d.,]+ GB are free", told
     )
+    assert "64 images an iteration: 32, 2 times" in told
+    [last] = re.findall(r"step 2/2 .*? lr", told)
+    assert "loss" in last and "test" not in last  # that error is of iteration 1
     assert "accumulate: 2" in (tmp_path / "run/config.yaml").read_text()
     assert run.FOLDER not in os.environ
 

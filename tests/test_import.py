@@ -262,7 +262,7 @@ def test_an_imported_file_evaluates(tmp_path, monkeypatch, called):
     assert saved["classes"] == ["cat", "dog"] and saved["global_step"] == 0
     assert saved["imported"]["from"] == "torchvision" and len(saved["imported"]["sha256"]) == 64
     status, out, err = called(
-        "eval", "a.ckpt", "--data-dir", data, "--batch-size", 4, "--protocol", "320",
+        "eval", "a.ckpt", "--data-dir", data, "--protocol", "320",
         "--workers", 0, "--precision", "32-true", "--json",
     )  # fmt: skip
     assert status == 0, err

@@ -148,6 +148,17 @@ def test_rm_asks_first_and_leaves_nothing_behind(called, lab, tmp_path, monkeypa
     assert len(inventory.runs_in(root)) == 1
 
 
+def test_numbers_of_a_logarithmic_axis_stand_apart():
+    axes = plt.figure().subplots()
+    axes.set(yscale="log", ylim=(0.009, 120))
+    plot.label_numbers(axes.yaxis)
+    axes.figure.canvas.draw()
+    said = {t.get_text() for t in axes.yaxis.get_ticklabels(which="both")} - {""}
+    assert {"0.01", "0.5", "2", "100"} <= said
+    assert all(text.lstrip("0.")[0] in "125" for text in said)
+    plt.close(axes.figure)
+
+
 def test_nobody_to_ask_removes_nothing(called, lab, tmp_path, monkeypatch):
     root = shutil.copytree(lab, tmp_path / "runs")
     monkeypatch.setattr("sys.stdin", io.StringIO(""))

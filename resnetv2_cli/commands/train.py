@@ -125,8 +125,13 @@ def train(
     console.note(f"evaluate: resnetv2 eval {folder.path}{also}")
 
 
+IN_TRAINING = """
+    batch_size val augment crop normalize accumulate compile graphs recompute recompute_bn sync_bn
+""".split()  # settings of other panels that an evaluation has no use for
+
+
 @app.command("eval", rich_help_panel="Train")
-@with_flags(*of_panels("Optimization", "Fine-tuning", "Run"))
+@with_flags(*of_panels("Optimization", "Fine-tuning", "Run"), *IN_TRAINING)
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run's folder.")],
     output: Annotated[
