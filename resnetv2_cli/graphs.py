@@ -26,12 +26,16 @@ def arithmetic(device: torch.device, precision: str) -> AbstractContextManager[N
     return torch.autocast(device.type, DTYPES[precision], cache_enabled=False)
 
 
-def why_not(device: torch.device, micro_batches: int, processes: int) -> str:
+def why_not(
+    device: torch.device, *, micro_batches: int = 1, segments: int = 0, processes: int = 1
+) -> str:
     """Why a training cannot replay graphs; empty where it can."""
     if device.type != "cuda":
         return "they are for GPUs"
     if micro_batches > 1:  # a replay writes its gradients where the last one did
         return "they cannot add up the gradients of micro-batches"
+    if segments:  # asks the generator for its seed, which none tells while it is recorded
+        return "not with --recompute"
     return "not under several processes" if processes > 1 else ""
 
 
@@ -52,6 +56,7 @@ def record(net: ResNet, x: Tensor, precision: str) -> tuple[Forward | None, str]
         far = distance(net, replay, x.flip(-1), precision)
     except Exception as error:  # whatever a layer does that a graph cannot
         net.__dict__.pop("forward", None)
+        renew_generator(x.device)
         return None, str(error).strip().partition("\n")[0] or type(error).__name__
     finally:
         for buffer, value in zip(net.buffers(), before, strict=True):
@@ -59,6 +64,13 @@ def record(net: ResNet, x: Tensor, precision: str) -> tuple[Forward | None, str]
     if not far < NEAR:
         return None, f"the gradient of a replay is {far:.2g} of its norm away from the network's"
     return replay, ""
+
+
+def renew_generator(device: torch.device) -> None:
+    """A recording that breaks off leaves the generator waiting for its end, and unfit to draw."""
+    if device.type == "cuda":
+        own = torch.cuda.default_generators[device.index or 0]
+        own.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
 
 
 def distance(net: ResNet, replay: Forward, x: Tensor, precision: str) -> float:

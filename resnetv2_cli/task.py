@@ -128,7 +128,8 @@ class Classification(L.LightningModule):
         e = self.experiment
         if not e.graphs:
             return
-        why, replay = graphs.why_not(self.device, e.accumulate, processes), None
+        parts = {"micro_batches": e.accumulate, "segments": e.recompute, "processes": processes}
+        why, replay = graphs.why_not(self.device, **parts), None
         if not why:
             size = STEMS[e.stem_].size
             shape = (e.batch_size, size, size, 3)

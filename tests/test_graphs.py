@@ -39,12 +39,17 @@ def test_what_cannot_be_recorded_is_as_it_was():
 
 
 @pytest.mark.parametrize(
-    "device, micro_batches, processes, word",
-    [("cpu", 1, 1, "GPUs"), ("cuda", 2, 1, "micro-batches"), ("cuda", 1, 2, "processes")],
+    "device, given, word",
+    [
+        ("cpu", {}, "GPUs"),
+        ("cuda", {"micro_batches": 2}, "micro-batches"),
+        ("cuda", {"segments": 3}, "--recompute"),
+        ("cuda", {"processes": 2}, "processes"),
+    ],
 )
-def test_where_replays_would_be_wrong_there_are_none(device, micro_batches, processes, word):
-    assert word in graphs.why_not(torch.device(device), micro_batches, processes)
-    assert not graphs.why_not(torch.device("cuda"), 1, 1)
+def test_where_replays_would_be_wrong_there_are_none(device, given, word):
+    assert word in graphs.why_not(torch.device(device), **given)
+    assert not graphs.why_not(torch.device("cuda"))
 
 
 def test_a_training_without_them_says_so(tmp_path):

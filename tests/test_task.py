@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.data import images
 from resnetv2_cli.data.augment import Normalize
-from resnetv2_cli.data.module import Batch
+from resnetv2_cli.data.module import Batch, EpochMaker, Parts, Stream
+from resnetv2_cli.data.order import Schedule
 from resnetv2_cli.optim import sgd
 from resnetv2_cli.task import Classification, Scores
 
@@ -114,3 +118,49 @@ def test_no_part_of_a_training_step_waits_for_the_device(non_finite):
         optimizer.zero_grad()
     with pytest.raises(RuntimeError):
         t.guard.read()
+
+
+GPU = torch.device("cuda", 0)  # of tensors that have a device and a shape, and no numbers
+
+
+def brought(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Have a module on a GPU that is not there; ``Module.to`` cannot."""
+    for part in module.modules():
+        for name, tensor in part.named_parameters(recurse=False):
+            part._parameters[name] = nn.Parameter(mode.from_tensor(tensor.detach()).to(GPU))
+        for name, tensor in part.named_buffers(recurse=False):
+            part._buffers[name] = mode.from_tensor(tensor).to(GPU)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"non_finite": "skip"},
+        {"recompute_bn": True},
+        {"recompute": 2},
+        {"shortcut": "exclusive-gate"},
+        {"shortcut": "dropout", "unit": "original"},
+        {"shortcut": "stochastic-depth", "label_smoothing": 0.1},
+    ],
+)
+def test_on_a_gpu_all_that_meets_lies_there(given):
+    """Batches, forward pass, the look at gradients, and evaluation: mixing devices raises, and so
+    does asking for a value. Backward needs the GPU itself."""
+    t, drawn = task(**given).train(), EpochMaker(70, seed=0, flip=True, augment=True)
+    split = images.Split(np.zeros((70, 32, 32, 3), np.uint8), np.zeros(70, np.int64))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        brought(t, mode)
+        t.sums, t.finite = t.sums.to(GPU), t.finite.to(GPU)
+        t.guard.to(GPU)
+        optimizer = sgd(t.net, t.experiment)
+        for step, batch in enumerate(Stream(split, Parts(Schedule(70, 16), 0, 6), drawn, GPU)):
+            t.draw(step, 0)
+            t.guard.begin()
+            assert t.training_step(batch, step).device == GPU
+            for p in t.net.parameters():
+                p.grad = torch.empty_like(p)
+            t.guard.look(step, optimizer, t.finite)
+        assert optimizer.found_inf.device == t.sums.device == t.guard.found.device == GPU
+        assert t.eval().look(batch.images).device == GPU
+        with pytest.raises(RuntimeError, match="same device"):
+            t.training_step(Batch(*(each.cpu() for each in batch[:3])), step)

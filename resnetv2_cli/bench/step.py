@@ -113,7 +113,7 @@ def replayed(net: ResNet, x: torch.Tensor, precision: str) -> graphs.Forward:
     Raises:
         UserError: it cannot be had so.
     """
-    forward, why = None, graphs.why_not(x.device, 1, 1)
+    forward, why = None, graphs.why_not(x.device)
     if not why:
         forward, why = graphs.record(net, x, precision)
     if forward is None:
