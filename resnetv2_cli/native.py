@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 HEADERS = [HERE / "vectors.h", HERE / "products.h"]
 SOURCES = [HERE / "kernels.c", HERE / "pointwise.c", HERE / "conv3x3.c"]
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
-PATIENCE = 120.0  # seconds that compiling may take; it takes three
+PATIENCE = 120.0  # seconds that compiling may take; it takes five
 KINDS = ("bf16", "float")
 INT64, DOUBLE, INT = ctypes.c_int64, ctypes.c_double, ctypes.c_int
 ARGUMENTS: dict[str, tuple[int, list[Any]]] = {  # of each function: pointers, then numbers

@@ -77,7 +77,6 @@ def longer(saved: Experiment, wished: dict[str, Any]) -> int:
     steps = wished.get("steps", saved.steps)
     if "epochs" in wished:
         data = ImageData(saved)
-        data.prepare_data()
         data.setup()
         steps = replace(saved, **wished).settle(data.steps_per_epoch).steps
     if steps < saved.steps:

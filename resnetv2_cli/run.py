@@ -45,7 +45,6 @@ def build(
     """Network and images; the weights follow from the seed. ``learned``: as ``ImageData``."""
     shortcut_class(experiment.shortcut)  # a mistake in it shows before images are read
     data = ImageData(experiment, learned)
-    data.prepare_data()
     data.setup()
     settled = experiment if learned else experiment.settle(data.steps_per_epoch)
     settled = replace(settled, precision=precision(settled))  # type: ignore[arg-type]

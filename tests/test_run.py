@@ -15,6 +15,7 @@ from conftest import SCRIPT, SMALL, THREADS
 from resnetv2_cli import machine, run
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.data import images
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 
@@ -204,6 +205,15 @@ def test_processes_started_together_choose_no_folder_each(monkeypatch, capsys, e
         monkeypatch.setenv(name, value)
     assert train("--steps", 1) == 2
     assert "2 processes were started together" in capsys.readouterr().err
+
+
+def test_a_training_reads_its_images_once(monkeypatch, tmp_path):
+    """The framework asks for them too, of every process, before each training and evaluation."""
+    read, load = [], images.load
+    monkeypatch.setattr(images, "load", lambda name, root: read.append(name) or load(name, root))
+    e = Experiment(dataset="digits", depth=8, batch_size=64, steps=2, accelerator="cpu")
+    run.train(e, RunFolder(tmp_path / "run"))
+    assert read == ["digits"]
 
 
 def test_same_seed_same_run(resnetv2, tmp_path):

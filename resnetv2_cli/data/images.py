@@ -64,10 +64,9 @@ def load(name: str, root: Path) -> Images:
     if name == "digits":
         return digits()
     if found := folder_copy(name, root):
-        files = list(tree(found))
         archives = [p for p in found if p.is_file()]
-        sources = archives or [Path(f.name) for f in files]
-        return cached(name, sources, lambda: from_files(name, dataset, files))
+        sources = archives or [Path(f.name) for f in tree(found)]
+        return cached(name, sources, lambda: from_files(name, dataset, list(tree(found))))
     official = [p for pattern in archive.PLACES[name] for p in sorted(root.glob(pattern))]
     return cached(name, official, lambda: from_archive(name, root))
 

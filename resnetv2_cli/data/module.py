@@ -149,7 +149,7 @@ class ImageData(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download and decode once, in one process, before the others look for the result."""
-        if self.dataset.decoded:
+        if self.dataset.decoded and not self._ready:
             images.load(self.experiment.dataset, self.root)
 
     def setup(self, stage: str | None = None) -> None:
