@@ -1,48 +1,73 @@
 /* BN, ReLU and a 3x3 convolution of stride 1 (products.h), image by image.
 
-   An image lies aside with a border of zeros, one column of which ends a row and begins the next:
-   pitch = width + 1 pixels. So the nine that an output sees are three runs of three pixels; and
-   along the image as one line, those at one tap are the image moved by a constant. */
+   An image lies aside with a border of zeros, two columns of which end a row and begin the next:
+   pitch = width + 2 pixels. So the nine that an output sees are three runs of three pixels; and
+   along the image as one line, those at one tap are the image moved by a constant. Where it lies by
+   pairs of pixels, from an even one on, none has pixels of two rows. */
 
 #include "products.h"
 
 #ifdef __AVX512BF16__
+
+#define MOST_HIGH (AMX ? 2 : 1)
+#define HIGH(TALL_) (AMX ? TALL / TALL_ : 1) /* tiles at once: of AMX's, those that make 16 rows */
 
 typedef struct {
     int64_t height, width, pitch;
     int64_t start;  /* of the first pixel that is no border */
     int64_t pixels; /* with the border, and a few more zeros that the last pairs reach into */
     int64_t pairs;  /* of pixels from the first to the last, with the borders between rows */
+    int64_t filled; /* of these, those before the zeros that fill up the last of a sum */
     int tall;       /* pixels of a row that a tile takes */
 } Shape;
 
 static Shape shape_of(int64_t height, int64_t width) {
-    int64_t pitch = width + 1, pairs = ((height * pitch + 1) / 2 + EVEN - 1) / EVEN * EVEN;
-    int64_t pixels = 2 * pairs + 2 * pitch + 6;
-    Shape s = {height, width, pitch, pitch + 1, pixels, pairs, width % 16 ? 8 : 16};
+    int64_t pitch = width + 2, filled = height * pitch / 2;
+    int64_t pairs = (filled + EVEN - 1) / EVEN * EVEN, pixels = 2 * pairs + 2 * pitch + 6;
+    Shape s = {height, width, pitch, pitch + 2, pixels, pairs, filled, width % 16 ? 8 : 16};
     return s;
 }
 
-/* A tile of sums over the nine pixels around each of ``tall``; at: the first's upper left. */
-INLINE void around(F sum[TALL][WIDE], const uint16_t *image, int64_t at, const Shape *s,
-                   int64_t channels, const uint16_t *w, int64_t columns, int tall, int wide) {
-    clear(sum, tall, wide);
-    for (int64_t row = 0; row < 3; row++)
-        tile(sum, image + (at + row * s->pitch) * channels, channels, 2,
-             w + row * 3 * channels * columns, columns, 3 * channels / 2, tall, wide);
-    done(sum, wide);
+/* Where a pixel of the image lies, from the first on. */
+INLINE int64_t place(const Shape *s, int64_t pixel) {
+    return pixel + pixel / s->width * (s->pitch - s->width);
+}
+
+/* Tiles of sums over the nine pixels around each of ``tall``, from one pixel on. */
+INLINE void around(F sum[][TALL][WIDE], const uint16_t *image, int64_t pixel, const Shape *s,
+                   int64_t channels, const uint16_t *w, int64_t columns, int tall, int wide,
+                   int high) {
+    int64_t upper_left = s->start - s->pitch - 1;
+    clear(sum, tall, wide, high);
+    for (int row = 0; row < 3; row++) {
+        const uint16_t *left[MOST_HIGH], *right[WIDE] = {w, w + 2 * LANES};
+        for (int h = 0; h < high; h++)
+            left[h] = image + (upper_left + place(s, pixel + h * tall) + row * s->pitch) * channels;
+        tile(sum, left, channels, 2, right, columns, 3 * channels / 2, tall, wide, high);
+        w += 3 * channels * columns;
+    }
+    done(sum, wide, high);
+}
+
+/* y of tiles from a pixel on, as below. */
+INLINE void output(int64_t pixel, int64_t j, const uint16_t *a, const uint16_t *w,
+                   const uint16_t *plus, uint16_t *y, const Shape *s, int64_t c, int64_t n,
+                   int tall, int wide, int high) {
+    F sum[MOST_HIGH][TALL][WIDE];
+    around(sum, a, pixel, s, c, w + 2 * j, n, tall, wide, high);
+    for (int h = 0; h < high; h++) {
+        int64_t i = (pixel + h * tall) * n + j;
+        put(sum[h], plus ? plus + i : 0, y + i, n, tall, wide);
+    }
 }
 
 /* Columns j on of y of an image; a: the image activated. */
 INLINE void outputs(int64_t j, const uint16_t *a, const uint16_t *w, const uint16_t *plus,
                     uint16_t *y, const Shape *s, int64_t c, int64_t n, int tall, int wide) {
-    for (int64_t row = 0; row < s->height; row++)
-        for (int64_t col = 0; col < s->width; col += tall) {
-            int64_t i = (row * s->width + col) * n + j;
-            F sum[TALL][WIDE];
-            around(sum, a, row * s->pitch + col, s, c, w + 2 * j, n, tall, wide);
-            put(sum, plus ? plus + i : 0, y + i, n, tall, wide);
-        }
+    int64_t pixel = 0, size = s->height * s->width;
+    for (; pixel + HIGH(tall) * tall <= size; pixel += HIGH(tall) * tall)
+        output(pixel, j, a, w, plus, y, s, c, n, tall, wide, HIGH(tall));
+    if (pixel < size) output(pixel, j, a, w, plus, y, s, c, n, tall, wide, 1);
 }
 
 static void forward_image(const uint16_t *x, const uint16_t *w, const uint16_t *plus, uint16_t *y,
@@ -103,36 +128,67 @@ void conv3x3_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, const
     }
 }
 
-/* g, its sums and a of columns j on of an image; dy with its border. */
-INLINE void gradient(int64_t j, const uint16_t *dy, const uint16_t *w, const uint16_t *x,
-                     uint16_t *g, uint16_t *a, const float *saved, double *sums, const Shape *s,
-                     int64_t c, int64_t n, int tall, int wide) {
+/* g, its sums and a of tiles from a pixel on, as below. */
+INLINE void gradient(int64_t pixel, int64_t j, const uint16_t *dy, const uint16_t *w,
+                     const uint16_t *x, uint16_t *g, uint16_t *a, const float *saved, F *total,
+                     F *product, const Shape *s, int64_t c, int64_t n, int tall, int wide,
+                     int high) {
+    F sum[MOST_HIGH][TALL][WIDE];
+    around(sum, dy, pixel, s, n, w + 2 * j, c, tall, wide, high);
+    for (int h = 0; h < high; h++) {
+        int64_t i = (pixel + h * tall) * c + j;
+        let_through(sum[h], x + i, g + i, saved + j, total, product, c, tall, wide);
+        put_pairs(sum[h], a + (s->start + place(s, pixel + h * tall)) * c + 2 * j, c, tall, wide);
+    }
+}
+
+/* g, its sums, and a by pairs, of columns j on of an image; dy with its border. */
+INLINE void gradients_of(int64_t j, const uint16_t *dy, const uint16_t *w, const uint16_t *x,
+                         uint16_t *g, uint16_t *a, const float *saved, double *sums,
+                         const Shape *s, int64_t c, int64_t n, int tall, int wide) {
     F total[WIDE], product[WIDE];
     for (int v = 0; v < wide; v++) total[v] = product[v] = (F){0};
-    for (int64_t row = 0; row < s->height; row++)
-        for (int64_t col = 0; col < s->width; col += tall) {
-            int64_t i = (row * s->width + col) * c + j, at = row * s->pitch + col;
-            F sum[TALL][WIDE];
-            around(sum, dy, at, s, n, w + 2 * j, c, tall, wide);
-            let_through(sum, x + i, g + i, saved + j, total, product, c, tall, wide);
-#pragma GCC unroll 16
-            for (int r = 0; r < tall; r++)
-                store_row(a + (s->start + at + r) * c + j, sum[r], wide);
-        }
+    int64_t pixel = 0, size = s->height * s->width;
+    for (; pixel + HIGH(tall) * tall <= size; pixel += HIGH(tall) * tall)
+        gradient(pixel, j, dy, w, x, g, a, saved, total, product, s, c, n, tall, wide, HIGH(tall));
+    if (pixel < size)
+        gradient(pixel, j, dy, w, x, g, a, saved, total, product, s, c, n, tall, wide, 1);
     widen_both(sums + j, total, product, c, wide);
 }
 
-/* Pixels two by two, ``many`` times. */
-static void by_two(const uint16_t *pixels, uint16_t *two, int64_t many, int64_t channels) {
-    for (int64_t i = 0; i < 2 * many * channels; i += 2 * channels)
-        for (int64_t j = 0; j < channels; j += LANES)
-            *(U_ *)(two + i + 2 * j) = pairs(pixels + i + j, pixels + i + channels + j);
+/* Pairs that begin with an odd pixel, from those that begin with an even one. */
+static void between(const uint16_t *even, uint16_t *odd, const Shape *s, int64_t c) {
+    for (int64_t i = (s->start - 2) * c; i < (s->start + 2 * s->filled) * c; i += 2 * LANES)
+        *(U_ *)(odd + i) = *(const U_ *)(even + i) >> 16 | *(const U_ *)(even + i + 2 * c) << 16;
 }
 
-/* Room for one image; two: by two pixels, of a beginning with an even and with an odd one. */
+/* Room for one image: dy, and by pairs without the border; a by pairs, even and odd. */
 typedef struct {
-    uint16_t *dy, *dy_two, *a, *a_two[2];
+    uint16_t *dy, *dy_two, *a[2];
 } Room;
+
+/* dW of outputs i on and columns j on, of all taps: at each the image is moved. */
+INLINE void weights(int64_t i, int64_t j, const Room *room, float *dw, const Shape *s, int64_t c,
+                    int64_t n, int tall, int wide) {
+    for (int row = 0; row < 3; row++) {
+        const uint16_t *right[3];
+        float *to[3];
+        for (int tap = 0; tap < 3; tap++) {
+            int64_t moved = s->start + (row - 1) * s->pitch + tap - 1;
+            right[tap] = room->a[moved % 2] + (moved - moved % 2) * c + 2 * j;
+            to[tap] = dw + (i * 9 + row * 3 + tap) * c + j;
+        }
+        if (AMX) {
+            weigh(room->dy_two, i, n, right, c, s->pairs, to, 9 * c, tall, 3);
+            continue;
+        }
+        for (int tap = 0; tap < 3; tap++) {
+            const uint16_t *both[2] = {right[tap], right[tap] + 2 * LANES};
+            float *to_both[2] = {to[tap], to[tap] + LANES};
+            weigh(room->dy_two, i, n, both, c, s->pairs, to_both, 9 * c, tall, wide);
+        }
+    }
+}
 
 static void backward_image(const uint16_t *dy, const uint16_t *x, const uint16_t *w, uint16_t *g,
                            const float *saved, double *sums, float *dw, const Room *room,
@@ -140,34 +196,27 @@ static void backward_image(const uint16_t *dy, const uint16_t *x, const uint16_t
     for (int64_t row = 0; row < s->height; row++)
         memcpy(room->dy + (s->start + row * s->pitch) * n, dy + row * s->width * n,
                2 * s->width * n);
+    begin(s->tall);
     int64_t j = 0;
     for (; j + 2 * LANES <= c; j += 2 * LANES)
         if (s->tall < TALLEST(2))
-            gradient(j, room->dy, w, x, g, room->a, saved, sums, s, c, n, 8, 2);
+            gradients_of(j, room->dy, w, x, g, room->a[0], saved, sums, s, c, n, 8, 2);
         else
-            gradient(j, room->dy, w, x, g, room->a, saved, sums, s, c, n, TALLEST(2), 2);
+            gradients_of(j, room->dy, w, x, g, room->a[0], saved, sums, s, c, n, TALLEST(2), 2);
     for (; j < c; j += LANES)
         if (s->tall < TALL)
-            gradient(j, room->dy, w, x, g, room->a, saved, sums, s, c, n, 8, 1);
+            gradients_of(j, room->dy, w, x, g, room->a[0], saved, sums, s, c, n, 8, 1);
         else
-            gradient(j, room->dy, w, x, g, room->a, saved, sums, s, c, n, TALL, 1);
+            gradients_of(j, room->dy, w, x, g, room->a[0], saved, sums, s, c, n, TALL, 1);
 
     lay_pairs(room->dy + s->start * n, room->dy_two, s->pairs, n);
-    for (int odd = 0; odd < 2; odd++)
-        by_two(room->a + odd * c, room->a_two[odd], s->pixels / 2 - 1, c);
-    for (int64_t tap = 0; tap < 9; tap++) {
-        int64_t moved = tap / 3 * s->pitch + tap % 3;
-        const uint16_t *a = room->a_two[moved % 2] + moved / 2 * 2 * c;
-        int deep = AMX ? s->tall : 8, deep_alone = AMX ? s->tall : TALL;
-        for (j = 0; j + 2 * LANES <= c; j += 2 * LANES)
-            for (int64_t i = 0; i < n; i += deep)
-                weigh(room->dy_two, i, n, a + 2 * j, c, s->pairs, dw + (i * 9 + tap) * c + j,
-                      9 * c, deep, 2);
-        for (; j < c; j += LANES)
-            for (int64_t i = 0; i < n; i += deep_alone)
-                weigh(room->dy_two, i, n, a + 2 * j, c, s->pairs, dw + (i * 9 + tap) * c + j,
-                      9 * c, deep_alone, 1);
-    }
+    between(room->a[0], room->a[1], s, c);
+    begin(TALL);
+    for (j = 0; !AMX && j + 2 * LANES <= c; j += 2 * LANES)
+        for (int64_t i = 0; i < n; i += TALLEST(2))
+            weights(i, j, room, dw, s, c, n, TALLEST(2), 2);
+    for (; j < c; j += LANES)
+        for (int64_t i = 0; i < n; i += TALL) weights(i, j, room, dw, s, c, n, TALL, 1);
 }
 
 /* parts: [threads - 1][n][9][c], of dW by the other threads. dx has g between the two passes. */
@@ -188,12 +237,14 @@ void conv3x3_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *plu
         pack_outputs(weight, w, c, n, 9);
         int64_t first, last;
         rows_of(images, 1, &first, &last);
-        uint16_t dy_[s.pixels * n], dy_two[s.pairs * 2 * n], a[s.pixels * c];
-        uint16_t even[s.pixels * c], odd[s.pixels * c];
+        uint16_t dy_[s.pixels * n] __attribute__((aligned(64)));
+        uint16_t dy_two[s.pairs * 2 * n] __attribute__((aligned(64)));
+        uint16_t even[s.pixels * c] __attribute__((aligned(64)));
+        uint16_t odd[s.pixels * c] __attribute__((aligned(64)));
         memset(dy_, 0, sizeof dy_);
-        memset(a, 0, sizeof a);
-        Room room = {dy_, dy_two, a, {even, odd}};
-        begin(s.tall);
+        memset(even, 0, sizeof even);
+        memset(odd, 0, sizeof odd);
+        Room room = {dy_, dy_two, {even, odd}};
         for (int64_t i = first * size; i < last * size; i += size)
             backward_image(dy + i * n, x + i * c, w, dx + i * c, saved, mine, dw_, &room, &s, c, n);
         end();

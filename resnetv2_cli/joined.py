@@ -44,7 +44,7 @@ def joins(x: Tensor, norm: nn.BatchNorm2d, conv: nn.Module) -> bool:
 
 def _images_fit(x: Tensor, conv: nn.Conv2d) -> bool:
     (h, w), c = x.shape[2:], max(conv.in_channels, conv.out_channels)
-    return w % 8 == 0 and (h + 2) * (w + 1) * c <= ROOM
+    return w % 8 == 0 and (h + 2) * (w + 2) * c <= ROOM
 
 
 def _lies(weight: Tensor) -> bool:

@@ -14,14 +14,21 @@ INLINE void ahead(const uint16_t *p, int64_t columns) {
     __builtin_prefetch(p + BLOCK * columns, 0, 2);
 }
 
+/* A tile of sums over the c channels of a. */
+INLINE void sums_of(F sum[][TALL][WIDE], const uint16_t *a, int64_t c, const uint16_t *w, int64_t n,
+                    int tall, int wide) {
+    const uint16_t *right[WIDE] = {w, w + 2 * LANES};
+    clear(sum, tall, wide, 1);
+    tile(sum, &a, c, 2, right, n, c / 2, tall, wide, 1);
+    done(sum, wide, 1);
+}
+
 /* y of a tile. */
 INLINE void product(const uint16_t *a, const uint16_t *w, const uint16_t *plus, uint16_t *y,
                     int64_t c, int64_t n, int tall, int wide) {
-    F sum[TALL][WIDE];
-    clear(sum, tall, wide);
-    tile(sum, a, c, 2, w, n, c / 2, tall, wide);
-    done(sum, wide);
-    put(sum, plus, y, n, tall, wide);
+    F sum[1][TALL][WIDE];
+    sums_of(sum, a, c, w, n, tall, wide);
+    put(sum[0], plus, y, n, tall, wide);
 #pragma GCC unroll 16
     for (int r = 0; r < tall; r++) {
         ahead(y + r * n, n);
@@ -98,16 +105,10 @@ void pointwise_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, con
 INLINE void gradient(const uint16_t *dy, const uint16_t *w, const uint16_t *x, uint16_t *g,
                      uint16_t *a, const float *saved, F *s, F *q, int64_t c, int64_t n, int tall,
                      int wide) {
-    F sum[TALL][WIDE];
-    clear(sum, tall, wide);
-    tile(sum, dy, n, 2, w, c, n / 2, tall, wide);
-    done(sum, wide);
-    let_through(sum, x, g, saved, s, q, c, tall, wide);
-#pragma GCC unroll 8
-    for (int r = 0; r < tall; r += 2)
-#pragma GCC unroll 2
-        for (int v = 0; v < wide; v++)
-            *(U_ *)(a + (r * wide + 2 * v) * LANES) = interleaved(sum[r][v], sum[r + 1][v]);
+    F sum[1][TALL][WIDE];
+    sums_of(sum, dy, n, w, c, tall, wide);
+    let_through(sum[0], x, g, saved, s, q, c, tall, wide);
+    put_pairs(sum[0], a, wide * LANES, tall, wide);
 #pragma GCC unroll 16
     for (int r = 0; r < tall; r++) {
         ahead(x + r * c, c);
@@ -130,7 +131,9 @@ INLINE void columns(int64_t j, const uint16_t *dy, const uint16_t *d, const uint
     int64_t part = BLOCK * deep * LANES * wide / c;
     const uint16_t *next = dy + BLOCK * n + j / (LANES * wide) * (n / deep) * part;
     for (int64_t i = 0; i < n; i += deep, next += part) {
-        weigh(d, i, n, a, wide * LANES, BLOCK / 2, dw + i * c + j, c, deep, wide);
+        const uint16_t *right[WIDE] = {a, a + 2 * LANES};
+        float *to[WIDE] = {dw + i * c + j, dw + i * c + j + LANES};
+        weigh(d, i, n, right, wide * LANES, BLOCK / 2, to, c, deep, wide);
         for (int64_t k = 0; k < part; k += 32) __builtin_prefetch(next + k, 0, 2);
     }
 }

@@ -11,9 +11,10 @@
    A block (rows, or an image) is gone through by tiles of sums. The processor multiplies and adds
    pairs of bf16, so each factor of a product lies as pairs along what is summed over: W by two inputs
    (forward) or two outputs (backward), a and dy by two rows (dW). The sums of a tile fill the vector
-   registers; or, where the processor has AMX, the first two of its eight registers of tiles, into
+   registers. Where the processor has AMX, they are in up to four of its eight registers of tiles, into
    which it adds the products of 16 rows of sixteen pairs with 16 columns of them at once, or of eight
-   pairs at the end. */
+   pairs at the end. To load a factor takes about as long, so that each serves several sums where it
+   can. */
 
 #include "vectors.h"
 
@@ -43,14 +44,16 @@ INLINE U both(F first, F other) {
     return (U)_mm512_cvtne2ps_pbh((__m512)other, (__m512)first);
 }
 
-/* Two vectors to bf16, as pairs of one number from each. */
-INLINE U interleaved(F low, F high) {
+/* The first half and the other, as pairs of one number from each. */
+INLINE U woven(U both) {
     static const uint16_t order[2 * LANES] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,
                                               21, 6, 22, 7, 23, 8,  24, 9,  25, 10, 26,
                                               11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    __m512i at = _mm512_loadu_si512(order);
-    return (U)_mm512_permutexvar_epi16(at, (__m512i)both(low, high));
+    return (U)_mm512_permutexvar_epi16(_mm512_loadu_si512(order), (__m512i)both);
 }
+
+/* Two vectors to bf16, as pairs of one number from each. */
+INLINE U interleaved(F low, F high) { return woven(both(low, high)); }
 
 INLINE void store_row(uint16_t *p, const F *x, int wide) {
     if (wide == 2)
@@ -61,8 +64,8 @@ INLINE void store_row(uint16_t *p, const F *x, int wide) {
 
 /* The numbers at low and at high, as pairs. */
 INLINE U pairs(const uint16_t *low, const uint16_t *high) {
-    return __builtin_convertvector(*(const H_ *)low, U) |
-           __builtin_convertvector(*(const H_ *)high, U) << 16;
+    __m512i first = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)low));
+    return woven((U)_mm512_inserti64x4(first, _mm256_loadu_si256((const __m256i *)high), 1));
 }
 
 /* The pair at p, sixteen times. */
@@ -74,78 +77,110 @@ INLINE U spread(const uint16_t *p) {
 
 #if AMX
 
-/* Sums (0, 1) and left factors (2; 3: of eight pairs) of ``tall`` rows; right factors (4, 5). */
+/* Sums (0 to 3) and left factors (4; 5: of eight pairs) of ``tall`` rows; right factors (6, 7). Sums
+   of a tile: 0, 1 and 2, as many as it has vectors; or of two, one below the other: 0 and 1, 2 and 3. */
 static void begin(int tall) {
     struct {
         uint8_t palette, start, none[14];
         uint16_t bytes[16];
         uint8_t rows[16];
-    } tiles = {1, 0, {0}, {64, 64, 64, 32, 64, 64}, {tall, tall, tall, tall, 16, 8}};
+    } tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 32, 64, 64}, {tall, tall, tall, tall, tall, tall, 16, 8}};
     __asm__ volatile("ldtilecfg %0" : : "m"(tiles)); /* _tile_loadconfig has it read a part */
 }
 
 static void end(void) { _tile_release(); }
 
-INLINE void clear(F sum[TALL][WIDE], int tall, int wide) {
+INLINE void clear(F sum[][TALL][WIDE], int tall, int wide, int high) {
     __asm__ volatile("" ::: "memory"); /* what a tile is loaded from is written by now */
     _tile_zero(0);
-    if (wide == 2) _tile_zero(1);
+    if (high > 1) _tile_zero(2);
+    if (wide > 1) _tile_zero(1);
+    if (wide > 1 && high > 1) _tile_zero(3);
 }
 
 /* The next pairs, k on, into the sums: by registers that are shaped for so many. */
 #define MULTIPLY(LEFT, RIGHT)                                                                    \
     do {                                                                                         \
-        const uint16_t *from = right + 2 * k * columns;                                          \
-        _tile_loadd(LEFT, left + 2 * k, 2 * stride);                                             \
-        _tile_loadd(RIGHT, from, 4 * columns);                                                   \
+        _tile_loadd(RIGHT, right[0] + 2 * k * columns, 4 * columns);                             \
+        _tile_loadd(LEFT, left[0] + 2 * k, 2 * stride);                                          \
         _tile_dpbf16ps(0, LEFT, RIGHT);                                                          \
-        if (wide == 2) {                                                                         \
-            _tile_loadd(RIGHT, from + 2 * LANES, 4 * columns);                                   \
+        if (high > 1) {                                                                          \
+            _tile_loadd(LEFT, left[1] + 2 * k, 2 * stride);                                      \
+            _tile_dpbf16ps(2, LEFT, RIGHT);                                                      \
+        }                                                                                        \
+        if (wide > 1) {                                                                          \
+            _tile_loadd(RIGHT, right[1] + 2 * k * columns, 4 * columns);                         \
+            if (high > 1) {                                                                      \
+                _tile_dpbf16ps(3, LEFT, RIGHT);                                                  \
+                _tile_loadd(LEFT, left[0] + 2 * k, 2 * stride);                                  \
+            }                                                                                    \
             _tile_dpbf16ps(1, LEFT, RIGHT);                                                      \
+        }                                                                                        \
+        if (wide > 2) {                                                                          \
+            _tile_loadd(RIGHT, right[2] + 2 * k * columns, 4 * columns);                         \
+            _tile_dpbf16ps(2, LEFT, RIGHT);                                                      \
         }                                                                                        \
     } while (0)
 
 /* As below; ``step`` is 2, and ``many`` a multiple of 8. */
-INLINE void tile(F sum[TALL][WIDE], const uint16_t *left, int64_t stride, int64_t step,
-                 const uint16_t *right, int64_t columns, int64_t many, int tall, int wide) {
+INLINE void tile(F sum[][TALL][WIDE], const uint16_t *const *left, int64_t stride, int64_t step,
+                 const uint16_t *const *right, int64_t columns, int64_t many, int tall, int wide,
+                 int high) {
     int64_t k = 0;
-    for (; k + 16 <= many; k += 16) MULTIPLY(2, 4);
-    if (k < many) MULTIPLY(3, 5);
+    for (; k + 16 <= many; k += 16) MULTIPLY(4, 6);
+    if (k < many) MULTIPLY(5, 7);
 }
 
-INLINE void done(F sum[TALL][WIDE], int wide) {
-    _tile_stored(0, &sum[0][0], sizeof sum[0]);
-    if (wide == 2) _tile_stored(1, &sum[0][1], sizeof sum[0]);
+INLINE void done(F sum[][TALL][WIDE], int wide, int high) {
+    _tile_stored(0, &sum[0][0][0], sizeof sum[0][0]);
+    if (wide > 1) _tile_stored(1, &sum[0][0][1], sizeof sum[0][0]);
+    if (high > 1) _tile_stored(2, &sum[1][0][0], sizeof sum[0][0]);
+    if (wide > 1 && high > 1) _tile_stored(3, &sum[1][0][1], sizeof sum[0][0]);
 }
 
-/* dW of a tile: outputs i on, over ``many`` pairs of rows, added to what is there. dy: as laid by
-   lay_pairs; dw: rows of ``row`` numbers. */
-INLINE void weigh(const uint16_t *dy, int64_t i, int64_t n, const uint16_t *a, int64_t columns,
-                  int64_t many, float *dw, int64_t row, int tall, int wide) {
+/* dW of a tile, outputs i on, over ``many`` pairs of rows, added to what is there. dy: as laid by
+   lay_pairs; a, dw: where each vector begins; dw: rows of ``row`` numbers. */
+INLINE void weigh(const uint16_t *dy, int64_t i, int64_t n, const uint16_t *const *a,
+                  int64_t columns, int64_t many, float *const *dw, int64_t row, int tall,
+                  int wide) {
+    const uint16_t *left = dy + 2 * i * many;
     __asm__ volatile("" ::: "memory");
-    _tile_loadd(0, dw, 4 * row);
-    if (wide == 2) _tile_loadd(1, dw + LANES, 4 * row);
-    tile(0, dy + 2 * i * many, 2 * many, 2, a, columns, many, tall, wide);
-    _tile_stored(0, dw, 4 * row);
-    if (wide == 2) _tile_stored(1, dw + LANES, 4 * row);
+#define EACH(DO)                                                                                 \
+    DO(0, dw[0], 4 * row);                                                                       \
+    if (wide > 1) DO(1, dw[1], 4 * row);                                                         \
+    if (wide > 2) DO(2, dw[2], 4 * row);
+    EACH(_tile_loadd)
+    tile(0, &left, 2 * many, 2, a, columns, many, tall, wide, 1);
+    EACH(_tile_stored)
+#undef EACH
 }
 
-/* Sixteen rows of sixteen become columns. */
+/* Sixteen rows of sixteen become columns: within quarters of four rows, and then the quarters. */
 INLINE void transpose(U m[LANES]) {
-#pragma GCC unroll 4
-    for (int s = LANES / 2; s; s /= 2) {
-        U low, high; /* where lane l of a row and of the one s further go */
-        for (int l = 0; l < LANES; l++) {
-            low[l] = l & s ? LANES + l - s : l;
-            high[l] = l & s ? LANES + l : l + s;
+    __m512i a[LANES], b[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i += 2) {
+        a[i] = _mm512_unpacklo_epi32((__m512i)m[i], (__m512i)m[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32((__m512i)m[i], (__m512i)m[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i += 4)
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; k++) {
+            b[i + 2 * k] = _mm512_unpacklo_epi64(a[i + k], a[i + 2 + k]);
+            b[i + 2 * k + 1] = _mm512_unpackhi_epi64(a[i + k], a[i + 2 + k]);
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++)
-            if (!(i & s)) {
-                U one = m[i], other = m[i + s];
-                m[i] = __builtin_shuffle(one, other, low);
-                m[i + s] = __builtin_shuffle(one, other, high);
-            }
+    for (int i = 0; i < LANES; i += 8)
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) {
+            a[i + k] = _mm512_shuffle_i32x4(b[i + k], b[i + 4 + k], 0x88);
+            a[i + 4 + k] = _mm512_shuffle_i32x4(b[i + k], b[i + 4 + k], 0xdd);
+        }
+#pragma GCC unroll 16
+    for (int k = 0; k < 8; k++) {
+        m[k] = (U)_mm512_shuffle_i32x4(a[k], a[8 + k], 0x88);
+        m[8 + k] = (U)_mm512_shuffle_i32x4(a[k], a[8 + k], 0xdd);
     }
 }
 
@@ -170,40 +205,43 @@ static void lay_pairs(const uint16_t *rows, uint16_t *to, int64_t many, int64_t 
 static void begin(int tall) {}
 static void end(void) {}
 
-INLINE void clear(F sum[TALL][WIDE], int tall, int wide) {
+INLINE void clear(F sum[][TALL][WIDE], int tall, int wide, int high) {
     for (int r = 0; r < tall; r++)
-        for (int v = 0; v < wide; v++) sum[r][v] = (F){0};
+        for (int v = 0; v < wide; v++) sum[0][r][v] = (F){0};
 }
 
-/* sum[r][v] += left[r][k] right[k][v], k in pairs. One row of pairs of the left factor is
+/* sum[h][r][v] += left[h][r][k] right[v][k], k in pairs. One row of pairs of the left factor is
    ``step`` numbers from the next pair, and ``stride`` from the next row. */
-INLINE void tile(F sum[TALL][WIDE], const uint16_t *left, int64_t stride, int64_t step,
-                 const uint16_t *right, int64_t columns, int64_t many, int tall, int wide) {
+INLINE void tile(F sum[][TALL][WIDE], const uint16_t *const *left, int64_t stride, int64_t step,
+                 const uint16_t *const *right, int64_t columns, int64_t many, int tall, int wide,
+                 int high) {
     for (int64_t k = 0; k < many; k++) {
         U w[WIDE];
 #pragma GCC unroll 2
         for (int v = 0; v < wide; v++)
-            w[v] = *(const U_ *)(right + 2 * (k * columns + v * LANES));
+            w[v] = *(const U_ *)(right[v] + 2 * k * columns);
 #pragma GCC unroll 16
         for (int r = 0; r < tall; r++) {
-            U l = spread(left + r * stride + k * step);
+            U l = spread(left[0] + r * stride + k * step);
 #pragma GCC unroll 2
-            for (int v = 0; v < wide; v++) sum[r][v] = dot(sum[r][v], w[v], l);
+            for (int v = 0; v < wide; v++) sum[0][r][v] = dot(sum[0][r][v], w[v], l);
         }
     }
 }
 
 /* The sums are complete. */
-INLINE void done(F sum[TALL][WIDE], int wide) {}
+INLINE void done(F sum[][TALL][WIDE], int wide, int high) {}
 
-INLINE void weigh(const uint16_t *dy, int64_t i, int64_t n, const uint16_t *a, int64_t columns,
-                  int64_t many, float *dw, int64_t row, int tall, int wide) {
-    F sum[TALL][WIDE];
+INLINE void weigh(const uint16_t *dy, int64_t i, int64_t n, const uint16_t *const *a,
+                  int64_t columns, int64_t many, float *const *dw, int64_t row, int tall,
+                  int wide) {
+    F sum[1][TALL][WIDE];
+    const uint16_t *left = dy + 2 * i;
     for (int r = 0; r < tall; r++)
-        for (int v = 0; v < wide; v++) sum[r][v] = load_float(dw + r * row + v * LANES);
-    tile(sum, dy + 2 * i, 2, 2 * n, a, columns, many, tall, wide);
+        for (int v = 0; v < wide; v++) sum[0][r][v] = load_float(dw[v] + r * row);
+    tile(sum, &left, 2, 2 * n, a, columns, many, tall, wide, 1);
     for (int r = 0; r < tall; r++)
-        for (int v = 0; v < wide; v++) store_float(dw + r * row + v * LANES, sum[r][v]);
+        for (int v = 0; v < wide; v++) store_float(dw[v] + r * row, sum[0][r][v]);
 }
 
 /* Rows of n numbers two by two, ``many`` times: [many][n][2]. */
@@ -233,6 +271,15 @@ INLINE void put(F sum[TALL][WIDE], const uint16_t *plus, uint16_t *y, int64_t n,
         for (int v = 0; plus && v < wide; v++) sum[r][v] += load_bf16(plus + r * n + v * LANES);
         store_row(y + r * n, sum[r], wide);
     }
+}
+
+/* A tile by pairs of rows, ``columns`` of them. */
+INLINE void put_pairs(F sum[TALL][WIDE], uint16_t *a, int64_t columns, int tall, int wide) {
+#pragma GCC unroll 8
+    for (int r = 0; r < tall; r += 2)
+#pragma GCC unroll 2
+        for (int v = 0; v < wide; v++)
+            *(U_ *)(a + r * columns + 2 * v * LANES) = interleaved(sum[r][v], sum[r + 1][v]);
 }
 
 /* g of a tile, from sums of dy * W', and its sums s and q; a is left in the tile. */
