@@ -72,17 +72,8 @@ INLINE void outputs(int64_t j, const uint16_t *a, const uint16_t *w, const uint1
 
 static void forward_image(const uint16_t *x, const uint16_t *w, const uint16_t *plus, uint16_t *y,
                           const float *saved, uint16_t *a, const Shape *s, int64_t c, int64_t n) {
-    const float *scale = saved + 2 * c, *shift = saved + 3 * c;
-    for (int64_t row = 0; row < s->height; row++) {
-        const uint16_t *from = x + row * s->width * c;
-        uint16_t *to = a + (s->start + row * s->pitch) * c;
-        for (int64_t i = 0; i < s->width * c; i += c) {
-            int64_t j = 0;
-            for (; j + 2 * LANES <= c; j += 2 * LANES)
-                activate(from + i + j, scale + j, shift + j, to + i + j, 2);
-            for (; j < c; j += LANES) activate(from + i + j, scale + j, shift + j, to + i + j, 1);
-        }
-    }
+    for (int64_t row = 0; row < s->height; row++)
+        activate_rows(x + row * s->width * c, saved, a + (s->start + row * s->pitch) * c, s->width, c);
     int64_t j = 0;
     for (; j + 2 * LANES <= n; j += 2 * LANES)
         if (s->tall < TALLEST(2))
@@ -118,6 +109,7 @@ void conv3x3_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, const
             gather(sums, c);
             statistics(sums, origin, gamma, beta, running_mean, running_var, saved, images * size,
                        c, momentum, eps);
+            memset(saved + 4 * c, 0, c * sizeof(float));
         }
         uint16_t a[s.pixels * c] __attribute__((aligned(64)));
         memset(a, 0, sizeof a);
@@ -219,14 +211,16 @@ static void backward_image(const uint16_t *dy, const uint16_t *x, const uint16_t
         for (int64_t i = 0; i < n; i += TALL) weights(i, j, room, dw, s, c, n, TALL, 1);
 }
 
-/* parts: [threads - 1][n][9][c], of dW by the other threads. dx has g between the two passes. */
+/* alone: a convolution without BN, by the ``saved`` of the identity; dgamma, dbeta stay as they are.
+   parts: [threads - 1][n][9][c], of dW by the other threads. dx has g between the two passes. */
 void conv3x3_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *plus, uint16_t *dx,
                       const float *saved, const float *weight, float *dgamma, float *dbeta,
                       float *dw, float *parts, double *sums, uint16_t *w, int64_t images,
-                      int64_t height, int64_t width, int64_t c, int64_t n, int threads) {
+                      int64_t height, int64_t width, int64_t c, int64_t n, int threads,
+                      int alone) {
     Shape s = shape_of(height, width);
     int64_t size = height * width, weights = n * 9 * c;
-    float slope[MOST], offset[MOST];
+    float slope[MOST] = {0}, offset[MOST] = {0};
 #pragma omp parallel num_threads(threads)
     {
         int me = omp_get_thread_num();
@@ -251,11 +245,12 @@ void conv3x3_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *plu
 #pragma omp barrier
         add_parts(dw, parts, weights);
 #pragma omp single
-        {
+        if (!alone) {
             gather(sums, c);
             gradients(sums, saved, slope, offset, dgamma, dbeta, images * size, c);
         }
-        normalized(dx, x, plus, saved + 2 * c, slope, offset, first * size, last * size, c);
+        if (!alone || plus)
+            normalized(dx, x, plus, saved + 2 * c, slope, offset, first * size, last * size, c);
     }
 }
 

@@ -1,11 +1,13 @@
-"""BN, ReLU and the convolution of stride 1 behind them as one operation on bf16.
+"""BN, ReLU and the convolution of stride 1 behind them as one operation on bf16; or a convolution
+alone, or behind a ReLU.
 
 What is activated is neither written to memory nor kept. Between convolutions that use the processor
 well, passes over memory are half of what a step takes.
 """
 
+import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, Self
 
 import torch
@@ -22,8 +24,9 @@ NAMES = {1: "pointwise", 3: "conv3x3"}  # of the functions, by the kernel
 EACH = 8  # of sums along a shortcut, one of so many is kept where the others are made again
 
 
-def joins(x: Tensor, norm: nn.BatchNorm2d, conv: nn.Module) -> bool:
-    """Whether BN-ReLU of x and this convolution can be one operation: bf16 by autocast on a CPU."""
+def joins(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Module) -> bool:
+    """Whether BN, ReLU or neither of x, and this convolution, can be one operation: bf16 by
+    autocast on a CPU."""
     return (
         type(conv) is nn.Conv2d
         and conv.kernel_size in ((1, 1), (3, 3))
@@ -113,17 +116,30 @@ def _added(x: Tensor, saved: Tensor, w: Tensor, plus: Tensor | None) -> Tensor:
 
 class _Joined(torch.autograd.Function):
     """By the functions of ``pointwise.c`` and ``conv3x3.c``. x comes out again: its gradient is
-    added as dx is written."""
+    added as dx is written. Without ``norm``, gamma and beta there is no BN, and no ReLU unless
+    ``relu``."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, plus: Tensor | None, gamma: Tensor, beta: Tensor, w: Tensor, norm: Any
+        ctx: Any,
+        x: Tensor,
+        plus: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        w: Tensor,
+        norm: Any,
+        relu: bool,
     ) -> tuple[Tensor, Tensor]:
-        saved = torch.empty(4, x.shape[1], device=x.device)
         if plus is not None:
             plus = plus.to(x.dtype).contiguous(memory_format=LAST)
-        own = [gamma, beta, norm.running_mean, norm.running_var]
-        y = _forward(x, plus, w, saved, own, (norm.momentum, norm.eps))
+        if norm is None:
+            saved = _unchanged(x.shape[1], relu)
+            y = _added(x, saved, w, plus)
+        else:
+            saved = torch.empty(5, x.shape[1], device=x.device)
+            own = [gamma, beta, norm.running_mean, norm.running_var]
+            y = _forward(x, plus, w, saved, own, (norm.momentum, norm.eps))
+        ctx.alone = norm is None
         ctx.save_for_backward(x, saved, w)
         ctx.set_materialize_grads(False)
         if plus is not None and ctx.needs_input_grad[1]:
@@ -134,7 +150,7 @@ class _Joined(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, plus: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return plus, None, None, None, None, None
+            return plus, *[None] * 6
         x, saved, w = ctx.saved_tensors
         images, c, *sides = x.shape
         n, threads = w.shape[0], torch.get_num_threads()
@@ -147,28 +163,41 @@ class _Joined(torch.autograd.Function):
         parts = torch.empty(threads - 1, *w.shape)
         tensors = [dy, x, plus, dx, saved, w, dgamma, dbeta, dw, parts, sums, packed]
         name = f"{NAMES[w.shape[-1]]}_backward"
-        native.call(name, tensors, images, *sides, c, n, threads)
-        return dx, dy if ctx.needs_input_grad[1] else None, dgamma, dbeta, dw, None
+        native.call(name, tensors, images, *sides, c, n, threads, ctx.alone)
+        of_bn = [None, None] if ctx.alone else [dgamma, dbeta]
+        return dx, dy if ctx.needs_input_grad[1] else None, *of_bn, dw, None, None
 
 
 def bn_relu_conv(
-    x: Tensor, plus: Tensor | None, norm: nn.BatchNorm2d, conv: nn.Conv2d
+    x: Tensor, plus: Tensor | None, norm: nn.BatchNorm2d | None, relu: bool, conv: nn.Conv2d
 ) -> tuple[Tensor, Tensor]:
-    """The convolution of relu(BN(x)), with ``plus`` added if there is one; and x. BN has the
-    batch's statistics in training, and its running ones in evaluation, which has no gradient.
+    """The convolution of relu(BN(x)), of relu(x) or of x, with ``plus`` added if there is one; and
+    x. BN has the batch's statistics in training, and its running ones in evaluation, which has no
+    gradient.
 
     Who goes on with the x that comes out saves the addition of two gradients.
 
     Shape: x (N, c_in, H, W), plus (N, c_out, H, W) -> y (N, c_out, H, W), x.
     """
+    if norm is None:
+        return _Joined.apply(x, plus, None, None, conv.weight, None, relu)
     if not norm.training:
         return _added(x, _running(norm), conv.weight, plus), x
     norm.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
-    return _Joined.apply(x, plus, norm.weight, norm.bias, conv.weight, norm)
+    return _Joined.apply(x, plus, norm.weight, norm.bias, conv.weight, norm, True)
 
 
 def _running(norm: Any) -> Tensor:
-    """Mean, 1 / std, scale and shift by the running statistics, as a training pass saves them."""
+    """Mean, 1 / std, scale, shift and least by the running statistics, as a training pass saves
+    them."""
     inverse = (norm.running_var + norm.eps).rsqrt()
     scale = norm.weight * inverse
-    return torch.stack([norm.running_mean, inverse, scale, norm.bias - norm.running_mean * scale])
+    shift = norm.bias - norm.running_mean * scale
+    return torch.stack([norm.running_mean, inverse, scale, shift, torch.zeros_like(shift)])
+
+
+@cache
+def _unchanged(channels: int, relu: bool) -> Tensor:
+    """The same of no BN at all, and ReLU or nothing."""
+    rows = torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0 if relu else -math.inf])
+    return rows[:, None].repeat(1, channels)

@@ -51,15 +51,6 @@ class Activation(nn.Sequential):
         """Whether it is ReLU and nothing else, which nobody watches."""
         return list(self._modules) == ["relu"] and not watched(self, *self)
 
-    def joined(self, x: Tensor, conv: nn.Module) -> tuple[Any, Any] | None:
-        """The BN and the convolution behind it, where both and ReLU are one operation on x."""
-        norm: Any = getattr(self, "bn", None)
-        evaluates = still(norm) and not torch.is_grad_enabled()
-        one = self.compiled and "relu" in self._modules and (plain(norm) or evaluates)
-        if one and joins(x, norm, conv) and not watched(self, *self, conv):
-            return norm, conv
-        return None
-
 
 def plain(norm: nn.Module | None) -> bool:
     """Whether this is BN as it is here in training: not one that synchronizes processes, averages
@@ -84,14 +75,31 @@ def watched(*modules: nn.Module) -> bool:
 
 
 class Branch(nn.Sequential):
-    """Layers in turn; BN, ReLU and the convolution behind them as one operation, where that fits
-    (``joined``).
+    """Layers in turn; a convolution, with the BN and ReLU before it, as one operation, where that
+    fits (``joins``) and they are ``compiled``.
 
     ``carry(x)``, if asked for, is added to what comes out, and ``after`` acts on the sum: by the
     last layer as it writes, where that is such an operation or BN.
 
     Shape: (N, c_in, H, W) -> (N, c_out, H', W').
     """
+
+    compiled = False
+
+    def joined(self, layers: list[Any], x: Tensor) -> tuple[int, Any, bool, Any] | None:
+        """How many of the layers, those that come first, are one operation on x; and of them the BN
+        if there is one, whether there is a ReLU, and the convolution."""
+        acts = type(layers[0]) is Activation and len(layers) > 1
+        act, conv = layers[:2] if acts else (None, layers[0])
+        norm: Any = getattr(act, "bn", None)
+        relu = hasattr(act, "relu")
+        evaluates = still(norm) and not torch.is_grad_enabled()
+        known = norm is None or (relu and (plain(norm) or evaluates))
+        compiled = self.compiled and (self.training or not torch.is_grad_enabled())
+        parts = [act, *act, conv] if act else [conv]
+        if compiled and known and joins(x, norm, conv) and not watched(*parts):
+            return 1 + acts, norm, relu, conv
+        return None
 
     def forward(
         self,
@@ -101,25 +109,26 @@ class Branch(nn.Sequential):
     ) -> Tensor:
         y, layers = x, list[Any](m for m in self if not (type(m) is Activation and len(m) == 0))
         while layers:
+            if joined := self.joined(layers, y):
+                many, *operation = joined
+                del layers[:many]
+                plus = None
+                if carry is not None and not layers:
+                    plus, carry = carry(x), None
+                if y is x:
+                    y, x = bn_relu_conv(y, plus, *operation)
+                else:
+                    y, _ = bn_relu_conv(y, plus, *operation)
+                continue
             layer = layers.pop(0)
             acts = type(layer) is Activation
-            joined = layer.joined(y, layers[0]) if acts and layers else None
             if acts and not layers and carry is not None and (norm := layer.adds(y)):
                 relu = BEFORE if "relu" in layer._modules else 0
                 if relu == 0 and type(after) is Activation and after.bare:
                     relu, after = AFTER, None
                 y, carry = bn_sum(y, carry(x), norm, relu), None
-            elif joined is None:
-                y = layer(y)
             else:
-                del layers[0]
-                plus = None
-                if carry is not None and not layers:
-                    plus, carry = carry(x), None
-                if y is x:
-                    y, x = bn_relu_conv(y, plus, *joined)
-                else:
-                    y, _ = bn_relu_conv(y, plus, *joined)
+                y = layer(y)
         y = y if carry is None else carry(x) + y
         return y if after is None else after(y)
 

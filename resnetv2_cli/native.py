@@ -34,7 +34,7 @@ ARGUMENTS: dict[str, tuple[int, list[Any]]] = {  # of each function: pointers, t
 ARGUMENTS = {f"{name}_{kind}": row for name, row in ARGUMENTS.items() for kind in KINDS}
 PRODUCTS: dict[str, tuple[int, list[Any]]] = {  # where the processor multiplies bf16
     "forward": (11, [INT64] * 5 + [DOUBLE] * 2 + [INT] * 2),
-    "backward": (12, [INT64] * 5 + [INT]),
+    "backward": (12, [INT64] * 5 + [INT] * 2),
 }
 PRODUCTS = {
     f"{of}_{name}": row for name, row in PRODUCTS.items() for of in ("pointwise", "conv3x3")

@@ -39,13 +39,7 @@ INLINE void product(const uint16_t *a, const uint16_t *w, const uint16_t *plus, 
 /* y of a block; a: room for what is activated. */
 static void forward_block(const uint16_t *x, const uint16_t *w, const uint16_t *plus, uint16_t *y,
                           const float *saved, uint16_t *a, int64_t c, int64_t n) {
-    const float *scale = saved + 2 * c, *shift = saved + 3 * c;
-    for (int64_t i = 0; i < BLOCK * c; i += c) {
-        int64_t j = 0;
-        for (; j + 2 * LANES <= c; j += 2 * LANES)
-            activate(x + i + j, scale + j, shift + j, a + i + j, 2);
-        for (; j < c; j += LANES) activate(x + i + j, scale + j, shift + j, a + i + j, 1);
-    }
+    activate_rows(x, saved, a, BLOCK, c);
 #define TILES(J, TALL_, WIDE_)                                                                   \
     product(a + r * c, w + 2 * J, plus ? plus + r * n + J : 0, y + r * n + J, c, n, TALL_, WIDE_)
     int64_t j = 0;
@@ -80,6 +74,7 @@ void pointwise_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, con
             gather(sums, c);
             statistics(sums, origin, gamma, beta, running_mean, running_var, saved, rows, c,
                        momentum, eps);
+            memset(saved + 4 * c, 0, c * sizeof(float));
         }
         uint16_t a[BLOCK * c] __attribute__((aligned(64)));
         begin(TALL);
@@ -150,13 +145,15 @@ static void backward_block(const uint16_t *dy, const uint16_t *x, const uint16_t
     for (; j < c; j += LANES) columns(j, dy, d, w, x, g, a, saved, sums, dw, c, n, 16, 1);
 }
 
-/* parts: [threads - 1][n][c], of dW by the other threads. dx has g between the two passes. */
+/* alone: a convolution without BN, by the ``saved`` of the identity; dgamma, dbeta stay as they are.
+   parts: [threads - 1][n][c], of dW by the other threads. dx has g between the two passes. */
 void pointwise_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *plus, uint16_t *dx,
                         const float *saved, const float *weight, float *dgamma, float *dbeta,
                         float *dw, float *parts, double *sums, uint16_t *w, int64_t images,
-                        int64_t height, int64_t width, int64_t c, int64_t n, int threads) {
+                        int64_t height, int64_t width, int64_t c, int64_t n, int threads,
+                        int alone) {
     int64_t rows = images * height * width;
-    float slope[MOST], offset[MOST];
+    float slope[MOST] = {0}, offset[MOST] = {0};
 #pragma omp parallel num_threads(threads)
     {
         int me = omp_get_thread_num();
@@ -188,11 +185,11 @@ void pointwise_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *p
 #pragma omp barrier
         add_parts(dw, parts, n * c);
 #pragma omp single
-        {
+        if (!alone) {
             gather(sums, c);
             gradients(sums, saved, slope, offset, dgamma, dbeta, rows, c);
         }
-        normalized(dx, x, plus, saved + 2 * c, slope, offset, first, last, c);
+        if (!alone || plus) normalized(dx, x, plus, saved + 2 * c, slope, offset, first, last, c);
     }
 }
 

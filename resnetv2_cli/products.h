@@ -1,9 +1,10 @@
 /* BN, ReLU and the convolution behind them as one operation on bf16, in training: what pointwise.c
    and conv3x3.c share.
 
-   With a = relu(scale x + shift), rounded to bf16 as it would be in memory, which it never sees:
+   With a = max(scale x + shift, least), rounded to bf16 as it would be in memory, which it never
+   sees, where least is 0 (ReLU), or -inf for a convolution alone:
      forward    y = a * W + plus
-     backward   g = (dy * W') where a > 0;  dW = dy' * a;  dx = scale g + slope x + offset + plus
+     backward   g = (dy * W') where a > least;  dW = dy' * a;  dx = scale g + slope x + offset + plus
    x, a, g, dx have c channels; y, dy have n; W, dW: [n][taps][c] in float. Sums of products are
    floats. ``plus`` may be null: it is the other side of an addition, which then costs no pass of its
    own.
@@ -37,7 +38,7 @@ INLINE F dot(F sum, U a, U b) {
 }
 
 /* A NaN stays one. */
-INLINE F relu(F z) { return (F)_mm512_max_ps(_mm512_setzero_ps(), (__m512)z); }
+INLINE F at_least(F least, F z) { return (F)_mm512_max_ps((__m512)least, (__m512)z); }
 
 /* The first of two vectors to bf16, and then the other. */
 INLINE U both(F first, F other) {
@@ -253,14 +254,25 @@ static void lay_pairs(const uint16_t *rows, uint16_t *to, int64_t many, int64_t 
 
 #endif
 
-INLINE void activate(const uint16_t *x, const float *scale, const float *shift, uint16_t *a,
-                     int wide) {
+/* a of a row; saved: of BN, [5][c] of mean, 1 / std, scale, shift and least. */
+INLINE void activate(const uint16_t *x, const float *saved, uint16_t *a, int64_t c, int wide) {
     F z[WIDE];
     for (int v = 0; v < wide; v++) {
-        int64_t i = v * LANES;
-        z[v] = relu(load_float(scale + i) * load_bf16(x + i) + load_float(shift + i));
+        const float *of = saved + v * LANES;
+        F u = load_float(of + 2 * c) * load_bf16(x + v * LANES) + load_float(of + 3 * c);
+        z[v] = at_least(load_float(of + 4 * c), u);
     }
     store_row(a, z, wide);
+}
+
+/* a of ``rows`` rows. */
+static void activate_rows(const uint16_t *x, const float *saved, uint16_t *a, int64_t rows,
+                          int64_t c) {
+    for (int64_t i = 0; i < rows * c; i += c) {
+        int64_t j = 0;
+        for (; j + 2 * LANES <= c; j += 2 * LANES) activate(x + i + j, saved + j, a + i + j, c, 2);
+        for (; j < c; j += LANES) activate(x + i + j, saved + j, a + i + j, c, 1);
+    }
 }
 
 /* A tile of sums, and plus, to y. */
@@ -289,14 +301,15 @@ INLINE void let_through(F sum[TALL][WIDE], const uint16_t *x, uint16_t *g, const
     for (int v = 0; v < wide; v++) {
         const float *of = saved + v * LANES;
         F mean = load_float(of), scale = load_float(of + 2 * c), shift = load_float(of + 3 * c);
+        F least = load_float(of + 4 * c);
 #pragma GCC unroll 16
         for (int r = 0; r < tall; r++) {
             int64_t i = r * c + v * LANES;
-            F u = load_bf16(x + i), z = scale * u + shift, d = only(sum[r][v], ~(U)(z <= 0));
+            F u = load_bf16(x + i), z = scale * u + shift, d = only(sum[r][v], ~(U)(z <= least));
             store_bf16(g + i, d);
             s[v] += d;
             q[v] += d * (u - mean);
-            sum[r][v] = relu(z);
+            sum[r][v] = at_least(least, z);
         }
     }
 }

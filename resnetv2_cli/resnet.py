@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from resnetv2_cli.fused import forgetting
-from resnetv2_cli.layers import Activation, activation, conv, keep_layout, numbered
+from resnetv2_cli.layers import Activation, Branch, activation, conv, keep_layout, numbered
 from resnetv2_cli.plans import (
     BLOCKS,
     STEMS,
@@ -104,8 +104,10 @@ class ResNet(nn.Module):
         """How every BN and ReLU computes in training (``Activation``)."""
         self.forget = forget
         for module in self.modules():
+            if isinstance(module, Activation | Branch):
+                module.compiled = compiled
             if isinstance(module, Activation):
-                module.compiled, module.forget = compiled, forget
+                module.forget = forget
 
     def part(self, name: str) -> nn.Module:
         """The stem, a stage or the head."""

@@ -76,7 +76,7 @@ def test_half_is_kept_where_bn_and_relu_are_made_again():
     plain, again = kept(kernels="eager"), kept(kernels="eager", recompute_bn=True)
     assert 0.45 < again / plain < 0.55
     if native.multiplies():  # one operation with the convolution behind them never keeps it
-        assert kept() < 1.05 * again
+        assert kept() < 1.06 * again
 
 
 STEP = """

@@ -44,7 +44,9 @@ def joined(norm, weights, x, plus, dy, dx):
     norm, weights = copy.deepcopy((norm, weights))
     x = x.clone().requires_grad_()
     plus = plus if plus is None else plus.clone().requires_grad_()
-    y, again = bn_relu_conv(x, plus, norm, weights)
+    own = norm if isinstance(norm, nn.BatchNorm2d) else None
+    relu = not isinstance(norm, nn.Identity)
+    y, again = bn_relu_conv(x, plus, own, relu, weights)
     torch.autograd.backward([y, again], [dy, dx])
     return told(norm, weights, x, plus, y)
 
@@ -54,7 +56,8 @@ def apart(norm, weights, x, plus, dy, dx):
     norm, weights = copy.deepcopy(norm).double(), copy.deepcopy(weights).double()
     x = x.double().requires_grad_()
     plus = plus if plus is None else plus.double().requires_grad_()
-    y = weights(F.relu(norm(x)))
+    a = norm(x)
+    y = weights(F.relu(a) if isinstance(norm, nn.BatchNorm2d) else a)
     y = y if plus is None else y + plus
     torch.autograd.backward([y, x], [dy.double(), dx.double()])
     return told(norm, weights, x, plus, y)
@@ -62,9 +65,10 @@ def apart(norm, weights, x, plus, dy, dx):
 
 def told(norm, weights, x, plus, y):
     found = {"y": y, "dx": x.grad, "dw": weights.weight.grad}
-    found |= {"dgamma": norm.weight.grad, "dbeta": norm.bias.grad}
     found |= {"dplus": plus.grad} if plus is not None else {}
-    found |= {"mean": norm.running_mean, "var": norm.running_var}
+    if isinstance(norm, nn.BatchNorm2d):
+        found |= {"dgamma": norm.weight.grad, "dbeta": norm.bias.grad}
+        found |= {"mean": norm.running_mean, "var": norm.running_var}
     return {name: tensor.detach().double() for name, tensor in found.items()}
 
 
@@ -98,9 +102,19 @@ def test_the_numbers_are_float64s(c, n, kernel, shape, added, threads):
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("kernel, shape", [(k, s) for k in SHAPES for s in SHAPES[k]])
+@pytest.mark.parametrize("c, n", [(64, 16), (16, 48), (48, 112)])
+@pytest.mark.parametrize("before", [nn.Identity(), nn.ReLU()], ids=["alone", "behind ReLU"])
+def test_a_convolution_without_bn(before, c, n, kernel, shape, added):
+    _, *given = example(c, n, shape, added, kernel)
+    given[1].sub_(3)[0, :, 0, 0] = 0  # x: as often below 0, and where ReLU has its corner
+    check((before, *given))
+
+
 FAULTS = {  # file, what stands there, what is planted, and the kernel
     "a ReLU that lets everything through backward": (
-        "products.h", "~(U)(z <= 0)", "~(U)(z != z)", 1,
+        "products.h", "~(U)(z <= least)", "~(U)(z != z)", 1,
     ),
     "rows of a tail that are lost": (
         "pointwise.c", "memcpy(x_, xb, 2 * c * (last - b))", "memcpy(x_, xb, 2 * c)", 1,
@@ -321,20 +335,17 @@ def test_what_does_not_fit(name):
 
 def branch():
     made = Branch(activation("bn relu", 32), conv(32, 16, 1)).to(memory_format=LAST).train()
-    made[0].compiled = True
+    made.compiled = True
     return made
 
 
 @pytest.mark.parametrize("change", [
-    lambda b: b.eval(), lambda b: b[0].bn.eval(), lambda b: setattr(b[0], "compiled", False),
-    lambda b: b[0].register_forward_hook(lambda *_: None),
-    lambda b: b[0].relu.register_forward_pre_hook(lambda *_: None),
+    lambda b: b.eval(), lambda b: setattr(b, "compiled", False),
     lambda b: b[1].register_forward_hook(lambda *_: None),
     lambda b: b[1].register_full_backward_hook(lambda *_: None),
     lambda b: b[1].register_full_backward_pre_hook(lambda *_: None),
-    lambda b: setattr(b[0].bn, "momentum", None),
 ])  # fmt: skip
-def test_who_watches_or_freezes_a_layer_has_pytorchs(change, called):
+def test_who_watches_a_convolution_has_pytorchs(change, called):
     x = bf16(2, 32, 4, 4)
     with torch.autocast("cpu", torch.bfloat16):
         branch()(x)
@@ -345,16 +356,43 @@ def test_who_watches_or_freezes_a_layer_has_pytorchs(change, called):
     assert called.count("pointwise_forward") == 1
 
 
+@pytest.mark.parametrize("change", [
+    lambda b: b[0].bn.eval(), lambda b: setattr(b[0].bn, "momentum", None),
+    lambda b: b[0].register_forward_hook(lambda *_: None),
+    lambda b: b[0].relu.register_forward_pre_hook(lambda *_: None),
+])  # fmt: skip
+def test_who_watches_or_freezes_bn_has_pytorchs_before_the_convolution(change, called):
+    plain, x = branch(), bf16(2, 32, 4, 4)
+    change(plain)
+    want = plain[1](plain[0](x.float())).detach()
+    plain[0].bn.reset_running_stats()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = plain(x)
+    assert called == ["pointwise_forward"]
+    assert distance(y.detach().double(), want.double()) < 2 * BOUND
+
+
+def test_a_unit_without_bn_before_its_weights_is_operations_too(called):
+    unit = ResNet(14, unit="original").units[1].train().to(memory_format=LAST)
+    for module in unit.modules():
+        module.compiled = True
+    x = bf16(2, 16, 8, 8).relu().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        unit(x).sum().backward()
+    assert called == ["conv3x3_forward", "conv3x3_forward", "forward_bf16",
+                      "backward_bf16", "conv3x3_backward", "conv3x3_backward"]  # fmt: skip
+
+
 def test_what_is_not_a_number_stays_none():
     norm, weights, x, *_ = example(16, 16, (2, 4, 4), False)
     x[0, 3, 1, 1] = float("nan")
-    y, _ = bn_relu_conv(x, None, norm, weights)
+    y, _ = bn_relu_conv(x, None, norm, True, weights)
     assert y.isnan().all()  # the channel's mean is none, and every output sums over it
 
 
 def test_only_what_learns_has_a_gradient():
     norm, weights, x, plus, dy, _ = example(32, 16, (2, 4, 4), True)
     weights.weight.requires_grad_(False)
-    y, _ = bn_relu_conv(x, plus, norm, weights)
+    y, _ = bn_relu_conv(x, plus, norm, True, weights)
     y.backward(dy)
     assert weights.weight.grad is None and x.grad is None and norm.weight.grad is not None
