@@ -73,7 +73,8 @@ INLINE void outputs(int64_t j, const uint16_t *a, const uint16_t *w, const uint1
 static void forward_image(const uint16_t *x, const uint16_t *w, const uint16_t *plus, uint16_t *y,
                           const float *saved, uint16_t *a, const Shape *s, int64_t c, int64_t n) {
     for (int64_t row = 0; row < s->height; row++)
-        activate_rows(x + row * s->width * c, saved, a + (s->start + row * s->pitch) * c, s->width, c);
+        activate_rows(x + row * s->width * c, saved, a + (s->start + row * s->pitch) * c, s->width,
+                      c);
     int64_t j = 0;
     for (; j + 2 * LANES <= n; j += 2 * LANES)
         if (s->tall < TALLEST(2))
@@ -211,7 +212,7 @@ static void backward_image(const uint16_t *dy, const uint16_t *x, const uint16_t
         for (int64_t i = 0; i < n; i += TALL) weights(i, j, room, dw, s, c, n, TALL, 1);
 }
 
-/* alone: a convolution without BN, by the ``saved`` of the identity; dgamma, dbeta stay as they are.
+/* alone: a convolution without BN, by what is ``saved`` of no BN; dgamma, dbeta are not written.
    parts: [threads - 1][n][9][c], of dW by the other threads. dx has g between the two passes. */
 void conv3x3_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *plus, uint16_t *dx,
                       const float *saved, const float *weight, float *dgamma, float *dbeta,

@@ -145,7 +145,7 @@ static void backward_block(const uint16_t *dy, const uint16_t *x, const uint16_t
     for (; j < c; j += LANES) columns(j, dy, d, w, x, g, a, saved, sums, dw, c, n, 16, 1);
 }
 
-/* alone: a convolution without BN, by the ``saved`` of the identity; dgamma, dbeta stay as they are.
+/* alone: a convolution without BN, by what is ``saved`` of no BN; dgamma, dbeta are not written.
    parts: [threads - 1][n][c], of dW by the other threads. dx has g between the two passes. */
 void pointwise_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *plus, uint16_t *dx,
                         const float *saved, const float *weight, float *dgamma, float *dbeta,

@@ -4,18 +4,19 @@
    With a = max(scale x + shift, least), rounded to bf16 as it would be in memory, which it never
    sees, where least is 0 (ReLU), or -inf for a convolution alone:
      forward    y = a * W + plus
-     backward   g = (dy * W') where a > least;  dW = dy' * a;  dx = scale g + slope x + offset + plus
+     backward   g = (dy * W') where a > least;  dW = dy' * a
+                dx = scale g + slope x + offset + plus
    x, a, g, dx have c channels; y, dy have n; W, dW: [n][taps][c] in float. Sums of products are
-   floats. ``plus`` may be null: it is the other side of an addition, which then costs no pass of its
-   own.
+   floats. ``plus`` may be null: it is the other side of an addition, which then costs no pass of
+   its own.
 
    A block (rows, or an image) is gone through by tiles of sums. The processor multiplies and adds
-   pairs of bf16, so each factor of a product lies as pairs along what is summed over: W by two inputs
-   (forward) or two outputs (backward), a and dy by two rows (dW). The sums of a tile fill the vector
-   registers. Where the processor has AMX, they are in up to four of its eight registers of tiles, into
-   which it adds the products of 16 rows of sixteen pairs with 16 columns of them at once, or of eight
-   pairs at the end. To load a factor takes about as long, so that each serves several sums where it
-   can. */
+   pairs of bf16, so each factor of a product lies as pairs along what is summed over: W by two
+   inputs (forward) or two outputs (backward), a and dy by two rows (dW). The sums of a tile fill
+   the vector registers. Where the processor has AMX, they are in up to four of its eight registers
+   of tiles, into which it adds the products of 16 rows of sixteen pairs with 16 columns of them at
+   once, or of eight pairs at the end. To load a factor takes about as long, so that each serves
+   several sums where it can. */
 
 #include "vectors.h"
 
@@ -78,14 +79,18 @@ INLINE U spread(const uint16_t *p) {
 
 #if AMX
 
-/* Sums (0 to 3) and left factors (4; 5: of eight pairs) of ``tall`` rows; right factors (6, 7). Sums
-   of a tile: 0, 1 and 2, as many as it has vectors; or of two, one below the other: 0 and 1, 2 and 3. */
+/* Sums (0 to 3) and left factors (4; 5: of eight pairs) of ``tall`` rows; right factors (6, 7).
+   Sums of a tile: 0, 1 and 2, as many as it has vectors; or of two tiles, 0 and 1, 2 and 3. */
 static void begin(int tall) {
     struct {
         uint8_t palette, start, none[14];
         uint16_t bytes[16];
         uint8_t rows[16];
-    } tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 32, 64, 64}, {tall, tall, tall, tall, tall, tall, 16, 8}};
+    } tiles = {1,
+               0,
+               {0},
+               {64, 64, 64, 64, 64, 32, 64, 64},
+               {tall, tall, tall, tall, tall, tall, 16, 8}};
     __asm__ volatile("ldtilecfg %0" : : "m"(tiles)); /* _tile_loadconfig has it read a part */
 }
 
@@ -192,7 +197,7 @@ static void lay_pairs(const uint16_t *rows, uint16_t *to, int64_t many, int64_t 
         for (int64_t j = 0; j < n; j += LANES) {
             U m[LANES] = {0};
             const uint16_t *from = rows + 2 * k * n + j;
-            for (int64_t i = 0; i < left; i++) m[i] = pairs(from + 2 * i * n, from + (2 * i + 1) * n);
+            for (int64_t i = 0; i < left; i++, from += 2 * n) m[i] = pairs(from, from + n);
             transpose(m);
             for (int64_t i = 0; i < LANES; i++)
                 _mm512_mask_storeu_epi32(to + 2 * ((j + i) * many + k), (1 << left) - 1,
