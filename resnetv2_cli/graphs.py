@@ -63,7 +63,7 @@ def record(net: ResNet, x: Tensor, precision: str) -> tuple[Forward | None, str]
             buffer.copy_(value)
     if not far < NEAR:
         return None, f"the gradient of a replay is {far:.2g} of its norm away from the network's"
-    return replay, ""
+    return lambda x, net=net: replay(x), ""  # a replay alone does not keep the network alive
 
 
 def renew_generator(device: torch.device) -> None:

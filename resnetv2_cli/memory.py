@@ -60,7 +60,8 @@ def forget_peak() -> bool:
 
 def peak(device: torch.device) -> dict[str, int | None]:
     """The most that was in memory at one time: ``host``, and ``device`` where that is a GPU."""
-    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    # Reserved: what lies in the pool of CUDA graphs counts as free while it is not replayed.
+    on_device = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     return {"host": _field(PROC / "self/status", "VmHWM"), "device": on_device}
 
 

@@ -41,17 +41,19 @@ class Guard:
     @torch.no_grad()
     def look(self, step: int, optimizer: Optimizer, finite_loss: Tensor) -> None:
         """After the gradient of iteration ``step``, before the optimizer uses it."""
-        if self.scaled:
-            bad = ~finite_loss
-        else:
-            gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-            bad = ~get_total_norm(gradients, math.inf).isfinite()
+        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        good = finite_loss if self.scaled else get_total_norm(gradients, math.inf).isfinite()
+        bad = ~good
         count, first, row = self.found
         first = torch.where(bad & (first < 0), step, first)
         self.found = torch.stack([count + bad, first, (row + 1) * bad])
         out = first >= 0 if self.stop else bad
-        if not self.scaled and optimizer.defaults["fused"]:
+        if optimizer.defaults["fused"]:
             prepare(optimizer)
+        if self.scaled:
+            if self.stop:  # the scaler leaves out what is not finite
+                gradients[0].masked_fill_(out, math.inf)
+        elif optimizer.defaults["fused"]:
             optimizer.found_inf = out.float()  # type: ignore[attr-defined]
         for buffers, before in self.kept:
             fill(buffers, torch.where(out, before, flat(buffers)))
@@ -154,6 +156,7 @@ def began(
     """Run an iteration again, with a look at every unit: the first place where something is not
     finite, None if none is, and the names of the places. The weights are those before it."""
     net = task.net
+    task.replays.clear()  # no module runs in a replay
     parts, net.segments = Parts(net), 0
     net.zero_grad()
     task.train()  # an evaluation asks too

@@ -145,7 +145,8 @@ def _second_pass(segment: nn.Module) -> tuple[Any, Any]:
 @contextmanager
 def _uncounted(segment: nn.Module) -> Iterator[None]:
     """BN's running statistics have counted this batch already: leave them as they are."""
-    norms = [m for m in segment.modules() if isinstance(m, nn.BatchNorm2d)]
+    # SyncBatchNorm is one too.
+    norms = [m for m in segment.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]  # type: ignore
     for norm in norms:
         norm.momentum = 0.0

@@ -14,7 +14,9 @@ from torchmetrics import Metric
 
 from resnetv2_cli import compiling, graphs, memory, native
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.data import images
 from resnetv2_cli.data.augment import Normalize, crop_and_flip
+from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.data.module import Batch
 from resnetv2_cli.nonfinite import Guard, poisoned
 from resnetv2_cli.optim import lr_factor, schedule, sgd
@@ -131,7 +133,7 @@ class Classification(L.LightningModule):
         parts = {"micro_batches": e.accumulate, "segments": e.recompute, "processes": processes}
         why, replay = graphs.why_not(self.device, **parts), None
         if not why:
-            size = STEMS[e.stem_].size
+            size = images.SIZE if DATASETS[e.dataset].decoded else STEMS[e.stem_].size
             shape = (e.batch_size, size, size, 3)
             noise = torch.randint(256, shape, dtype=torch.uint8, device=self.device)
             x = self.normalize(noise)

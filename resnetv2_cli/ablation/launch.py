@@ -99,7 +99,9 @@ class Processes:
             share = max(1, (os.cpu_count() or 1) // self.jobs)
             environment.setdefault("OMP_NUM_THREADS", str(share))
             if self.gpus > 1 and arm.experiment.devices == "1":
-                environment.setdefault("CUDA_VISIBLE_DEVICES", str(slot % self.gpus))
+                given = environment.get("CUDA_VISIBLE_DEVICES")
+                seen = given.split(",") if given else list(map(str, range(self.gpus)))
+                environment["CUDA_VISIBLE_DEVICES"] = seen[slot % self.gpus]
         return Process(arm, environment, lock)
 
 

@@ -37,7 +37,7 @@ class Option(NamedTuple):
     recompute: int = 0  # segments of the body; -1: every unit is one
     compile: bool = False
     graphs: bool = False  # replayed as CUDA graphs
-    usual: bool = True  # timed when none is named
+    usual: tuple[str, ...] = ("cpu", "cuda")  # devices where it is timed when none is named
 
     @property
     def precision(self) -> str:
@@ -62,13 +62,15 @@ OPTIONS = {
     "channels-last": Option("float32, channels last", mixed=False),
     "bf16": Option("bf16 autocast, NCHW", last=False),
     "bf16-channels-last": Option("bf16 autocast, channels last"),
-    "fused": Option("the same, BN, ReLU and convolutions compiled operations", fused=True),
+    "fused": Option(
+        "the same, BN, ReLU and convolutions compiled operations", fused=True, usual=("cpu",)
+    ),
     "recompute-bn": Option("the same, made again in backward", fused=True, forget=True),
     "recompute-units": Option("fused, every unit computed again", fused=True, recompute=-1),
-    "compile": Option("bf16, channels last, compiled unit by unit", compile=True, usual=False),
-    "graphs": Option("bf16, channels last, as CUDA graphs", graphs=True, usual=False),
+    "compile": Option("bf16, channels last, compiled unit by unit", compile=True, usual=("cuda",)),
+    "graphs": Option("bf16, channels last, as CUDA graphs", graphs=True, usual=("cuda",)),
     "compile-graphs": Option(
-        "compiled unit by unit, as CUDA graphs", compile=True, graphs=True, usual=False
+        "compiled unit by unit, as CUDA graphs", compile=True, graphs=True, usual=("cuda",)
     ),
 }
 

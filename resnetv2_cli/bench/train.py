@@ -5,6 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from statistics import median
@@ -198,6 +199,7 @@ def bench_train(
     """
     if experiment.accumulate > 1 or experiment.devices not in ("1", "auto"):
         raise UserError("bench times whole batches on one device", "leave out what splits them")
+    experiment = replace(experiment, devices="1")
     task, data = build(experiment)
     split = data.train
     if not isinstance(split, images.Split):

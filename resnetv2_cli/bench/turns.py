@@ -53,6 +53,7 @@ def in_turns(
         for name, arm in arms.items():
             fresh = memory.forget_peak()
             if device.type == "cuda":
+                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)
             seconds = arm(steps)
             peak = memory.peak(device)

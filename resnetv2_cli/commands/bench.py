@@ -107,11 +107,13 @@ def step(
     """
     experiment = Experiment.load(config, **flags)
     from resnetv2_cli.bench.step import OPTIONS, bench_step
+    from resnetv2_cli.machine import device_of
 
     for name in arm or []:
         if name not in OPTIONS:
             raise unknown("arm", name, OPTIONS)
-    names = arm or [name for name, o in OPTIONS.items() if o.usual]
+    device = device_of(experiment).type
+    names = arm or [name for name, option in OPTIONS.items() if device in option.usual]
     made = bench_step(experiment, names, rounds, stretch, console.note)
     if not shown(made, output, json):
         return
