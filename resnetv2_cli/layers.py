@@ -107,7 +107,8 @@ class Branch(nn.Sequential):
         carry: Callable[[Tensor], Tensor] | None = None,
         after: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        y, layers = x, list[Any](m for m in self if not (type(m) is Activation and len(m) == 0))
+        y = x
+        layers: list[Any] = [m for m in self if not (type(m) is Activation and len(m) == 0)]
         while layers:
             if joined := self.joined(layers, y):
                 many, *operation = joined
