@@ -35,14 +35,26 @@ def joins(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Module) -> bool:
         and conv.padding_mode == "zeros"
         and conv.groups == 1
         and conv.bias is None
-        and conv.out_channels % LANES == 0
         and conv.weight.numel() <= MOST
-        and (conv.kernel_size == (1, 1) or _images_fit(x, conv))
         and x.dtype == torch.bfloat16
         and (x.is_meta or _lies(conv.weight))
+        and (_on_gpu().joins(x, norm, conv) if x.is_cuda else _on_cpu(x, norm, conv))
+    )
+
+
+def _on_cpu(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Conv2d) -> bool:
+    return (
+        conv.out_channels % LANES == 0
+        and (conv.kernel_size == (1, 1) or _images_fit(x, conv))
         and fits(x, norm)
         and native.multiplies()
     )
+
+
+def _on_gpu() -> Any:
+    from resnetv2_cli import triton_joined
+
+    return triton_joined
 
 
 def _images_fit(x: Tensor, conv: nn.Conv2d) -> bool:
@@ -52,11 +64,11 @@ def _images_fit(x: Tensor, conv: nn.Conv2d) -> bool:
 
 def _lies(weight: Tensor) -> bool:
     last = weight.is_contiguous(memory_format=LAST)
-    return weight.dtype == torch.float32 and last and _mixed()
+    return weight.dtype == torch.float32 and last and _mixed(weight.device.type)
 
 
-def _mixed() -> bool:
-    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+def _mixed(kind: str) -> bool:
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
 class Sum:
@@ -96,6 +108,8 @@ def _forward(
 ) -> Tensor:
     """y; ``saved`` is written, or read if it is made ``again``. ``own``: BN's parameters and
     running statistics; ``numbers``: its momentum and eps."""
+    if x.is_cuda:
+        return _on_gpu().forward(x, plus, w, saved, own, numbers, again)
     images, c, *sides = x.shape
     n, threads = w.shape[0], torch.get_num_threads()
     y = torch.empty_like(x[:, :1].expand(-1, n, -1, -1), memory_format=LAST)
@@ -133,7 +147,7 @@ class _Joined(torch.autograd.Function):
         if plus is not None:
             plus = plus.to(x.dtype).contiguous(memory_format=LAST)
         if norm is None:
-            saved = _unchanged(x.shape[1], relu)
+            saved = _unchanged(x.shape[1], relu, x.device)
             y = _added(x, saved, w, plus)
         else:
             saved = torch.empty(5, x.shape[1], device=x.device)
@@ -152,20 +166,28 @@ class _Joined(torch.autograd.Function):
         if dy is None:
             return plus, *[None] * 6
         x, saved, w = ctx.saved_tensors
-        images, c, *sides = x.shape
-        n, threads = w.shape[0], torch.get_num_threads()
         dy = dy.to(x.dtype).contiguous(memory_format=LAST)
         if plus is not None:
             plus = plus.to(x.dtype).contiguous(memory_format=LAST)
-        dx, dw, dgamma, dbeta = torch.empty_like(x), torch.empty_like(w), *torch.empty(2, c)
-        sums = torch.empty(threads, 2, c, dtype=torch.float64)
-        packed = torch.empty(w.shape, dtype=x.dtype)
-        parts = torch.empty(threads - 1, *w.shape)
-        tensors = [dy, x, plus, dx, saved, w, dgamma, dbeta, dw, parts, sums, packed]
-        name = f"{NAMES[w.shape[-1]]}_backward"
-        native.call(name, tensors, images, *sides, c, n, threads, ctx.alone)
-        of_bn = [None, None] if ctx.alone else [dgamma, dbeta]
+        back = _on_gpu().backward if x.is_cuda else _backward
+        dx, dw, of_bn = back(dy, x, plus, saved, w, ctx.alone)
         return dx, dy if ctx.needs_input_grad[1] else None, *of_bn, dw, None, None
+
+
+def _backward(
+    dy: Tensor, x: Tensor, plus: Tensor | None, saved: Tensor, w: Tensor, alone: bool
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """dx with ``plus`` added, dW, and dgamma and dbeta, which are None ``alone``, without BN."""
+    images, c, *sides = x.shape
+    n, threads = w.shape[0], torch.get_num_threads()
+    dx, dw, dgamma, dbeta = torch.empty_like(x), torch.empty_like(w), *torch.empty(2, c)
+    sums = torch.empty(threads, 2, c, dtype=torch.float64)
+    packed = torch.empty(w.shape, dtype=x.dtype)
+    parts = torch.empty(threads - 1, *w.shape)
+    tensors = [dy, x, plus, dx, saved, w, dgamma, dbeta, dw, parts, sums, packed]
+    name = f"{NAMES[w.shape[-1]]}_backward"
+    native.call(name, tensors, images, *sides, c, n, threads, alone)
+    return dx, dw, (None, None) if alone else (dgamma, dbeta)
 
 
 def bn_relu_conv(
@@ -197,7 +219,7 @@ def _running(norm: Any) -> Tensor:
 
 
 @cache
-def _unchanged(channels: int, relu: bool) -> Tensor:
+def _unchanged(channels: int, relu: bool, device: torch.device) -> Tensor:
     """The same of no BN at all, and ReLU or nothing."""
-    rows = torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0 if relu else -math.inf])
+    rows = torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0 if relu else -math.inf], device=device)
     return rows[:, None].repeat(1, channels)

@@ -62,9 +62,7 @@ OPTIONS = {
     "channels-last": Option("float32, channels last", mixed=False),
     "bf16": Option("bf16 autocast, NCHW", last=False),
     "bf16-channels-last": Option("bf16 autocast, channels last"),
-    "fused": Option(
-        "the same, BN, ReLU and convolutions compiled operations", fused=True, usual=("cpu",)
-    ),
+    "fused": Option("the same, BN, ReLU and convolutions compiled operations", fused=True),
     "recompute-bn": Option("the same, made again in backward", fused=True, forget=True),
     "recompute-units": Option("fused, every unit computed again", fused=True, recompute=-1),
     "compile": Option("bf16, channels last, compiled unit by unit", compile=True, usual=("cuda",)),
@@ -72,6 +70,7 @@ OPTIONS = {
     "compile-graphs": Option(
         "compiled unit by unit, as CUDA graphs", compile=True, graphs=True, usual=("cuda",)
     ),
+    "fused-graphs": Option("fused, as CUDA graphs", fused=True, graphs=True, usual=("cuda",)),
 }
 
 

@@ -1,0 +1,276 @@
+"""The functions of ``pointwise.c`` and ``conv3x3.c`` for a GPU, in Triton: BN, ReLU and the
+convolution of stride 1 behind them, forward and backward, on bf16 laid out channels last.
+
+Between narrow convolutions the cuDNN and BN kernels of a network leave a GPU idle: each of its
+small tensors is read and written by ten of them. Here x is activated where it is loaded, once for
+each tap. Sums over pixels are those of many programs, added up in one order: the same bits each
+time.
+"""
+
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PROGRAMS = 264  # that share the rows of a sum: two for each multiprocessor of an H100
+ROWS = 128  # pixels of a block
+
+
+# Triton's interpreter, which has no GPU, multiplies the bits of bf16 as integers.
+DOT = tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16
+
+
+@triton.jit
+def _dot(left, right, DOT: tl.constexpr):
+    return tl.dot(left.to(DOT), right.to(DOT))
+
+
+@triton.jit
+def _activated(x, scale, shift, least, inside):
+    """max(scale x + shift, least) as bf16, and 0 outside of the image."""
+    z = tl.maximum(x.to(tl.float32) * scale + shift, least)
+    return tl.where(inside, z, 0.0).to(tl.bfloat16)
+
+
+@triton.jit
+def _neighbours(rows, tap, size, H, W, N_ROWS, TAPS: tl.constexpr):
+    """Where the pixels at a tap lie, and which of them are inside of their image."""
+    dr, dc = (tap // 3 - 1, tap % 3 - 1) if TAPS == 9 else (0, 0)
+    h, w = rows % size // W + dr, rows % W + dc
+    inside = (rows < N_ROWS) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    return rows + dr * W + dc, inside
+
+
+@triton.jit
+def _moments(x, parts, N_ROWS, C: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """parts (PARTS, 2, C): sums of x - origin and of its square, where origin is the first row."""
+    c, at = tl.arange(0, C), tl.program_id(0)
+    origin = tl.load(x + c).to(tl.float32)
+    s, q = tl.zeros((BLOCK, C), tl.float32), tl.zeros((BLOCK, C), tl.float32)
+    for first in range(at * BLOCK, N_ROWS, PARTS * BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        inside = (rows < N_ROWS)[:, None]
+        v = tl.load(x + rows[:, None] * C + c, mask=inside, other=0.0).to(tl.float32)
+        d = tl.where(inside, v - origin, 0.0)
+        s += d
+        q += d * d
+    tl.store(parts + at * 2 * C + c, tl.sum(s, 0))
+    tl.store(parts + at * 2 * C + C + c, tl.sum(q, 0))
+
+
+@triton.jit
+def _statistics(
+    parts, x, gamma, beta, running_mean, running_var, saved, N_ROWS, momentum, eps,
+    C: tl.constexpr, PARTS: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    """saved (5, C): mean, 1 / std, scale, shift and least; the running statistics, moved."""
+    c, p = tl.arange(0, C), tl.arange(0, ROOM)
+    s, q = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+    for first in range(0, PARTS, ROOM):
+        there = (first + p < PARTS)[:, None]
+        at = parts + (first + p)[:, None] * 2 * C + c
+        s += tl.sum(tl.load(at, mask=there, other=0.0), 0)
+        q += tl.sum(tl.load(at + C, mask=there, other=0.0), 0)
+    off = s / N_ROWS
+    var = tl.maximum(q / N_ROWS - off * off, 0.0)
+    mean, inverse = tl.load(x + c).to(tl.float32) + off, 1 / tl.sqrt(var + eps)
+    scale = tl.load(gamma + c) * inverse
+    tl.store(saved + c, mean)
+    tl.store(saved + C + c, inverse)
+    tl.store(saved + 2 * C + c, scale)
+    tl.store(saved + 3 * C + c, tl.load(beta + c) - mean * scale)
+    tl.store(saved + 4 * C + c, tl.zeros((C,), tl.float32))
+    old = tl.load(running_mean + c)
+    tl.store(running_mean + c, old + momentum * (mean - old))
+    old = tl.load(running_var + c)
+    tl.store(running_var + c, old + momentum * (var * N_ROWS / (N_ROWS - 1) - old))
+
+
+@triton.jit
+def _forward(
+    x, plus, y, w, saved, size, H, W, N_ROWS,
+    C: tl.constexpr, N: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
+    TAPS: tl.constexpr, DOT: tl.constexpr, ADDS: tl.constexpr,
+):  # fmt: skip
+    """y = a * W + plus; w: (N, TAPS, C) in bf16."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n, k = tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BC)
+    total = tl.zeros((BLOCK, BN), tl.float32)
+    for c0 in range(0, C, BC):
+        c = c0 + k
+        scale, shift = tl.load(saved + 2 * C + c), tl.load(saved + 3 * C + c)
+        least = tl.load(saved + 4 * C + c)
+        for tap in range(TAPS):
+            at, inside = _neighbours(rows, tap, size, H, W, N_ROWS, TAPS)
+            v = tl.load(x + at[:, None] * C + c, mask=inside[:, None], other=0.0)
+            a = _activated(v, scale, shift, least, inside[:, None])
+            total += _dot(a, tl.load(w + n * (TAPS * C) + tap * C + c[:, None]), DOT)
+    at, real = rows[:, None] * N + n, (rows < N_ROWS)[:, None]
+    if ADDS:
+        total += tl.load(plus + at, mask=real, other=0.0).to(tl.float32)
+    tl.store(y + at, total.to(tl.bfloat16), mask=real)
+
+
+@triton.jit
+def _gradient(
+    dy, w, x, g, parts, saved, size, H, W, N_ROWS,
+    C: tl.constexpr, N: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
+    TAPS: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """g = dy * W' where a > least; parts (blocks, 2, C): sums of g and of g (x - mean)."""
+    block = tl.program_id(0)
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    c, k = tl.program_id(1) * BC + tl.arange(0, BC), tl.arange(0, BN)
+    total = tl.zeros((BLOCK, BC), tl.float32)
+    for n0 in range(0, N, BN):
+        n = n0 + k
+        for tap in range(TAPS):
+            at, inside = _neighbours(rows, TAPS - 1 - tap, size, H, W, N_ROWS, TAPS)
+            d = tl.load(dy + at[:, None] * N + n, mask=inside[:, None], other=0.0)
+            total += _dot(d, tl.load(w + n[:, None] * (TAPS * C) + tap * C + c), DOT)
+    at, real = rows[:, None] * C + c, (rows < N_ROWS)[:, None]
+    v = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
+    z = tl.load(saved + 2 * C + c) * v + tl.load(saved + 3 * C + c)
+    total = tl.where(real & (z > tl.load(saved + 4 * C + c)), total, 0.0)
+    tl.store(g + at, total.to(tl.bfloat16), mask=real)
+    tl.store(parts + block * 2 * C + c, tl.sum(total, 0))
+    tl.store(parts + block * 2 * C + C + c, tl.sum(total * (v - tl.load(saved + c)), 0))
+
+
+@triton.jit
+def _slopes(
+    parts, saved, slopes, dgamma, dbeta, blocks, N_ROWS, C: tl.constexpr, ROOM: tl.constexpr
+):
+    """slopes (2, C): slope and offset, of dx = scale g + slope x + offset; dgamma and dbeta."""
+    c, p = tl.arange(0, C), tl.arange(0, ROOM)
+    s, q = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+    for first in range(0, blocks, ROOM):
+        there = (first + p < blocks)[:, None]
+        at = parts + (first + p)[:, None] * 2 * C + c
+        s += tl.sum(tl.load(at, mask=there, other=0.0), 0)
+        q += tl.sum(tl.load(at + C, mask=there, other=0.0), 0)
+    mean, inverse = tl.load(saved + c), tl.load(saved + C + c)
+    scale = tl.load(saved + 2 * C + c)
+    slope = -scale * inverse * inverse * q / N_ROWS
+    tl.store(slopes + c, slope)
+    tl.store(slopes + C + c, -scale * s / N_ROWS - slope * mean)
+    tl.store(dgamma + c, q * inverse)
+    tl.store(dbeta + c, s)
+
+
+@triton.jit
+def _normalized(
+    g, x, plus, saved, slopes, numbers, C: tl.constexpr, BLOCK: tl.constexpr,
+    ADDS: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
+    """dx = scale g + slope x + offset + plus, where g stands."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c, real = i % C, i < numbers
+    d = tl.load(g + i, mask=real, other=0.0).to(tl.float32)
+    if not ALONE:
+        v = tl.load(x + i, mask=real, other=0.0).to(tl.float32)
+        d = tl.load(saved + 2 * C + c) * d + tl.load(slopes + c) * v + tl.load(slopes + C + c)
+    if ADDS:
+        d += tl.load(plus + i, mask=real, other=0.0).to(tl.float32)
+    tl.store(g + i, d.to(tl.bfloat16), mask=real)
+
+
+@triton.jit
+def _weights(
+    dy, x, parts, saved, size, H, W, N_ROWS,
+    C: tl.constexpr, N: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
+    TAPS: tl.constexpr, DOT: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """parts (PARTS, N, TAPS, C): dW = dy' * a, over a part of the rows each."""
+    part, tap, tiles = tl.program_id(0), tl.program_id(1), C // BC
+    c = tl.program_id(2) % tiles * BC + tl.arange(0, BC)
+    n = tl.program_id(2) // tiles * BN + tl.arange(0, BN)
+    scale, shift = tl.load(saved + 2 * C + c), tl.load(saved + 3 * C + c)
+    least = tl.load(saved + 4 * C + c)
+    total = tl.zeros((BN, BC), tl.float32)
+    for first in range(part * BLOCK, N_ROWS, PARTS * BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        at, inside = _neighbours(rows, tap, size, H, W, N_ROWS, TAPS)
+        v = tl.load(x + at[:, None] * C + c, mask=inside[:, None], other=0.0)
+        a = _activated(v, scale, shift, least, inside[:, None])
+        d = tl.load(dy + rows[:, None] * N + n, mask=(rows < N_ROWS)[:, None], other=0.0)
+        total += _dot(tl.trans(d), a, DOT)
+    tl.store(parts + ((part * N + n[:, None]) * TAPS + tap) * C + c, total)
+
+
+@triton.jit
+def _added(parts, total, numbers, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of all parts, in their order."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    s = tl.zeros((BLOCK,), tl.float32)
+    for part in range(PARTS):
+        s += tl.load(parts + part * numbers + i, mask=i < numbers, other=0.0)
+    tl.store(total + i, s, mask=i < numbers)
+
+
+def _shape(x: Tensor, w: Tensor) -> dict[str, Any]:
+    images, c, height, width = x.shape
+    n, taps = w.shape[0], w.shape[2] * w.shape[3]
+    return {
+        "size": height * width, "H": height, "W": width, "N_ROWS": images * height * width,
+        "C": c, "N": n, "BC": min(c, 64), "BN": min(n, 64), "BLOCK": ROWS, "TAPS": taps, "DOT": DOT,
+    }  # fmt: skip
+
+
+def joins(x: Tensor, norm: Any, conv: Any) -> bool:
+    """Whether these functions can take x: channels that are powers of two."""
+    sides = (conv.in_channels, conv.out_channels)
+    return (
+        x.is_contiguous(memory_format=torch.channels_last)
+        and all(16 <= c <= 256 and c & (c - 1) == 0 for c in sides)
+        and (norm is None or norm.weight.dtype == torch.float32)
+    )
+
+
+def forward(
+    x: Tensor, plus: Tensor | None, w: Tensor, saved: Tensor, own: list[Any],
+    numbers: tuple[float, float], again: bool = False,
+) -> Tensor:  # fmt: skip
+    """As ``joined.forward``."""
+    s = _shape(x, w)
+    c, rows = s["C"], s["N_ROWS"]
+    if not again:
+        parts = torch.empty(PROGRAMS, 2, c, device=x.device)
+        _moments[(PROGRAMS,)](x, parts, rows, c, max(16, 4096 // c), PROGRAMS)
+        room = max(16, 8192 // c)
+        _statistics[(1,)](parts, x, *own, saved, rows, *numbers, c, PROGRAMS, room, num_warps=8)
+    y = torch.empty_like(x[:, :1].expand(-1, s["N"], -1, -1), memory_format=torch.channels_last)
+    grid = (triton.cdiv(rows, ROWS), s["N"] // s["BN"])
+    w = w.to(x.dtype)
+    _forward[grid](x, y if plus is None else plus, y, w, saved, **s, ADDS=plus is not None)
+    return y
+
+
+def backward(
+    dy: Tensor, x: Tensor, plus: Tensor | None, saved: Tensor, w: Tensor, alone: bool
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """As ``joined.backward``."""
+    s = _shape(x, w)
+    rows, c, n, taps, numbers = s["N_ROWS"], s["C"], s["N"], s["TAPS"], x.numel()
+    blocks = triton.cdiv(rows, ROWS)
+    dx, dw, narrow = torch.empty_like(x), torch.empty_like(w), w.to(x.dtype)
+    parts = torch.empty(blocks, 2, c, device=x.device)
+    _gradient[(blocks, c // s["BC"])](dy, narrow, x, dx, parts, saved, **s)
+    of_bn = torch.empty(4, c, device=x.device)  # slope and offset, dgamma and dbeta
+    if not alone:
+        room = max(16, 8192 // c)
+        _slopes[(1,)](parts, saved, of_bn, of_bn[2], of_bn[3], blocks, rows, c, room, num_warps=8)
+    if not alone or plus is not None:
+        _normalized[(triton.cdiv(numbers, 4096),)](
+            dx, x, dx if plus is None else plus, saved, of_bn, numbers, c, 4096,
+            ADDS=plus is not None, ALONE=alone, num_warps=8,
+        )  # fmt: skip
+    tiles = (c // s["BC"]) * (n // s["BN"])
+    many = max(1, min(blocks, 4 * PROGRAMS // (taps * tiles)))
+    sums = torch.empty(many, dw.numel(), device=x.device)
+    _weights[(many, taps, tiles)](dy, x, sums, saved, **s, PARTS=many)
+    _added[(triton.cdiv(dw.numel(), 256),)](sums, dw, dw.numel(), many, 256)
+    return dx, dw, (None, None) if alone else (of_bn[2], of_bn[3])
