@@ -38,11 +38,15 @@ def joins(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Module) -> bool:
         and conv.weight.numel() <= MOST
         and x.dtype == torch.bfloat16
         and (x.is_meta or _lies(conv.weight))
-        and (_on_gpu().joins(x, norm, conv) if x.is_cuda else _on_cpu(x, norm, conv))
+        and (_fits_gpu(x, norm, conv) if x.is_cuda else _fits_cpu(x, norm, conv))
     )
 
 
-def _on_cpu(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Conv2d) -> bool:
+def _fits_gpu(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Conv2d) -> bool:
+    return _on_gpu() is not None and _on_gpu().joins(x, norm, conv)
+
+
+def _fits_cpu(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Conv2d) -> bool:
     return (
         conv.out_channels % LANES == 0
         and (conv.kernel_size == (1, 1) or _images_fit(x, conv))
@@ -51,10 +55,21 @@ def _on_cpu(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Conv2d) -> bool:
     )
 
 
+@cache
 def _on_gpu() -> Any:
-    from resnetv2_cli import triton_joined
-
+    """The functions for a GPU; None where there is no Triton."""
+    try:
+        from resnetv2_cli import triton_joined
+    except ImportError:
+        return None
     return triton_joined
+
+
+def why_not(device: torch.device) -> str:
+    """Why a device has none of these operations; empty where it has."""
+    if device.type == "cuda":
+        return "" if _on_gpu() else "there is no Triton"
+    return native.why_not()
 
 
 def _images_fit(x: Tensor, conv: nn.Conv2d) -> bool:
@@ -146,6 +161,7 @@ class _Joined(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         if plus is not None:
             plus = plus.to(x.dtype).contiguous(memory_format=LAST)
+        w = w.to(x.dtype) if x.is_cuda else w  # a CPU packs them its own way
         if norm is None:
             saved = _unchanged(x.shape[1], relu, x.device)
             y = _added(x, saved, w, plus)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from resnetv2_cli import compiling, graphs, memory, native
+from resnetv2_cli import compiling, graphs, joined, memory
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
 from resnetv2_cli.data.augment import Normalize, crop_and_flip
@@ -113,14 +113,14 @@ class Classification(L.LightningModule):
                 tell("the first iteration compiles the units, one of each shape")
                 return
             tell(f"not compiled: {why}")
-        if self.fuse(device) and (why := native.why_not()):
+        if self.fuse(device) and (why := joined.why_not(device)):
             tell(f"BN and ReLU are PyTorch's own, which are slower: {why}")
 
     def fuse(self, device: torch.device) -> bool:
         """Switch on the compiled operations, where the device and the experiment have them, and
         say whether they do."""
         e = self.experiment
-        fit = e.kernels == "auto" and device.type == "cpu"
+        fit = e.kernels == "auto" and device.type in ("cpu", "cuda")
         self.net.activate(fit, e.recompute_bn)
         return fit
 

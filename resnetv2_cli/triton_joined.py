@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 264  # that share the rows of a sum: two for each multiprocessor of an H100
-ROWS = 128  # pixels of a block
+PROGRAMS = 128  # that share the rows of a sum, about one for each multiprocessor of an H100
+NUMBERS = {"_forward": 4096, "_gradient": 4096, "_weights": 4096}  # of a block's rows
+WARPS = {"_forward": 4, "_gradient": 4, "_weights": 4}
+MANY = 128
 
 
 # Triton's interpreter, which has no GPU, multiplies the bits of bf16 as integers.
@@ -36,10 +38,9 @@ def _activated(x, scale, shift, least, inside):
 
 
 @triton.jit
-def _neighbours(rows, tap, size, H, W, N_ROWS, TAPS: tl.constexpr):
-    """Where the pixels at a tap lie, and which of them are inside of their image."""
-    dr, dc = (tap // 3 - 1, tap % 3 - 1) if TAPS == 9 else (0, 0)
-    h, w = rows % size // W + dr, rows % W + dc
+def _neighbours(rows, dr, dc, H: tl.constexpr, W: tl.constexpr, N_ROWS):
+    """Where the pixels that lie so much further are, and which of them are inside of their image."""
+    h, w = rows % (H * W) // W + dr, rows % W + dc
     inside = (rows < N_ROWS) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     return rows + dr * W + dc, inside
 
@@ -68,43 +69,42 @@ def _statistics(
 ):  # fmt: skip
     """saved (5, C): mean, 1 / std, scale, shift and least; the running statistics, moved."""
     c, p = tl.arange(0, C), tl.arange(0, ROOM)
+    origin, g, b = tl.load(x + c).to(tl.float32), tl.load(gamma + c), tl.load(beta + c)
+    old_mean, old_var = tl.load(running_mean + c), tl.load(running_var + c)
     s, q = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
-    for first in range(0, PARTS, ROOM):
-        there = (first + p < PARTS)[:, None]
+    for first in tl.static_range(0, PARTS, ROOM):
         at = parts + (first + p)[:, None] * 2 * C + c
-        s += tl.sum(tl.load(at, mask=there, other=0.0), 0)
-        q += tl.sum(tl.load(at + C, mask=there, other=0.0), 0)
+        s += tl.sum(tl.load(at), 0)
+        q += tl.sum(tl.load(at + C), 0)
     off = s / N_ROWS
     var = tl.maximum(q / N_ROWS - off * off, 0.0)
-    mean, inverse = tl.load(x + c).to(tl.float32) + off, 1 / tl.sqrt(var + eps)
-    scale = tl.load(gamma + c) * inverse
+    mean, inverse = origin + off, 1 / tl.sqrt(var + eps)
+    scale = g * inverse
     tl.store(saved + c, mean)
     tl.store(saved + C + c, inverse)
     tl.store(saved + 2 * C + c, scale)
-    tl.store(saved + 3 * C + c, tl.load(beta + c) - mean * scale)
+    tl.store(saved + 3 * C + c, b - mean * scale)
     tl.store(saved + 4 * C + c, tl.zeros((C,), tl.float32))
-    old = tl.load(running_mean + c)
-    tl.store(running_mean + c, old + momentum * (mean - old))
-    old = tl.load(running_var + c)
-    tl.store(running_var + c, old + momentum * (var * N_ROWS / (N_ROWS - 1) - old))
+    tl.store(running_mean + c, old_mean + momentum * (mean - old_mean))
+    tl.store(running_var + c, old_var + momentum * (var * N_ROWS / (N_ROWS - 1) - old_var))
 
 
 @triton.jit
 def _forward(
-    x, plus, y, w, saved, size, H, W, N_ROWS,
+    x, plus, y, w, saved, N_ROWS, H: tl.constexpr, W: tl.constexpr,
     C: tl.constexpr, N: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
     TAPS: tl.constexpr, DOT: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
     """y = a * W + plus; w: (N, TAPS, C) in bf16."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n, k = tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BC)
-    total = tl.zeros((BLOCK, BN), tl.float32)
+    total, side = tl.zeros((BLOCK, BN), tl.float32), TAPS // 9
     for c0 in range(0, C, BC):
         c = c0 + k
         scale, shift = tl.load(saved + 2 * C + c), tl.load(saved + 3 * C + c)
         least = tl.load(saved + 4 * C + c)
-        for tap in range(TAPS):
-            at, inside = _neighbours(rows, tap, size, H, W, N_ROWS, TAPS)
+        for tap in tl.static_range(TAPS):
+            at, inside = _neighbours(rows, tap // 3 - side, tap % 3 - side, H, W, N_ROWS)
             v = tl.load(x + at[:, None] * C + c, mask=inside[:, None], other=0.0)
             a = _activated(v, scale, shift, least, inside[:, None])
             total += _dot(a, tl.load(w + n * (TAPS * C) + tap * C + c[:, None]), DOT)
@@ -116,7 +116,7 @@ def _forward(
 
 @triton.jit
 def _gradient(
-    dy, w, x, g, parts, saved, size, H, W, N_ROWS,
+    dy, w, x, g, parts, saved, N_ROWS, H: tl.constexpr, W: tl.constexpr,
     C: tl.constexpr, N: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
     TAPS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -124,11 +124,11 @@ def _gradient(
     block = tl.program_id(0)
     rows = block * BLOCK + tl.arange(0, BLOCK)
     c, k = tl.program_id(1) * BC + tl.arange(0, BC), tl.arange(0, BN)
-    total = tl.zeros((BLOCK, BC), tl.float32)
+    total, side = tl.zeros((BLOCK, BC), tl.float32), TAPS // 9
     for n0 in range(0, N, BN):
         n = n0 + k
-        for tap in range(TAPS):
-            at, inside = _neighbours(rows, TAPS - 1 - tap, size, H, W, N_ROWS, TAPS)
+        for tap in tl.static_range(TAPS):
+            at, inside = _neighbours(rows, side - tap // 3, side - tap % 3, H, W, N_ROWS)
             d = tl.load(dy + at[:, None] * N + n, mask=inside[:, None], other=0.0)
             total += _dot(d, tl.load(w + n[:, None] * (TAPS * C) + tap * C + c), DOT)
     at, real = rows[:, None] * C + c, (rows < N_ROWS)[:, None]
@@ -180,43 +180,61 @@ def _normalized(
 
 @triton.jit
 def _weights(
-    dy, x, parts, saved, size, H, W, N_ROWS,
+    dy, x, parts, saved, N_ROWS, H: tl.constexpr, W: tl.constexpr,
     C: tl.constexpr, N: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
     TAPS: tl.constexpr, DOT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """parts (PARTS, N, TAPS, C): dW = dy' * a, over a part of the rows each."""
-    part, tap, tiles = tl.program_id(0), tl.program_id(1), C // BC
+    """parts (PARTS, N, TAPS, C): dW = dy' * a, over a part of the rows each; of the taps of a row
+    at once, where a is where it lies and dy is moved."""
+    part, tiles = tl.program_id(0), C // BC
     c = tl.program_id(2) % tiles * BC + tl.arange(0, BC)
     n = tl.program_id(2) // tiles * BN + tl.arange(0, BN)
     scale, shift = tl.load(saved + 2 * C + c), tl.load(saved + 3 * C + c)
     least = tl.load(saved + 4 * C + c)
-    total = tl.zeros((BN, BC), tl.float32)
+    left, total = tl.zeros((BN, BC), tl.float32), tl.zeros((BN, BC), tl.float32)
+    right = tl.zeros((BN, BC), tl.float32)
+    dr = 1 - tl.program_id(1) if TAPS == 9 else 0
     for first in range(part * BLOCK, N_ROWS, PARTS * BLOCK):
         rows = first + tl.arange(0, BLOCK)
-        at, inside = _neighbours(rows, tap, size, H, W, N_ROWS, TAPS)
-        v = tl.load(x + at[:, None] * C + c, mask=inside[:, None], other=0.0)
-        a = _activated(v, scale, shift, least, inside[:, None])
-        d = tl.load(dy + rows[:, None] * N + n, mask=(rows < N_ROWS)[:, None], other=0.0)
+        real = (rows < N_ROWS)[:, None]
+        v = tl.load(x + rows[:, None] * C + c, mask=real, other=0.0)
+        a = _activated(v, scale, shift, least, real)
+        at, inside = _neighbours(rows, dr, 0, H, W, N_ROWS)
+        d = tl.load(dy + at[:, None] * N + n, mask=inside[:, None], other=0.0)
         total += _dot(tl.trans(d), a, DOT)
-    tl.store(parts + ((part * N + n[:, None]) * TAPS + tap) * C + c, total)
+        if TAPS == 9:
+            at, inside = _neighbours(rows, dr, 1, H, W, N_ROWS)
+            d = tl.load(dy + at[:, None] * N + n, mask=inside[:, None], other=0.0)
+            left += _dot(tl.trans(d), a, DOT)
+            at, inside = _neighbours(rows, dr, -1, H, W, N_ROWS)
+            d = tl.load(dy + at[:, None] * N + n, mask=inside[:, None], other=0.0)
+            right += _dot(tl.trans(d), a, DOT)
+    to = parts + ((part * N + n[:, None]) * TAPS) * C + c
+    if TAPS == 9:
+        to += tl.program_id(1) * 3 * C
+        tl.store(to, left)
+        tl.store(to + C, total)
+        tl.store(to + 2 * C, right)
+    else:
+        tl.store(to, total)
 
 
 @triton.jit
-def _added(parts, total, numbers, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of all parts, in their order."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    s = tl.zeros((BLOCK,), tl.float32)
-    for part in range(PARTS):
-        s += tl.load(parts + part * numbers + i, mask=i < numbers, other=0.0)
+def _added(parts, total, numbers, PARTS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of all parts."""
+    i, p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, ROOM)
+    there = (p < PARTS)[:, None] & (i < numbers)
+    s = tl.sum(tl.load(parts + p[:, None] * numbers + i, mask=there, other=0.0), 0)
     tl.store(total + i, s, mask=i < numbers)
 
 
-def _shape(x: Tensor, w: Tensor) -> dict[str, Any]:
+def _shape(name: str, x: Tensor, w: Tensor) -> dict[str, Any]:
     images, c, height, width = x.shape
     n, taps = w.shape[0], w.shape[2] * w.shape[3]
     return {
-        "size": height * width, "H": height, "W": width, "N_ROWS": images * height * width,
-        "C": c, "N": n, "BC": min(c, 64), "BN": min(n, 64), "BLOCK": ROWS, "TAPS": taps, "DOT": DOT,
+        "N_ROWS": images * height * width, "H": height, "W": width, "C": c, "N": n,
+        "BC": min(c, 64), "BN": min(n, 64), "BLOCK": max(32, min(256, NUMBERS[name] // c)),
+        "TAPS": taps, "DOT": DOT, "num_warps": WARPS[name],
     }  # fmt: skip
 
 
@@ -235,16 +253,15 @@ def forward(
     numbers: tuple[float, float], again: bool = False,
 ) -> Tensor:  # fmt: skip
     """As ``joined.forward``."""
-    s = _shape(x, w)
+    s = _shape("_forward", x, w)
     c, rows = s["C"], s["N_ROWS"]
     if not again:
         parts = torch.empty(PROGRAMS, 2, c, device=x.device)
         _moments[(PROGRAMS,)](x, parts, rows, c, max(16, 4096 // c), PROGRAMS)
-        room = max(16, 8192 // c)
+        room = min(PROGRAMS, max(16, 8192 // c))
         _statistics[(1,)](parts, x, *own, saved, rows, *numbers, c, PROGRAMS, room, num_warps=8)
     y = torch.empty_like(x[:, :1].expand(-1, s["N"], -1, -1), memory_format=torch.channels_last)
-    grid = (triton.cdiv(rows, ROWS), s["N"] // s["BN"])
-    w = w.to(x.dtype)
+    grid = (triton.cdiv(rows, s["BLOCK"]), s["N"] // s["BN"])
     _forward[grid](x, y if plus is None else plus, y, w, saved, **s, ADDS=plus is not None)
     return y
 
@@ -253,12 +270,12 @@ def backward(
     dy: Tensor, x: Tensor, plus: Tensor | None, saved: Tensor, w: Tensor, alone: bool
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
     """As ``joined.backward``."""
-    s = _shape(x, w)
+    s = _shape("_gradient", x, w)
     rows, c, n, taps, numbers = s["N_ROWS"], s["C"], s["N"], s["TAPS"], x.numel()
-    blocks = triton.cdiv(rows, ROWS)
-    dx, dw, narrow = torch.empty_like(x), torch.empty_like(w), w.to(x.dtype)
+    blocks = triton.cdiv(rows, s["BLOCK"])
+    dx, dw = torch.empty_like(x), torch.empty_like(w, dtype=torch.float32)
     parts = torch.empty(blocks, 2, c, device=x.device)
-    _gradient[(blocks, c // s["BC"])](dy, narrow, x, dx, parts, saved, **s)
+    _gradient[(blocks, c // s["BC"])](dy, w, x, dx, parts, saved, **s)
     of_bn = torch.empty(4, c, device=x.device)  # slope and offset, dgamma and dbeta
     if not alone:
         room = max(16, 8192 // c)
@@ -268,9 +285,12 @@ def backward(
             dx, x, dx if plus is None else plus, saved, of_bn, numbers, c, 4096,
             ADDS=plus is not None, ALONE=alone, num_warps=8,
         )  # fmt: skip
-    tiles = (c // s["BC"]) * (n // s["BN"])
-    many = max(1, min(blocks, 4 * PROGRAMS // (taps * tiles)))
+    tiles, groups = (c // s["BC"]) * (n // s["BN"]), 3 if taps == 9 else 1
+    s = _shape("_weights", x, w)
+    blocks = triton.cdiv(rows, s["BLOCK"])
+    many = max(1, min(blocks, MANY, 8 * PROGRAMS // (groups * tiles)))
     sums = torch.empty(many, dw.numel(), device=x.device)
-    _weights[(many, taps, tiles)](dy, x, sums, saved, **s, PARTS=many)
-    _added[(triton.cdiv(dw.numel(), 256),)](sums, dw, dw.numel(), many, 256)
+    _weights[(many, groups, tiles)](dy, x, sums, saved, **s, PARTS=many)
+    room = triton.next_power_of_2(many)
+    _added[(triton.cdiv(dw.numel(), 64),)](sums, dw, dw.numel(), many, room, 64)
     return dx, dw, (None, None) if alone else (of_bn[2], of_bn[3])
