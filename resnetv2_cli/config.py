@@ -221,7 +221,7 @@ class Experiment:
     kernels: Literal["auto", "eager"] = setting(
         "auto",
         "BN, ReLU and the convolution behind them in training: auto has one compiled operation for "
-        "them, on a CPU with gcc; eager has PyTorch's.",
+        "them, on a CPU with gcc and in CUDA graphs; eager has PyTorch's.",
         "Engine",
         free=BITS,
     )

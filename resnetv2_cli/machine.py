@@ -47,6 +47,8 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(lightning|torchmetrics)\.")
+    # Of CUDA graphs and of DDP, which make their passes on streams of their own.
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
 
 
 def bn_of_all(experiment: Experiment, accelerator: str) -> list[LayerSync]:

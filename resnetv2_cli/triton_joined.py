@@ -16,11 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 128  # that share the rows of a sum, about one for each multiprocessor of an H100
-NUMBERS = {"_forward": 4096, "_gradient": 4096, "_weights": 4096}  # of a block's rows
-WARPS = {"_forward": 4, "_gradient": 4, "_weights": 4}
-MANY = 128
-
-
+NUMBERS = 4096  # in a block of rows; half of it for the gradient: both measured on an H200
+LARGEST = 2**31  # numbers of a tensor, whose places are 32 bits
 # Triton's interpreter, which has no GPU, multiplies the bits of bf16 as integers.
 DOT = tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16
 
@@ -39,7 +36,7 @@ def _activated(x, scale, shift, least, inside):
 
 @triton.jit
 def _neighbours(rows, dr, dc, H: tl.constexpr, W: tl.constexpr, N_ROWS):
-    """Where the pixels that lie so much further are, and which of them are inside of their image."""
+    """Where the pixels that are so much further lie, and which are inside of their image."""
     h, w = rows % (H * W) // W + dr, rows % W + dc
     inside = (rows < N_ROWS) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     return rows + dr * W + dc, inside
@@ -228,13 +225,13 @@ def _added(parts, total, numbers, PARTS: tl.constexpr, ROOM: tl.constexpr, BLOCK
     tl.store(total + i, s, mask=i < numbers)
 
 
-def _shape(name: str, x: Tensor, w: Tensor) -> dict[str, Any]:
+def _shape(x: Tensor, w: Tensor, numbers: int = NUMBERS) -> dict[str, Any]:
     images, c, height, width = x.shape
     n, taps = w.shape[0], w.shape[2] * w.shape[3]
     return {
         "N_ROWS": images * height * width, "H": height, "W": width, "C": c, "N": n,
-        "BC": min(c, 64), "BN": min(n, 64), "BLOCK": max(32, min(256, NUMBERS[name] // c)),
-        "TAPS": taps, "DOT": DOT, "num_warps": WARPS[name],
+        "BC": min(c, 64), "BN": min(n, 64), "BLOCK": max(32, min(256, numbers // c)),
+        "TAPS": taps, "DOT": DOT, "num_warps": 4,
     }  # fmt: skip
 
 
@@ -244,6 +241,7 @@ def joins(x: Tensor, norm: Any, conv: Any) -> bool:
     return (
         x.is_contiguous(memory_format=torch.channels_last)
         and all(16 <= c <= 256 and c & (c - 1) == 0 for c in sides)
+        and x.numel() // conv.in_channels * max(sides) < LARGEST
         and (norm is None or norm.weight.dtype == torch.float32)
     )
 
@@ -252,8 +250,8 @@ def forward(
     x: Tensor, plus: Tensor | None, w: Tensor, saved: Tensor, own: list[Any],
     numbers: tuple[float, float], again: bool = False,
 ) -> Tensor:  # fmt: skip
-    """As ``joined.forward``."""
-    s = _shape("_forward", x, w)
+    """As ``joined._forward``; w: bf16, channels last."""
+    s = _shape(x, w)
     c, rows = s["C"], s["N_ROWS"]
     if not again:
         parts = torch.empty(PROGRAMS, 2, c, device=x.device)
@@ -269,8 +267,8 @@ def forward(
 def backward(
     dy: Tensor, x: Tensor, plus: Tensor | None, saved: Tensor, w: Tensor, alone: bool
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
-    """As ``joined.backward``."""
-    s = _shape("_gradient", x, w)
+    """As ``joined._backward``; w: bf16, channels last."""
+    s = _shape(x, w, NUMBERS // 2)
     rows, c, n, taps, numbers = s["N_ROWS"], s["C"], s["N"], s["TAPS"], x.numel()
     blocks = triton.cdiv(rows, s["BLOCK"])
     dx, dw = torch.empty_like(x), torch.empty_like(w, dtype=torch.float32)
@@ -286,9 +284,9 @@ def backward(
             ADDS=plus is not None, ALONE=alone, num_warps=8,
         )  # fmt: skip
     tiles, groups = (c // s["BC"]) * (n // s["BN"]), 3 if taps == 9 else 1
-    s = _shape("_weights", x, w)
+    s = _shape(x, w)
     blocks = triton.cdiv(rows, s["BLOCK"])
-    many = max(1, min(blocks, MANY, 8 * PROGRAMS // (groups * tiles)))
+    many = max(1, min(blocks, PROGRAMS, 8 * PROGRAMS // (groups * tiles)))
     sums = torch.empty(many, dw.numel(), device=x.device)
     _weights[(many, groups, tiles)](dy, x, sums, saved, **s, PARTS=many)
     room = triton.next_power_of_2(many)

@@ -1,5 +1,7 @@
 """CUDA graphs: trusted only where they agree with the network; left out where there are none."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -71,3 +73,17 @@ def test_a_replayed_training_ends_where_another_does(shortcut, tmp_path):
         ends[name] = run.train(one, RunFolder(tmp_path / name), tell=told.append)["test_loss"]
     assert "the network is replayed as CUDA graphs" in told
     assert ends["graphs"] == pytest.approx(ends["eager"], rel=1e-2)
+
+
+def test_what_is_replayed_keeps_its_network_alive(monkeypatch):
+    """PyTorch's replay holds it by a weak reference."""
+
+    def graphed(net, samples):
+        alive = weakref.ref(net)
+        net.forward = lambda x: type(net).forward(alive(), x)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
+    x = torch.randn(4, 3, 32, 32)
+    replay, why = graphs.record(ResNet(8).train(), x, "32-true")
+    gc.collect()
+    assert not why and replay(x).shape == (4, 10)

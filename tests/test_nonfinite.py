@@ -127,3 +127,18 @@ def test_the_guard_leaves_out_a_first_step_as_if_it_had_not_been():
     sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
     step(2, 1.0)
     assert not difference(net.state_dict(), skipped) and guard.read() == (1, 0, 0)
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_scaled_step_that_overflows_leaves_no_momentum_from_nowhere(stop):
+    """float16's scaler has the fused step return at once, which would keep memory as it was; and
+    where a run is to stop, the loss that is not finite shows in a gradient, for the scaler."""
+    net = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
+    guard = Guard(net, stop=stop, scaled=True)
+    net(torch.ones(2, 4)).sum().backward()
+    guard.begin()
+    guard.look(0, optimizer, torch.zeros((), dtype=torch.bool))
+    assert all(not state["momentum_buffer"].any() for state in optimizer.state.values())
+    assert len(optimizer.state) == 2
+    assert bool(net.weight.grad.isinf().all()) == stop and net.bias.grad.isfinite().all()

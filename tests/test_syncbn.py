@@ -6,6 +6,7 @@ from datetime import timedelta
 import torch
 from torch import distributed, multiprocessing, nn
 
+from resnetv2_cli.resnet import _uncounted
 from resnetv2_cli.syncbn import OverProcesses, SyncBN
 
 CUTS = ((0, 2), (2, 7))  # of seven images: parts of different sizes
@@ -62,3 +63,11 @@ def test_alone_it_is_bn_and_it_can_be_taken_back():
     torch.testing.assert_close(over.apply(net)(x), expected, rtol=0, atol=0)
     assert type(over.revert(net)[1]) is nn.BatchNorm2d
     assert list(net.state_dict()) == list(state)
+
+
+def test_a_second_pass_counts_for_no_kind_of_bn():
+    """PyTorch's own is no BatchNorm2d."""
+    segment = nn.Sequential(nn.BatchNorm2d(4), nn.SyncBatchNorm(4))
+    with _uncounted(segment):
+        assert [norm.momentum for norm in segment] == [0.0, 0.0]
+    assert [norm.momentum for norm in segment] == [0.1, 0.1]
