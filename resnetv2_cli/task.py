@@ -118,7 +118,7 @@ class Classification(L.LightningModule):
 
     def fuse(self, device: torch.device) -> bool:
         """Switch on the compiled operations, where the device and the experiment have them, and
-        say whether they do. On a GPU they are launched one by one too slowly to pay."""
+        say whether they do. On a GPU that is in CUDA graphs, where they were measured."""
         e = self.experiment
         fit = e.kernels == "auto" and (device.type == "cpu" or (device.type == "cuda" and e.graphs))
         self.net.activate(fit, e.recompute_bn)
