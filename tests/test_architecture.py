@@ -13,7 +13,7 @@ import resnetv2_cli
 ORDER = """
     errors quantities trust memory files
     plans paper
-    native fused joined
+    native fused triton_joined joined
     layers shortcuts units resnet compiling graphs
     data.catalog data.protocols
     settings origin recipes config flags
