@@ -9,7 +9,7 @@
 set -uo pipefail
 
 depths=${DEPTHS:-110 164 1001}
-arms=${ARMS:-bf16-channels-last graphs compile compile-graphs recompute-bn}
+arms=${ARMS:-fused-graphs graphs compile-graphs bf16-channels-last fused compile recompute-bn}
 whole=${WHOLE---graphs --compile}   # of the whole command, beside none: each one alone, then together
 end=$((SECONDS + ${1:?"how many seconds?"}))
 out=${2:?"which folder?"}

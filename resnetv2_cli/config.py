@@ -327,10 +327,11 @@ class Experiment:
         names.append("settings")
         return {n: getattr(self, n) for n in names} | {"block": self.block_, "stem": self.stem_}
 
-    @property
-    def fuses(self) -> bool:
-        """Whether BN, ReLU and 1x1 convolutions are the compiled operations where they fit."""
-        return self.kernels == "auto" and not self.compile
+    def fuses(self, device: str) -> bool:
+        """Whether BN, ReLU and convolutions, where no compiler of PyTorch's has them, are the
+        compiled operations on a type of device: on a GPU in CUDA graphs, where they were measured.
+        """
+        return self.kernels == "auto" and (device == "cpu" or (device == "cuda" and self.graphs))
 
     @property
     def drops_(self) -> tuple[float, ...]:

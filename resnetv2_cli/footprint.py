@@ -82,7 +82,8 @@ def activation_bytes(experiment: Experiment, precision: str, device: str = "cpu"
 def _network(experiment: Experiment, precision: str, device: str) -> tuple[ResNet, Tensor]:
     """On the meta device, as it trains; and its input."""
     net = skeleton(experiment).to(_type(precision)).train()
-    net.activate(experiment.fuses and device == "cpu", experiment.recompute_bn)
+    fused = device == "cpu" and not experiment.compile and experiment.fuses(device)
+    net.activate(fused, experiment.recompute_bn)
     size = STEMS[experiment.stem_].size
     return net, torch.empty(IMAGES, 3, size, size, device="meta", dtype=_type(precision))
 

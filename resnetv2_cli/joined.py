@@ -25,8 +25,8 @@ EACH = 8  # of sums along a shortcut, one of so many is kept where the others ar
 
 
 def joins(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Module) -> bool:
-    """Whether BN, ReLU or neither of x, and this convolution, can be one operation: bf16 by
-    autocast on a CPU."""
+    """Whether BN and ReLU, ReLU or neither of x, and this convolution, can be one operation: bf16
+    by autocast, on a CPU that multiplies it or on a GPU with Triton."""
     return (
         type(conv) is nn.Conv2d
         and conv.kernel_size in ((1, 1), (3, 3))
@@ -144,9 +144,9 @@ def _added(x: Tensor, saved: Tensor, w: Tensor, plus: Tensor | None) -> Tensor:
 
 
 class _Joined(torch.autograd.Function):
-    """By the functions of ``pointwise.c`` and ``conv3x3.c``. x comes out again: its gradient is
-    added as dx is written. Without ``norm``, gamma and beta there is no BN, and no ReLU unless
-    ``relu``."""
+    """By the functions of ``pointwise.c``, ``conv3x3.c`` and ``triton_joined.py``. x comes out
+    again: its gradient is added as dx is written. Without ``norm``, gamma and beta there is no BN,
+    and no ReLU unless ``relu``."""
 
     @staticmethod
     def forward(
@@ -236,6 +236,6 @@ def _running(norm: Any) -> Tensor:
 
 @cache
 def _unchanged(channels: int, relu: bool, device: torch.device) -> Tensor:
-    """The same of no BN at all, and ReLU or nothing."""
+    """The same where there is no BN: ReLU alone, or nothing."""
     rows = torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0 if relu else -math.inf], device=device)
     return rows[:, None].repeat(1, channels)

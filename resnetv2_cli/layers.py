@@ -18,8 +18,7 @@ def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Activation(nn.Sequential):
-    """BN and ReLU in the order written; in training as one operation, where that is asked for, and
-    with the convolution behind them in evaluation too (``joined``).
+    """BN and ReLU in the order written; in training as one operation, where that is asked for.
 
     ``compiled``: by the functions of ``kernels.c``, for tensors that fit them. ``forget``: what
     comes out is not kept for backward but made again, whatever the tensor. Modules that somebody

@@ -118,10 +118,9 @@ class Classification(L.LightningModule):
 
     def fuse(self, device: torch.device) -> bool:
         """Switch on the compiled operations, where the device and the experiment have them, and
-        say whether they do. On a GPU that is in CUDA graphs, where they were measured."""
-        e = self.experiment
-        fit = e.kernels == "auto" and (device.type == "cpu" or (device.type == "cuda" and e.graphs))
-        self.net.activate(fit, e.recompute_bn)
+        say whether they do."""
+        fit = self.experiment.fuses(device.type)
+        self.net.activate(fit, self.experiment.recompute_bn)
         return fit
 
     def record(self, processes: int = 1) -> None:
@@ -140,6 +139,8 @@ class Classification(L.LightningModule):
             replay, why = graphs.record(self.net, x, e.precision)
         if replay is None:
             self.tell(f"no CUDA graphs: {why}")
+            if self.device.type == "cuda":  # its operations are for graphs
+                self.net.activate(False, e.recompute_bn)
             return
         self.replays[x.shape] = replay
         self.tell("the network is replayed as CUDA graphs")

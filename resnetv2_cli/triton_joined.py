@@ -23,6 +23,12 @@ DOT = tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16
 
 
 @triton.jit
+def _at_least(least, z):
+    """The larger; a NaN stays one, so that it shows in the loss."""
+    return tl.maximum(z, least, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _dot(left, right, DOT: tl.constexpr):
     return tl.dot(left.to(DOT), right.to(DOT))
 
@@ -30,7 +36,7 @@ def _dot(left, right, DOT: tl.constexpr):
 @triton.jit
 def _activated(x, scale, shift, least, inside):
     """max(scale x + shift, least) as bf16, and 0 outside of the image."""
-    z = tl.maximum(x.to(tl.float32) * scale + shift, least)
+    z = _at_least(least, x.to(tl.float32) * scale + shift)
     return tl.where(inside, z, 0.0).to(tl.bfloat16)
 
 
@@ -74,7 +80,7 @@ def _statistics(
         s += tl.sum(tl.load(at), 0)
         q += tl.sum(tl.load(at + C), 0)
     off = s / N_ROWS
-    var = tl.maximum(q / N_ROWS - off * off, 0.0)
+    var = _at_least(0.0, q / N_ROWS - off * off)
     mean, inverse = origin + off, 1 / tl.sqrt(var + eps)
     scale = g * inverse
     tl.store(saved + c, mean)
@@ -131,7 +137,7 @@ def _gradient(
     at, real = rows[:, None] * C + c, (rows < N_ROWS)[:, None]
     v = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
     z = tl.load(saved + 2 * C + c) * v + tl.load(saved + 3 * C + c)
-    total = tl.where(real & (z > tl.load(saved + 4 * C + c)), total, 0.0)
+    total = tl.where(real & ~(z <= tl.load(saved + 4 * C + c)), total, 0.0)
     tl.store(g + at, total.to(tl.bfloat16), mask=real)
     tl.store(parts + block * 2 * C + c, tl.sum(total, 0))
     tl.store(parts + block * 2 * C + C + c, tl.sum(total * (v - tl.load(saved + c)), 0))
@@ -250,7 +256,7 @@ def forward(
     x: Tensor, plus: Tensor | None, w: Tensor, saved: Tensor, own: list[Any],
     numbers: tuple[float, float], again: bool = False,
 ) -> Tensor:  # fmt: skip
-    """As ``joined._forward``; w: bf16, channels last."""
+    """As ``joined._forward``; w: channels last."""
     s = _shape(x, w)
     c, rows = s["C"], s["N_ROWS"]
     if not again:

@@ -9,9 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import REPOSITORY, THREADS
 
-from resnetv2_cli.ablation import arms, studies, tables
+from resnetv2_cli.ablation import arms, launch, studies, tables
 from resnetv2_cli.ablation.sweep import Sweep
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.paper import TABLE_1
@@ -179,3 +180,16 @@ def test_an_error_above_20_is_a_failure_of_the_papers_recipe_alone(
     columns, rows = tables.table(planned, 0.5)
     assert rows[0][columns.index("here, %")] == said
     assert tables.as_json(planned, 0.5)["rows"][0]["fail"] is fail
+
+
+@pytest.mark.parametrize("given, seen", [("", ["0", "1", "0"]), ("4,7", ["4", "7", "4"])])
+def test_runs_at_once_have_a_gpu_each_of_those_that_may_be_used(given, seen, monkeypatch, tmp_path):
+    """A queue, or a container, says which with the same variable."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(launch, "Process", lambda arm, environment, lock: environment)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    [study] = studies.studies(tables=[1])
+    [arm] = arms.plan(study.only(["identity"]), 1, {"depth": 8}, tmp_path).lines[0].arms
+    processes = launch.Processes(3)
+    found = [processes.start(arm, slot, 0)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    assert found == seen

@@ -124,6 +124,10 @@ FAULTS = {  # file, what stands there, what is planted, and the kernel
         "products.h", "t < omp_get_num_threads(); t++)\n", "t < 2; t++)\n", 3,
     ),
     "taps that are not turned for the gradient": ("products.h", "taps - 1 - t", "t", 3),
+    "taps of dW that are mirrored": ("conv3x3.c", "s->pitch + tap - 1", "s->pitch + 1 - tap", 3),
+    "pairs of an odd pixel and the one before": (
+        "conv3x3.c", "(even + i + 2 * c) << 16", "(even + i) << 16", 3,
+    ),
     "a border that is not one of zeros": (
         "conv3x3.c", "memset(a, 0, sizeof a);", "memset(a, 63, sizeof a);", 3,
     ),

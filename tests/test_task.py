@@ -1,5 +1,7 @@
 """What the LightningModule measures, saves and draws."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from resnetv2_cli.data import images
 from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.module import Batch, EpochMaker, Parts, Stream
 from resnetv2_cli.data.order import Schedule
+from resnetv2_cli.nonfinite import began
 from resnetv2_cli.optim import sgd
 from resnetv2_cli.task import Classification, Scores
 
@@ -118,6 +121,14 @@ def test_no_part_of_a_training_step_waits_for_the_device(non_finite):
         optimizer.zero_grad()
     with pytest.raises(RuntimeError):
         t.guard.read()
+
+
+def test_who_looks_for_what_is_not_finite_has_the_modules_run():
+    """A replay of CUDA graphs runs none, and no hook would see anything."""
+    t, given = task(), batch()
+    t.replays[torch.Size((16, 3, 32, 32))] = lambda x: pytest.fail("it was replayed")
+    first, places = began(t, 0, [given], nullcontext)
+    assert first is None and len(places) == 2 * (1 + 3 + 1)
 
 
 GPU = torch.device("cuda", 0)  # of tensors that have a device and a shape, and no numbers

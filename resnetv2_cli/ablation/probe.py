@@ -34,7 +34,8 @@ def step_seconds(experiment: Experiment) -> float:
     device = device_of(experiment)
     net = ResNet(**experiment.architecture, classes=classes(experiment)).to(device)
     net.to(memory_format=torch.channels_last)
-    net.activate(experiment.fuses, experiment.recompute_bn)
+    fused = not experiment.compile and experiment.fuses(device.type)
+    net.activate(fused, experiment.recompute_bn)
     optimizer = sgd(net, experiment)
     # A GPU takes as long for a few as for many.
     n = experiment.batch_size // experiment.accumulate
