@@ -3,7 +3,6 @@
 To add an option: one field of Experiment. Flag, help, config key, check and saved file follow.
 """
 
-import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -258,14 +257,7 @@ class Experiment:
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, checked(f, getattr(self, f.name)))
-        if ":" not in self.shortcut:
-            known = plans.shortcuts()
-            if self.shortcut not in known:
-                raise unknown("shortcut", self.shortcut, known)
-            plans.check_settings(self.shortcut, self.settings, known[self.shortcut].settings)
-        elif not re.fullmatch(r"\w+(\.\w+)*:\w+", self.shortcut):  # else looked at when imported
-            hint = "a class of your own is named as mine:LearnedScale"
-            raise UserError(f"{shown(self.shortcut)} is no module:Class", hint)
+        plans.check_shortcut(self.shortcut, self.settings)
         if self.batch_size < self.accumulate:
             raise UserError(
                 f"the batch of {self.batch_size} cannot be split into {self.accumulate} parts",

@@ -5,12 +5,13 @@ LAYOUTS. Nothing here needs torch, so that help and error messages come at once.
 """
 
 import ast
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from resnetv2_cli.errors import UserError, unknown
+from resnetv2_cli.errors import UserError, shown, unknown
 
 UNITS = {  # what stands between two units: + ends one, | begins the next (Fig. 4)
     "original": "bn + relu |",
@@ -236,3 +237,21 @@ def check_settings(shortcut: str, given: Iterable[str], known: Iterable[str]) ->
             raise UserError(
                 f"shortcut {shortcut} has no setting {name!r}", f"its settings: {flags}"
             )
+
+
+def check_shortcut(name: str, given: Iterable[str]) -> None:
+    """Refuse a shortcut that is no row of the table, or that has no such settings.
+
+    A class of the user's own is looked at when it is imported; here only its name is.
+
+    Raises:
+        UserError: names what there is.
+    """
+    if ":" not in name:
+        known = shortcuts()
+        if name not in known:
+            raise unknown("shortcut", name, known)
+        check_settings(name, given, known[name].settings)
+    elif not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+        hint = "a class of your own is named as mine:LearnedScale"
+        raise UserError(f"{shown(name)} is no module:Class", hint)
