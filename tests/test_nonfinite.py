@@ -11,7 +11,7 @@ from torch import nn
 
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.errors import Diverged, Stopped, UserError
-from resnetv2_cli.nonfinite import Guard, poisoned
+from resnetv2_cli.nonfinite import Guard, finite, poisoned
 from resnetv2_cli.resume import continued
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.shortcuts import Shortcut
@@ -95,6 +95,21 @@ def test_skipped_iterations_leave_no_trace_and_are_exact_under_resuming(tmp_path
     with pytest.raises(Stopped):
         trained_as(tmp_path / "run", display=[leave], **settings)
     assert same(trained_as(tmp_path / "run", resume={}), whole)
+
+
+@pytest.mark.parametrize("number, good", [
+    (0.0, True), (3.4e38, True), (float("nan"), False), (float("inf"), False),
+    (-float("inf"), False),
+])  # fmt: skip
+def test_one_number_in_many_is_seen_and_none_is_changed(number, good):
+    """Also the largest there is, whose square, and whose sum with itself, is none."""
+    tensors = [torch.randn(3, 4), torch.full((2, 5, 3, 3), 3.4e38), torch.randn(70_001)]
+    tensors[1] = tensors[1].to(memory_format=torch.channels_last)
+    tensors[2][70_000] = number
+    before = [t.clone() for t in tensors]
+    assert bool(finite(tensors)) == good
+    for now, then in zip(tensors, before, strict=True):
+        assert torch.equal(now.nan_to_num(), then.nan_to_num())
 
 
 def test_where_nothing_is_finite_skipping_ends(tmp_path):

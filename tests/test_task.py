@@ -74,6 +74,14 @@ def test_a_parts_weight_scales_its_loss():
     assert half.item() == pytest.approx(0.5 * whole.item(), rel=1e-4)
 
 
+def test_a_step_draws_what_its_seed_gives():
+    t = task(seed=3)
+    t.draw(5, 1)
+    drawn = torch.rand(4)
+    torch.manual_seed(hash((3, 5, 1, 0)) % 2**63)
+    assert torch.equal(drawn, torch.rand(4))
+
+
 def test_it_learns_one_batch():
     t, b = task(lr=0.05, unit="full-preact"), batch()
     optimizer = sgd(t.net, t.experiment)
