@@ -39,12 +39,16 @@ def first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) in (0, None)
 
 
+def silent(line: str) -> None:
+    """Where nobody is told."""
+
+
 def build(
-    experiment: Experiment, learned: tuple[str, ...] = ()
+    experiment: Experiment, learned: tuple[str, ...] = (), tell: Callable[[str], None] = silent
 ) -> tuple[Classification, ImageData]:
-    """Network and images; the weights follow from the seed. ``learned``: as ``ImageData``."""
+    """Network and images; the weights follow from the seed. The others: as of ``ImageData``."""
     shortcut_class(experiment.shortcut)  # a mistake in it shows before images are read
-    data = ImageData(experiment, learned)
+    data = ImageData(experiment, learned, tell)
     data.setup()
     settled = experiment if learned else experiment.settle(data.steps_per_epoch)
     settled = replace(settled, precision=precision(settled))  # type: ignore[arg-type]
@@ -75,10 +79,6 @@ def loggers(experiment: Experiment, folder: RunFolder, scored: str) -> list[Logg
         why = str(error).partition(". HINT")[0].partition("\n")[0]
         raise UserError(f"no such logger: {why}", "pip install 'resnetv2-cli[loggers]'") from None
     return chosen
-
-
-def silent(line: str) -> None:
-    """Where nobody is told."""
 
 
 def train(
@@ -140,7 +140,7 @@ def _train(
         tell(f"{folder.path} is finished: nothing is left to do; --steps trains it longer")
         draw(experiment, folder)
         return result
-    task, data = build(experiment)
+    task, data = build(experiment, tell=tell)
     e = task.experiment
     write = loggers(e, folder, data.scored)
     recorder = Recorder(write[0], write[1], e.log_every, data.scored)  # type: ignore[arg-type]

@@ -145,10 +145,13 @@ def test_every_layout_gives_the_same_arrays(small, tmp_path, monkeypatch):
 
 def test_the_cache_serves_until_a_file_changes(small, tmp_path, monkeypatch):
     root = write_tree(tmp_path / "a", small)
-    first = images.load("cifar10", root)
+    told: list[str] = []
+    first = images.load("cifar10", root, told.append)
+    assert told == [f"cifar10 is decoded, once: it is kept in {tmp_path / 'cache' / 'resnetv2'}"]
     with monkeypatch.context() as patch:
         patch.setattr(images, "decode", None)  # a second decoding would fail
-        assert images.load("cifar10", root).digest == first.digest
+        assert images.load("cifar10", root, told.append).digest == first.digest
+    assert len(told) == 1
     changed = np.zeros((32, 32, 3), np.uint8)
     Image.fromarray(changed).save(root / "train" / "cat" / "9.png")
     (root / "train" / "cat" / "0.png").unlink()

@@ -51,11 +51,11 @@ class File(NamedTuple):
     read: Callable[[], bytes]
 
 
-def load(name: str, root: Path) -> Images:
+def load(name: str, root: Path, tell: Callable[[str], object] = str) -> Images:
     """A dataset by name, from ``root``: in the official archive's layout, or as class folders.
 
     The images come in one order whatever the copy they are read from. Decoded once, they are kept
-    in the user's cache folder.
+    in the user's cache folder. ``tell``: hears of what takes a while.
 
     Raises:
         UserError: nothing is there and the download failed; or what is there is not whole.
@@ -66,9 +66,9 @@ def load(name: str, root: Path) -> Images:
     if found := folder_copy(name, root):
         archives = [p for p in found if p.is_file()]
         sources = archives or [Path(f.name) for f in tree(found)]
-        return cached(name, sources, lambda: from_files(name, dataset, list(tree(found))))
+        return cached(name, sources, lambda: from_files(name, dataset, list(tree(found))), tell)
     official = [p for pattern in archive.PLACES[name] for p in sorted(root.glob(pattern))]
-    return cached(name, official, lambda: from_archive(name, root))
+    return cached(name, official, lambda: from_archive(name, root), tell)
 
 
 def digits() -> Images:
@@ -194,7 +194,12 @@ def finished(train: Split, test: Split) -> Images:
     return Images(halves[0], halves[1], digest.hexdigest())
 
 
-def cached(name: str, sources: list[Path], read: Callable[[], tuple[Split, Split]]) -> Images:
+def cached(
+    name: str,
+    sources: list[Path],
+    read: Callable[[], tuple[Split, Split]],
+    tell: Callable[[str], object] = str,
+) -> Images:
     """What ``read`` gives, kept in the cache folder until one of the ``sources`` changes."""
     if not sources:  # not there yet: what is downloaded now is kept from the next time on
         return finished(*read())
@@ -209,7 +214,7 @@ def cached(name: str, sources: list[Path], read: Callable[[], tuple[Split, Split
             train, test = (Split(kept[f"{s}_images"], kept[f"{s}_labels"]) for s in SPLITS)
             return Images(train, test, str(kept["digest"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # not there yet, or damaged: read the originals
+        tell(f"{name} is decoded, once: it is kept in {folder}")
     images = finished(*read())
     partial = file.with_suffix(f".{os.getpid()}.tmp")
     try:

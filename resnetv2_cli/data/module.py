@@ -1,7 +1,7 @@
 """The images of one experiment as a LightningDataModule."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,6 +131,7 @@ class ImageData(L.LightningDataModule):
 
     ``classes`` are known after ``setup``; ``normalize`` is made from the training images alone.
     With those that a checkpoint has ``learned``, files are looked for of the test images alone.
+    ``tell``: hears of what takes a while.
     """
 
     classes: tuple[str, ...]
@@ -140,9 +141,14 @@ class ImageData(L.LightningDataModule):
     val: images.Split | folder.Folder
     test: images.Split | folder.Folder
 
-    def __init__(self, experiment: Experiment, learned: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        learned: tuple[str, ...] = (),
+        tell: Callable[[str], object] = str,
+    ) -> None:
         super().__init__()
-        self.experiment, self.learned = experiment, learned
+        self.experiment, self.learned, self.tell = experiment, learned, tell
         self.dataset = DATASETS[experiment.dataset]
         self.root = Path(experiment.data_dir).expanduser()
         self._ready = False
@@ -185,7 +191,7 @@ class ImageData(L.LightningDataModule):
         self._ready = True
 
     def _setup_images(self) -> tuple:
-        loaded = images.load(self.experiment.dataset, self.root)
+        loaded = images.load(self.experiment.dataset, self.root, self.tell)
         self.digest = loaded.digest
         kept, held = self._hold_out(len(loaded.train.labels))
         train = images.Split(loaded.train.images[kept], loaded.train.labels[kept])
