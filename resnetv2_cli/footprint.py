@@ -134,15 +134,20 @@ def part_size(experiment: Experiment, devices: int = 1) -> int:
 
 
 def split(
-    experiment: Experiment, micro_batch: str, precision: str, free: int | None, device: str = "cpu"
+    experiment: Experiment,
+    micro_batch: str,
+    precision: str,
+    free: int | None,
+    device: str = "cpu",
+    devices: int = 1,
 ) -> Experiment:
-    """The same experiment with ``accumulate`` such that no micro-batch has more images than that:
-    a number, or ``auto``, the most that ``free`` bytes have room for.
+    """The same experiment with ``accumulate`` such that no micro-batch has more images on a device
+    than that: a number, or ``auto``, the most that ``free`` bytes have room for.
 
     Raises:
         UserError: it is neither, or not even one image fits.
     """
-    batch = experiment.batch_size
+    batch = -(-experiment.batch_size // devices)
     if micro_batch.isdecimal() and int(micro_batch) > 0:
         return replace(experiment, accumulate=-(-batch // min(batch, int(micro_batch))))
     if micro_batch != "auto":

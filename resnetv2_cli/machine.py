@@ -114,15 +114,34 @@ def device_of(experiment: Experiment) -> torch.device:
     return torch.device("cuda" if gpu else "cpu")
 
 
+def devices_here(experiment: Experiment) -> int:
+    """How many devices of one machine share its work: a number, a list, or all there are."""
+    asked, gpu = experiment.devices, device_of(experiment).type == "cuda"
+    most = torch.cuda.device_count() if gpu else CROWD * (os.cpu_count() or 1)  # more are refused
+    if asked in ("auto", "-1"):
+        return most if gpu else 1
+    number = len([part for part in asked.split(",") if part.strip()])
+    if "," not in asked:
+        number = int(asked) if asked.isdecimal() else 1
+    return min(max(1, number), most)
+
+
+def free_each(experiment: Experiment) -> int | None:
+    """Bytes that each process can take: those on a CPU share its memory."""
+    device = device_of(experiment)
+    free = memory.available(device)
+    return free if free is None or device.type == "cuda" else free // devices_here(experiment)
+
+
 def in_parts(experiment: Experiment, micro_batch: str) -> Experiment:
     """The same with its batch split into micro-batches of a size, or of one that fits (``auto``).
 
     Raises:
         UserError: there is no such size.
     """
-    device = device_of(experiment)
-    free = memory.available(device)
-    return footprint.split(experiment, micro_batch, precision(experiment), free, device.type)
+    device, devices = device_of(experiment).type, devices_here(experiment) * experiment.nodes
+    arithmetic, free = precision(experiment), free_each(experiment)
+    return footprint.split(experiment, micro_batch, arithmetic, free, device, devices)
 
 
 def memory_line(experiment: Experiment) -> str:
@@ -131,20 +150,20 @@ def memory_line(experiment: Experiment) -> str:
     Raises:
         UserError: it needs so much that the system would kill the process; names what would fit.
     """
-    devices = int(experiment.devices) if experiment.devices.isdecimal() else 1
-    images = footprint.part_size(experiment, max(1, devices))
-    device = device_of(experiment)
+    devices = devices_here(experiment)
+    images = footprint.part_size(experiment, devices * experiment.nodes)
+    device, free = device_of(experiment), free_each(experiment)
     needed = footprint.step_bytes(experiment, precision(experiment), images, device.type)
-    free = memory.available(device)
     parts = f", {experiment.accumulate} parts" if experiment.accumulate > 1 else ""
     line = f"a step needs about {size(needed)} ({images:,} images{parts})"
     if free is None:
         return line
-    line += f"; {size(free)} are free"
+    each = f" for each of {devices} processes" if devices > 1 else ""
+    line += f"; {size(free)} are free{each}"
     if needed <= free:
         return line
     hint = fitting(experiment)
-    if LEAST * needed > free + (memory.swap() if device.type == "cpu" else 0):
+    if LEAST * needed > free + (memory.swap() // devices if device.type == "cpu" else 0):
         raise UserError(line, hint)
     return f"{line}: {hint}"
 
@@ -155,5 +174,6 @@ def fitting(experiment: Experiment) -> str:
         parts = in_parts(experiment, "auto")
     except UserError as error:  # not even one image does
         return error.hint
-    hint = f"--micro-batch {footprint.part_size(parts)} would fit, which --micro-batch auto finds"
+    fit = footprint.part_size(parts, devices_here(experiment) * experiment.nodes)
+    hint = f"--micro-batch {fit} would fit, which --micro-batch auto finds"
     return hint if experiment.recompute_bn else f"{hint}; or try --recompute-bn"

@@ -133,7 +133,7 @@ def begun(
     return {
         "begun": now(),
         "host": socket.gethostname(),
-        **environment(),
+        **environment(settled.accelerator),
         "code": code(settled),
         "settings": {k: {"value": v, "from": origins.get(k, "default")} for k, v in values.items()},
         "data": data,
@@ -180,7 +180,7 @@ def code(experiment: Experiment) -> dict[str, Any]:
     return made
 
 
-def environment() -> dict[str, Any]:
+def environment(accelerator: str = "auto") -> dict[str, Any]:
     """Command, versions, hardware and commit: what a number is reported with."""
     import torch
 
@@ -195,18 +195,18 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit(),
-        "hardware": hardware(),
+        "hardware": hardware(accelerator),
         "cpu_threads": torch.get_num_threads(),
         "system": platform.platform(),
     }
     return {key: told[key] for key in ENVIRONMENT}
 
 
-def hardware() -> str:
-    """``1 x NVIDIA H100``, or the processor and its cores."""
+def hardware(accelerator: str = "auto") -> str:
+    """``1 x NVIDIA H100``, or the processor and its cores where there is none or it is not used."""
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and accelerator != "cpu":
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     name = platform.processor() or platform.machine()
     try:

@@ -268,7 +268,7 @@ def finish(task: Classification, data: ImageData, folder: RunFolder) -> dict[str
         "test_set_readings": said.get("test_set_readings"),
         "extended": folder.manifest.extensions(),
         "skipped_iterations": task.guard.read()[0],
-        "environment": environment(),
+        "environment": environment(e.accelerator),
     }
     write_json(folder.result, result)
     folder.failed.unlink(missing_ok=True)

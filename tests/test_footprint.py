@@ -148,6 +148,36 @@ def test_a_number_is_the_most_images_at_a_time(asked, parts):
     assert split(Experiment(), asked, "32-true", None).accumulate == parts
 
 
+@pytest.mark.parametrize(
+    "devices, number", [("1", 1), ("2", 2), ("0,1", 2), ("1,", 1), ("auto", 4)]
+)
+def test_each_gpu_has_its_part_and_its_own_memory(devices, number, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(memory, "available", lambda device: 10**10)
+    e = Experiment(devices=devices, nodes=2, batch_size=128, precision="32-true")
+    assert machine.in_parts(e, "16").accumulate == 128 // (16 * 2 * number)
+    line = machine.memory_line(e)
+    assert f"({64 // number} images); 10.0 GB are free" in line
+    assert ("for each of" in line) == (number > 1)
+
+
+def test_processes_on_one_cpu_share_its_memory(monkeypatch):
+    needed = step_bytes(Experiment(), "32-true", 64)
+    monkeypatch.setattr(memory, "available", lambda device: round(1.5 * needed))
+    monkeypatch.setattr(memory, "swap", lambda: 0)
+    e = Experiment(accelerator="cpu", precision="32-true", devices="2")
+    assert "are free for each of 2 processes: --micro-batch" in machine.memory_line(e)
+    made = machine.in_parts(e, "auto")
+    assert 2 * step_bytes(e, "32-true", footprint.part_size(made, 2)) <= 1.5 * needed
+
+
+def test_more_processes_than_there_can_be_are_refused_for_that(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main("train --dataset digits --depth 8 --accelerator cpu --devices 100000".split())
+    assert "error: no such devices: 100000 were asked for" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.7, 3.0])
 def test_auto_takes_the_most_that_fits(share):
     e = Experiment(depth=56)

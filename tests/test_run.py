@@ -17,6 +17,7 @@ from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.manifest import environment
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 
 STEPS = 46  # two epochs of 23
@@ -207,10 +208,18 @@ def test_processes_started_together_choose_no_folder_each(monkeypatch, capsys, e
     assert "2 processes were started together" in capsys.readouterr().err
 
 
+def test_a_cpu_run_names_the_processor_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    assert environment("gpu")["hardware"] == environment()["hardware"] == "2 x NVIDIA H100"
+    assert "cores" in environment("cpu")["hardware"]
+
+
 def test_a_training_reads_its_images_once(monkeypatch, tmp_path):
     """The framework asks for them too, of every process, before each training and evaluation."""
     read, load = [], images.load
-    monkeypatch.setattr(images, "load", lambda name, root: read.append(name) or load(name, root))
+    monkeypatch.setattr(images, "load", lambda name, *rest: read.append(name) or load(name, *rest))
     e = Experiment(dataset="digits", depth=8, batch_size=64, steps=2, accelerator="cpu")
     run.train(e, RunFolder(tmp_path / "run"))
     assert read == ["digits"]

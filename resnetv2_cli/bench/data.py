@@ -198,5 +198,5 @@ def bench_data(
         "rounds": rounds,
         "steps": steps,
         "arms": rows(turns, next(iter(arms)), experiment.batch_size),
-        "environment": environment(),
+        "environment": environment(experiment.accelerator),
     }

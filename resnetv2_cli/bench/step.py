@@ -160,5 +160,5 @@ def bench_step(
         "floors": {
             str(d): floor(experiment, d, device) for d in {o.dtype for o in options.values()}
         },
-        "environment": environment(),
+        "environment": environment(experiment.accelerator),
     }

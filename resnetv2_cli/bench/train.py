@@ -231,5 +231,5 @@ def bench_train(
         "trainer_overhead": median(t.seconds / b.seconds - 1 for t, b in pairs),
         "augmentation": augmentation_seconds(data, split, device) / made[BARE]["seconds"],
         "first_step_seconds": first,
-        "environment": environment(),
+        "environment": environment(experiment.accelerator),
     }

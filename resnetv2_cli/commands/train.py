@@ -38,9 +38,9 @@ def train(
     micro_batch: Annotated[
         str | None,
         typer.Option(
-            help="Images at a time: a number, or auto, the most that memory has room for; sets "
-            "--accumulate. The gradients of the parts add up to the whole batch's, but for BN, "
-            "which has each part's statistics.",
+            help="Images at a time on each device: a number, or auto, the most that memory has "
+            "room for; sets --accumulate. The gradients of the parts add up to the whole batch's, "
+            "but for BN, which has each part's statistics.",
             metavar="NUMBER|auto",
             rich_help_panel="Engine",
         ),
