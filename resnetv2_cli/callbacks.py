@@ -119,12 +119,14 @@ class Recorder(Callback):
             self.before = float(each[:, 2].sum())
         for file in (self.csv, self.speed):
             file.start(trainer.global_step)
+
+    def on_train_epoch_start(self, trainer: Trainer, task: Classification) -> None:
         self.mark = time.perf_counter()
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, task: Classification, optimizer: torch.optim.Optimizer
+    def on_train_batch_start(
+        self, trainer: Trainer, task: Classification, batch: Any, batch_idx: int
     ) -> None:
-        self.lr = optimizer.param_groups[0]["lr"]
+        self.lr = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(
         self, trainer: Trainer, task: Classification, outputs: Any, batch: Any, batch_idx: int

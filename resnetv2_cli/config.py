@@ -200,7 +200,7 @@ class Experiment:
     compile: bool = setting(False, "Compile the network, unit by unit.", "Engine", free=BITS)
     graphs: bool = setting(
         False,
-        "GPU: launch the network as CUDA graphs, once they agree with it.",
+        "GPU: launch each iteration as a CUDA graph, once it agrees with what it stands for.",
         "Engine",
         free=BITS,
     )

@@ -1,8 +1,8 @@
-"""The forward and backward pass of a training step as CUDA graphs: two calls launch all of it.
+"""CUDA graphs: a whole iteration as one, or the forward and the backward pass as two.
 
 A deep network of narrow layers keeps a GPU waiting for the launches of its kernels, some ten a
-layer. Recorded once, they are replayed; PyTorch's ``make_graphed_callables`` does both. What a
-shortcut of one's own decides in Python is decided once, when it is recorded.
+layer. Recorded once, they are replayed. What a shortcut of one's own decides in Python is decided
+once, when it is recorded.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from resnetv2_cli.resnet import ResNet
 
+WARM = 3  # times that what is recorded runs before: libraries choose their kernels, and compile
 NEAR = 0.05  # of the gradient's norm: other kernels round otherwise, another batch is 1 away
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 Forward = Callable[[Tensor], Tensor]
@@ -39,6 +40,25 @@ def why_not(
     return "not under several processes" if processes > 1 else ""
 
 
+def recorded(step: Callable[[], None]) -> Callable[[], None]:
+    """What launches again all that ``step`` launches, on the tensors that it was recorded with."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def reason(error: Exception) -> str:
+    """Its first line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def record(net: ResNet, x: Tensor, precision: str) -> tuple[Forward | None, str]:
     """The network in training, for batches of the shape and layout of ``x``, or None and why it
     cannot be recorded. Weights and moving averages stay as they are.
@@ -57,7 +77,7 @@ def record(net: ResNet, x: Tensor, precision: str) -> tuple[Forward | None, str]
     except Exception as error:  # whatever a layer does that a graph cannot
         net.__dict__.pop("forward", None)
         renew_generator(x.device)
-        return None, str(error).strip().partition("\n")[0] or type(error).__name__
+        return None, reason(error)
     finally:
         for buffer, value in zip(net.buffers(), before, strict=True):
             buffer.copy_(value)

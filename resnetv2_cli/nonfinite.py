@@ -38,14 +38,14 @@ class Guard:
         self.kept = [(same, flat(same)) for same in buffers_by_dtype(self.net)]
 
     @torch.no_grad()
-    def look(self, step: int, optimizer: Optimizer, finite_loss: Tensor) -> None:
+    def look(self, step: int | Tensor, optimizer: Optimizer, finite_loss: Tensor) -> None:
         """After the gradient of iteration ``step``, before the optimizer uses it."""
         learning = (p for group in optimizer.param_groups for p in group["params"])
         gradients = [p.grad for p in learning if p.grad is not None]
         bad = ~(finite_loss if self.scaled else finite(gradients))
         count, first, row = self.found
         first = torch.where(bad & (first < 0), step, first)
-        self.found = torch.stack([count + bad, first, (row + 1) * bad])
+        self.found.copy_(torch.stack([count + bad, first, (row + 1) * bad]))
         out = first >= 0 if self.stop else bad
         if optimizer.defaults["fused"]:
             prepare(optimizer)

@@ -18,6 +18,7 @@ from resnetv2_cli.data import images
 from resnetv2_cli.data.augment import Normalize, crop_and_flip
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.data.module import Batch
+from resnetv2_cli.iteration import Iteration
 from resnetv2_cli.nonfinite import Guard, poisoned
 from resnetv2_cli.optim import lr_factor, schedule, sgd
 from resnetv2_cli.plans import STEMS
@@ -86,6 +87,8 @@ class Classification(L.LightningModule):
         self.net.activate(False, experiment.recompute_bn)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.compiled = False
+        self.iteration: Iteration | None = None  # the one that is replayed
+        self.replayed = False  # whether the current one is
         self.replays: dict[torch.Size, graphs.Forward] = {}  # of the network, by shape of input
         self.tell: Callable[[str], object] = str
         # No buffer: DDP would replace every process's sums by the first's.
@@ -123,27 +126,43 @@ class Classification(L.LightningModule):
         self.net.activate(fit, self.experiment.recompute_bn)
         return fit
 
-    def record(self, processes: int = 1) -> None:
-        """Have whole batches pass the network as CUDA graphs, if that was asked for; it is where
-        it trains by now. What cannot be had is told."""
+    def record(self, optimizer: torch.optim.Optimizer, processes: int = 1) -> None:
+        """Have whole batches pass as CUDA graphs, if that was asked for: the whole iteration, or
+        the network alone where that cannot be had. It is where it trains by now, with the momentum
+        that it continues with. What cannot be had is told."""
         e = self.experiment
         if not e.graphs:
             return
         parts = {"micro_batches": e.accumulate, "segments": e.recompute, "processes": processes}
-        why, replay = graphs.why_not(self.device, **parts), None
+        why = graphs.why_not(self.device, **parts)
         if not why:
-            size = images.SIZE if DATASETS[e.dataset].decoded else STEMS[e.stem_].size
-            shape = (e.batch_size, size, size, 3)
-            noise = torch.randint(256, shape, dtype=torch.uint8, device=self.device)
-            x = self.normalize(noise)
+            batch = self.noise()
+            why = "float16's scaler looks at the gradients on the host"
+            if e.precision != "16-mixed":
+                iteration = Iteration(self, optimizer, batch)
+                if not (why := iteration.record()):
+                    self.iteration = iteration
+                    self.tell("iterations are replayed, each as one CUDA graph")
+                    return
+            self.tell(f"not the whole iteration as a CUDA graph: {why}")
+            x = self.normalize(batch.images)
             replay, why = graphs.record(self.net, x, e.precision)
-        if replay is None:
-            self.tell(f"no CUDA graphs: {why}")
-            if self.device.type == "cuda":  # its operations are for graphs
-                self.net.activate(False, e.recompute_bn)
-            return
-        self.replays[x.shape] = replay
-        self.tell("the network is replayed as CUDA graphs")
+            if replay is not None:
+                self.replays[x.shape] = replay
+                self.tell("the network is replayed as CUDA graphs")
+                return
+        self.tell(f"no CUDA graphs: {why}")
+        if self.device.type == "cuda":  # its operations are for graphs
+            self.net.activate(False, e.recompute_bn)
+
+    def noise(self) -> Batch:
+        """A whole batch of the shape of those that it trains on."""
+        e, decoded, on = self.experiment, DATASETS[self.experiment.dataset].decoded, self.device
+        size = images.SIZE if decoded else STEMS[e.stem_].size
+        pixels = torch.randint(256, (e.batch_size, size, size, 3), dtype=torch.uint8, device=on)
+        labels = torch.randint(len(self.classes), (e.batch_size,), device=on)
+        views = torch.randint(2, (e.batch_size, 3), device=on) if decoded and e.augment else None
+        return Batch(pixels, labels, views)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(self.normalize(images))
@@ -178,23 +197,29 @@ class Classification(L.LightningModule):
     def on_fit_start(self) -> None:
         self.sums, self.finite = self.sums.to(self.device), self.finite.to(self.device)
         self.guard.to(self.device)
-        self.record(self.trainer.world_size)
 
     def on_fit_end(self) -> None:
-        self.replays.clear()  # the Trainer takes the network off its device
+        self.iteration = None  # the Trainer takes the network off its device
+        self.replays.clear()
 
     def on_train_start(self) -> None:
         # Saved rates are of the schedule that the run was begun with, which may have been shorter.
         scheduler = self.lr_schedulers()
         for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):  # type: ignore[union-attr]
             group["lr"] = base * lr_factor(self.experiment, self.global_step)
+        self.record(scheduler.optimizer, self.trainer.world_size)  # type: ignore[union-attr]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         micro = batch_idx % self.experiment.accumulate
         self.draw(self.global_step, micro)
-        if micro == 0:
-            self.guard.begin()
-            self.finite.fill_(True)
+        self.replayed = self.iteration is not None and self.iteration.fits(batch)
+        if micro == 0 and not self.replayed:
+            self.begin()
+
+    def begin(self) -> None:
+        """Before an iteration."""
+        self.guard.begin()
+        self.finite.fill_(True)
 
     def draw(self, step: int, micro: int) -> None:
         """What a step draws follows from the seed and the step: no generator's state to save."""
@@ -211,7 +236,23 @@ class Classification(L.LightningModule):
         return self.replays.get(x.shape, self.net)(x)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.iteration and self.replayed:  # and nothing is left to do for the next three
+            return self.iteration(batch, self.global_step)
         return self.loss(batch)
+
+    def optimizer_zero_grad(self, *given: Any) -> None:
+        if not self.replayed:
+            super().optimizer_zero_grad(*given)
+
+    def backward(self, loss: Tensor, *given: Any, **more: Any) -> None:
+        if not self.replayed:
+            super().backward(loss, *given, **more)
+
+    def optimizer_step(self, *given: Any, **more: Any) -> None:
+        if not self.replayed:
+            return super().optimizer_step(*given, **more)
+        [*_, closure] = given
+        closure()  # the Trainer's, which calls the others
 
     def loss(self, batch: Batch) -> Tensor:
         """The mean loss of a micro-batch, for backward; what is logged is added to ``sums``."""

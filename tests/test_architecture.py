@@ -25,7 +25,7 @@ ORDER = """
     manifest runfolder csvlog
     form checkpoint source difference
     foreign.names foreign.sources foreign.files foreign.convert
-    task finetune callbacks leaving
+    iteration task finetune callbacks leaving
     plot blueprint
     resume cluster syncbn machine run verify
     stats

@@ -71,7 +71,7 @@ def test_a_replayed_training_ends_where_another_does(shortcut, tmp_path):
     for name in ("eager", "graphs"):
         one = replace(e, graphs=name == "graphs", deterministic=True)
         ends[name] = run.train(one, RunFolder(tmp_path / name), tell=told.append)["test_loss"]
-    assert "the network is replayed as CUDA graphs" in told
+    assert "iterations are replayed, each as one CUDA graph" in told
     assert ends["graphs"] == pytest.approx(ends["eager"], rel=1e-2)
 
 

@@ -13,7 +13,8 @@ from resnetv2_cli.data import images
 from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.module import Batch, EpochMaker, Parts, Stream
 from resnetv2_cli.data.order import Schedule
-from resnetv2_cli.nonfinite import began
+from resnetv2_cli.iteration import Iteration
+from resnetv2_cli.nonfinite import began, prepare
 from resnetv2_cli.optim import sgd
 from resnetv2_cli.task import Classification, Scores
 
@@ -180,6 +181,11 @@ def test_on_a_gpu_all_that_meets_lies_there(given):
                 p.grad = torch.empty_like(p)
             t.guard.look(step, optimizer, t.finite)
         assert optimizer.found_inf.device == t.sums.device == t.guard.found.device == GPU
+        iteration = Iteration(t, optimizer, batch)
+        iteration.replay = lambda: None
+        assert iteration.fits(batch) and iteration(batch, step).device == GPU
+        prepare(optimizer)
+        assert {tensor.device for tensor in iteration.state()} == {GPU}
         assert t.eval().look(batch.images).device == GPU
         with pytest.raises(RuntimeError, match="device"):
             t.training_step(Batch(*(each.cpu() for each in batch[:3])), step)

@@ -45,8 +45,10 @@ def bare_arm(
     """The tool's network, images, arithmetic and optimizer, without the Trainer around them."""
     e = task.experiment
     task = task.to(device).train()
-    task.record()
+    task.sums, task.finite = task.sums.to(device), task.finite.to(device)
+    task.guard.to(device)
     optimizer = sgd(task.net, e)
+    task.record(optimizer)
     scheduler = schedule(optimizer, e)
     pixels = torch.from_numpy(split.images).to(device)
     labels = torch.from_numpy(split.labels).to(device)
@@ -59,12 +61,16 @@ def bare_arm(
         nonlocal done
         [part] = order.parts(done % order.steps_per_epoch)
         chosen, views = (each[part.start : part.stop] for each in epoch)
-        with graphs.arithmetic(device, precision(e)):
-            x = crop_and_flip(task.normalize(pixels[chosen]), views)
-            loss = F.cross_entropy(task.through(x), labels[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        batch = Batch(pixels[chosen], labels[chosen], views)
+        if task.iteration and task.iteration.fits(batch):
+            task.iteration(batch, done)
+        else:
+            with graphs.arithmetic(device, precision(e)):
+                x = crop_and_flip(task.normalize(batch.images), views)
+                loss = F.cross_entropy(task.through(x), batch.labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
         scheduler.step()
         done += 1
 

@@ -1,0 +1,127 @@
+"""A whole iteration as one recording: bit for bit what its calls are, or not used at all.
+
+A GPU's recorder is not here. The one below keeps each operation with the very tensors it ran on; a
+replay runs them again, without any Python of the iteration, as a CUDA graph does.
+"""
+
+import os
+import signal
+
+import pytest
+import torch
+from test_reliability import At, same, trained_as
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from resnetv2_cli import graphs
+from resnetv2_cli.errors import Diverged, Stopped
+
+SMALL = {"batch_size": 200, "kernels": "eager"}  # the last batch of an epoch has 37 images
+SAYS = "iterations are replayed, each as one CUDA graph"
+
+
+class Tape(TorchDispatchMode):
+    """Every operation, with its tensors and what it gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        given = operation(*args, **(kwargs or {}))
+        self.done.append((operation, args, kwargs or {}, given))
+        return given
+
+    @torch.no_grad()
+    def replay(self):
+        for operation, args, kwargs, before in self.done:
+            if operation.is_view:
+                continue
+            now = operation(*args, **kwargs)
+            for place, value in zip(tensors(before), tensors(now), strict=True):
+                if place.data_ptr() != value.data_ptr():
+                    place.copy_(value)
+
+
+def tensors(given):
+    if isinstance(given, torch.Tensor):
+        return [given]
+    return [t for each in given for t in tensors(each)] if isinstance(given, (list, tuple)) else []
+
+
+def on_tape(step):
+    step()
+    with Tape() as tape:
+        step()
+    return tape.replay
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    monkeypatch.setattr(graphs, "why_not", lambda device, **parts: "")
+    monkeypatch.setattr(graphs, "recorded", on_tape)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"shortcut": "dropout", "unit": "original", "schedule": "cosine"},
+        {"shortcut": "stochastic-depth", "non_finite": "skip", "label_smoothing": 0.1},
+        {"momentum": 0.0, "decay": "weights", "augment": False},
+        {"nesterov": True, "shortcut": "exclusive-gate", "precision": "bf16-mixed"},
+    ],
+)
+def test_a_replayed_training_is_bit_for_bit_the_other(recorder, tmp_path, given):
+    told: list[str] = []
+    ours = trained_as(tmp_path / "replayed", told.append, **SMALL, **given, graphs=True)
+    assert SAYS in told
+    assert same(ours, trained_as(tmp_path / "called", **SMALL, **given))
+
+
+def test_a_stopped_one_continues_with_its_momentum(recorder, tmp_path):
+    leave, told = At(5, lambda: os.kill(os.getpid(), signal.SIGTERM)), []
+    with pytest.raises(Stopped):
+        trained_as(tmp_path / "replayed", display=[leave], **SMALL, graphs=True)
+    ours = trained_as(tmp_path / "replayed", told.append, resume={})
+    assert SAYS in told
+    assert same(ours, trained_as(tmp_path / "called", **SMALL))
+
+
+def test_a_diverging_one_names_the_iteration_and_the_unit(recorder, tmp_path):
+    said = []
+    for name in ("replayed", "called"):
+        with pytest.raises(Diverged) as caught:
+            trained_as(tmp_path / name, **SMALL, lr=1e20, warmup=0, graphs=name == "replayed")
+        said.append((str(caught.value), caught.value.iteration, caught.value.where))
+    assert said[0] == said[1] and said[0][1] > 1
+
+
+def test_frozen_parts_stay_as_they_came(recorder, tmp_path):
+    start = trained_as(tmp_path / "start", **SMALL).last
+    given = {"weights": str(start), "freeze": "stem,stage1"}
+    ours = trained_as(tmp_path / "replayed", **SMALL, **given, graphs=True)
+    assert same(ours, trained_as(tmp_path / "called", **SMALL, **given))
+
+
+@pytest.mark.parametrize("faulty", ["nothing", "stale", "raises"])
+def test_a_recording_of_something_else_is_not_used(monkeypatch, recorder, tmp_path, faulty):
+    def stale(step):  # of the batch that it was recorded with
+        step()
+        with Tape() as tape:
+            step()
+        first = next(row for row in tape.done if row[0].name().startswith("aten::_to_copy"))
+        tape.done.remove(first)
+        return tape.replay
+
+    def raises(step):
+        step()
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    kinds = {"nothing": lambda step: lambda: None, "stale": stale, "raises": raises}
+    monkeypatch.setattr(graphs, "recorded", kinds[faulty])
+    told: list[str] = []
+    ours = trained_as(tmp_path / "not", told.append, **SMALL, graphs=True)
+    [why] = [line for line in told if line.startswith("not the whole iteration as a CUDA graph: ")]
+    assert ("capturing" if faulty == "raises" else "what a replay learns") in why
+    assert "\n" not in why and any(line.startswith("no CUDA graphs: ") for line in told)
+    assert same(ours, trained_as(tmp_path / "called", **SMALL))
