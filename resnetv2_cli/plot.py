@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import replacing
@@ -60,13 +60,18 @@ def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
         series, color = read_metrics(path), COLORS[i % len(COLORS)]
         if "train_loss" in series:
             largest.append(max(loss for _, loss in series["train_loss"]))
-            left.plot(*zip(*series["train_loss"], strict=True), "--", color=color, lw=1)
+            mark = "x" if len(series["train_loss"]) == 1 else None
+            left.plot(
+                *zip(*series["train_loss"], strict=True), "--", color=color, lw=1, marker=mark
+            )
         for split in ("test", "val"):
             if error := series.get(f"{split}_error"):
                 mark = "o" if len(error) == 1 else None
                 label = f"{name}: {error[-1][1]:.2f} % {split} error"
                 right.plot(*zip(*error, strict=True), color=color, lw=1.6, marker=mark, label=label)
     left.set(xlabel="iterations", ylabel="training loss (dashed)", yscale=loss_scale)
+    left.set_xlim(left=0)
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     right.set(ylabel="test error, % (solid)", yscale=error_scale)
     label_numbers(left.yaxis)

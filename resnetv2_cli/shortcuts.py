@@ -228,10 +228,14 @@ def refuse_broken(cls: type[Shortcut], name: str) -> None:
                 own = [call for call in calls if call.filename == inspect.getfile(cls)]
                 place = (own or calls)[-1]
                 hint = f"{place.filename}, line {place.lineno}: {place.line}"
+                if not own and isinstance(error, TypeError):  # it was not called as it is written
+                    hint = "it is made with (c_in, c_out, stride, carry), called with (x, residual)"
                 raise UserError(f"shortcut {name!r} fails: {said}", hint) from error
             shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             if shape != residual.shape:
                 hint = "x and what it is carried to differ where a stage begins: see self.carry"
+                if not isinstance(y, Tensor):
+                    hint = "its forward returns what the next unit takes"
                 wanted = tuple(residual.shape)
                 raise UserError(f"shortcut {name!r} gives {shape} where F(x) is {wanted}", hint)
 

@@ -173,9 +173,26 @@ def test_a_shortcut_of_ones_own_that_fails_is_one_line(
             main([command, "--shortcut", f"{name}:Own", "--dataset", "digits", "--depth", "8"])
         *_, error, hint = capsys.readouterr().err.splitlines()
         assert re.search(f"shortcut '{name}:Own' {message}", error)
-        assert f"{name}.py, line 6: {body}" in hint or "self.carry" in hint
+        assert (
+            f"{name}.py, line 6: {body}" in hint
+            or "see self.carry" in hint
+            or (body.startswith("self.last") and "its forward returns" in hint)
+        )
     assert torch.equal(torch.get_rng_state(), drawn)
     assert [p.name for p in tmp_path.iterdir() if p.suffix] == [f"{name}.py"]
+
+
+def test_a_shortcut_made_otherwise_is_told_how_it_is_made(tmp_path, monkeypatch, capsys):
+    (tmp_path / "otherwise.py").write_text(
+        "from resnetv2_cli.shortcuts import Shortcut\n\nclass Own(Shortcut):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(["describe", "--shortcut", "otherwise:Own", "--depth", "8"])
+    error, hint = capsys.readouterr().err.splitlines()
+    assert "'otherwise:Own' fails: TypeError: Own.__init__()" in error
+    assert "(c_in, c_out, stride, carry)" in hint
 
 
 def test_a_setting_that_would_be_ignored_is_refused():
