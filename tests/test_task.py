@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
 from resnetv2_cli.data.augment import Normalize
-from resnetv2_cli.data.module import Batch, EpochMaker, Parts, Stream
+from resnetv2_cli.data.module import Batch, EpochMaker, Parts, Sequence, Stream
 from resnetv2_cli.data.order import Schedule
 from resnetv2_cli.iteration import Iteration
 from resnetv2_cli.nonfinite import began, prepare
@@ -186,6 +186,9 @@ def test_on_a_gpu_all_that_meets_lies_there(given):
         assert iteration.fits(batch) and iteration(batch, step).device == GPU
         prepare(optimizer)
         assert {tensor.device for tensor in iteration.state()} == {GPU}
-        assert t.eval().look(batch.images).device == GPU
+        whole = images.Split(np.zeros((2010, 32, 32, 3), np.uint8), np.zeros(2010, np.int64))
+        tested = list(Sequence(whole, range(2010), GPU))
+        assert [len(each.labels) for each in tested] == [1000, 1000, 10]
+        assert t.eval().look(tested[-1].images).device == GPU
         with pytest.raises(RuntimeError, match="device"):
             t.training_step(Batch(*(each.cpu() for each in batch[:3])), step)
