@@ -1,6 +1,7 @@
 """A loss or a gradient that is not finite: where it began, and what becomes of the iteration."""
 
 import json
+import math
 import os
 import signal
 
@@ -13,7 +14,7 @@ from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.errors import Diverged, Stopped, UserError
 from resnetv2_cli.nonfinite import Guard, finite, poisoned
 from resnetv2_cli.resume import continued
-from resnetv2_cli.runfolder import RunFolder
+from resnetv2_cli.runfolder import RunFolder, read_metrics
 from resnetv2_cli.shortcuts import Shortcut
 from resnetv2_cli.verify import difference
 
@@ -89,6 +90,8 @@ def test_skipped_iterations_leave_no_trace_and_are_exact_under_resuming(tmp_path
     whole = trained_as(tmp_path / "whole", **settings)
     skipped = json.loads(whole.result.read_text())["skipped_iterations"]
     assert 0 < skipped < 12
+    losses = [loss for _, loss in read_metrics(whole.metrics)["train_loss"]]
+    assert len(losses) == 4 and all(map(math.isfinite, losses))  # of what was not skipped
     state = checkpoints.read(whole.last)["state_dict"]
     assert all(value.isfinite().all() for value in state.values())
     leave = At(5, lambda: os.kill(os.getpid(), signal.SIGTERM))

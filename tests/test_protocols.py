@@ -74,11 +74,16 @@ def test_ten_crops_are_the_mean_of_softmax():
         Experiment(depth=8, dataset="digits"), ("a", "b", "c"),
         Normalize(torch.zeros(3, 1, 1), torch.ones(3, 1, 1)),
     ).eval()  # fmt: skip
-    images = torch.randint(256, (4, 10, 32, 32, 3), dtype=torch.uint8)
+    colors = torch.randint(256, (4, 10, 1, 1, 3), dtype=torch.uint8)  # crops that differ by much
+    images = colors.expand(4, 10, 32, 32, 3).contiguous()
     with torch.no_grad():
+        task.net.head.fc.weight *= 30
         found = task.look(images).softmax(1)
         each = torch.stack([task(images[:, k]).softmax(1) for k in range(10)])
         torch.testing.assert_close(found, each.mean(0))
+        assert (
+            each.log().mean(0).softmax(1) - found
+        ).abs().max() > 0.01  # as fb.resnet.torch has it
         torch.testing.assert_close(task.look(images[:, 0]), task(images[:, 0]))
 
 
