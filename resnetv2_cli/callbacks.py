@@ -24,6 +24,7 @@ from resnetv2_cli.task import Classification
 
 SAVE_SECONDS = 600.0  # last.ckpt is hardly older than this, however long an epoch takes
 ADVICE = "try a lower --lr, a longer --warmup or --precision 32-true; the last checkpoint is kept"
+LEAST_SCALE = 2.0**-24  # float16's smallest number; it is halved where a gradient overflows
 AGREE_EVERY = 10  # iterations between the questions of several processes what they wish
 
 
@@ -52,7 +53,8 @@ def refuse_apart(trainer: Trainer, folder: RunFolder) -> None:
 def refuse_diverged(trainer: Trainer, task: Classification) -> None:
     """
     Raises:
-        Diverged: an iteration was not finite, and they are not skipped; or too many were skipped.
+        Diverged: an iteration was not finite, and they are not skipped; or too many were skipped,
+            by float16's scaler too.
     """
     _, first, in_a_row = (agreed(trainer, n) for n in task.guard.read())
     if task.guard.stop and first >= 0:
@@ -69,6 +71,10 @@ def refuse_diverged(trainer: Trainer, task: Classification) -> None:
     if in_a_row >= min(IN_A_ROW, trainer.max_steps):
         message = f"{in_a_row} iterations in a row were not finite, and were skipped"
         raise Diverged(message, ADVICE, trainer.global_step - in_a_row + 1, "")
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None and agreed(trainer, scaler.get_scale() < LEAST_SCALE):
+        message = "float16's gradients overflow whatever they are scaled by: nothing is learned"
+        raise Diverged(message, ADVICE, trainer.global_step, "")
 
 
 def stepped(trainer: Trainer, batch_idx: int) -> bool:

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from test_reliability import At, same, trained_as
 from torch import nn
 
 from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli.callbacks import refuse_diverged
 from resnetv2_cli.errors import Diverged, Stopped, UserError
 from resnetv2_cli.nonfinite import Guard, finite, poisoned
 from resnetv2_cli.resume import continued
@@ -160,3 +163,15 @@ def test_a_scaled_step_that_overflows_leaves_no_momentum_from_nowhere(stop):
     assert all(not state["momentum_buffer"].any() for state in optimizer.state.values())
     assert len(optimizer.state) == 2
     assert bool(net.weight.grad.isinf().all()) == stop and net.bias.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale, ends", [(2.0**16, False), (2.0**-20, False), (2.0**-25, True)])
+def test_a_scale_of_nothing_ends_a_training(scale, ends):
+    """float16's scaler leaves out what overflows, of itself and for ever."""
+    plugin = SimpleNamespace(scaler=torch.amp.GradScaler("cpu", init_scale=scale))
+    trainer = SimpleNamespace(
+        world_size=1, max_steps=1000, global_step=300, precision_plugin=plugin
+    )
+    task = SimpleNamespace(guard=Guard(nn.Linear(1, 1), stop=True, scaled=True))
+    with pytest.raises(Diverged, match="whatever they are scaled by") if ends else nullcontext():
+        refuse_diverged(trainer, task)
