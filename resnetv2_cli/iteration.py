@@ -112,7 +112,7 @@ class Iteration:
 
     def fits(self, batch: Batch) -> bool:
         """Whether a batch has the shape that was recorded; the last of an epoch is smaller."""
-        return batch.images.shape == self.inputs.images.shape and batch.weight == 1
+        return batch.images.shape == self.inputs.images.shape
 
     def __call__(self, batch: Batch, number: int) -> Tensor:
         """Iteration ``number`` on a batch that fits; its mean loss, without a gradient."""

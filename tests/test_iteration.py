@@ -10,10 +10,14 @@ import signal
 import pytest
 import torch
 from test_reliability import At, same, trained_as
+from test_task import batch, task
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnetv2_cli import graphs
 from resnetv2_cli.errors import Diverged, Stopped
+from resnetv2_cli.iteration import Iteration, restore
+from resnetv2_cli.nonfinite import prepare
+from resnetv2_cli.optim import sgd
 
 SMALL = {"batch_size": 200, "kernels": "eager"}  # the last batch of an epoch has 37 images
 SAYS = "iterations are replayed, each as one CUDA graph"
@@ -125,3 +129,19 @@ def test_a_recording_of_something_else_is_not_used(monkeypatch, recorder, tmp_pa
     assert ("capturing" if faulty == "raises" else "what a replay learns") in why
     assert "\n" not in why and any(line.startswith("no CUDA graphs: ") for line in told)
     assert same(ours, trained_as(tmp_path / "called", **SMALL))
+
+
+def test_what_is_compared_is_the_gradient_whatever_the_momentum():
+    """That of a run that continues is many gradients; a wrong one would be lost in it."""
+    t = task().train()
+    iteration = Iteration(t, sgd(t.net, t.experiment), batch())
+    prepare(iteration.optimizer)
+    learned = []
+    for size in (0.0, 100.0):
+        for state in iteration.optimizer.state.values():
+            state["momentum_buffer"].fill_(size)
+        kept = [(tensor, tensor.clone()) for tensor in iteration.state()]
+        learned.append(iteration.update(iteration.step, kept))
+        restore(kept)
+    torch.testing.assert_close(*learned, rtol=0, atol=0)
+    assert learned[0].norm() > 0.1

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 
 import pytest
@@ -20,7 +21,7 @@ from resnetv2_cli import run
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Damaged, NotSaved, Stopped, UserError
 from resnetv2_cli.manifest import ORIGINS, origins
-from resnetv2_cli.resume import continued, finished
+from resnetv2_cli.resume import continued, finished, same_run
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 from resnetv2_cli.verify import difference, differences
 
@@ -257,6 +258,13 @@ def test_a_line_cut_by_a_power_failure_is_written_again(whole, tmp_path):
     with folder.metrics.open("a") as file:
         file.write("1")  # of 12,...
     assert same(trained_as(folder.path, resume={}), whole)
+
+
+def test_a_checkpoint_of_a_longer_run_is_refused_that_of_a_shorter_one_extended(whole):
+    held, e = checkpoints.read(whole.last), whole.experiment()
+    same_run(whole.last, held, replace(e, steps=13), held["data"])
+    with pytest.raises(UserError, match="its steps is 12, not 11"):
+        same_run(whole.last, held, replace(e, steps=11), held["data"])
 
 
 # The manifest.
