@@ -1,6 +1,7 @@
 """The console script: the commands, and the one place where the mistakes of a user end."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ import typer
 from resnetv2_cli import __version__, console, trust
 from resnetv2_cli.commands.app import app
 from resnetv2_cli.errors import Stopped, UserError
+from resnetv2_cli.quantities import size
 
 # isort: off
 # They join the app, and help lists them in this order.
@@ -70,6 +72,13 @@ def options(
     """For the help alone: ``main`` sees to ``debug`` and ``allow_code``, wherever they stand."""
 
 
+def wait_asleep() -> None:
+    """Have PyTorch's threads sleep where they wait for one another. By themselves they spin, and
+    where other work has a processor too, the one that is waited for does not get to it."""
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "passive"  # read as torch is imported, which is later
+
+
 def code_first(given: list[str]) -> list[str]:
     """The same words with every ``--allow-code NAME`` in front, where the app looks for it."""
     first: list[str] = []
@@ -91,6 +100,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         given = [a for a in given if a != "--debug"]
     given = code_first(given)
     trust.admit(given)
+    wait_asleep()
     try:
         with terminating():
             app(given)
@@ -109,13 +119,34 @@ def main(arguments: Iterable[str] | None = None) -> None:
             if began_with(left, kind):
                 console.note(word)
                 sys.exit(status)
-        raise
+        if os.environ.get("RESNETV2_DEBUG") or not memory_full(left):
+            raise
+        console.fail(UserError(f"the memory is full{more(left)}", LESS))
+        sys.exit(2)
 
 
 def child() -> bool:
     """Whether another process of the same run started this one, which would take its status for a
     crash: Lightning's launcher names it as torchrun does, which starts them all."""
     return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+LESS = "a smaller --batch-size; train has --micro-batch auto and --recompute-bn, too"
+FULL = ("CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory")
+
+
+def memory_full(error: BaseException) -> bool:
+    """Whether it is how Python and PyTorch say so, on a GPU or a CPU."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or any(words in str(error) for words in FULL)
+
+
+def more(error: BaseException) -> str:
+    """How much could not be had, where it says so: in units on a GPU, in bytes on a CPU."""
+    asked = re.search(r"tried to allocate (\d+(\.\d+ \w+)?)", str(error), re.IGNORECASE)
+    if not asked:
+        return ""
+    return f": {asked[1] if asked[2] else size(int(asked[1]))} more were asked for"
 
 
 SIGNALS = ((KeyboardInterrupt, "interrupted", 130), (Terminated, "terminated", 143))

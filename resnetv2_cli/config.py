@@ -198,9 +198,10 @@ class Experiment:
     )
     accumulate: int = setting(1, "Micro-batches that one batch is split into.", "Engine", least=1)
     compile: bool = setting(False, "Compile the network, unit by unit.", "Engine", free=BITS)
-    graphs: bool = setting(
-        False,
-        "GPU: launch each iteration as a CUDA graph, once it agrees with what it stands for.",
+    graphs: bool | None = setting(
+        None,
+        "Launch each iteration as one CUDA graph, once it agrees with what it stands for. By "
+        "itself on a GPU, but for a shortcut of your own, whose Python would run only once.",
         "Engine",
         free=BITS,
     )
@@ -321,9 +322,15 @@ class Experiment:
 
     def fuses(self, device: str) -> bool:
         """Whether BN, ReLU and convolutions, where no compiler of PyTorch's has them, are the
-        compiled operations on a type of device: on a GPU in CUDA graphs, where they were measured.
-        """
-        return self.kernels == "auto" and (device == "cpu" or (device == "cuda" and self.graphs))
+        compiled operations on a type of device whatever is computed; on a GPU replays alone have
+        them, where they were measured."""
+        return self.kernels == "auto" and device == "cpu"
+
+    def replays(self, device: str) -> bool:
+        """Whether iterations are to be CUDA graphs on a type of device."""
+        if self.graphs is not None:
+            return self.graphs
+        return device == "cuda" and ":" not in self.shortcut
 
     @property
     def drops_(self) -> tuple[float, ...]:

@@ -54,6 +54,19 @@ def recorded(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
+def replayed(
+    step: Callable[[], None], device: torch.device, **parts: int
+) -> tuple[Callable[[], None] | None, str]:
+    """``recorded``, or None and why it cannot be. ``parts``: as of ``why_not``."""
+    if why := why_not(device, **parts):
+        return None, why
+    try:
+        return recorded(step), ""
+    except Exception as error:  # whatever a layer does that a graph cannot
+        renew_generator(device)
+        return None, reason(error)
+
+
 def reason(error: Exception) -> str:
     """Its first line."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -24,6 +24,8 @@ from resnetv2_cli.optim import lr_factor, schedule, sgd
 from resnetv2_cli.plans import STEMS
 from resnetv2_cli.resnet import ResNet
 
+OWN = "BN and ReLU are PyTorch's own, which are slower: {}"  # and why
+
 
 class Scores(Metric):
     """Sums over all images of all processes: counts of each (label, guess), top-5 hits, loss.
@@ -117,7 +119,7 @@ class Classification(L.LightningModule):
                 return
             tell(f"not compiled: {why}")
         if self.fuse(device) and (why := joined.why_not(device)):
-            tell(f"BN and ReLU are PyTorch's own, which are slower: {why}")
+            tell(OWN.format(why))
 
     def fuse(self, device: torch.device) -> bool:
         """Switch on the compiled operations, where the device and the experiment have them, and
@@ -130,30 +132,48 @@ class Classification(L.LightningModule):
         """Have whole batches pass as CUDA graphs, if that was asked for: the whole iteration, or
         the network alone where that cannot be had. It is where it trains by now, with the momentum
         that it continues with. What cannot be had is told."""
-        e = self.experiment
-        if not e.graphs:
+        e, kind = self.experiment, self.device.type
+        if not e.replays(kind):
+            if e.graphs is None and kind == "cuda":
+                self.tell(f"{e.shortcut} runs call by call; --graphs is faster, and runs it once")
             return
         parts = {"micro_batches": e.accumulate, "segments": e.recompute, "processes": processes}
-        why = graphs.why_not(self.device, **parts)
-        if not why:
-            batch = self.noise()
-            why = "float16's scaler looks at the gradients on the host"
-            if e.precision != "16-mixed":
-                iteration = Iteration(self, optimizer, batch)
-                if not (why := iteration.record()):
-                    self.iteration = iteration
-                    self.tell("iterations are replayed, each as one CUDA graph")
-                    return
-            self.tell(f"not the whole iteration as a CUDA graph: {why}")
-            x = self.normalize(batch.images)
-            replay, why = graphs.record(self.net, x, e.precision)
-            if replay is not None:
-                self.replays[x.shape] = replay
-                self.tell("the network is replayed as CUDA graphs")
+        if why := graphs.why_not(self.device, **parts):
+            self.tell(f"no CUDA graphs: {why}")
+            return
+        batch = self.noise()
+        joins = e.kernels == "auto" and not self.compiled
+        if joins and (why := joined.why_not(self.device)):
+            self.tell(OWN.format(why))
+            joins = False
+        for compiled in (True, False) if joins else (False,):
+            self.net.activate(compiled, e.recompute_bn)
+            if not (whole := self.record_iteration(optimizer, batch)):
+                self.tell("iterations are replayed, each as one CUDA graph")
                 return
-        self.tell(f"no CUDA graphs: {why}")
-        if self.device.type == "cuda":  # its operations are for graphs
-            self.net.activate(False, e.recompute_bn)
+            if not (why := self.record_network(batch)):
+                self.tell(
+                    f"the network is replayed as CUDA graphs; the whole iteration not: {whole}"
+                )
+                return
+            self.tell(OWN.format(why) if compiled else f"no CUDA graphs: {why}")
+
+    def record_iteration(self, optimizer: torch.optim.Optimizer, batch: Batch) -> str:
+        """Have whole iterations replayed; or why they cannot be."""
+        if self.experiment.precision == "16-mixed":
+            return "float16's scaler looks at the gradients on the host"
+        iteration = Iteration(self, optimizer, batch)
+        if not (why := iteration.record()):
+            self.iteration = iteration
+        return why
+
+    def record_network(self, batch: Batch) -> str:
+        """Have the network replayed on batches of that size; or why it cannot be."""
+        x = self.normalize(batch.images)
+        replay, why = graphs.record(self.net, x, self.experiment.precision)
+        if replay is not None:
+            self.replays[x.shape] = replay
+        return why
 
     def noise(self) -> Batch:
         """A whole batch of the shape of those that it trains on."""

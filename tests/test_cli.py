@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import SCRIPT, SMALL, STOPPED, THREADS
 
-from resnetv2_cli import __version__
+from resnetv2_cli import __version__, cli
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.flags import seconds
@@ -240,6 +240,52 @@ def test_debug_shows_the_traceback(resnetv2, where):
     arguments = ["train", "--depth", 111]
     done = resnetv2(*arguments[:where], "--debug", *arguments[where:], status=1)
     assert "Traceback" in done.stderr and "no network has 111 layers" in done.stderr
+
+
+def test_a_full_memory_is_one_line(resnetv2):
+    done = resnetv2("bench", "step", "--depth", 8, "--batch-size", 2 * 10**9, status=2)
+    *_, what, hint = done.stderr.splitlines()
+    assert what == "error: the memory is full: 24,576 GB more were asked for"
+    assert hint.startswith("hint: a smaller --batch-size")
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0"),
+            "2.50 GiB",
+        ),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), ""),
+        (MemoryError(), ""),
+    ],
+)
+def test_so_it_is_on_a_gpu(error, words, monkeypatch, capsys):
+    def full(given):
+        raise error
+
+    monkeypatch.setattr(cli, "app", full)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["list"])
+    assert left.value.code == 2
+    said = f": {words} more were asked for" if words else ""
+    assert capsys.readouterr().err.startswith(f"error: the memory is full{said}\nhint: ")
+
+
+def test_another_error_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "app", lambda given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["list"])
+
+
+@pytest.mark.parametrize(
+    "given, policy", [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")]
+)
+def test_threads_that_wait_for_one_another_sleep(resnetv2, given, policy):
+    """Beside other work, those that spin keep a processor from the one that they wait for."""
+    shows = os.environ | given | {"OMP_DISPLAY_ENV": "true"}
+    done = resnetv2("describe", "--depth", 8, env=shows)
+    assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
 
 
 def test_ctrl_c_saves_and_exits_with_130(tmp_path):

@@ -54,12 +54,27 @@ def test_where_replays_would_be_wrong_there_are_none(device, given, word):
     assert not graphs.why_not(torch.device("cuda"))
 
 
+def test_by_itself_a_gpu_has_them_and_code_of_ones_own_does_not():
+    """What a shortcut of one's own does in Python a recording does once."""
+    assert Experiment().replays("cuda") and not Experiment().replays("cpu")
+    own = Experiment(shortcut="mine:Learned")
+    assert not own.replays("cuda") and replace(own, graphs=True).replays("cuda")
+    assert not Experiment(graphs=False).replays("cuda") and Experiment(graphs=True).replays("cpu")
+
+
 def test_a_training_without_them_says_so(tmp_path):
     told: list[str] = []
     e = Experiment(dataset="digits", depth=8, batch_size=64, steps=2, graphs=True)
     result = run.train(replace(e, accelerator="cpu"), RunFolder(tmp_path / "run"), tell=told.append)
     assert "no CUDA graphs: they are for GPUs" in told
     assert result["test_step"] == 2
+
+
+def test_nothing_is_said_of_them_where_nobody_asked(tmp_path):
+    told: list[str] = []
+    e = Experiment(dataset="digits", depth=8, batch_size=64, steps=1, accelerator="cpu")
+    run.train(e, RunFolder(tmp_path / "run"), tell=told.append)
+    assert not any("graph" in line.lower() for line in told)
 
 
 @gpu

@@ -13,11 +13,12 @@ from test_reliability import At, same, trained_as
 from test_task import batch, task
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnetv2_cli import graphs
+from resnetv2_cli import graphs, native
 from resnetv2_cli.errors import Diverged, Stopped
 from resnetv2_cli.iteration import Iteration, restore
 from resnetv2_cli.nonfinite import prepare
 from resnetv2_cli.optim import sgd
+from resnetv2_cli.task import OWN
 
 SMALL = {"batch_size": 200, "kernels": "eager"}  # the last batch of an epoch has 37 images
 SAYS = "iterations are replayed, each as one CUDA graph"
@@ -107,27 +108,51 @@ def test_frozen_parts_stay_as_they_came(recorder, tmp_path):
     assert same(ours, trained_as(tmp_path / "called", **SMALL, **given))
 
 
-@pytest.mark.parametrize("faulty", ["nothing", "stale", "raises"])
+def stale(step):
+    """Of the batch that it was recorded with."""
+    step()
+    with Tape() as tape:
+        step()
+    first = next(row for row in tape.done if row[0].name().startswith("aten::_to_copy"))
+    tape.done.remove(first)
+    return tape.replay
+
+
+def raises(step):
+    step()
+    raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+
+KINDS = {"nothing": lambda step: lambda: None, "stale": stale, "raises": raises}
+
+
+@pytest.mark.parametrize("faulty", KINDS)
 def test_a_recording_of_something_else_is_not_used(monkeypatch, recorder, tmp_path, faulty):
-    def stale(step):  # of the batch that it was recorded with
-        step()
-        with Tape() as tape:
-            step()
-        first = next(row for row in tape.done if row[0].name().startswith("aten::_to_copy"))
-        tape.done.remove(first)
-        return tape.replay
-
-    def raises(step):
-        step()
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    kinds = {"nothing": lambda step: lambda: None, "stale": stale, "raises": raises}
-    monkeypatch.setattr(graphs, "recorded", kinds[faulty])
+    monkeypatch.setattr(graphs, "recorded", KINDS[faulty])
     told: list[str] = []
     ours = trained_as(tmp_path / "not", told.append, **SMALL, graphs=True)
-    [why] = [line for line in told if line.startswith("not the whole iteration as a CUDA graph: ")]
+    assert len([line for line in told if line.startswith("no CUDA graphs: ")]) == 1
+    assert same(ours, trained_as(tmp_path / "called", **SMALL))
+
+
+@pytest.mark.parametrize("faulty", ["stale", "raises"])
+def test_why_not_the_whole_iteration_is_said(monkeypatch, recorder, tmp_path, faulty):
+    monkeypatch.setattr(graphs, "recorded", KINDS[faulty])
+    monkeypatch.setattr(graphs, "record", lambda net, x, precision: (net, ""))
+    told: list[str] = []
+    trained_as(tmp_path / "not", told.append, **SMALL, graphs=True)
+    [why] = [line for line in told if line.startswith("the network is replayed as CUDA graphs")]
     assert ("capturing" if faulty == "raises" else "what a replay learns") in why
-    assert "\n" not in why and any(line.startswith("no CUDA graphs: ") for line in told)
+    assert "\n" not in why
+
+
+@pytest.mark.skipif(native.library() is None, reason=f"no kernels: {native.why_not()}")
+def test_kernels_that_cannot_be_replayed_leave_pytorchs_to_be(recorder, tmp_path):
+    """The tape does not see what C does: a replay of it learns something else."""
+    told: list[str] = []
+    small = SMALL | {"kernels": "auto"}
+    ours = trained_as(tmp_path / "replayed", told.append, **small, graphs=True)
+    assert [line for line in told if line.startswith(OWN.format(""))] and SAYS in told
     assert same(ours, trained_as(tmp_path / "called", **SMALL))
 
 

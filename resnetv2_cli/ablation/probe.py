@@ -1,24 +1,25 @@
 """What an ablation would take: counts, memory of activations, and time by a short measurement."""
 
 import time
+from dataclasses import replace
 from functools import cache
 from statistics import median
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from resnetv2_cli.ablation.arms import Ablation, Line
 from resnetv2_cli.ablation.studies import identity
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.describe import describe
 from resnetv2_cli.footprint import activation_bytes
-from resnetv2_cli.graphs import arithmetic
-from resnetv2_cli.machine import device_of, precision
+from resnetv2_cli.iteration import Iteration
+from resnetv2_cli.machine import device_of, precision, quiet
 from resnetv2_cli.optim import sgd
-from resnetv2_cli.plans import STEMS
-from resnetv2_cli.resnet import ResNet
+from resnetv2_cli.run import silent
+from resnetv2_cli.task import Classification
 
 PROBE_IMAGES = 32  # of a batch; more would show the same, later
 PROBE_STEPS = 3
@@ -32,25 +33,25 @@ def classes(experiment: Experiment) -> int:
 def step_seconds(experiment: Experiment) -> float:
     """Seconds of one training iteration here: the median of a few on a part of the batch."""
     device = device_of(experiment)
-    net = ResNet(**experiment.architecture, classes=classes(experiment)).to(device)
-    net.to(memory_format=torch.channels_last)
-    fused = not experiment.compile and experiment.fuses(device.type)
-    net.activate(fused, experiment.recompute_bn)
-    optimizer = sgd(net, experiment)
-    # A GPU takes as long for a few as for many.
-    n = experiment.batch_size // experiment.accumulate
-    n, side = n if device.type == "cuda" else min(PROBE_IMAGES, n), STEMS[experiment.stem_].size
-    x = torch.randn(n, 3, side, side, device=device).to(memory_format=torch.channels_last)
-    y = torch.zeros(n, dtype=torch.long, device=device)
+    n = -(-experiment.batch_size // experiment.accumulate)
+    if device.type == "cpu":  # a GPU takes as long for a few as for many
+        n = min(PROBE_IMAGES, n)
+    settled = replace(experiment, batch_size=n, accumulate=1)
+    settled = replace(settled, precision=precision(settled))  # type: ignore[arg-type]
+    names = tuple(map(str, range(classes(experiment))))
+    task = Classification(settled, names, Normalize(torch.zeros(3, 1, 1), torch.ones(1)))
+    quiet()
+    task.to(device).train()
+    task.on_fit_start()
+    task.engage(device, silent)
+    optimizer = sgd(task.net, settled)
+    task.record(optimizer)
+    batch = task.noise()
+    iteration = task.iteration or Iteration(task, optimizer, batch)
     taken = []
-    for _ in range(1 + PROBE_STEPS):
+    for number in range(1 + PROBE_STEPS):
         began = time.perf_counter()
-        with arithmetic(device, precision(experiment)):
-            loss = F.cross_entropy(net(x), y)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()
+        iteration(batch, number).item()
         taken.append(time.perf_counter() - began)
     return median(taken[1:]) * experiment.batch_size / n
 

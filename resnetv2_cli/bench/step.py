@@ -36,7 +36,7 @@ class Option(NamedTuple):
     forget: bool = False  # what they make is made again in backward
     recompute: int = 0  # segments of the body; -1: every unit is one
     compile: bool = False
-    graphs: bool = False  # replayed as CUDA graphs
+    graphs: bool = False  # replayed as a CUDA graph
     usual: tuple[str, ...] = ("cpu", "cuda")  # devices where it is timed when none is named
 
     @property
@@ -66,11 +66,11 @@ OPTIONS = {
     "recompute-bn": Option("the same, made again in backward", fused=True, forget=True),
     "recompute-units": Option("fused, every unit computed again", fused=True, recompute=-1),
     "compile": Option("bf16, channels last, compiled unit by unit", compile=True, usual=("cuda",)),
-    "graphs": Option("bf16, channels last, as CUDA graphs", graphs=True, usual=("cuda",)),
+    "graphs": Option("bf16, channels last, as one CUDA graph", graphs=True, usual=("cuda",)),
     "compile-graphs": Option(
-        "compiled unit by unit, as CUDA graphs", compile=True, graphs=True, usual=("cuda",)
+        "compiled unit by unit, as one CUDA graph", compile=True, graphs=True, usual=("cuda",)
     ),
-    "fused-graphs": Option("fused, as CUDA graphs", fused=True, graphs=True, usual=("cuda",)),
+    "fused-graphs": Option("fused, as one CUDA graph", fused=True, graphs=True, usual=("cuda",)),
 }
 
 
@@ -96,30 +96,20 @@ def step_arm(experiment: Experiment, option: Option, device: torch.device) -> Ar
     x = torch.randn(experiment.batch_size, 3, size, size, device=device)
     x = x.contiguous(memory_format=option.layout)
     y = torch.randint(classes, (experiment.batch_size,), device=device)
-    forward = replayed(net, x, option.precision) if option.graphs else net
 
     def step() -> None:
         with graphs.arithmetic(device, option.precision):
-            loss = F.cross_entropy(forward(x), y)
+            loss = F.cross_entropy(net(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    return timed(step, device)
-
-
-def replayed(net: ResNet, x: torch.Tensor, precision: str) -> graphs.Forward:
-    """The network as CUDA graphs.
-
-    Raises:
-        UserError: it cannot be had so.
-    """
-    forward, why = None, graphs.why_not(x.device)
-    if not why:
-        forward, why = graphs.record(net, x, precision)
-    if forward is None:
+    if not option.graphs:
+        return timed(step, device)
+    replay, why = graphs.replayed(step, device)
+    if replay is None:
         raise UserError(f"no CUDA graphs: {why}", "leave out the arms that replay them")
-    return forward
+    return timed(replay, device)
 
 
 def bench_step(
