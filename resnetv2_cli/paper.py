@@ -276,7 +276,7 @@ def percent(error: float | None) -> str:
     """``6.61``, ``fail``, or a dash where nothing is known."""
     if error is None:
         return "—"
-    return "fail" if error > FAIL_ABOVE else f"{error:.2f}"
+    return "fail" if error == FAIL else f"{error:.2f}"
 
 
 def published(kind: str, name: str) -> str:

@@ -38,7 +38,7 @@ def study(ablation: Ablation, charts: list[dict[str, Any]], detect: float) -> di
             for i, (line, cells) in enumerate(zip(ablation.lines, rows, strict=True))
         ],
         "ticks": axis.ticks,
-        "fail": axis.x(FAIL_ABOVE),
+        "shaded": axis.shaded,
         "charts": charts,
     }
 
@@ -64,8 +64,9 @@ class Axis:
         ours = [e for line in ablation.lines for e in line.summary.errors]
         theirs = [line.row.published for line in ablation.lines]
         known = [e for e in [*ours, *theirs] if math.isfinite(e) and e > 0]
-        self.low = min([*known, FAIL_ABOVE]) / 1.25
-        self.high = max([*known, FAIL_ABOVE]) * 1.15
+        self.shaded = any(map(tables.has_failures, ablation.lines))
+        known += [FAIL_ABOVE] if self.shaded or not known else []
+        self.low, self.high = min(known) / 1.25, max(known) * 1.15
 
     def x(self, error: float) -> float:
         """Where an error stands; FAIL at the end."""
@@ -86,6 +87,7 @@ class Axis:
         median = line.summary.median
         return {
             "published": self.x(published) if known and published != FAIL else None,
+            "fail": self.x(FAIL_ABOVE) if tables.has_failures(line) else 100.0,
             "failed": published == FAIL,
             "seeds": [self.x(error) for error in line.summary.errors],
             "median": None if median is None else self.x(median),
