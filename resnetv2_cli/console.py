@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -15,35 +15,53 @@ from rich.table import Table
 
 from resnetv2_cli.errors import UserError
 
-MANY = 6  # columns: where more do not fit beside each other, they go on below
+NAME = 43  # names are read whole where none of them takes more
+WORDS = 24  # what is folded has so much, at least
 
 out = Console(soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """A table on stdout; columns whose cells are numbers stand on the right. Many columns that do
-    not fit beside each other go on below, with the first one again."""
+    """A table on stdout; columns whose cells are numbers stand on the right. Columns that do not
+    fit beside each other go on below, with the first one again."""
     lines = [[plain(str(cell)) for cell in row] for row in rows]
-    cells = list(zip(columns, *lines, strict=True))
-    widths = [3 + max(map(cell_len, column)) for column in cells]
+    made = [Column(cells, i == 0) for i, cells in enumerate(zip(columns, *lines, strict=True))]
+    if title:
+        out.print(escape(plain(title)), style="bold", highlight=False)
     begun = [0]
-    if len(cells) > MANY:
-        for i in range(1, len(cells)):
-            if widths[0] + sum(widths[max(1, begun[-1]) : i + 1]) >= out.width:
-                begun.append(i)
-    for start, end in zip(begun, [*begun[1:], len(cells)], strict=True):
-        grid = Table(title=None if start else escape(plain(title)), title_justify="left")
-        grid.title_style = "bold"
-        for i in (0, *range(max(1, start), end)):
-            number = all(cell[:1] in "0123456789+-—f" for cell in cells[i][1:])
-            # Names are read whole; what is long beside them folds.
-            justify: Literal["left", "right"] = "right" if number and i else "left"
-            whole = not i and widths[i] <= 43
-            grid.add_column(cells[i][0], justify=justify, overflow="fold", no_wrap=whole)
+    for i in range(1, len(made)):
+        beside = [made[0], *made[max(1, begun[-1]) : i + 1]]
+        if len(beside) > 2 and 1 + sum(column.least for column in beside) > out.width:
+            begun.append(i)
+    for start, end in zip(begun, [*begun[1:], len(made)], strict=True):
+        grid = Table()
+        chosen = [0, *range(max(1, start), end)]
+        fits = 1 + sum(made[i].least for i in chosen) <= out.width
+        for i in chosen:
+            whole = fits and made[i].least == made[i].width
+            grid.add_column(
+                made[i].head,
+                justify="right" if made[i].numbers else "left",
+                overflow="fold",
+                no_wrap=whole,
+                min_width=made[i].least - 3 if fits else None,
+            )
         for row in lines:
-            grid.add_row(*(escape(row[i]) for i in (0, *range(max(1, start), end))))
+            grid.add_row(*(escape(row[i]) for i in chosen))
         out.print(grid)
+
+
+class Column:
+    """A column of a table, its head first. ``width``: with its border and space; ``least``: what it
+    must have. Numbers and short names are read whole; what is long beside them folds."""
+
+    def __init__(self, cells: tuple[str, ...], first: bool) -> None:
+        self.head = cells[0]
+        self.numbers = not first and all(cell[:1] in "0123456789+-—f" for cell in cells[1:])
+        self.width = 3 + max(map(cell_len, cells))
+        short = self.width <= (NAME if first else WORDS)
+        self.least = self.width if short else max(WORDS, 3 + cell_len(self.head))
 
 
 def plain(text: str) -> str:

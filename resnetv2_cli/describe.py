@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from resnetv2_cli.anatomy import kinds
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.paper import published
+from resnetv2_cli.paper import TABLES_OF, published
 from resnetv2_cli.plans import STEMS
 from resnetv2_cli.resnet import ResNet
 
@@ -80,7 +80,9 @@ def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
         "parameters": parameters(net),
         "parameters_without_bn": parameters(net) - batch_norm,
         "macs": sum(macs.values()),
-        "published": {k: published(k, getattr(experiment, k)) for k in ("unit", "shortcut")},
+        "published": {k: published(k, getattr(experiment, k)) for k in TABLES_OF}
+        if experiment.dataset == "cifar10"
+        else {},
         "units": [alike.plain() for alike in kinds(net)],
         "parts": parts,
     }

@@ -14,7 +14,7 @@ from resnetv2_cli.ablation.arms import Ablation
 from resnetv2_cli.ablation.record import read
 from resnetv2_cli.errors import UserError, unknown
 from resnetv2_cli.files import taken
-from resnetv2_cli.manifest import ORIGINS, environment_in
+from resnetv2_cli.manifest import ORIGINS, READINGS, environment_in
 from resnetv2_cli.paper import FAIL
 from resnetv2_cli.recipes import read_yaml
 from resnetv2_cli.runfolder import RunFolder, read_metrics
@@ -89,6 +89,12 @@ class Run:
         if not self.folder.config.exists():
             return "waiting"
         return "running" if alive(self.folder) else "stopped"
+
+    @property
+    def ended(self) -> dict[str, Any]:
+        """Its result, with the readings of the test set that came after it."""
+        read = mapping(self.folder.manifest.path).get(READINGS)
+        return self.result | ({READINGS: read} if self.result and read is not None else {})
 
     @property
     def error(self) -> float | None:

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import platform
+import shlex
 import socket
 import subprocess
 import sys
@@ -27,6 +28,7 @@ PACKAGES = ["resnetv2-cli", "torch", "torchvision", "lightning", "torchmetrics",
 ENVIRONMENT = ("command", "python", "versions", "commit", "hardware", "cpu_threads", "system")
 LONGEST_DIFF = 2**16  # characters of it that are kept whole
 PACKAGE = Path(__file__).parent
+READINGS = "test_set_readings"  # how often the test set was read
 ORIGINS = ".origins.json"  # ends the name of what is beside a config that an ablation wrote
 
 
@@ -68,7 +70,7 @@ class Manifest:
             OSError: it cannot be written.
         """
         with self.change() as said:
-            said["test_set_readings"] = said.get("test_set_readings", 0) + 1
+            said[READINGS] = said.get(READINGS, 0) + 1
 
     def add_resume(self, step: int, changed: dict[str, Any], extended: dict[str, Any]) -> None:
         """The run goes on after iteration ``step``, with these settings changed; ``extended``: what
@@ -142,7 +144,7 @@ def begun(
             "order, crops and flips": "(seed, epoch)",
             "draws of an iteration": "(seed, iteration, micro-batch, process)",
         },
-        "test_set_readings": 0,
+        READINGS: 0,
         "resumes": [],
     }
 
@@ -153,8 +155,10 @@ def now() -> str:
 
 
 def command() -> str:
-    """The command line."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command line, as it can be typed again."""
+    name = Path(sys.argv[0]).name
+    started = ["python", "-m", "resnetv2_cli"] if name == "__main__.py" else [name]
+    return shlex.join([*started, *sys.argv[1:]])
 
 
 def code(experiment: Experiment) -> dict[str, Any]:

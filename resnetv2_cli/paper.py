@@ -279,6 +279,9 @@ def percent(error: float | None) -> str:
     return "fail" if error == FAIL else f"{error:.2f}"
 
 
+TABLES_OF = {"unit": "", "shortcut": " (ResNet-110, original units)"}  # in what they are compared
+
+
 def published(kind: str, name: str) -> str:
     """What Tables 1 and 2 publish for a shortcut or a unit type, with the settings in brackets."""
     if kind == "shortcut":

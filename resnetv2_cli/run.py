@@ -20,10 +20,10 @@ from resnetv2_cli.csvlog import CSVMetrics
 from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.errors import Diverged, UserError
 from resnetv2_cli.files import seal_of
-from resnetv2_cli.finetune import begin
+from resnetv2_cli.finetune import begin, refuse_another_architecture
 from resnetv2_cli.leaving import Leaver
 from resnetv2_cli.machine import precision, trainer_of
-from resnetv2_cli.manifest import Manifest, begun, environment
+from resnetv2_cli.manifest import READINGS, Manifest, begun, environment
 from resnetv2_cli.plot import curves
 from resnetv2_cli.resume import extend, finished, same_run
 from resnetv2_cli.runfolder import RunFolder, read_metrics, write_json
@@ -265,7 +265,7 @@ def finish(task: Classification, data: ImageData, folder: RunFolder) -> dict[str
         "seed": e.seed,
         "precision": precision(e),
         "data": data.digest,
-        "test_set_readings": said.get("test_set_readings"),
+        READINGS: said.get(READINGS),
         "extended": folder.manifest.extensions(),
         "skipped_iterations": task.guard.read()[0],
         "environment": environment(e.accelerator),
@@ -303,7 +303,11 @@ def restore(
             f"{path} knows other classes ({theirs}, ...) than the images have ({ours}, ...)",
             "name the dataset that it was trained on",
         )
-    checkpoints.load_weights(task, saved, path)
+    try:
+        checkpoints.load_weights(task, saved, path)
+    except UserError:
+        refuse_another_architecture(saved, task.experiment, path)  # in words, where it can
+        raise
     return saved, task, data
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from resnetv2_cli.config import Experiment
@@ -56,7 +57,8 @@ class RunFolder:
         if not free:
             raise UserError(
                 f"{self.path} is not empty",
-                f"name another with --output, or continue it: resnetv2 train --resume {self.path}",
+                "name another with --output, or continue it: "
+                f"resnetv2 train --resume {quote(str(self.path))}",
             )
 
     def claimed(self) -> AbstractContextManager[None]:

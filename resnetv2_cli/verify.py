@@ -20,12 +20,14 @@ from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import trust
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.manifest import READINGS
+from resnetv2_cli.quantities import duration
 from resnetv2_cli.runfolder import RunFolder
 
 TRIES = 10  # runs more than signals, as one may end before the moment that was drawn
 POLL = 0.005  # seconds between looks at a child
 # What may differ between two runs that are the same: where, when and how often they were begun.
-CIRCUMSTANCES = ("environment", "test_set_readings", "extended")
+CIRCUMSTANCES = ("environment", READINGS, "extended")
 PARTS = {
     "weights": "state_dict",
     "optimizer": "optimizer_states",
@@ -139,8 +141,15 @@ class Child:
 class Trial:
     """The same short training again and again, in folders under ``root``."""
 
-    def __init__(self, experiment: Experiment, root: Path, more: list[str], seed: int) -> None:
-        self.root, self.more, self.random = root, more, random.Random(seed)
+    def __init__(
+        self,
+        experiment: Experiment,
+        root: Path,
+        more: list[str],
+        seed: int,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.root, self.more, self.random, self.tell = root, more, random.Random(seed), tell
         self.config = root / "experiment.yaml"
         self.config.write_text(experiment.dump())
         self.seconds = 0.0
@@ -188,6 +197,7 @@ class Trial:
                 break
             found = checkpoints.newest(folder.checkpoints, folder.last, lambda line: None)
             steps.append(found[1]["global_step"] if found else 0)
+            self.tell(f"{signal.Signals(number).name}: it goes on after iteration {steps[-1]}")
         self.to_its_end(folder)
         return folder, steps
 
@@ -205,15 +215,18 @@ def verify(
     Raises:
         UserError: a run failed for another reason.
     """
-    trial = Trial(experiment, root, trust.flags(experiment.shortcut), seed)
+    trial = Trial(experiment, root, trust.flags(experiment.shortcut), seed, tell)
     tell("a run that is never stopped")
+    began = time.monotonic()
     whole = trial.whole("whole")
-    tell(f"the same again, {trial.seconds:.0f} s")
+    # Of runs that are stopped half, on average, and of each the start of a process.
+    left = (4 + 0.75 * kills) * (time.monotonic() - began)
+    tell(f"the same again; it takes some {duration(left)} more in all")
     same = differences(whole, trial.whole("again"))
     made: list[dict[str, Any]] = [{"stopped by": "nothing, run twice", "went on after": [], **same}]
     for number, times in ((signal.SIGKILL, kills), (signal.SIGTERM, 1)):
         name = signal.Signals(number).name
-        tell(f"{name} at random moments, and continued")
+        tell(f"{name} at random moments, {times} in all")
         steps, found = several(trial, number, times, lambda folder: differences(whole, folder))
         made.append({"stopped by": name, "went on after": steps, **found})
     return made

@@ -263,3 +263,14 @@ def test_columns_that_do_not_fit_go_on_below_and_no_cell_is_broken(monkeypatch, 
     assert max(map(len, lines)) <= 60
     assert [sum("a long name" in ln for ln in lines), sum("many" in ln for ln in lines)] == [3, 1]
     assert all(any(f"{i}.25 (±1)" in ln for ln in lines) for i in range(9))
+
+
+def test_numbers_are_whole_and_words_fold(monkeypatch, capsys):
+    monkeypatch.setattr(console.out, "_width", 66)
+    words = "cannot identify image file: none of PNG, JPEG, WEBP, BMP"
+    rows = [["a/long/path/" * 5, words, "1,234,567,890"], ["short", "1.0 %", "12"]]
+    console.table("a title that is longer than the table " * 2, ["file", "1", "parameters"], rows)
+    out = capsys.readouterr().out
+    assert "1,234,567,890" in out and max(map(len, out.splitlines())) <= 66
+    assert all(any(word in line for line in out.splitlines()) for word in words.split())
+    assert out.count("┏") == 1 and "parameters" in out

@@ -33,9 +33,8 @@ class Progress:
             self.live.stop()
 
     def announce(self, arm: Arm, state: str) -> None:
-        """One line for each run that begins or ends."""
-        if state not in ("running", "continuing"):
-            self.ended += 1
+        """One line for each run that begins, stops or ends."""
+        self.ended += arm.error is not None or arm.failure is not None
         line = f"[{self.ended}/{self.total}] {arm.row}, seed {arm.experiment.seed}: {state}"
         self.console.print(escape(line), soft_wrap=True, highlight=False)
 

@@ -96,7 +96,8 @@ def studies(
     given = [x for x in (tables, figures, shortcut, unit, grid) if x]
     if len(given) != 1:
         raise UserError(
-            "ablate what? give one of --table, --figure, --shortcut, --unit and --grid",
+            f"ablate what? give {'only ' if given else ''}one of --table, --figure, --shortcut, "
+            "--unit and --grid",
             "for instance: resnetv2 ablate --shortcut exclusive-gate",
         )
     if shortcut:

@@ -175,8 +175,9 @@ def plan(made: list, jobs: int, probe: bool, format: str) -> None:
             "MACs": [f"{counts['macs'] / 1e6:,.0f}M" for _, counts in rows],
             "memory": [quantities.size(counts["activation_bytes"]) for _, counts in rows],
             "done": [f"{counts['done']}/{counts['runs']}" for _, counts in rows],
-            "time": [quantities.duration(counts["seconds"]) for _, counts in rows],
         }
+        if probe:
+            columns["time"] = [quantities.duration(counts["seconds"]) for _, counts in rows]
         title = ablation.title
         if len(set(columns["depth"])) == 1:
             title += f"\n{columns.pop('depth')[0]} layers each"

@@ -95,7 +95,8 @@ def describe(
         for line in alike["equations"]:
             console.out.print(f"  {line}", highlight=False, markup=False)
     for kind, errors in made["published"].items():
-        console.out.print(f"the paper's errors with this {kind}, %: {errors}", highlight=False)
+        where = f"with this {kind}{paper.TABLES_OF[kind]}"
+        console.out.print(f"the paper's errors on CIFAR-10 {where}, %: {errors}", highlight=False)
 
 
 Network = Annotated[
@@ -108,21 +109,23 @@ Network = Annotated[
 
 @app.command(rich_help_panel="Study the paper")
 def diff(a: Network, b: Network, json: Json = False) -> None:
-    """Say in words and counts how two networks differ. Settings change the defaults for A, and
-    network A for B.
+    """Say in words and counts how two networks differ.
 
-    For instance: resnetv2 diff depth=164,unit=original unit=full-preact
+    Settings change the defaults for A, and for B what A is: resnetv2 diff depth=164,unit=original
+    unit=full-preact
     """
     from resnetv2_cli import difference
     from resnetv2_cli.source import Source, named
 
     one = named(a, Source(Experiment()))
-    made = difference.difference(one, named(b, one))
+    other = named(b, one)
+    made = difference.difference(one, other)
     if json:
         console.as_json(made)
         return
-    console.table(f"a: {a}\nb: {b}", ["", "a", "b", "b - a"], difference.rows(made))
-    for line in made["words"]:
+    second = f"a with {b}" if other.checkpoint is None and "=" in b else b
+    console.table(f"a: {a}\nb: {second}", ["", "a", "b", "b - a"], difference.rows(made))
+    for line in made["words"] if made["settings"] else ["the networks are the same"]:
         console.out.print(line, highlight=False, markup=False)
 
 

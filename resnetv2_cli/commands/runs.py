@@ -92,7 +92,7 @@ def show(name: Name, root: Root = RUNS, format: Format = "table") -> None:
 
     run = choose(name, runs_in(root) if root.is_dir() else [])
     if format == "json":
-        facts = {k: v for k, v in run.result.items() if k != "environment"}
+        facts = {k: v for k, v in run.ended.items() if k != "environment"}
         more = {"failure": run.failure} if run.failure else {}
         made = listed(run) | {"settings": run.settings, "result": facts} | more
         console.as_json(made | {"environment": run.environment})
@@ -100,7 +100,7 @@ def show(name: Name, root: Root = RUNS, format: Format = "table") -> None:
     rows = [["state", run.state], ["iteration", f"{run.step:,} of {run.steps:,}"]]
     if run.failure:
         rows.append(["reason", run.failure.get("reason", "")])
-    for key, value in run.result.items():
+    for key, value in run.ended.items():
         if key in RESULTS:
             rows.append([f"{key}, {RESULTS[key]}", number(value)])
         elif key not in ("environment", "name", "steps") and value != []:
@@ -167,5 +167,6 @@ def confirmed(question: str) -> bool:
         return typer.confirm(question, err=True)
     except typer.Abort as error:
         if isinstance(error.__context__, EOFError):
+            console.note("")  # behind the question
             return False
         raise  # Ctrl-C

@@ -1,6 +1,7 @@
 """``train`` and ``eval``."""
 
 import os
+import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -105,7 +106,7 @@ def train(
         except Stopped as stopped:
             if run.first_process():
                 words = ["resnetv2", "train", "--resume", str(folder.path)]
-                again = " ".join([*words, *trust.flags(experiment.shortcut)])
+                again = shlex.join([*words, *trust.flags(experiment.shortcut)])
                 console.note(f"{stopped}: saved; continue with: {again}")
             raise
         finally:
@@ -121,8 +122,8 @@ def train(
     images, steps = result["test_images"], result["steps"]
     console.out.print(f"test error {error} of {images:,} images after {steps:,} iterations")
     console.note(f"curves:   {folder.curves}")
-    also = "".join(f" {word}" for word in trust.flags(experiment.shortcut))
-    console.note(f"evaluate: resnetv2 eval {folder.path}{also}")
+    words = ["resnetv2", "eval", str(folder.path), *trust.flags(experiment.shortcut)]
+    console.note(f"evaluate: {shlex.join(words)}")
 
 
 IN_TRAINING = """

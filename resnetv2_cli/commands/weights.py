@@ -1,6 +1,7 @@
 """``import``: weights that other code bases have trained."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -75,7 +76,7 @@ def import_(
         return
     rows = [(k, f"{v:,}" if k == "parameters" else str(v)) for k, v in facts.items()]
     console.table(f"{file}, imported", ["what", "is"], rows)
-    console.note(f"evaluate: resnetv2 eval {to} --data-dir FOLDER")
+    console.note(f"evaluate: resnetv2 eval {quote(str(to))} --data-dir FOLDER")
 
 
 def channels(flag: str, text: str) -> tuple[float, ...]:

@@ -21,6 +21,7 @@ KERAS = {  # a variable's name in Keras: in PyTorch
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
+KNOWN = "safetensors, .pth or .h5"
 KERAS_ORDER = {1: ("kernel",), 2: ("kernel", "bias"), 4: tuple(KERAS)[1:3] + tuple(KERAS)[4:]}
 
 
@@ -38,6 +39,8 @@ def tensors(path: Path) -> dict[str, Tensor]:
     except UserError:
         raise
     except pickle.UnpicklingError:
+        if not is_pickled(path):
+            raise UserError(f"{path} is no file of weights", KNOWN) from None
         hint = "such a file could run anything; save its state_dict() alone, or as safetensors"
         raise UserError(f"{path} holds more than tensors", hint) from None
     except Exception as error:  # three libraries, each with its own errors for a broken file
@@ -46,6 +49,12 @@ def tensors(path: Path) -> dict[str, Tensor]:
     if not found:
         raise UserError(f"{path} holds no tensors", "name a file of weights")
     return found
+
+
+def is_pickled(path: Path) -> bool:
+    """Whether a file begins as those of ``torch.save`` do, of today and of before 1.6."""
+    with path.open("rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02")
 
 
 def _torch(path: Path) -> dict[str, Tensor]:
