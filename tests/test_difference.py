@@ -77,6 +77,16 @@ def test_mistakes(called, text, error, hint):
 def test_describe_says_what_the_paper_found(capsys):
     with pytest.raises(SystemExit):
         main(["describe", "--depth", "20", "--shortcut", "dropout"])
-    out = capsys.readouterr().out
-    assert "this unit, %: 6.37 (110 layers), 5.46 (164 layers)" in out
-    assert "this shortcut, %: fail (0.5)" in out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "CIFAR-10 with this unit, %: 6.37 (110 layers), 5.46 (164 layers)" in out
+    assert "with this shortcut (ResNet-110, original units), %: fail (0.5)" in out
+    with pytest.raises(SystemExit):
+        main(["describe", "--depth", "50", "--dataset", "imagenet"])
+    assert "CIFAR-10" not in capsys.readouterr().out
+
+
+def test_settings_of_b_change_what_a_is_and_what_is_the_same_is_said_to_be(called):
+    _, out, _ = called("depth=20,unit=original", "depth=20")
+    assert "b: a with depth=20" in out and "the networks are the same" in out
+    _, out, _ = called("depth=20,unit=original", "unit=full-preact")
+    assert "the same" not in out
