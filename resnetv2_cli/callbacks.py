@@ -174,7 +174,7 @@ class Recorder(Callback):
         error, loss, step = (task.scores[k] for k in ("error", "loss", "step"))
         epoch = round(step / trainer.datamodule.steps_per_epoch, 4)  # type: ignore
         metrics = {"epoch": epoch, f"{self.scored}_loss": loss, f"{self.scored}_error": error}
-        self.latest |= metrics
+        self.latest |= metrics | {"evaluated": step}
         for logger in trainer.loggers:
             if logger is not self.speed:
                 logger.log_metrics(metrics, step)

@@ -1,5 +1,6 @@
 """The console script: the commands, and the one place where the mistakes of a user end."""
 
+import errno
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from resnetv2_cli import __version__, console, trust
+from resnetv2_cli import __version__, console, files, trust
 from resnetv2_cli.commands.app import app
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.quantities import size
@@ -107,10 +108,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     except (UserError, OSError) as error:
         if os.environ.get("RESNETV2_DEBUG"):
             raise
-        if isinstance(error, OSError):  # a full disk, a folder without permission
-            what = f"{error.filename}: " if error.filename else ""
-            error = UserError(f"{what}{error.strerror or error}", "what was saved before is kept")
-        console.fail(error)
+        console.fail(of_the_system(error) if isinstance(error, OSError) else error)
         sys.exit(2)
     except Stopped as stopped:
         sys.exit(0 if child() else stopped.status)
@@ -129,6 +127,17 @@ def child() -> bool:
     """Whether another process of the same run started this one, which would take its status for a
     crash: Lightning's launcher names it as torchrun does, which starts them all."""
     return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def of_the_system(error: OSError) -> UserError:
+    """A full disk, a folder that is not there or is another's. A file that is not whole yet has the
+    name that it is to have."""
+    name = str(error.filename or "")
+    file = name.removesuffix(files.PARTIAL)
+    what = f"cannot write {file}: " if file != name else f"{name}: " if name else ""
+    there = error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
+    hint = "what was saved before is kept" if there else "is its folder there, and is it yours?"
+    return UserError(f"{what}{error.strerror or error}", hint)
 
 
 LESS = "a smaller --batch-size; train has --micro-batch auto and --recompute-bn, too"

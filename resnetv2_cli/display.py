@@ -1,7 +1,6 @@
 """The progress of a training run: a bar on a terminal, plain lines in a log file."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,13 +14,13 @@ from resnetv2_cli.callbacks import Recorder, stepped
 LINES = 10.0  # seconds between plain lines, at least
 REFRESH = 0.5  # seconds between changes of the bar
 
-SCORES: dict[str, Callable[[float], str]] = {
-    "train_loss": lambda v: f"loss {v:.3f}",
-    "train_error": lambda v: f"train {v:.1f} %",
-    "val_error": lambda v: f"val {v:.2f} %",
-    "test_error": lambda v: f"test {v:.2f} %",
-    "lr": lambda v: f"lr {v:.3g}",
-    "skipped": lambda v: f"skipped {v:.0f}",
+SCORES = {  # what the metrics file got last, in words
+    "train_loss": "loss {train_loss:.3f}",
+    "train_error": "train {train_error:.1f} %",
+    "val_error": "val {val_error:.2f} % at {evaluated:,}",
+    "test_error": "test {test_error:.2f} % at {evaluated:,}",
+    "lr": "lr {lr:.3g}",
+    "skipped": "skipped {skipped:.0f}",
 }
 
 
@@ -68,7 +67,7 @@ class Display(Callback):
             return
         if last:  # what was evaluated is of another iteration; the last one's comes next
             latest = {k: v for k, v in latest.items() if k not in ("val_error", "test_error")}
-        scores = "  ".join(show(latest[key]) for key, show in SCORES.items() if key in latest)
+        scores = "  ".join(said.format(**latest) for key, said in SCORES.items() if key in latest)
         if self.live:
             self.bar.update(self.row, completed=step, description=self.pace(trainer))
             self.scores.plain = scores

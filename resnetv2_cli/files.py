@@ -20,6 +20,7 @@ from resnetv2_cli.errors import UserError
 MARK = b"resnetv2 sha256 "
 SEAL = 2 + len(MARK) + 64  # bytes at the end: the comment's length, and the comment
 CHUNK = 2**20  # bytes read at a time
+PARTIAL = ".tmp"  # ends the name of a file that is not whole yet
 
 
 def flush_folder(folder: Path) -> None:
@@ -42,7 +43,7 @@ def flush(file: BinaryIO) -> None:
 
 def partial(path: Path) -> Path:
     """The name of a file that is not whole yet."""
-    return path.with_name(path.name + ".tmp")
+    return path.with_name(path.name + PARTIAL)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -240,6 +241,22 @@ def test_debug_shows_the_traceback(resnetv2, where):
     arguments = ["train", "--depth", 111]
     done = resnetv2(*arguments[:where], "--debug", *arguments[where:], status=1)
     assert "Traceback" in done.stderr and "no network has 111 layers" in done.stderr
+
+
+def test_where_nothing_can_be_written_the_file_is_named(resnetv2):
+    done = resnetv2("describe", "--depth", 8, "--picture", "/proc/q.svg", status=2)
+    *_, what, hint = done.stderr.splitlines()
+    assert what.startswith("error: cannot write /proc/q.svg: ") and "yours" in hint
+
+
+def test_a_command_to_go_on_with_can_be_typed(resnetv2, tmp_path):
+    folder = tmp_path / "with a blank"
+    done = resnetv2("train", *SMALL, "--steps", 2, "--output", folder)
+    assert done.stderr.splitlines()[-1] == f"evaluate: resnetv2 eval '{folder}'"
+    again = resnetv2("train", *SMALL, "--steps", 2, "--output", folder, status=2)
+    assert f"resnetv2 train --resume '{folder}'" in again.stderr
+    said = json.loads((folder / "manifest.json").read_text())["command"]
+    assert said.endswith(f"--output '{folder}'") and shlex.split(said)[-1] == str(folder)
 
 
 def test_a_full_memory_is_one_line(resnetv2):

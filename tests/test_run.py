@@ -1,5 +1,6 @@
 """Runs through the console script: their folder, their end, and that nothing is lost."""
 
+import io
 import json
 import os
 import shutil
@@ -11,8 +12,9 @@ import pytest
 import torch
 import yaml
 from conftest import SCRIPT, SMALL, THREADS
+from rich.console import Console
 
-from resnetv2_cli import machine, run
+from resnetv2_cli import display, machine, run
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
@@ -319,3 +321,13 @@ def test_a_strategy_that_cannot_be_used_is_refused_with_the_reason(tmp_path, str
         run.train(Experiment(dataset="digits", strategy=strategy), RunFolder(tmp_path / "run"))
     assert not list(tmp_path.iterdir())  # it was not begun
     assert machine.trainer_of(Experiment(dataset="digits", accelerator="cpu", strategy="ddp"))
+
+
+def test_an_evaluation_is_shown_with_its_own_iteration(tmp_path, monkeypatch):
+    monkeypatch.setattr(display, "LINES", 0.0)
+    said = io.StringIO()
+    e = Experiment(dataset="digits", depth=8, batch_size=64, steps=26, log_every=1)
+    shown = display.Display(Console(file=said, width=200))
+    run.train(e, RunFolder(tmp_path / "run"), display=[shown])
+    lines = {line.split("/")[0]: line for line in said.getvalue().splitlines()}
+    assert " at " not in lines["step 22"] and " % at 23  lr " in lines["step 25"]
