@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from resnetv2_cli import __version__, console, files, trust
+from resnetv2_cli import __version__, console, files, threads, trust
 from resnetv2_cli.commands.app import app
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.quantities import size
@@ -73,13 +73,6 @@ def options(
     """For the help alone: ``main`` sees to ``debug`` and ``allow_code``, wherever they stand."""
 
 
-def wait_asleep() -> None:
-    """Have PyTorch's threads sleep where they wait for one another. By themselves they spin, and
-    where other work has a processor too, the one that is waited for does not get to it."""
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        os.environ["OMP_WAIT_POLICY"] = "passive"  # read as torch is imported, which is later
-
-
 def code_first(given: list[str]) -> list[str]:
     """The same words with every ``--allow-code NAME`` in front, where the app looks for it."""
     first: list[str] = []
@@ -101,7 +94,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         given = [a for a in given if a != "--debug"]
     given = code_first(given)
     trust.admit(given)
-    wait_asleep()
+    threads.settle()
     try:
         with terminating():
             app(given)

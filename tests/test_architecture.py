@@ -11,7 +11,7 @@ import pytest
 import resnetv2_cli
 
 ORDER = """
-    errors quantities trust memory files
+    errors quantities trust threads memory files
     plans paper
     native fused triton_joined joined
     layers shortcuts units resnet compiling graphs

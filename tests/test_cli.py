@@ -295,16 +295,6 @@ def test_another_error_keeps_its_traceback(monkeypatch):
         cli.main(["list"])
 
 
-@pytest.mark.parametrize(
-    "given, policy", [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")]
-)
-def test_threads_that_wait_for_one_another_sleep(resnetv2, given, policy):
-    """Beside other work, those that spin keep a processor from the one that they wait for."""
-    shows = os.environ | given | {"OMP_DISPLAY_ENV": "true"}
-    done = resnetv2("describe", "--depth", 8, env=shows)
-    assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
-
-
 def test_ctrl_c_saves_and_exits_with_130(tmp_path):
     folder = tmp_path / "run"
     command = [SCRIPT, "train", *SMALL, "--steps", 5000, "--output", folder]

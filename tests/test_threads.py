@@ -1,0 +1,80 @@
+"""How threads wait for one another: asleep beside other work, or as the user says."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from resnetv2_cli import threads
+
+SHOWN = {"OMP_DISPLAY_ENV": "true"}  # PyTorch's threads tell how they will wait
+
+
+@pytest.fixture
+def busy():
+    """As much other work as there are processors."""
+    spin = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(spin) for _ in range(os.cpu_count() or 1)]
+    yield
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine of some processors, where so many threads run."""
+
+    def of(processors: int, running: int, affinity: int | None = None) -> None:
+        (tmp_path / "loadavg").write_text(f"9.00 9.00 9.00 {running}/321 4711\n")
+        monkeypatch.setattr(threads, "LOADAVG", tmp_path / "loadavg")
+        monkeypatch.setattr(os, "cpu_count", lambda: processors)
+        ours = set(range(affinity or processors))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: ours, raising=False)
+        for name in (*threads.SETTINGS, "OMP_NUM_THREADS"):
+            monkeypatch.delenv(name, raising=False)
+
+    return of
+
+
+def test_beside_other_work_they_sleep(busy, resnetv2):
+    done = resnetv2("describe", "--depth", 8, env=SHOWN)
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
+
+
+def test_what_the_user_says_stays(busy, resnetv2):
+    done = resnetv2("describe", "--depth", 8, env=SHOWN | {"OMP_WAIT_POLICY": "active"})
+    assert "OMP_WAIT_POLICY = 'ACTIVE'" in done.stderr
+    done = resnetv2("describe", "--depth", 8, env=SHOWN | {"GOMP_SPINCOUNT": "77"})
+    assert "OMP_WAIT_POLICY" in done.stderr and "'PASSIVE'" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "processors, running, affinity, crowded",
+    [
+        (2, 1, None, False),  # this process alone: the load of the last minute does not count
+        (2, 2, None, True),
+        (64, 1, None, False),
+        (64, 3, None, True),
+        (64, 50, 8, False),  # eight are ours, and six are left over
+        (64, 60, 8, True),
+    ],
+)
+def test_where_threads_are_more_than_processors(machine, processors, running, affinity, crowded):
+    machine(processors, running, affinity)
+    assert threads.crowded() is crowded
+
+
+def test_a_share_of_the_processors_leaves_the_rest_to_others(machine, monkeypatch):
+    machine(8, 5)
+    assert threads.crowded()
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert not threads.crowded()
+
+
+def test_where_the_system_does_not_say_nothing_is_set(machine, monkeypatch, tmp_path):
+    machine(2, 9)
+    (tmp_path / "loadavg").unlink()
+    threads.settle()
+    assert not any(name in os.environ for name in threads.SETTINGS)
