@@ -1,6 +1,7 @@
 """What several test files share: small real images, small experiments, and the console script."""
 
 import io
+import json
 import os
 import resource
 import shutil
@@ -85,17 +86,31 @@ def trained(resnetv2, tmp_path_factory) -> Path:
 LAB = {"dataset": "digits", "depth": 8, "batch_size": 128, "steps": 6, "log_every": 2}
 
 
+def two_rows(root: Path, runs: int = 1, given: dict | None = None, **how):
+    """An ablation of conv1x1 beside identity, as ``arms.plan`` has it: nothing is begun."""
+    from resnetv2_cli.ablation import arms, studies
+
+    [study] = studies.studies(shortcut="conv1x1")
+    return arms.plan(study, runs, given or {}, root, **how)
+
+
+def ended(ablation, *errors: tuple[float, ...]) -> None:
+    """Leave results of the first rows: of each the test errors of its first seeds."""
+    for line, row in zip(ablation.lines, errors, strict=False):
+        for arm, error in zip(line.arms, row, strict=False):
+            arm.folder.mkdir(parents=True)
+            (arm.folder / "result.json").write_text(json.dumps({"test_error": error}))
+
+
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
     """An ablation of which one run is done, one was killed, and the others have not begun; and a
     run that diverged, beside it."""
     from resnetv2_cli import run
-    from resnetv2_cli.ablation import arms, studies
     from resnetv2_cli.runfolder import RunFolder
 
     root = tmp_path_factory.mktemp("runs")
-    [study] = studies.studies(shortcut="conv1x1")
-    made = arms.plan(study, 2, LAB, root / "lab")
+    made = two_rows(root / "lab", 2, LAB)
     made.write()
     first, second = (line.arms[0] for line in made.lines)
     for arm in (first, second):

@@ -1,20 +1,27 @@
 """Ablations: which rows, which settings, what is run again and how it is summed up."""
 
+import io
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPOSITORY, THREADS
+from conftest import REPOSITORY, THREADS, ended, two_rows
+from rich.console import Console
 
-from resnetv2_cli.ablation import arms, launch, studies, tables
-from resnetv2_cli.ablation.sweep import Sweep
+from resnetv2_cli.ablation import arms, launch, probe, studies, tables
+from resnetv2_cli.ablation.progress import Progress
+from resnetv2_cli.ablation.sweep import Sweep, reason
+from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Stopped, UserError
+from resnetv2_cli.iteration import Iteration
 from resnetv2_cli.paper import TABLE_1
 from resnetv2_cli.stats import Pairs, Summary, seeds_needed
 
@@ -51,6 +58,19 @@ def test_seeds_are_the_same_in_all_rows_and_flags_win(tmp_path):
     assert len({arm.folder for line in made.lines for arm in line.arms}) == 33
 
 
+def test_the_protocol_val_holds_out_5000(tmp_path):
+    lines = two_rows(tmp_path, protocol="val").lines
+    assert [line.arms[0].experiment.val for line in lines] == [5000, 5000]
+
+
+def test_the_laptop_scale_has_one_recipe_whatever_the_row_has(tmp_path):
+    [study] = studies.studies(tables=[4])
+    few = study.only(["ResNet-1001 full-preact, batch 64"])  # 200 epochs, with drops of its own
+    e = arms.plan(few, 1, {}, tmp_path, "laptop").lines[0].arms[0].experiment
+    assert (e.depth, e.batch_size, e.steps, e.epochs) == (65, 64, 400, None)
+    assert (e.lr, e.warmup, e.drops) == (0.05, 40, "0.5,0.75")
+
+
 def test_statistics():
     """Worked by hand: t of two degrees of freedom is 4.3027."""
     low, high = Summary((6.0, 7.0, 8.0)).interval
@@ -84,20 +104,69 @@ def test_the_time_of_an_ablation_ends_it_with_its_runs_saved(tmp_path):
         def stop(self):
             self.asked = True
 
-    class Launcher:
-        def start(self, arm, slot, lock):
-            return Endless()
-
-    [study] = studies.studies(shortcut="conv1x1")
-    made = arms.plan(study, 1, {"depth": 8}, tmp_path)
+    launcher = SimpleNamespace(start=lambda *_: Endless())
+    made = two_rows(tmp_path, 1, {"depth": 8})
     runs = [arm for line in made.lines for arm in line.arms]
     said = []
-    sweep = Sweep(Launcher(), 1, lambda arm, state: said.append(state), lambda running: None, 0.5)
+    sweep = Sweep(launcher, 1, lambda arm, state: said.append(state), lambda running: None, 0.5)
     with pytest.raises(Stopped, match="the time is over") as stopped:
         sweep.run(runs)
     assert stopped.value.status == 0
     assert said == ["running", "stopped; the same command continues"]
     assert all(arm.failure is None for arm in runs)
+
+
+def test_every_row_has_its_first_seed_before_any_has_its_second(tmp_path, monkeypatch):
+    monkeypatch.setattr("resnetv2_cli.ablation.sweep.POLL", 0)
+    begun = []
+
+    def start(arm, slot, lock):
+        begun.append((arm.row, arm.experiment.seed))
+        return SimpleNamespace(status=lambda: 1, stop=lambda: None)
+
+    runs = [arm for line in two_rows(tmp_path, 2, {"depth": 8}).lines for arm in line.arms]
+    Sweep(SimpleNamespace(start=start), 1, lambda *_: None, lambda running: None).run(runs)
+    assert begun == [(row, seed) for seed in (0, 1) for row in ("identity", "conv1x1")]
+
+
+def test_a_run_that_failed_twice_says_why_the_last_time(tmp_path):
+    arm = two_rows(tmp_path).lines[0].arms[0]
+    arm.log.parent.mkdir(parents=True)
+    arm.log.write_text("error: the disk was full\nhint: x\nerror: no such images\nhint: y\n")
+    assert reason(arm, 2) == "no such images"
+    assert reason(arm, -signal.SIGKILL).startswith("killed by SIGKILL")
+
+
+def test_who_continues_has_not_ended(tmp_path):
+    arm, out = two_rows(tmp_path).lines[0].arms[0], io.StringIO()
+    progress = Progress(Console(file=out, width=200), 2)
+    for state in ("running", "stopped", "continuing", "test error 9.00 %"):
+        progress.announce(arm, state)
+    counts = [line.split()[0] for line in out.getvalue().splitlines()]
+    assert counts == ["[0/2]", "[1/2]", "[1/2]", "[2/2]"]
+
+
+def test_a_forecast_is_of_what_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "step_seconds", lambda e: 0.5)
+    planned = two_rows(tmp_path, 2, {"depth": 8, "steps": 100})
+    ended(planned, (6.0,))
+    assert [line["seconds"] for line in probe.forecast(planned, True)] == [50.0, 100.0]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 8])
+def test_a_part_of_the_batch_stands_for_all_of_it(monkeypatch, accumulate):
+    """By a clock on which each image takes a second."""
+    seen = []
+
+    class Timed(Iteration):
+        def __call__(self, batch, number):
+            seen.append(len(batch.images))
+            return super().__call__(batch, number)
+
+    monkeypatch.setattr(probe, "Iteration", Timed)
+    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: sum(seen)))
+    e = Experiment(depth=8, batch_size=128, accumulate=accumulate, accelerator="cpu")
+    assert probe.step_seconds(e) == 128 and max(seen) <= 128 / max(2, accumulate)
 
 
 def test_what_waits_is_not_looked_at_while_all_places_are_taken():
@@ -168,18 +237,35 @@ def test_a_reproduction_goes_on_from_the_small_files_of_the_last(resnetv2, tmp_p
 def test_an_error_above_20_is_a_failure_of_the_papers_recipe_alone(
     tmp_path, scale, error, fail, said
 ):
-    [study] = studies.studies(shortcut="conv1x1")
-    planned = arms.plan(study, 1, {}, tmp_path, scale)
-    for arm in planned.lines[0].arms:
-        arm.folder.mkdir(parents=True)
-        if error is None:
-            left = {"reason": "the loss is nan", "diverged": True}
-            (arm.folder / "failed.json").write_text(json.dumps(left))
-        else:
-            (arm.folder / "result.json").write_text(json.dumps({"test_error": error}))
+    planned = two_rows(tmp_path, scale=scale)
+    if error is None:
+        folder = planned.lines[0].arms[0].folder
+        folder.mkdir(parents=True)
+        left = {"reason": "the loss is nan", "diverged": True}
+        (folder / "failed.json").write_text(json.dumps(left))
+    else:
+        ended(planned, (error,))
     columns, rows = tables.table(planned, 0.5)
     assert rows[0][columns.index("here, %")] == said
     assert tables.as_json(planned, 0.5)["rows"][0]["fail"] is fail
+
+
+def test_worse_is_plus_beside_the_paper_and_the_baseline(tmp_path):
+    planned = two_rows(tmp_path, 3)
+    ended(planned, (6.0, 7.0, 9.0), (12.0, 13.5, 18.0))
+    columns, [_, conv1x1] = tables.table(planned, 0.5)
+    said = dict(zip(columns, conv1x1, strict=True))
+    assert said["here, %"] == "13.50 (14.50±3.12)"  # the median before the mean
+    assert said["to paper"] == "+1.28" and said["to baseline"] == "+7.17"
+    assert said["in the paper"] == "+5.61"
+
+
+@pytest.mark.parametrize(
+    "given, comparable",
+    [({}, True), ({"workers": 1, "seed": 3}, True), ({"lr": 0.05}, False), ({"steps": 9}, False)],
+)
+def test_only_what_is_free_leaves_an_error_beside_the_papers(tmp_path, given, comparable):
+    assert two_rows(tmp_path, 1, given).comparable is comparable
 
 
 @pytest.mark.parametrize("given, seen", [("", ["0", "1", "0"]), ("4,7", ["4", "7", "4"])])
