@@ -1,6 +1,7 @@
 """Batches: images ordered and augmented by (seed, epoch, index) alone."""
 
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,9 @@ def no_cache(tmp_path, monkeypatch):
 def test_an_epoch_is_a_function_of_seed_and_number():
     first, again = epoch_order(1000, 3, 7), epoch_order(1000, 3, 7)
     torch.testing.assert_close(first, again)
-    for seed, epoch in [(3, 8), (4, 7)]:
-        assert (epoch_order(1000, seed, epoch).order != first.order).float().mean() > 0.9
+    orders = [epoch_order(1000, *which).order for which in [(3, 7), (3, 8), (4, 7)]]
+    for one, other in combinations(orders, 2):  # nor is the next epoch that of the next seed
+        assert (one != other).float().mean() > 0.9
     assert first.order.sort().values.tolist() == list(range(1000))
 
 
@@ -215,8 +217,16 @@ def test_photographs_of_any_mode_and_size_become_batches(photographs):
     assert module.classes == ("ant", "bee")
 
 
-def test_training_crops_lie_inside_the_photograph():
-    g = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("augment", [True, False])
+def test_photographs_are_the_same_in_every_epoch_unless_augmented(photographs, augment):
+    given = {"dataset": "folder", "data_dir": str(photographs), "depth": 18, "batch_size": 12}
+    batches = data(**given, augment=augment, steps=2, workers=0).train_dataloader()
+    first, second = (sorted(b.images.sum((1, 2, 3)).tolist()) for b in batches)
+    assert (first == second) is not augment
+
+
+def test_training_crops_lie_inside_the_photograph_and_are_as_large_as_the_sources_say():
+    g, areas = torch.Generator().manual_seed(0), []
     for crop in ("scale", "scale-aspect"):
         for width, height in [(500, 375), (60, 200), (224, 224)]:
             for _ in range(200):
@@ -227,6 +237,10 @@ def test_training_crops_lie_inside_the_photograph():
                 if crop == "scale":
                     side = (right - left) / min(width, height)
                     assert 224 / 480 - 1e-9 <= side <= 224 / 256 + 1e-9
+                else:
+                    areas.append((right - left) * (bottom - top) / (width * height))
+                    assert 3 / 4 - 1e-9 <= (right - left) / (bottom - top) <= 4 / 3 + 1e-9
+    assert 0.08 <= min(areas) < 0.1 and 0.9 < max(areas) <= 1
 
 
 @pytest.mark.parametrize(

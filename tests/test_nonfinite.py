@@ -119,9 +119,10 @@ def test_one_number_in_many_is_seen_and_none_is_changed(number, good):
 
 
 def test_where_nothing_is_finite_skipping_ends(tmp_path):
-    with pytest.raises(Diverged, match="12 iterations in a row were not finite"):
+    with pytest.raises(Diverged, match="12 iterations in a row were not finite") as caught:
         shortcut = "test_nonfinite:AlwaysBad"
         trained_as(tmp_path / "run", shortcut=shortcut, non_finite="skip", save_every=0)
+    assert caught.value.iteration == 1  # the first that was left out
 
 
 def test_the_guard_leaves_out_a_first_step_as_if_it_had_not_been():

@@ -46,14 +46,20 @@ def test_drops_where_the_paper_has_them_on_imagenet():
     assert applied == [0.1] * 30 + [0.01] * 30 + [0.001] * 30
 
 
-@pytest.mark.parametrize("name", ["cosine", "one-cycle"])
-def test_other_schedules_rise_to_the_peak_and_end_near_zero(name):
+@pytest.mark.parametrize("name, first", [("cosine", 1 / 100), ("one-cycle", 1 / 25 + 0.96 / 100)])
+def test_other_schedules_rise_to_the_peak_and_end_near_zero(name, first):
     e = Experiment(schedule=name, steps=1000, warmup=100)
     factors = [lr_factor(e, step) for step in range(1000)]
+    assert factors[0] == pytest.approx(first)
     assert max(factors) == pytest.approx(1) and factors.index(max(factors)) in (99, 100)
     assert factors[:100] == sorted(factors[:100])
     assert factors[100:] == sorted(factors[100:], reverse=True)
     assert 0 <= factors[-1] < 1e-3
+
+
+def test_one_cycle_rises_for_30_percent_unless_it_is_given():
+    assert Experiment(schedule="one-cycle", steps=1000).warmup_ == 300
+    assert Experiment(schedule="one-cycle", steps=1000, warmup=7).warmup_ == 7
 
 
 def test_the_update_is_pytorchs_form_of_momentum_with_decay():

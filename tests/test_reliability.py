@@ -17,7 +17,7 @@ from conftest import SMALL
 from lightning.pytorch import Callback
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import run
+from resnetv2_cli import manifest, run
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Damaged, NotSaved, Stopped, UserError
 from resnetv2_cli.manifest import ORIGINS, origins
@@ -267,6 +267,12 @@ def test_a_checkpoint_of_a_longer_run_is_refused_that_of_a_shorter_one_extended(
         same_run(whole.last, held, replace(e, steps=11), held["data"])
 
 
+def test_a_run_is_continued_with_the_images_it_learned_from(whole):
+    held = checkpoints.read(whole.last)
+    with pytest.raises(UserError, match="the images are not those"):
+        same_run(whole.last, held, whole.experiment(), "0" * 64)
+
+
 # The manifest.
 
 
@@ -294,6 +300,14 @@ def test_the_manifest_counts_how_often_the_test_set_was_read(whole, tmp_path):
     assert len(said["code"]["source_sha256"]) == 64 and said["resumes"] == []
 
 
+def test_a_checkout_that_was_changed_says_so_and_how(monkeypatch):
+    says = {"ls-files": "__init__.py", "status": " M a.py", "rev-parse": "abc1234\n"}
+    diffs = {("diff", "HEAD", "--", "."): "+ one line"}  # what is staged too
+    monkeypatch.setattr(manifest, "git", lambda *words: diffs.get(words, says.get(words[0], "")))
+    code = manifest.code(Experiment())
+    assert code["commit"] == "abc1234+" and code["diff"] == "+ one line"
+
+
 def test_a_validation_split_leaves_the_test_set_unread_until_the_end(tmp_path):
     folder = trained_as(tmp_path / "run", val=1000, eval_every=0.2)
     assert folder.manifest.read()["test_set_readings"] == 1
@@ -307,9 +321,16 @@ class Ruin(Callback):
             torch.nn.init.zeros_(task.net.head.fc.weight)
 
 
-def test_what_was_chosen_is_what_is_tested(tmp_path):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_what_was_chosen_is_what_is_tested(tmp_path, stopped):
+    """Also where it was chosen before the run was stopped, and all that came later is worse."""
     long = {"batch_size": 64, "steps": 50, "eval_every": 1.0, "warmup": 0, "val": 200}
-    folder = trained_as(tmp_path / "run", display=[Ruin()], **long)
+    if stopped:
+        leave = At(41, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped):
+            trained_as(tmp_path / "run", display=[leave], **long)
+    resume = {} if stopped else None
+    folder = trained_as(tmp_path / "run", display=[Ruin()], resume=resume, **long)
     errors = dict(read_metrics(folder.metrics)["val_error"])
     assert list(errors) == [20, 40, 50]  # the last iteration too, amid an epoch
     result = json.loads(folder.result.read_text())
@@ -339,6 +360,15 @@ def test_a_difference_of_one_bit_is_seen_and_nan_is_itself():
     b.view(torch.int32)[0] ^= 1
     assert difference({"x": [a, 2]}, {"x": [b, 2]}) == ".x.0: other bits"
     assert difference({"x": 1}, {"y": 1}) and difference([1], [1, 2]) and difference(-0.0, 0.5)
+
+
+def test_the_part_that_differs_is_named(whole, tmp_path):
+    other = RunFolder(shutil.copytree(whole.path, tmp_path / "run"))
+    held = checkpoints.read(other.last)
+    held["optimizer_states"][0]["state"][0]["momentum_buffer"] += 1
+    other.last.unlink()  # it has a second name
+    checkpoints.write(held, other.last)
+    assert [part for part, said in differences(whole, other).items() if said] == ["optimizer"]
 
 
 def test_verify_resume_shows_it_to_a_user(resnetv2):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import yaml
 from conftest import SCRIPT, SMALL, THREADS
 from rich.console import Console
 
-from resnetv2_cli import display, machine, run
+from resnetv2_cli import callbacks, display, machine, run
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
@@ -50,7 +51,8 @@ def test_a_run_folder_holds_what_scripts_rely_on(trained):
         "result.json", "speed.csv",
     ]  # fmt: skip
     result = json.loads((trained / "result.json").read_text())
-    assert 0 <= result["test_error"] <= 100 and result["test_images"] == 360
+    assert 0 <= result["test_error"] <= 100
+    assert (result["train_images"], result["test_images"]) == (1437, 360)
     assert yaml.safe_load((trained / "config.yaml").read_text())["steps"] == result["steps"] == 92
     assert result["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
     saved = last(trained)
@@ -70,6 +72,8 @@ def test_the_metrics_file(trained):
     assert tested == [23, 46, 69, 92]
     logged = [int(r["step"]) for r in rows if r["train_loss"]]
     assert logged == [*range(5, 92, 5), 92]
+    wrong = 320 * float(rows[0]["train_error"]) / 100  # of 5 iterations
+    assert wrong == pytest.approx(round(wrong), abs=1e-3) and 100 < wrong <= 320
     result = json.loads((trained / "result.json").read_text())
     assert float(rows[-1]["test_error"]) == pytest.approx(result["test_error"], rel=1e-5)
 
@@ -227,6 +231,18 @@ def test_a_training_reads_its_images_once(monkeypatch, tmp_path):
     assert read == ["digits"]
 
 
+def test_an_evaluation_is_no_time_of_training(monkeypatch):
+    """What it took is left out of the seconds since ``mark``, which images are divided by."""
+    clock = SimpleNamespace(perf_counter=iter([107.0, 109.0]).__next__)
+    monkeypatch.setattr(callbacks, "time", clock)
+    recorder = callbacks.Recorder(None, None, 10, "test")
+    monkeypatch.setattr(recorder, "evaluated", lambda *_: None)
+    recorder.mark = 100.0
+    recorder.on_validation_start(None, None)
+    recorder.on_validation_end(None, None)
+    assert recorder.mark == 102.0
+
+
 def test_same_seed_same_run(resnetv2, tmp_path):
     for name in ("a", "b"):
         resnetv2("train", *SMALL, "--steps", 12, "--seed", 4, "--output", tmp_path / name)
@@ -243,6 +259,7 @@ def test_a_validation_split_chooses_the_best(resnetv2, tmp_path):
     saved = tmp_path / "run" / "checkpoints"
     best = torch.load(saved / "best.ckpt", weights_only=True)
     assert best["global_step"] == (errors.index(min(errors)) + 1) * 20
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["train_images"] == 1237
     assert sorted(p.name for p in saved.iterdir()) == [
         "best.ckpt", "last.ckpt", "previous.ckpt",
         *(f"step-{step:08d}.ckpt" for step in range(10, 61, 10)),

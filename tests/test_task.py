@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
@@ -73,6 +74,12 @@ def test_a_parts_weight_scales_its_loss():
     t = task()
     whole, half = t.training_step(batch(), 0), t.training_step(batch(weight=0.5), 0)
     assert half.item() == pytest.approx(0.5 * whole.item(), rel=1e-4)
+
+
+def test_labels_are_smoothed():
+    t, given = task(label_smoothing=0.2), batch()
+    expected = F.cross_entropy(t(given.images), given.labels, label_smoothing=0.2)
+    assert t.training_step(given, 0).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_a_step_draws_what_its_seed_gives():
