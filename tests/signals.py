@@ -41,5 +41,11 @@ def measured(topic, net: ResNet) -> dict:
     return topic.measure(one, trace(net, one.x, one.labels))
 
 
+def cells(topic, found: dict) -> list[dict[str, str]]:
+    """What a topic's table says of one network: column by column, line by line."""
+    made = topic.table({"net": found})
+    return [dict(zip(made.columns, row, strict=True)) for row in made.rows]
+
+
 def worst(values: list) -> float:
     return max(v for v in values if v is not None)

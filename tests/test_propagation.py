@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from signals import BROKEN, EXACT, batch, looked_at, measured, network, traced, worst
+from signals import BROKEN, EXACT, batch, cells, looked_at, measured, network, traced, worst
 from torch import nn
 
 from resnetv2_cli.analysis import backward, forward
@@ -201,6 +201,12 @@ def test_eqn_8_the_direct_term_is_the_product_of_scales(a):
     found = measured(backward, net)
     assert found["scale"] == pytest.approx([a] + [a or 0.0] * 8, rel=1e-12)
     assert found["product"] == pytest.approx([a**n for n in range(9, 0, -1)], rel=1e-12)
+
+
+def test_the_product_in_the_line_of_a_stage_is_that_down_to_its_first_unit():
+    net = network(shortcut="constant-scale", settings={"shortcut_scale": 0.5})
+    said = [float(row["scales"]) for row in cells(backward, measured(backward, net))]
+    assert said == pytest.approx([0.5**6, 0.5**4, 0.5**2], rel=0.01)  # two units in each stage
 
 
 def test_trap_the_derivative_of_a_gated_shortcut():

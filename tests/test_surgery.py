@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from signals import batch, measured, network, traced
+from signals import batch, cells, measured, network, traced
 from torch import nn
 
 from resnetv2_cli.analysis import backward, lesion, paths, shrink
@@ -80,6 +80,12 @@ def test_longer_paths_are_one_remainder():
     torch.testing.assert_close(some, every[:4], rtol=0, atol=0)
 
 
+def test_the_line_of_paths_adds_up_what_each_length_has():
+    [said] = cells(paths, {"units": 54, "share": [0.03] * 25, "rest": 0.25})
+    lengths = {"0": "3.0", "1-3": "9.0", "4-6": "9.0", "7-12": "18.0", "13-24": "36.0"}
+    assert said.items() >= (lengths | {"more": "25.0", "half within": "16"}).items()
+
+
 # Lesions.
 
 
@@ -121,6 +127,21 @@ def test_pairs_are_all_or_a_sample():
     some = lesion.some_pairs(54, 100)
     assert len(set(some)) == 100 and all(0 <= i < j < 54 for i, j in some)
     assert some == lesion.some_pairs(54, 100)
+
+
+def test_the_line_of_a_stage_is_of_lesions_that_begin_in_it():
+    made = measured(lesion, network()) | {
+        "single": [20.0, 40.0, 30.0, 35.0, 25.0, 45.0],
+        "pairs": [[1, 2, 50.0], [1, 3, 70.0], [2, 5, 63.0], [4, 5, 80.0]],
+        "swaps": [[1, 2, 22.0]],
+    }  # two units in each stage
+    columns = ("without one", "without two", "two swapped")
+    said = [[row[column] for column in columns] for row in cells(lesion, made)]
+    assert said == [  # median, most (where)
+        ["30.0, 40.0 (2)", "63.0, 70.0 (1-3)", "22.0, 22.0 (1-2)"],
+        ["32.5, 35.0 (4)", "80.0, 80.0 (4-5)", "—"],
+        ["35.0, 45.0 (6)", "—", "—"],
+    ]
 
 
 def test_110_layers_of_small_weights():
