@@ -9,15 +9,16 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
-from conftest import LAB
+from conftest import LAB, two_rows
 
 from resnetv2_cli import inventory, plot
-from resnetv2_cli.ablation import arms, record, studies, tables
+from resnetv2_cli.ablation import record, tables
 from resnetv2_cli.cli import main
+from resnetv2_cli.commands.runs import percent
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.manifest import environment, environment_in
 from resnetv2_cli.plot import COLORS, plt, save
-from resnetv2_cli.report import charts, pictures
+from resnetv2_cli.report import pictures
 from resnetv2_cli.report.page import DARK, MOST_BYTES
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 
@@ -45,8 +46,7 @@ def page(called, *what):
 
 
 def test_an_ablation_is_read_as_it_was_written(lab):
-    [study] = studies.studies(shortcut="conv1x1")
-    planned = arms.plan(study, 2, LAB, lab / "lab")
+    planned = two_rows(lab / "lab", 2, LAB)
     found = record.read(planned.file)
     assert tables.as_json(found, 0.5) == tables.as_json(planned, 0.5)
     assert [a.experiment for line in found.lines for a in line.arms] == [
@@ -96,6 +96,14 @@ def test_runs_are_named_by_any_beginning_that_only_one_has(lab):
     assert inventory.choose(str(lab / "alone"), []).folder.path == lab / "alone"
 
 
+def test_last_is_the_run_that_was_begun_last(lab, tmp_path):
+    found = inventory.runs_in(shutil.copytree(lab, tmp_path / "runs"))
+    for begun in (found, found[::-1]):
+        for time, run in enumerate(begun):
+            os.utime(run.folder.config, (time, time))
+        assert inventory.choose("last", found).name == begun[-1].name
+
+
 @pytest.mark.parametrize(
     "word, error, hint",
     [
@@ -120,6 +128,12 @@ def test_ls_lists_what_became_of_each(called, lab):
     assert status == 2 and "no run is ever 'dead'" in said
 
 
+def test_an_open_run_is_listed_with_the_last_error_it_saw(tmp_path):
+    run = RunFolder(tmp_path)
+    run.metrics.write_text("step,test_error\n5,80\n10,40\n")
+    assert percent(inventory.Run("a", run)) == "(40.00 % test)"
+
+
 def test_compare_says_what_differs_and_by_how_much(called, lab):
     names = ("digits-resnet8-basic-original-conv1x1", "alone", "--root", lab)
     _, out, _ = called("runs", "compare", *names, "--format", "json")
@@ -135,6 +149,14 @@ def test_compare_says_what_differs_and_by_how_much(called, lab):
     assert made["curves"]["train_loss"]["first"] == min(s for s, d in apart.items() if d)
     _, out, _ = called("runs", "compare", "alone", "alone", "--root", lab)
     assert "train_loss: the same at all 3 iterations" in out
+
+
+def test_compare_takes_the_first_from_the_second(called, lab, tmp_path):
+    for name, error in (("a", 8.0), ("b", 6.5)):
+        run = RunFolder(shutil.copytree(lab / "alone", tmp_path / name))
+        run.result.write_text(json.dumps({"test_error": error}))
+    _, out, _ = called("runs", "compare", "a", "b", "--root", tmp_path, "--format", "json")
+    assert json.loads(out)["results"]["test_error"] == [8.0, 6.5, -1.5]
 
 
 def test_rm_asks_first_and_leaves_nothing_behind(called, lab, tmp_path, monkeypatch):
@@ -306,15 +328,6 @@ def test_names_cannot_break_out_of_the_page(called, lab, tmp_path):
     (root / evil.replace("/", "%") / "failed.json").write_text(json.dumps({"reason": evil}))
     page(called, root, "-o", tmp_path / "r.html")
     assert "<img" not in (tmp_path / "r.html").read_text()
-
-
-def test_long_curves_are_thinned_and_keep_their_end():
-    steps = list(range(1, 5000))
-    made = [charts.chart("x", "", [{"name": "a", "color": 0, "steps": steps, "values": steps}])]
-    charts.thin(made)
-    [curve] = made[0]["curves"]
-    assert len(curve["steps"]) <= charts.MOST_POINTS and curve["steps"][-1] == 4999
-    assert curve["steps"] == curve["values"]
 
 
 def test_there_is_a_color_by_night_for_each_by_day():

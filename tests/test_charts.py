@@ -1,0 +1,52 @@
+"""What is drawn of an ablation: a curve for each seed, a mark for each error."""
+
+import pytest
+from conftest import ended, two_rows
+
+from resnetv2_cli.report import charts, rows
+from resnetv2_cli.runfolder import RunFolder
+
+
+@pytest.fixture
+def of_two_seeds(tmp_path):
+    """An ablation whose runs, of seeds 5 and 6, have lost just that."""
+    planned = two_rows(tmp_path, 2, {"depth": 8, "seed": 5})
+    for arm in (arm for line in planned.lines for arm in line.arms):
+        arm.folder.mkdir(parents=True)
+        text = f"step,epoch,train_loss\n5,1,{arm.experiment.seed}\n"
+        RunFolder(arm.folder).metrics.write_text(text)
+    return planned
+
+
+def test_seeds_are_called_by_their_number(of_two_seeds):
+    [chart] = charts.charts(of_two_seeds)
+    found = [(curve["name"], curve["seed"], curve["values"]) for curve in chart["curves"]]
+    assert found == [
+        (row, f"seed {seed}", [seed]) for row in ("identity", "conv1x1") for seed in (5, 6)
+    ]
+    assert rows.arm(of_two_seeds.lines[0], 1)["says"].startswith("seed 6: ")
+
+
+def test_a_picture_has_the_first_seed_of_each_row(of_two_seeds):
+    [drawn] = of_two_seeds.curves().values()
+    first = {line.row.name: line.arms[0].folder for line in of_two_seeds.lines}
+    assert {name: file.parent for name, file in drawn.items()} == first
+
+
+def test_marks_stand_at_the_errors(tmp_path):
+    planned = two_rows(tmp_path, 3)
+    ended(planned, (6.0, 7.0, 9.0), (12.0, 13.5, 18.0))
+    axis = rows.Axis(planned)
+    marks = axis.marks(planned.lines[0])
+    assert marks["median"] == axis.x(7.0) and marks["published"] == axis.x(6.61)
+    assert marks["seeds"] == [axis.x(e) for e in (6.0, 7.0, 9.0)]
+    assert axis.x(6.0) < axis.x(6.61) < axis.x(7.0) < axis.x(9.0)
+
+
+def test_long_curves_are_thinned_and_keep_their_end():
+    steps = list(range(1, 5000))
+    made = [charts.chart("x", "", [{"name": "a", "color": 0, "steps": steps, "values": steps}])]
+    charts.thin(made)
+    [curve] = made[0]["curves"]
+    assert len(curve["steps"]) <= charts.MOST_POINTS and curve["steps"][-1] == 4999
+    assert curve["steps"] == curve["values"]
