@@ -169,13 +169,27 @@ def test_a_flat_val_is_sorted_by_labels_of_any_form(archive, capsys, form):
     assert places(archive) == expected
 
 
+def moved(archive: Path, number: int) -> None:
+    """Have an image of val/ in n1 already."""
+    (archive / "val" / "n1").mkdir()
+    name = f"ILSVRC2012_val_{number:08}.JPEG"
+    (archive / "val" / name).rename(archive / "val" / "n1" / name)
+
+
 def test_sorting_goes_on_where_it_was_stopped(archive, capsys):
     (archive / "labels.txt").write_text(FORMS["csv"])
-    (archive / "val" / "n1").mkdir()
-    name = "ILSVRC2012_val_00000002.JPEG"
-    (archive / "val" / name).rename(archive / "val" / "n1" / name)
+    moved(archive, 2)
     out, _ = data(capsys, "sort-val", archive, "--labels", archive / "labels.txt")
     assert "2 images moved" in out and "1 were there already" in out
+
+
+def test_an_image_in_another_class_than_labelled_stops_sorting(archive, capsys):
+    (archive / "labels.txt").write_text(FORMS["names"])
+    moved(archive, 1)
+    before, labels = places(archive), archive / "labels.txt"
+    _, err = data(capsys, "sort-val", archive, "--labels", labels, status=2)
+    assert "1 images are in another class than labelled" in err
+    assert places(archive) == before
 
 
 @pytest.mark.parametrize(

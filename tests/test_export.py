@@ -3,15 +3,19 @@
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from typing import get_args
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
+from resnetv2_cli.ablation.studies import identity
 from resnetv2_cli.checkpoint import read
 from resnetv2_cli.cli import main
 from resnetv2_cli.commands.export import Kind
+from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.protocols import View
 from resnetv2_cli.errors import UserError
@@ -177,6 +181,28 @@ def test_a_failed_check_leaves_no_file_and_the_one_before(trained, tmp_path):
     assert to.read_text() == "what was there before"
 
 
+class Constant(nn.Module):
+    """The same logits for every image."""
+
+    def __init__(self, logit: float) -> None:
+        super().__init__()
+        self.logit = logit
+
+    def forward(self, images):
+        return torch.full((len(images), 3), self.logit)
+
+
+@pytest.mark.parametrize(
+    "logit, off, rounding",
+    [(0, 5e-5, True), (0, 2e-4, False), (0, float("nan"), False), (90, 5e-3, True),
+     (90, 2e-2, False)],
+)  # fmt: skip
+def test_what_is_taken_for_rounding(logit, off, rounding):
+    pixels = torch.zeros(4, 32, 32, 3, dtype=torch.uint8)
+    with nullcontext() if rounding else pytest.raises(UserError, match="something else"):
+        check.compare(Constant(logit), Constant(logit + off), pixels, "images")
+
+
 def test_without_test_images_it_is_compared_on_noise(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     task = network(trained / "checkpoints" / "last.ckpt", dataset="cifar10")
@@ -187,7 +213,7 @@ def test_without_test_images_it_is_compared_on_noise(trained, tmp_path, monkeypa
 
 def test_a_card_has_the_spread_over_the_seeds_beside_the_run(trained, tmp_path):
     """Runs of the same experiment count, each seed once; another experiment's do not."""
-    for seed, error, lr in ((0, 19.0, "0.1"), (1, 21.0, "0.1"), (2, 23.0, "0.1"), (3, 1.0, "0.2")):
+    for seed, error, lr in ((0, 19.0, "0.1"), (1, 21.0, "0.1"), (2, 24.0, "0.1"), (3, 1.0, "0.2")):
         other = RunFolder(tmp_path / f"s{seed}")
         shutil.copytree(trained, other.path)
         text = re.sub(r"^seed: 0", f"seed: {seed}", other.config.read_text(), flags=re.M)
@@ -195,13 +221,19 @@ def test_a_card_has_the_spread_over_the_seeds_beside_the_run(trained, tmp_path):
         result = json.loads(other.result.read_text()) | {"seed": seed, "test_error": error}
         other.result.write_text(json.dumps(result))
     (tmp_path / "no run").mkdir()
-    assert card.seeds(tmp_path / "s1") == {0: 19.0, 1: 21.0, 2: 23.0}
+    assert card.seeds(tmp_path / "s1") == {0: 19.0, 1: 21.0, 2: 24.0}
     file = tmp_path / "s1" / "checkpoints" / "last.ckpt"
     made = study.export(file, "safetensors", None, None, None)
     assert made.file == tmp_path / "s1" / "export" / "last.safetensors"
-    assert "21.00 (21.00±2.00) %, median (mean±std), n = 3 (0: 19.00, 1: 21.00, 2: 23.00)" in (
+    assert "21.00 (21.33±2.52) %, median (mean±std), n = 3 (0: 19.00, 1: 21.00, 2: 24.00)" in (
         made.card.read_text()
     )
+
+
+def test_the_recipe_of_a_card_makes_the_same_experiment():
+    e = Experiment(depth=20, lr=0.05, nesterov=True, val=5000, shortcut="dropout")
+    text = card.recipe(e).removeprefix("```yaml\n").removesuffix("```")
+    assert identity(Experiment(**yaml.safe_load(text))) == identity(e)
 
 
 def test_a_card_claims_nothing_for_weights_that_were_not_measured(trained, tmp_path):

@@ -66,6 +66,14 @@ def test_other_classes_get_a_new_classifier_and_the_normalization_of_the_weights
     assert lines[1] == "the classifier is new: 10 classes there, 3 here"
 
 
+def test_as_many_classes_in_another_order_get_a_new_classifier_too(trained, tmp_path):
+    saved = checkpoints.read(trained / "checkpoints" / "last.ckpt")
+    checkpoints.write(saved | {"classes": saved["classes"][::-1]}, tmp_path / "other.ckpt")
+    fresh, lines, now = started(Experiment(**SMALL, weights=str(tmp_path / "other.ckpt")))
+    torch.testing.assert_close(now["net.head.fc.weight"], fresh["net.head.fc.weight"])
+    assert lines[1] == "the classifier is new: 10 classes there, 10 here"
+
+
 def test_another_architecture_is_explained(trained):
     wrong = {**SMALL, "depth": 14, "unit": "original", "shortcut": "dropout", "dropout_ratio": 0.3}
     with pytest.raises(UserError) as caught:

@@ -118,6 +118,21 @@ def test_a_step_takes_what_was_foretold(again):
     assert any(0.7 * foretold < taken() < 1.6 * foretold + 64e6 for _ in range(3))
 
 
+@pytest.mark.parametrize(
+    "given, widest",
+    [
+        ({"depth": 20}, 16 * 32**2),
+        ({"depth": 164}, 64 * 32**2),
+        ({"depth": 50, "stem": "imagenet"}, 64 * 112**2),  # before it is pooled
+    ],
+)
+def test_what_lives_beside_what_is_kept_goes_with_the_widest_tensor(given, widest):
+    e = Experiment(**given)
+    one, two = (step_bytes(e, "32-true", n) for n in (1, 2))
+    beside = two - one - activation_bytes(e, "32-true")
+    assert beside == footprint.LIVE * 4 * widest
+
+
 HOLES = """
 import sys, torch
 from resnetv2_cli import memory
@@ -141,6 +156,18 @@ def test_what_is_large_goes_back_when_it_is_freed():
         for how in ("apart", "")
     ]
     assert returned[0] > 16_000_000 > returned[1]
+
+
+@pytest.mark.parametrize(
+    "limit, left", [("max", 8_192_000), (5_000_000, 4_000_000), (99_000_000, 8_192_000)]
+)
+def test_a_container_has_no_more_than_its_limit(tmp_path, monkeypatch, limit, left):
+    for place in ("PROC", "GROUP"):
+        monkeypatch.setattr(memory, place, tmp_path)
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:   8000 kB\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    assert memory.available(torch.device("cpu")) == left
 
 
 @pytest.mark.parametrize("asked, parts", [("128", 1), ("64", 2), ("50", 3), ("1", 128), ("999", 1)])

@@ -107,6 +107,17 @@ def test_every_source_has_its_test():
     assert set(SOURCES) == {"torchvision", "timm", "fb", "keras", "bearpaw", "hysts", "kuangliu"}
 
 
+def test_the_normalization_of_a_source_is_its_own():
+    """Deviations that others have otherwise for the same images."""
+    deviations = {
+        "bearpaw": (0.2023, 0.1994, 0.2010),
+        "hysts": (0.2470, 0.2435, 0.2616),
+        "torchvision": (0.229, 0.224, 0.225),
+    }
+    for name, std in deviations.items():
+        assert {network.normalize[1] for network in SOURCES[name].networks} == {std}
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Keras's own
 def test_keras(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "torch")
