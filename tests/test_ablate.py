@@ -137,13 +137,18 @@ def test_a_run_that_failed_twice_says_why_the_last_time(tmp_path):
     assert reason(arm, -signal.SIGKILL).startswith("killed by SIGKILL")
 
 
-def test_who_continues_has_not_ended(tmp_path):
-    arm, out = two_rows(tmp_path).lines[0].arms[0], io.StringIO()
+def test_who_was_stopped_and_continues_has_not_ended(tmp_path):
+    planned, out = two_rows(tmp_path), io.StringIO()
     progress = Progress(Console(file=out, width=200), 2)
-    for state in ("running", "stopped", "continuing", "test error 9.00 %"):
-        progress.announce(arm, state)
+    first, second = (line.arms[0] for line in planned.lines)
+    for state in ("running", "stopped", "continuing"):
+        progress.announce(first, state)
+    ended(planned, (9.0,))
+    second.fail("the disk is full")
+    for arm in (first, second):
+        progress.announce(arm, "of what became of it")
     counts = [line.split()[0] for line in out.getvalue().splitlines()]
-    assert counts == ["[0/2]", "[1/2]", "[1/2]", "[2/2]"]
+    assert counts == ["[0/2]", "[0/2]", "[0/2]", "[1/2]", "[2/2]"]
 
 
 def test_a_forecast_is_of_what_is_left(tmp_path, monkeypatch):

@@ -116,7 +116,8 @@ def mistake(done) -> tuple[str, str]:
         (["train", "--shortcut", "gate"], "unknown shortcut 'gate'", "exclusive-gate"),
         (["train", "--shortcut", "no_module:X"], "cannot import shortcut", "module:Class"),
         (["ablate", "--shortcut", "drop"], "unknown shortcut 'drop'", "did you mean 'dropout'?"),
-        (["ablate"], "ablate what?", "resnetv2 ablate --shortcut exclusive-gate"),
+        (["ablate"], "ablate what? give one of", "resnetv2 ablate --shortcut exclusive-gate"),
+        (["ablate", "--table", 1, "--unit", "original"], "give only one of", "for instance"),
         (["ablate", "--table", 9], "there is no Table 9 to run", "1, 2, 3, 4, 5"),
         (["ablate", "--figure", 2], "there is no Figure 2 to run", "1, 3, 6"),
         (["train", "--config", "nothing.yaml"], "unknown config file", "known: "),
@@ -216,8 +217,9 @@ def test_checkpoints_that_are_none(resnetv2, trained, tmp_path, kind, error):
 
 
 def test_a_checkpoint_of_another_architecture(resnetv2, trained):
-    said, _ = mistake(resnetv2("eval", trained, "--depth", 14, status=None))
-    assert "is of another architecture: net.body.stage1.unit2" in said
+    said, hint = mistake(resnetv2("eval", trained, "--depth", 14, status=None))
+    assert said.endswith("is of another architecture: depth 8 there, depth 14 here")
+    assert hint == "it is that of --depth 8"
 
 
 def test_a_checkpoint_of_other_classes(resnetv2, trained, shared_data):

@@ -320,12 +320,14 @@ def test_files_that_are_refused(tmp_path, capsys):
     (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 7)
     (tmp_path / "cut.h5").write_bytes(b"HDF")
     torch.save({"epoch": 3}, tmp_path / "none.pth")
+    (tmp_path / "README.md").write_text("# weights\n")
     for name, message in [
         ("pickle.pth", "holds more than tensors"),
         ("net.t7", "no maintained reader"),
         ("cut.safetensors", "cannot read"),
         ("cut.h5", "cannot read"),
         ("none.pth", "holds no tensors"),
+        ("README.md", "is no file of weights"),
         ("missing.pth", "there is no file"),
     ]:
         with pytest.raises(UserError, match=message):

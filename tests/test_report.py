@@ -104,6 +104,15 @@ def test_last_is_the_run_that_was_begun_last(lab, tmp_path):
         assert inventory.choose("last", found).name == begun[-1].name
 
 
+def test_show_counts_the_readings_that_came_after_the_result(called, lab, tmp_path):
+    shutil.copytree(lab / "lab", tmp_path / "lab")
+    [done] = [run for run in inventory.runs_in(tmp_path) if run.state == "done"]
+    before = done.result["test_set_readings"]
+    done.folder.manifest.count_reading()
+    _, out, _ = called("runs", "show", done.folder.path, "--format", "json")
+    assert json.loads(out)["result"]["test_set_readings"] == before + 1
+
+
 @pytest.mark.parametrize(
     "word, error, hint",
     [
