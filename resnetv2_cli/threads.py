@@ -1,8 +1,8 @@
 """How PyTorch's threads wait for one another.
 
 By themselves they spin for some 20 ms. That is quickest while each has a processor. Where other
-work has one too, the thread that is waited for does not get to it, and an iteration takes ten
-times as long and more; then they had better sleep.
+work has one too, the thread that is waited for does not get to it, and an iteration takes twice to
+seventeen times as long; then they had better sleep.
 """
 
 import os
