@@ -6,6 +6,7 @@ seventeen times as long; then they had better sleep.
 """
 
 import os
+import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -17,8 +18,9 @@ LOOKS, PAUSE = 3, 0.002  # looks at the machine, and seconds between them
 
 def settle() -> None:
     """Have them sleep if the machine is crowded, and the user has not said how they wait. It is
-    read when torch is imported."""
-    if not any(name in os.environ for name in SETTINGS) and crowded():
+    read when torch is imported, and so would be too late behind that."""
+    said = any(name in os.environ for name in SETTINGS)
+    if not said and "torch" not in sys.modules and crowded():
         os.environ[SETTINGS[0]] = "passive"
 
 
