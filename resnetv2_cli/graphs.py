@@ -55,10 +55,10 @@ def recorded(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def replayed(
-    step: Callable[[], None], device: torch.device, **parts: int
+    step: Callable[[], None], device: torch.device
 ) -> tuple[Callable[[], None] | None, str]:
-    """``recorded``, or None and why it cannot be. ``parts``: as of ``why_not``."""
-    if why := why_not(device, **parts):
+    """``recorded``, or None and why it cannot be."""
+    if why := why_not(device):
         return None, why
     try:
         return recorded(step), ""

@@ -52,9 +52,9 @@ def tensors(path: Path) -> dict[str, Tensor]:
 
 
 def is_pickled(path: Path) -> bool:
-    """Whether a file begins as those of ``torch.save`` do, of today and of before 1.6."""
+    """Whether a file begins as a zip, which ``torch.save`` writes today, or a pickle, as before."""
     with path.open("rb") as file:
-        return file.read(2) in (b"PK", b"\x80\x02")
+        return file.read(2).startswith((b"PK", b"\x80"))
 
 
 def _torch(path: Path) -> dict[str, Tensor]:
