@@ -201,7 +201,7 @@ class Experiment:
     graphs: bool | None = setting(
         None,
         "Launch each iteration as one CUDA graph, once it agrees with what it stands for. By "
-        "itself on a GPU, but for a shortcut of your own, whose Python would run only once.",
+        "itself on one GPU, but for a shortcut of your own, whose Python would run only once.",
         "Engine",
         free=BITS,
     )
@@ -326,11 +326,11 @@ class Experiment:
         them, where they were measured."""
         return self.kernels == "auto" and device == "cpu"
 
-    def replays(self, device: str) -> bool:
-        """Whether iterations are to be CUDA graphs on a type of device."""
-        if self.graphs is not None:
-            return self.graphs
-        return device == "cuda" and ":" not in self.shortcut
+    def replays(self, device: str, processes: int = 1) -> bool:
+        """Whether CUDA graphs are to be replayed on a type of device. They have not run on several
+        GPUs, which have them where they were asked for."""
+        by_itself = device == "cuda" and processes == 1 and ":" not in self.shortcut
+        return by_itself if self.graphs is None else self.graphs
 
     @property
     def drops_(self) -> tuple[float, ...]:

@@ -28,7 +28,7 @@ def arithmetic(device: torch.device, precision: str) -> AbstractContextManager[N
 
 
 def why_not(
-    device: torch.device, *, micro_batches: int = 1, segments: int = 0, processes: int = 1
+    device: torch.device, *, micro_batches: int = 1, segments: int = 0, sync_bn: bool = False
 ) -> str:
     """Why a training cannot replay graphs; empty where it can."""
     if device.type != "cuda":
@@ -37,7 +37,7 @@ def why_not(
         return "they cannot add up the gradients of micro-batches"
     if segments:  # asks the generator for its seed, which none tells while it is recorded
         return "not with --recompute"
-    return "not under several processes" if processes > 1 else ""
+    return "not with --sync-bn" if sync_bn else ""  # whose processes meet within the network
 
 
 def recorded(step: Callable[[], None]) -> Callable[[], None]:
@@ -49,7 +49,7 @@ def recorded(step: Callable[[], None]) -> Callable[[], None]:
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may pin memory
         step()
     return graph.replay
 

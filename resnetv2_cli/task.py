@@ -18,6 +18,7 @@ from resnetv2_cli.data import images
 from resnetv2_cli.data.augment import Normalize, crop_and_flip
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.data.module import Batch
+from resnetv2_cli.data.order import share
 from resnetv2_cli.iteration import Iteration
 from resnetv2_cli.nonfinite import Guard, poisoned
 from resnetv2_cli.optim import lr_factor, schedule, sgd
@@ -25,6 +26,8 @@ from resnetv2_cli.plans import STEMS
 from resnetv2_cli.resnet import ResNet
 
 OWN = "BN and ReLU are PyTorch's own, which are slower: {}"  # and why
+OWN_CODE = "{} runs call by call; --graphs is faster, and runs it once"  # a shortcut of one's own
+CALLS = "iterations run call by call; --graphs is faster, but untried on several GPUs"
 
 
 class Scores(Metric):
@@ -129,26 +132,30 @@ class Classification(L.LightningModule):
         return fit
 
     def record(self, optimizer: torch.optim.Optimizer, processes: int = 1) -> None:
-        """Have whole batches pass as CUDA graphs, if that was asked for: the whole iteration, or
-        the network alone where that cannot be had. It is where it trains by now, with the momentum
-        that it continues with. What cannot be had is told."""
+        """Have whole batches pass as CUDA graphs, if that is to be: the whole iteration, or the
+        network alone where that cannot be had. It is where it trains by now, with the momentum that
+        it continues with. What cannot be had is told."""
         e, kind = self.experiment, self.device.type
-        if not e.replays(kind):
+        if not e.replays(kind, processes):
             if e.graphs is None and kind == "cuda":
-                self.tell(f"{e.shortcut} runs call by call; --graphs is faster, and runs it once")
+                self.tell(CALLS if processes > 1 else OWN_CODE.format(e.shortcut))
             return
-        parts = {"micro_batches": e.accumulate, "segments": e.recompute, "processes": processes}
-        if why := graphs.why_not(self.device, **parts):
+        if why := graphs.why_not(
+            self.device,
+            micro_batches=e.accumulate,
+            segments=e.recompute,
+            sync_bn=e.sync_bn and processes > 1,
+        ):
             self.tell(f"no CUDA graphs: {why}")
             return
-        batch = self.noise()
+        batch = self.noise(processes)
         joins = e.kernels == "auto" and not self.compiled
         if joins and (why := joined.why_not(self.device)):
             self.tell(OWN.format(why))
             joins = False
         for compiled in (True, False) if joins else (False,):
             self.net.activate(compiled, e.recompute_bn)
-            if not (whole := self.record_iteration(optimizer, batch)):
+            if not (whole := self.record_iteration(optimizer, batch, processes)):
                 self.tell("iterations are replayed, each as one CUDA graph")
                 return
             if not (why := self.record_network(batch)):
@@ -158,8 +165,12 @@ class Classification(L.LightningModule):
                 return
             self.tell(OWN.format(why) if compiled else f"no CUDA graphs: {why}")
 
-    def record_iteration(self, optimizer: torch.optim.Optimizer, batch: Batch) -> str:
+    def record_iteration(
+        self, optimizer: torch.optim.Optimizer, batch: Batch, processes: int = 1
+    ) -> str:
         """Have whole iterations replayed; or why they cannot be."""
+        if processes > 1:
+            return "the processes exchange gradients in it"
         if self.experiment.precision == "16-mixed":
             return "float16's scaler looks at the gradients on the host"
         iteration = Iteration(self, optimizer, batch)
@@ -175,13 +186,14 @@ class Classification(L.LightningModule):
             self.replays[x.shape] = replay
         return why
 
-    def noise(self) -> Batch:
-        """A whole batch of the shape of those that it trains on."""
+    def noise(self, processes: int = 1) -> Batch:
+        """A whole batch, or this process's part of one, of the shape that it trains on."""
         e, decoded, on = self.experiment, DATASETS[self.experiment.dataset].decoded, self.device
         size = images.SIZE if decoded else STEMS[e.stem_].size
-        pixels = torch.randint(256, (e.batch_size, size, size, 3), dtype=torch.uint8, device=on)
-        labels = torch.randint(len(self.classes), (e.batch_size,), device=on)
-        views = torch.randint(2, (e.batch_size, 3), device=on) if decoded and e.augment else None
+        n = len(share(e.batch_size, self.global_rank, processes))
+        pixels = torch.randint(256, (n, size, size, 3), dtype=torch.uint8, device=on)
+        labels = torch.randint(len(self.classes), (n,), device=on)
+        views = torch.randint(2, (n, 3), device=on) if decoded and e.augment else None
         return Batch(pixels, labels, views)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_task import task
 
 from resnetv2_cli import graphs, run
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.optim import sgd
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.runfolder import RunFolder
 
@@ -46,7 +48,7 @@ def test_what_cannot_be_recorded_is_as_it_was():
         ("cpu", {}, "GPUs"),
         ("cuda", {"micro_batches": 2}, "micro-batches"),
         ("cuda", {"segments": 3}, "--recompute"),
-        ("cuda", {"processes": 2}, "processes"),
+        ("cuda", {"sync_bn": True}, "--sync-bn"),
     ],
 )
 def test_where_replays_would_be_wrong_there_are_none(device, given, word):
@@ -59,7 +61,23 @@ def test_by_itself_a_gpu_has_them_and_code_of_ones_own_does_not():
     assert Experiment().replays("cuda") and not Experiment().replays("cpu")
     own = Experiment(shortcut="mine:Learned")
     assert not own.replays("cuda") and replace(own, graphs=True).replays("cuda")
+    assert not Experiment().replays("cuda", 2) and Experiment(graphs=True).replays("cuda", 2)
     assert not Experiment(graphs=False).replays("cuda") and Experiment(graphs=True).replays("cpu")
+
+
+@pytest.mark.parametrize(
+    "given, processes, says",
+    [({"shortcut": "mine:Learned"}, 1, "mine:Learned runs call by call"), ({}, 2, "several GPUs")],
+)
+def test_a_gpu_that_could_have_them_says_how(monkeypatch, given, processes, says):
+    t, told = task(), []
+    t.experiment, t.tell = replace(t.experiment, **given), told.append
+    monkeypatch.setattr(type(t), "device", torch.device("cuda"))
+    t.record(sgd(t.net, t.experiment), processes)
+    [line] = told
+    assert says in line and "--graphs is faster" in line
+    t.experiment, t.tell = replace(t.experiment, graphs=False), pytest.fail
+    t.record(sgd(t.net, t.experiment), processes)
 
 
 def test_a_training_without_them_says_so(tmp_path):

@@ -18,11 +18,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from test_fused import distance
+from test_iteration import Tapes, on_tapes
 from torch import distributed, multiprocessing
 from torch.profiler import ProfilerActivity, profile
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import cluster, native, run
+from resnetv2_cli import cluster, graphs, native, run
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Stopped
@@ -167,6 +168,23 @@ def gradients(place: Path) -> dict[str, dict]:
     return made
 
 
+def replayed(place: Path) -> tuple[list[str], dict[str, int], int, list[bool]]:
+    """The same training with each network on tape: what was told, what was exchanged, how often the
+    tape ran, and whether weights, momentum and moving averages are those of call by call."""
+    told, seen, ends = [], Collectives(), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "why_not", lambda device, **parts: "")
+        patch.setattr(torch.cuda, "make_graphed_callables", on_tapes)
+        for on in (True, False):
+            folder = RunFolder(place / f"graphs-{on}")
+            of = TRAIN | {"devices": "2", "kernels": "eager", "steps": STEPS, "graphs": on}
+            run.train(Experiment(**of), folder, display=[seen] if on else [], tell=told.append)
+            held = checkpoints.read(folder.last)
+            momentum = held["optimizer_states"][0]["state"].values()
+            ends.append([*held["state_dict"].values(), *(s["momentum_buffer"] for s in momentum)])
+    return told, dict(seen.counted), Tapes.ran, list(map(torch.equal, *ends))
+
+
 KERNELS = {
     "exact": {"kernels": "eager"},
     "eager": {"kernels": "eager", "precision": "bf16-mixed"},
@@ -200,6 +218,7 @@ def work(rank: int, place: Path, port: int) -> None:
         made["apart"][change.__name__] = (status, said, kept)
     made["new"] = command(RunFolder(place / "new" / "run"), STEPS + rank)
     made["left"] = terminated(RunFolder(place / "ended"))
+    made["replayed"] = replayed(place)
     made["gradients"] = gradients(place) if native.multiplies() else {}
     torch.save(made, place / str(rank))
 
@@ -220,6 +239,16 @@ def test_an_iteration_waits_for_its_gradient_alone(seen):
     """And every ten of them twice for what the processes wish: to save, to leave."""
     for one in seen:
         assert one["counted"] == {"gloo:all_reduce": 20 + 4, "gloo:barrier": 4}
+
+
+def test_replays_of_the_network_under_ddp_are_bit_for_bit_its_calls(seen):
+    for rank, one in enumerate(seen):
+        told, counted, ran, equal = one["replayed"]
+        says = "the network is replayed as CUDA graphs; the whole iteration not: the processes"
+        assert [line.startswith(says) for line in told] == [True] * (rank == 0)
+        assert counted == one["counted"]
+        assert ran == 1 + STEPS - 1  # in a comparison; and not on the last batch, which is smaller
+        assert len(equal) > 50 and all(equal)
 
 
 def test_moving_averages_are_the_first_process_s_where_they_are_used(seen):
