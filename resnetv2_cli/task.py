@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from resnetv2_cli import compiling, graphs, joined, memory
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
-from resnetv2_cli.data.augment import Normalize, crop_and_flip
+from resnetv2_cli.data.augment import Normalize, augmented, in_one
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.data.module import Batch
 from resnetv2_cli.data.order import share
@@ -92,6 +92,7 @@ class Classification(L.LightningModule):
         self.net.activate(False, experiment.recompute_bn)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.compiled = False
+        self.augmented = augmented
         self.iteration: Iteration | None = None  # the one that is replayed
         self.replayed = False  # whether the current one is
         self.replays: dict[torch.Size, graphs.Forward] = {}  # of the network, by shape of input
@@ -155,6 +156,7 @@ class Classification(L.LightningModule):
             joins = False
         for compiled in (True, False) if joins else (False,):
             self.net.activate(compiled, e.recompute_bn)
+            self.augmented = in_one if compiled and kind == "cuda" else augmented
             if not (whole := self.record_iteration(optimizer, batch, processes)):
                 self.tell("iterations are replayed, each as one CUDA graph")
                 return
@@ -288,9 +290,10 @@ class Classification(L.LightningModule):
 
     def loss(self, batch: Batch) -> Tensor:
         """The mean loss of a micro-batch, for backward; what is logged is added to ``sums``."""
-        x = self.normalize(batch.images)
-        if batch.views is not None:
-            x = crop_and_flip(x, batch.views)
+        if batch.views is None:
+            x = self.normalize(batch.images)
+        else:
+            x = self.augmented(self.normalize, batch.images, batch.views)
         logits = self.through(x)
         smoothing = self.experiment.label_smoothing
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)

@@ -13,7 +13,7 @@ import resnetv2_cli
 ORDER = """
     errors quantities trust threads memory files
     plans paper
-    native fused triton_joined joined
+    native fused triton_joined joined triton_augment
     layers shortcuts units resnet compiling graphs
     data.catalog data.protocols
     settings origin recipes config flags

@@ -8,8 +8,10 @@ import pytest
 import torch
 from test_task import task
 
-from resnetv2_cli import graphs, run
+from resnetv2_cli import graphs, joined, run
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.augment import augmented, in_one
+from resnetv2_cli.layers import Activation
 from resnetv2_cli.optim import sgd
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.runfolder import RunFolder
@@ -78,6 +80,25 @@ def test_a_gpu_that_could_have_them_says_how(monkeypatch, given, processes, says
     assert says in line and "--graphs is faster" in line
     t.experiment, t.tell = replace(t.experiment, graphs=False), pytest.fail
     t.record(sgd(t.net, t.experiment), processes)
+
+
+def test_a_gpus_kernels_are_tried_before_pytorchs(monkeypatch):
+    t, tried = task(), []
+    t.experiment = replace(t.experiment, graphs=True)
+
+    def fails(*given):
+        activations = [each for each in t.net.modules() if isinstance(each, Activation)]
+        tried.append((t.augmented, {each.compiled for each in activations}))
+        return "it fails"
+
+    monkeypatch.setattr(type(t), "device", torch.device("cuda"))
+    monkeypatch.setattr(graphs, "why_not", lambda device, **parts: "")
+    monkeypatch.setattr(joined, "why_not", lambda device: "")
+    monkeypatch.setattr(type(t), "noise", lambda *given: None)
+    monkeypatch.setattr(type(t), "record_iteration", fails)
+    monkeypatch.setattr(type(t), "record_network", lambda *given: "it fails")
+    t.record(sgd(t.net, t.experiment))
+    assert tried == [(in_one, {True}), (augmented, {False})]
 
 
 def test_a_training_without_them_says_so(tmp_path):

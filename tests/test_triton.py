@@ -11,6 +11,7 @@ from test_fused import distance
 from torch import nn
 from torch.nn import functional as F
 
+from resnetv2_cli.data.augment import Normalize, augmented, in_one
 from resnetv2_cli.joined import bn_relu_conv, joins
 
 triton = pytest.importorskip("triton")
@@ -24,6 +25,9 @@ CASES = [  # images, height, width, c, n, kernel, whether something is added, wh
     (2, 4, 8, 128, 64, 1, False, False),
 ]
 
+SCALARS = {"N_ROWS": "i32", "numbers": "i32", "momentum": "fp32", "eps": "fp32"} | {
+    f"{name}_{axis}": "i32" for name in ("mean", "std") for axis in "chw"
+}
 INTERPRETED = """
 import json, sys, torch
 from torch.nn import functional as F
@@ -49,6 +53,29 @@ for case in CASES:
     nan = [y.isnan(), lost[0][:, 1].isnan(), lost[1][:, 1].isnan()]
     print(json.dumps([far, [bool(t.all() if bn else t.any()) for t in nan]]))
 """
+
+
+SEEN = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_triton import seen
+for ours, theirs in seen("cpu"):
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert ours.stride() == theirs.stride()
+"""
+
+
+def seen(device):
+    """Every view of an image, and random ones, in one kernel and in PyTorch's; by the mean image,
+    and by channels."""
+    views = torch.cartesian_prod(torch.arange(9), torch.arange(9), torch.arange(2))
+    images = torch.randint(256, (len(views), 32, 32, 3), dtype=torch.uint8)
+    for mean, std in (
+        (torch.rand(3, 32, 32), torch.ones(1, 1, 1)),
+        (torch.rand(3, 1, 1), torch.rand(3, 1, 1) + 0.1),
+    ):
+        given = Normalize(mean, std).to(device), images.to(device), views.to(device)
+        yield in_one(*given), augmented(*given)
 
 
 def drawn(case, device):
@@ -102,27 +129,50 @@ def test_the_numbers_are_float64s_by_the_interpreter():
         assert nan == [True, case[-1], True]
 
 
-@pytest.mark.parametrize("kernel", ["_forward", "_gradient", "_weights", "_statistics"])
+def test_a_batch_is_seen_as_by_pytorch_by_the_interpreter():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SEEN, os.path.dirname(__file__)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-1000:]
+
+
+@gpu
+def test_a_batch_is_seen_as_by_pytorch_on_a_gpu():
+    for ours, theirs in seen("cuda"):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        assert ours.stride() == theirs.stride()
+
+
+@pytest.mark.parametrize(
+    "kernel", ["_forward", "_gradient", "_weights", "_statistics", "_augmented"]
+)
 def test_an_h100_has_a_program_of_it(kernel, monkeypatch, tmp_path):
     """Triton compiles for a GPU that is not there."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from resnetv2_cli import triton_joined
+    from resnetv2_cli import triton_augment, triton_joined
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     sizes = {"C": 16, "N": 32, "BC": 16, "BN": 32, "H": 8, "W": 8, "TAPS": 9, "BLOCK": 64}
-    constant = sizes | {"PARTS": 128, "ROOM": 128, "DOT": triton.language.bfloat16, "ADDS": True}
+    constant = sizes | {
+        "PARTS": 128,
+        "ROOM": 128,
+        "DOT": triton.language.bfloat16,
+        "ADDS": True,
+        "PAD": 4,
+    }
     pointers = dict.fromkeys(("x", "plus", "y", "w", "dy", "g"), "*bf16")
-    scalars = {"N_ROWS": "i32", "momentum": "fp32", "eps": "fp32"}
-    function = getattr(triton_joined, kernel)
-    types = dict.fromkeys(function.arg_names, "*fp32") | pointers | scalars
+    function = getattr(triton_augment if kernel == "_augmented" else triton_joined, kernel)
+    types = dict.fromkeys(function.arg_names, "*fp32") | pointers | SCALARS
+    if kernel == "_augmented":
+        types |= {"images": "*u8", "views": "*i64", "x": "*fp32"}
     signature = {n: "constexpr" if n in constant else types[n] for n in function.arg_names}
     constants = {(i,): constant[n] for i, n in enumerate(function.arg_names) if n in constant}
     source = ASTSource(fn=function, signature=signature, constexprs=constants)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
     assert made.asm["cubin"] and made.metadata.shared < 200_000
-    if kernel != "_statistics":
+    if kernel not in ("_statistics", "_augmented"):
         assert "mma" in made.asm["ptx"]
 
 

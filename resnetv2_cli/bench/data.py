@@ -18,7 +18,7 @@ from resnetv2_cli.bench.plain import forever, plain_loader
 from resnetv2_cli.bench.turns import Arm, in_turns, rows, timed
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import folder, images, picture
-from resnetv2_cli.data.augment import crop_and_flip
+from resnetv2_cli.data.augment import augmented
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.data.module import EpochMaker, ImageData, Parts, Stream
 from resnetv2_cli.data.order import Schedule
@@ -56,7 +56,7 @@ def from_memory(data: ImageData, device: torch.device) -> Arm:
     def step() -> torch.Tensor:
         batch = next(stream)
         assert batch.views is not None
-        return crop_and_flip(normalize(batch.images), batch.views)
+        return augmented(normalize, batch.images, batch.views)
 
     return timed(step, device)
 

@@ -22,7 +22,7 @@ from resnetv2_cli.bench.turns import WARM, Arm, finish, in_turns, rows, timed
 from resnetv2_cli.callbacks import Keeper, Recorder
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
-from resnetv2_cli.data.augment import crop_and_flip
+from resnetv2_cli.data.augment import augmented
 from resnetv2_cli.data.module import Batch, ImageData, Stream
 from resnetv2_cli.data.order import Epoch, Schedule, epoch_order
 from resnetv2_cli.display import Display
@@ -66,7 +66,7 @@ def bare_arm(
             task.iteration(batch, done)
         else:
             with graphs.arithmetic(device, precision(e)):
-                x = crop_and_flip(task.normalize(batch.images), views)
+                x = task.augmented(task.normalize, batch.images, views)
                 loss = F.cross_entropy(task.through(x), batch.labels)
             optimizer.zero_grad()
             loss.backward()
@@ -159,7 +159,7 @@ def augmentation_seconds(
     taken = []
     for _ in range(times):
         began = time.perf_counter()
-        crop_and_flip(normalize(pixels), views)
+        augmented(normalize, pixels, views)
         finish(device)
         taken.append(time.perf_counter() - began)
     return median(taken)

@@ -50,6 +50,25 @@ class Normalize(nn.Module):
         return (x - 255 * self.mean) / (255 * self.std)
 
 
+def augmented(normalize: Normalize, images: Tensor, views: Tensor) -> Tensor:
+    """What a network trains on.
+
+    Shape: images (N, H, W, 3) uint8, views (N, 3) -> (N, 3, H, W) float32, channels last.
+    """
+    return crop_and_flip(normalize(images), views)
+
+
+def in_one(normalize: Normalize, images: Tensor, views: Tensor) -> Tensor:
+    """``augmented`` as one kernel of a GPU; for pixels that are whole in memory.
+
+    Raises:
+        ImportError: there is no Triton.
+    """
+    from resnetv2_cli import triton_augment
+
+    return triton_augment.augmented(images, views, normalize.mean, normalize.std, PAD)
+
+
 def crop_and_flip(x: Tensor, views: Tensor) -> Tensor:
     """Pad by 4 zeros on each side, crop at (top, left) and mirror where flip is 1.
 
