@@ -3,7 +3,7 @@
 from typing import Any
 
 from resnetv2_cli import plans
-from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.data.catalog import known_classes
 from resnetv2_cli.describe import describe
 from resnetv2_cli.resnet import default_option
 from resnetv2_cli.shortcuts import settings_of, shortcut_class
@@ -61,7 +61,8 @@ def settings(source: Source) -> dict[str, Any]:
 
 def classes(source: Source) -> int:
     """How many there are: a checkpoint knows, else the dataset; of a folder not yet seen 1000."""
-    return source.classes or len(DATASETS[source.experiment.dataset].classes) or 1000
+    e = source.experiment
+    return source.classes or known_classes(e.dataset, e.classes)
 
 
 def counted(source: Source) -> dict[str, Any]:

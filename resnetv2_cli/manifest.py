@@ -175,13 +175,19 @@ def code(experiment: Experiment) -> dict[str, Any]:
         "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
         "diff": diff if len(diff) <= LONGEST_DIFF else f"{len(diff)} characters, not kept",
     }
-    if ":" in experiment.shortcut:
-        from resnetv2_cli.shortcuts import shortcut_class
-
-        file = Path(inspect.getfile(shortcut_class(experiment.shortcut)))
+    if file := own_file(experiment.shortcut):
         own = hashlib.sha256(file.read_bytes()).hexdigest()
         made["shortcut"] = {"file": str(file), "sha256": own, "source": file.read_text()}
     return made
+
+
+def own_file(shortcut: str) -> Path | None:
+    """Where a shortcut of one's own, ``module:Class``, is written; None for those of the tool."""
+    if ":" not in shortcut:
+        return None
+    from resnetv2_cli.shortcuts import shortcut_class
+
+    return Path(inspect.getfile(shortcut_class(shortcut)))
 
 
 def environment(accelerator: str = "auto") -> dict[str, Any]:

@@ -9,7 +9,7 @@ import yaml
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import unknown
-from resnetv2_cli.plans import laid_out
+from resnetv2_cli.plans import laid_out, shortcuts
 from resnetv2_cli.recipes import CONFIGS
 
 
@@ -56,6 +56,10 @@ def beside(main: Source, text: str) -> Source:
         except yaml.YAMLError:
             given[name] = value  # which the experiment refuses in its own words
     own = {"block": None} if "depth" in given else {}  # another depth may have another block
+    if "shortcut" in given:  # which may not have the settings of the one before
+        rows = shortcuts()
+        has = rows[given["shortcut"]].settings if given["shortcut"] in rows else {}
+        own |= {name: None for row in rows.values() for name in row.settings if name not in has}
     kept = None if "dataset" in given else main.classes
     return Source(replace(main.experiment, **(own | laid_out(given))), classes=kept)
 

@@ -8,6 +8,7 @@ from statistics import mean, median, stdev
 CONFIDENCE = 0.95
 POWER = 0.8  # chance of seeing a difference that is there, with ``seeds_needed`` seeds
 MOST_SEEDS = 10_000
+SAME = 1e-9  # points between differences that only rounding tells apart
 
 
 def quantile(degrees: int) -> float:
@@ -78,15 +79,16 @@ class Pairs:
 
     @property
     def std(self) -> float | None:
-        return stdev(self.differences) if len(self.differences) > 1 else None
+        """None, too, where all are the same, as of few seeds and images: that is no spread of 0."""
+        if len(self.differences) < 2 or max(self.differences) - min(self.differences) < SAME:
+            return None
+        return stdev(self.differences)
 
     @property
     def p(self) -> float | None:
         """Two-sided p of the paired t-test: that seeds alone make such a difference."""
         if self.mean is None or self.std is None:
             return None
-        if self.std == 0:
-            return 1.0 if self.mean == 0 else 0.0
         from scipy.stats import t
 
         n = len(self.differences)
@@ -99,17 +101,15 @@ def seeds_needed(std: float, difference: float) -> int:
     ``std``: of the differences between the rows, seed by seed, in points; ``difference``: the one
     to be seen, in points. MOST_SEEDS where even that many do not do.
     """
-    if std == 0:
-        return 2
 
     def enough(n: int) -> bool:
         return power(n, std, difference) >= POWER
 
     low, high = 1, 2
     while not enough(high):
-        low, high = high, 2 * high
-        if high > MOST_SEEDS:
-            return MOST_SEEDS
+        if high == MOST_SEEDS:
+            return high
+        low, high = high, min(2 * high, MOST_SEEDS)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)

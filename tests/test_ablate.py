@@ -23,7 +23,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.iteration import Iteration
 from resnetv2_cli.paper import TABLE_1
-from resnetv2_cli.stats import Pairs, Summary, seeds_needed
+from resnetv2_cli.stats import MOST_SEEDS, Pairs, Summary, seeds_needed
 
 TINY = ["--dataset", "digits", "--depth", 8, "--batch-size", 128, "--steps", 4, "--log-every", 2]
 
@@ -79,6 +79,16 @@ def test_statistics():
     assert pairs.differences == (1.0, 2.0, 1.0)
     assert pairs.p == pytest.approx(0.0572, abs=1e-3)
     assert seeds_needed(1.0, 1.0) == 10  # the textbook's n for an effect of one std
+    assert seeds_needed(16.5, 0.5) == 8550  # by the normal's n: (1.96 + 0.8416)^2 (16.5 / 0.5)^2
+    assert seeds_needed(20.0, 0.5) == MOST_SEEDS
+
+
+def test_differences_that_are_all_the_same_say_nothing_of_chance():
+    """Of 360 images one is 0.28 points: two seeds often differ by the same number of them."""
+    pairs = Pairs.of({0: 100 * 4 / 360, 1: 100 * 5 / 360}, {0: 100 * 5 / 360, 1: 100 * 6 / 360})
+    assert pairs.mean == pytest.approx(-100 / 360)
+    assert (pairs.std, pairs.p) == (None, None)
+    assert Pairs.of({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}).p is None
 
 
 def test_an_ablation_runs_and_never_runs_a_row_again(resnetv2, tmp_path):

@@ -10,8 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from resnetv2_cli import plans
-from resnetv2_cli.ablation.studies import Study, identity, slug, unusual
+from resnetv2_cli.ablation.studies import (
+    SCALES,
+    Study,
+    identity,
+    length,
+    published,
+    slug,
+    unusual,
+)
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.manifest import own_file
 from resnetv2_cli.paper import FAIL, Row
 from resnetv2_cli.runfolder import RunFolder, write_json
 from resnetv2_cli.stats import Pairs, Summary
@@ -19,7 +29,8 @@ from resnetv2_cli.stats import Pairs, Summary
 
 @dataclass(frozen=True)
 class Arm:
-    """One run. Its folder is named after what it is, so that rows and studies share runs."""
+    """One run. Its folder is named after what it is, code of one's own with it, so that rows and
+    studies share runs."""
 
     row: str
     experiment: Experiment
@@ -31,7 +42,10 @@ class Arm:
         cls, row: str, experiment: Experiment, root: Path, origins: Mapping[str, str] | None = None
     ) -> "Arm":
         name = experiment.name.removesuffix(f"-s{experiment.seed}")
-        digest = hashlib.sha256(repr(identity(experiment)).encode()).hexdigest()[:6]
+        made = repr(identity(experiment)).encode()
+        if own := own_file(experiment.shortcut):
+            made += own.read_bytes()
+        digest = hashlib.sha256(made).hexdigest()[:6]
         folder = root / f"{slug(name)}-{digest}" / f"s{experiment.seed}"
         return cls(row, experiment, folder, origins or {})
 
@@ -216,6 +230,11 @@ def plan(
     Raises:
         UserError: a setting does not fit a row.
     """
+    if twice := sorted({*study.axes} & {*given, *PROTOCOLS[protocol]}):
+        name = twice[0].replace("_", "-")
+        raise UserError(f"{name} is an axis of the grid", "give it there alone")
+    changed = {k: v for k, v in given.items() if k not in HARMLESS}
+    asked = {row.name: row.settings for row in study.table.rows}
     study = study.at(scale)
     first = given.get("seed", 0)
     lines = []
@@ -232,20 +251,32 @@ def plan(
             settings.pop("epochs", None)
             settings.pop("steps", None)
         settings |= fitting(given, settings.get("shortcut", "identity"))
+        settings |= warmed(scale, settings, {*given, *study.axes})
         kept = {k: v for k, v in origins.items() if k in settings or k == "seed"}
         arms = [
             Arm.of(row.name, Experiment(**{**settings, "seed": seed}), root, kept)
             for seed in range(first, first + runs)
         ]
+        if study.axes:
+            shortcut = row.settings.get("shortcut", "identity")
+            row = replace(row, published=published(asked[row.name] | fitting(changed, shortcut)))
         lines.append(Line(row, arms))
-    changed = {k: v for k, v in given.items() if k not in HARMLESS}
-    comparable = scale == "paper" and not changed
+    comparable = scale == protocol == "paper" and not changed
     title = titled(study.table.title, scale, protocol, changed)
     return Ablation(study, lines, root, title, scale, protocol, comparable)
 
 
+def warmed(scale: str, settings: Mapping[str, Any], asked: set[str]) -> dict[str, Any]:
+    """A budget's warm-up as the same share of another length that was asked for."""
+    recipe = SCALES[scale].recipe
+    if "warmup" not in recipe or "warmup" in asked or not asked & {"steps", "epochs"}:
+        return {}
+    steps = length(Experiment(**settings))
+    return {"warmup": steps and round(recipe["warmup"] * steps / recipe["steps"])}
+
+
 # What may be given and the paper's errors are still of the same recipe.
-HARMLESS = {f.name for f in fields(Experiment) if f.metadata["free"]}
+HARMLESS = {f.name for f in fields(Experiment) if f.metadata["free"]} - {"weights"}
 HARMLESS |= {"seed", "precision", "log_every", "eval_every"}
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from resnetv2_cli.ablation.arms import Ablation, Line
-from resnetv2_cli.ablation.studies import identity
+from resnetv2_cli.ablation.studies import identity, length
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.augment import Normalize
-from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.data.catalog import known_classes
 from resnetv2_cli.describe import describe
 from resnetv2_cli.footprint import activation_bytes
 from resnetv2_cli.iteration import Iteration
@@ -25,11 +25,6 @@ PROBE_IMAGES = 32  # of a batch; more would show the same, later
 PROBE_STEPS = 3
 
 
-def classes(experiment: Experiment) -> int:
-    """How many classes the dataset has, or ImageNet's thousand where the folder decides."""
-    return len(DATASETS[experiment.dataset].classes) or 1000
-
-
 def step_seconds(experiment: Experiment) -> float:
     """Seconds of one training iteration here: the median of a few on a part of the batch."""
     device = device_of(experiment)
@@ -38,7 +33,7 @@ def step_seconds(experiment: Experiment) -> float:
         n = min(PROBE_IMAGES, n)
     settled = replace(experiment, batch_size=n, accumulate=1)
     settled = replace(settled, precision=precision(settled))  # type: ignore[arg-type]
-    names = tuple(map(str, range(classes(experiment))))
+    names = tuple(map(str, range(known_classes(experiment.dataset, experiment.classes))))
     task = Classification(settled, names, Normalize(torch.zeros(3, 1, 1), torch.ones(1)))
     quiet()
     task.to(device).train()
@@ -56,18 +51,11 @@ def step_seconds(experiment: Experiment) -> float:
     return median(taken[1:]) * experiment.batch_size / n
 
 
-def steps_of(experiment: Experiment) -> int:
-    """Iterations, counted on the whole training set where epochs are given."""
-    if experiment.epochs is None:
-        return experiment.steps
-    images = (DATASETS[experiment.dataset].train or 1_281_167) - experiment.val
-    return max(1, round(experiment.epochs * -(-images // experiment.batch_size)))
-
-
 def forecast(ablation: Ablation, measure: bool) -> list[dict[str, Any]]:
     """For each line: ``parameters``; ``macs`` of one image; ``activation_bytes`` that a batch keeps
     for the backward pass; ``done`` of ``runs``; and the ``seconds`` of what is left, None where
-    nothing is measured. A network that several rows have is measured once.
+    nothing is measured, or the images cannot be counted. A network that several rows have is
+    measured once.
     """
 
     @cache
@@ -78,17 +66,18 @@ def forecast(ablation: Ablation, measure: bool) -> list[dict[str, Any]]:
 
     def one(line: Line) -> dict[str, Any]:
         e = line.arms[0].experiment
-        counts = describe(e, classes(e))
+        counts = describe(e, known_classes(e.dataset, e.classes))
         done = sum(arm.error is not None for arm in line.arms)
         experiments.setdefault(identity(e), e)
-        left = (len(line.arms) - done) * steps_of(e)
+        left, steps = len(line.arms) - done, length(e)
+        seconds = left * steps * timed(identity(e)) if measure and left and steps else None
         return {
             "parameters": counts["parameters"],
             "macs": counts["macs"],
             "activation_bytes": e.batch_size * activation_bytes(e, precision(e), device_of(e).type),
             "runs": len(line.arms),
             "done": done,
-            "seconds": left * timed(identity(e)) if measure and left else None if left else 0.0,
+            "seconds": seconds if left else 0.0,
         }
 
     return [one(line) for line in ablation.lines]

@@ -7,14 +7,19 @@ import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+from resnetv2_cli import plans
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.flags import parsed
 from resnetv2_cli.paper import FIGURES, TABLE_1, TABLE_2, TABLES, PaperTable, Row
 
 UNPUBLISHED = float("nan")
+ILSVRC = 1_281_167  # training images of ImageNet, where it is not there to be counted
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,15 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Study:
-    """Rows that stand in one table; ``name`` is what its files are called."""
+    """Rows that stand in one table; ``name`` is what its files are called, ``axes`` the settings
+    that a grid varies."""
 
     name: str
     table: PaperTable
+    axes: tuple[str, ...] = ()
 
     def at(self, scale: str) -> "Study":
-        """The same rows at another budget.
+        """The same rows at another budget, which leaves the axes of a grid as they are.
 
         Raises:
             UserError: the budget has no depth for one of them.
@@ -65,14 +72,20 @@ class Study:
         def row(r: Row) -> Row:
             whole = self.table.base | r.settings
             depth = whole.get("depth", 110)
-            if whole.get("dataset") == "imagenet" or depth not in small.depths:
+            varied = {k: v for k, v in r.settings.items() if k in self.axes}
+            known = depth in small.depths or "depth" in varied
+            if whole.get("dataset") == "imagenet" or not known:
                 hint = f"leave out --scale {scale}, or name rows with --row"
                 raise UserError(f"{r.name} has no {scale} scale", hint)
             kept = {k: v for k, v in r.settings.items() if k not in ("epochs", "drops")}
-            return replace(r, settings={**kept, "depth": small.depths[depth], **small.recipe})
+            recipe = {
+                k: v for k, v in small.recipe.items() if k != "steps" or "epochs" not in varied
+            }
+            less = {"depth": small.depths.get(depth, depth)} | recipe
+            return replace(r, settings=kept | less | varied)
 
         rows = tuple(row(r) for r in self.table.rows)
-        return Study(f"{self.name}-{scale}", replace(self.table, rows=rows))
+        return replace(self, name=f"{self.name}-{scale}", table=replace(self.table, rows=rows))
 
     def only(self, wanted: list[str]) -> "Study":
         """The rows that are named; all if none is."""
@@ -160,8 +173,9 @@ def of_grid(axes: list[str]) -> Study:
         settings = dict(zip(chosen, combination, strict=True))
         name = " ".join(f"{k}={v}" for k, v in settings.items())
         baseline = rows[0].name if rows else ""
-        rows.append(Row(name, published(settings), settings, baseline=baseline))
-    return Study(f"grid-{slug(title)[:60]}", PaperTable(f"Grid: {title}", {}, tuple(rows)))
+        rows.append(Row(name, UNPUBLISHED, settings, baseline=baseline))
+    table = PaperTable(f"Grid: {title}", {}, tuple(rows))
+    return Study(f"grid-{slug(title)[:60]}", table, tuple(chosen))
 
 
 def published(settings: Mapping[str, Any]) -> float:
@@ -169,20 +183,54 @@ def published(settings: Mapping[str, Any]) -> float:
 
     What a row leaves open is the default of the tool, which is the paper's recipe.
     """
-    wanted = identity(Experiment(**settings))
+    wanted = spelled_out(settings)
     for table in TABLES.values():
         for row in table.rows:
-            if identity(Experiment(**{**table.base, **row.settings})) == wanted:
+            if spelled_out({**table.base, **row.settings}) == wanted:
                 return row.published
     return UNPUBLISHED
 
 
+def spelled_out(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``identity`` with the shortcut's own settings as they are where none was given."""
+    row = plans.shortcuts().get(settings.get("shortcut", "identity"))
+    return (dict(row.settings) if row else {}) | dict(identity(Experiment(**settings)))
+
+
+def length(experiment: Experiment) -> int | None:
+    """Iterations, counted on the whole training set where epochs are given; None where that is a
+    folder which is not there."""
+    if experiment.epochs is None:
+        return experiment.steps
+    images = training_images(experiment.dataset, experiment.data_dir)
+    if not images:
+        return None
+    rounds = -(-(images - experiment.val) // experiment.batch_size)
+    return max(1, round(experiment.epochs * rounds))
+
+
+@cache
+def training_images(dataset: str, place: str) -> int:
+    """How many a dataset has; 0 where it is a folder which is not there."""
+    if known := DATASETS[dataset].train:
+        return known
+    from resnetv2_cli.data.folder import scan  # with torch, which a report does without
+
+    try:
+        return len(scan(Path(place).expanduser(), "train").files)
+    except UserError:
+        return ILSVRC if dataset == "imagenet" else 0
+
+
 def identity(experiment: Experiment) -> tuple[tuple[str, Any], ...]:
-    """What makes an experiment what it is: all but its seed and what is free to change.
+    """What makes an experiment what it is: all but its seed and what is free to change; of images
+    that their folder names alone, that too.
 
     Defaults are left out, so that runs are found again by a version that has more settings.
     """
     whole = {"block": experiment.block_, "stem": experiment.stem_}
+    if experiment.dataset == "folder":
+        whole["data_dir"] = experiment.data_dir
     for f in fields(Experiment):
         value = getattr(experiment, f.name)
         if not f.metadata["free"] and f.name != "seed" and value != f.default:

@@ -67,7 +67,7 @@ def table(measured: Measured) -> Table:
 
 def draw(measured: Measured, to: Path) -> None:
     """How far the gradient at a stage's start is from that at its end, against F."""
-    most = max(len(m["change"][0]) for m in measured.values())
+    most = max(len(m["change"][0]) for m in measured.values()) or 1  # where no unit keeps its shape
     start = "|dL/dx_l - dL/dx_L| / |dL/dx_L|, from its first l to its last L"
     titles = [f"stage {i + 1}: {start}" for i in range(most)]
     panels = Panels(measured, *titles, over_depth=False)

@@ -14,7 +14,7 @@ from resnetv2_cli.bench.floor import convolutions_alone, floor
 from resnetv2_cli.bench.turns import Arm, in_turns, ratios, rows, timed
 from resnetv2_cli.compiling import compile_units
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.data.catalog import known_classes
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.machine import trainer_of
 from resnetv2_cli.manifest import environment
@@ -81,7 +81,7 @@ def step_arm(experiment: Experiment, option: Option, device: torch.device) -> Ar
         UserError: the device has no such option.
     """
     torch.manual_seed(experiment.seed)
-    classes = len(DATASETS[experiment.dataset].classes) or 1000
+    classes = known_classes(experiment.dataset, experiment.classes)
     net = ResNet(**experiment.architecture, classes=classes).to(device)
     net.to(memory_format=option.layout)  # type: ignore[call-overload]
     net.activate(option.fused, option.forget)

@@ -8,7 +8,7 @@ import typer
 from resnetv2_cli import console, paper, plans
 from resnetv2_cli.commands.app import Config, Json, app
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.data.catalog import DATASETS, known_classes
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.flags import with_flags
 from resnetv2_cli.manifest import annotated, origins
@@ -66,7 +66,7 @@ def describe(
     from resnetv2_cli.describe import describe as described
     from resnetv2_cli.describe import skeleton
 
-    known = len(DATASETS[experiment.dataset].classes) or 1000
+    known = known_classes(experiment.dataset, experiment.classes)
     made = described(experiment, known)
     if picture:
         from resnetv2_cli.anatomy import kinds

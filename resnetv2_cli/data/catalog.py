@@ -32,6 +32,11 @@ class Dataset(NamedTuple):
     decoded: bool = True  # whole in memory as uint8; else decoded from files, batch by batch
 
 
+def known_classes(dataset: str, asked: int | None) -> int:
+    """How many classes: the dataset's; of folders as many as were asked for, or ImageNet's."""
+    return len(DATASETS[dataset].classes) or asked or 1000
+
+
 DATASETS = {
     "cifar10": Dataset("32x32 photographs, 10 classes", CIFAR10, 50_000, 10_000),
     "cifar100": Dataset("32x32 photographs, 100 classes", CIFAR100, 50_000, 10_000),
