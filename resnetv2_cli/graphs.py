@@ -5,11 +5,14 @@ layer. Recorded once, they are replayed. What a shortcut of one's own decides in
 once, when it is recorded.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from resnetv2_cli.resnet import ResNet
@@ -42,16 +45,47 @@ def why_not(
 
 def recorded(step: Callable[[], None]) -> Callable[[], None]:
     """What launches again all that ``step`` launches, on the tensors that it was recorded with."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM):
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with recording(side.device) as pool:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):  # others pin memory
             step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may pin memory
-        step()
     return graph.replay
+
+
+@contextmanager
+def recording(device: torch.device) -> Iterator[Any]:
+    """Around a recording into the pool that is given: no garbage is collected meanwhile, whose end
+    may be a call that nothing recorded may make; and if it breaks off, the GPU is as it was."""
+    if device.type != "cuda":
+        yield None
+        return
+    pool, here = torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
+    gc.collect()
+    gc.disable()
+    try:
+        yield pool
+    except BaseException:
+        torch.cuda.set_stream(here)
+        with suppress(RuntimeError):  # raised where PyTorch, from 2.13 on, has ended it by itself
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+        torch.cuda.synchronize()
+        renew_generator(device)
+        raise
+    finally:
+        gc.enable()
+
+
+def tidy(device: torch.device) -> None:
+    """Give back the memory of recordings that nobody has any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def replayed(
@@ -63,12 +97,13 @@ def replayed(
     try:
         return recorded(step), ""
     except Exception as error:  # whatever a layer does that a graph cannot
-        renew_generator(device)
         return None, reason(error)
 
 
-def reason(error: Exception) -> str:
-    """Its first line."""
+def reason(error: BaseException) -> str:
+    """The first line of the first: what a recording says as it breaks off only says that."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -82,21 +117,28 @@ def record(net: ResNet, x: Tensor, precision: str) -> tuple[Forward | None, str]
     Shape: x (N, 3, H, W) on the device of the network -> of the result: as the network's.
     """
     before = [buffer.clone() for buffer in net.buffers()]
+    names, weights = zip(*net.named_parameters(), strict=True)
+    # DDP has hold of the weights' own places in autograd, on streams that are not recorded.
+    places = [w.detach().requires_grad_(w.requires_grad) for w in weights]
+
+    def call(x: Tensor, *weights: Tensor) -> Tensor:
+        return functional_call(net, dict(zip(names, weights, strict=True)), (x,))
+
+    def replay(x: Tensor) -> Tensor:
+        return graphed(x, *weights)
+
     try:
-        with arithmetic(x.device, precision):
-            torch.cuda.make_graphed_callables(net, (x,))  # in place of net.forward
-        replay = net.__dict__.pop("forward")
+        with recording(x.device) as pool, arithmetic(x.device, precision):
+            graphed: Any = torch.cuda.make_graphed_callables(call, (x, *places), pool=pool)
         far = distance(net, replay, x.flip(-1), precision)
     except Exception as error:  # whatever a layer does that a graph cannot
-        net.__dict__.pop("forward", None)
-        renew_generator(x.device)
         return None, reason(error)
     finally:
         for buffer, value in zip(net.buffers(), before, strict=True):
             buffer.copy_(value)
     if not far < NEAR:
         return None, f"the gradient of a replay is {far:.2g} of its norm away from the network's"
-    return lambda x, net=net: replay(x), ""  # a replay alone does not keep the network alive
+    return lambda x, net=net: replay(x), ""  # whose moving averages a replay alone does not keep
 
 
 def renew_generator(device: torch.device) -> None:

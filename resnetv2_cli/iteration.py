@@ -78,7 +78,6 @@ class Iteration:
                 self.inputs.views.copy_(self.inputs.views.flip(0))
             ours, theirs = (self.update(run, kept) for run in (self.step, replay))
         except Exception as error:  # whatever a layer does that a graph cannot
-            graphs.renew_generator(self.inputs.images.device)
             return graphs.reason(error)
         finally:
             restore(kept)

@@ -47,6 +47,7 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(lightning|torchmetrics)\.")
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # Triton's own future
     # Of CUDA graphs and of DDP, which make their passes on streams of their own.
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
 
@@ -106,6 +107,14 @@ def trainer_of(
     trainer.fit_loop.epoch_loop = Steps(trainer, steps.min_steps, steps.max_steps)
     trainer._signal_connector = NoHandlers(trainer)
     return trainer
+
+
+def ready(experiment: Experiment) -> torch.device:
+    """Where its Trainer would train; what is launched from here on goes there."""
+    device = trainer_of(experiment, logger=False).strategy.root_device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def device_of(experiment: Experiment) -> torch.device:

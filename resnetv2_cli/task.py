@@ -155,17 +155,29 @@ class Classification(L.LightningModule):
             self.tell(OWN.format(why))
             joins = False
         for compiled in (True, False) if joins else (False,):
-            self.net.activate(compiled, e.recompute_bn)
-            self.augmented = in_one if compiled and kind == "cuda" else augmented
-            if not (whole := self.record_iteration(optimizer, batch, processes)):
-                self.tell("iterations are replayed, each as one CUDA graph")
-                return
-            if not (why := self.record_network(batch)):
-                self.tell(
-                    f"the network is replayed as CUDA graphs; the whole iteration not: {whole}"
-                )
-                return
+            if not (why := self.record_with(compiled, optimizer, batch, processes)):
+                break
+            graphs.tidy(self.device)
             self.tell(OWN.format(why) if compiled else f"no CUDA graphs: {why}")
+        if kind == "cuda":  # whose compiled operations replays alone have
+            self.augmented = augmented
+            self.fuse(self.device)
+
+    def record_with(
+        self, compiled: bool, optimizer: torch.optim.Optimizer, batch: Batch, processes: int
+    ) -> str:
+        """Record the whole iteration or else the network, with the compiled operations or with
+        PyTorch's; or why neither can be had."""
+        self.net.activate(compiled, self.experiment.recompute_bn)
+        self.augmented = in_one if compiled and self.device.type == "cuda" else augmented
+        if not (whole := self.record_iteration(optimizer, batch, processes)):
+            self.tell("iterations are replayed, each as one CUDA graph")
+            return ""
+        graphs.tidy(self.device)
+        if why := self.record_network(batch):
+            return why if why == whole else f"{whole}; the network alone: {why}"
+        self.tell(f"the network is replayed as CUDA graphs; the whole iteration not: {whole}")
+        return ""
 
     def record_iteration(
         self, optimizer: torch.optim.Optimizer, batch: Batch, processes: int = 1
@@ -233,7 +245,7 @@ class Classification(L.LightningModule):
         self.guard.to(self.device)
 
     def on_fit_end(self) -> None:
-        self.iteration = None  # the Trainer takes the network off its device
+        self.iteration = None  # whose tensors are where it trained
         self.replays.clear()
 
     def on_train_start(self) -> None:

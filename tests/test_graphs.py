@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_iteration import Tapes
 from test_task import task
 
-from resnetv2_cli import graphs, joined, run
+from resnetv2_cli import graphs, joined, run, trust
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.augment import augmented, in_one
 from resnetv2_cli.layers import Activation
@@ -17,6 +18,14 @@ from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.runfolder import RunFolder
 
 CPU = torch.device("cpu")
+WAITS = """
+from resnetv2_cli.shortcuts import Shortcut
+
+
+class Waits(Shortcut):
+    def forward(self, x, residual):
+        return self.carry(x) + residual * (1.0 if residual.sum().item() else 0.5)
+"""
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -39,7 +48,6 @@ def test_what_cannot_be_recorded_is_as_it_was():
     before = {key: value.clone() for key, value in net.state_dict().items()}
     replay, why = graphs.record(net, torch.randn(4, 3, 32, 32), "32-true")
     assert replay is None and why
-    assert "forward" not in vars(net)
     for key, value in net.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=0)
 
@@ -130,14 +138,68 @@ def test_a_replayed_training_ends_where_another_does(shortcut, tmp_path):
 
 
 def test_what_is_replayed_keeps_its_network_alive(monkeypatch):
-    """PyTorch's replay holds it by a weak reference."""
-
-    def graphed(net, samples):
-        alive = weakref.ref(net)
-        net.forward = lambda x: type(net).forward(alive(), x)
-
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
-    x = torch.randn(4, 3, 32, 32)
-    replay, why = graphs.record(ResNet(8).train(), x, "32-true")
+    """It moves averages, which would else be gone."""
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", Tapes)
+    net, x = ResNet(8).train(), torch.randn(4, 3, 32, 32)
+    alive = weakref.ref(net)
+    replay, why = graphs.record(net, x, "32-true")
+    del net
     gc.collect()
-    assert not why and replay(x).shape == (4, 10)
+    assert not why and alive() and replay(x).shape == (4, 10)
+
+
+class Gpu:
+    """What a recording asks of PyTorch, and of an allocator that a recording has hold of."""
+
+    def __init__(self, monkeypatch, ends_itself):
+        self.asked, self.ends_itself = [], ends_itself
+        for name in ("graph_pool_handle", "current_stream", "set_stream", "synchronize"):
+            monkeypatch.setattr(torch.cuda, name, lambda *given, n=name: self.note(n, *given))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(graphs, "renew_generator", lambda device: self.note("renew"))
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(torch._C, name, lambda *given, n=name: self.note(n), raising=False)
+
+    def note(self, name, *given):
+        self.asked.append(name)
+        if name == "_cuda_endAllocateToPool" and self.ends_itself:
+            raise RuntimeError("not currently recording")
+        return name
+
+
+@pytest.mark.parametrize("ends_itself", [True, False])
+def test_a_recording_that_breaks_off_leaves_the_gpu_as_it_was(monkeypatch, ends_itself):
+    """Up to 2.12 PyTorch leaves its allocator in the recording, and all later calls fail."""
+    gpu = Gpu(monkeypatch, ends_itself)
+    with pytest.raises(ValueError), graphs.recording(torch.device("cuda", 0)) as pool:
+        assert pool == "graph_pool_handle" and not gc.isenabled()
+        raise ValueError
+    assert gc.isenabled()
+    released = [] if ends_itself else ["_cuda_releasePool"]
+    after = ["set_stream", "_cuda_endAllocateToPool", *released, "synchronize", "renew"]
+    assert gpu.asked[2:] == after
+    with graphs.recording(torch.device("cuda", 0)):
+        pass
+    assert gc.isenabled() and gpu.asked[2:-2] == after
+
+
+def test_the_reason_is_what_broke_a_recording_off_not_that_it_broke_off():
+    try:
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+    except RuntimeError as error:
+        assert graphs.reason(error) == "operation not permitted when stream is capturing"
+
+
+@gpu
+def test_a_shortcut_that_no_recording_can_have_trains_as_without(tmp_path, monkeypatch):
+    (tmp_path / "waits.py").write_text(WAITS)
+    monkeypatch.chdir(tmp_path)
+    trust.admit(["waits:Waits"])
+    told: list[str] = []
+    e = Experiment(dataset="digits", depth=8, shortcut="waits:Waits", batch_size=64, steps=30)
+    result = run.train(replace(e, graphs=True), RunFolder(tmp_path / "run"), tell=told.append)
+    assert [line for line in told if line.startswith("no CUDA graphs: ")]
+    assert result["test_step"] == 30

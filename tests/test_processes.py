@@ -18,7 +18,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from test_fused import distance
-from test_iteration import Tapes, on_tapes
+from test_iteration import Tapes
 from torch import distributed, multiprocessing
 from torch.profiler import ProfilerActivity, profile
 
@@ -174,7 +174,7 @@ def replayed(place: Path) -> tuple[list[str], dict[str, int], int, list[bool]]:
     told, seen, ends = [], Collectives(), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "why_not", lambda device, **parts: "")
-        patch.setattr(torch.cuda, "make_graphed_callables", on_tapes)
+        patch.setattr(torch.cuda, "make_graphed_callables", Tapes)
         for on in (True, False):
             folder = RunFolder(place / f"graphs-{on}")
             of = TRAIN | {"devices": "2", "kernels": "eager", "steps": STEPS, "graphs": on}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from resnetv2_cli import graphs
 from resnetv2_cli.ablation.arms import Ablation, Line
 from resnetv2_cli.ablation.studies import identity, length
 from resnetv2_cli.config import Experiment
@@ -48,6 +49,8 @@ def step_seconds(experiment: Experiment) -> float:
         began = time.perf_counter()
         iteration(batch, number).item()
         taken.append(time.perf_counter() - began)
+    task.on_fit_end()
+    graphs.tidy(device)  # of this network's recording
     return median(taken[1:]) * experiment.batch_size / n
 
 

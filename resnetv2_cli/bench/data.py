@@ -24,7 +24,7 @@ from resnetv2_cli.data.module import EpochMaker, ImageData, Parts, Stream
 from resnetv2_cli.data.order import Schedule
 from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.machine import trainer_of
+from resnetv2_cli.machine import ready
 from resnetv2_cli.manifest import environment
 from resnetv2_cli.plans import STEMS
 from resnetv2_cli.run import build
@@ -186,7 +186,7 @@ def bench_data(
     if prepared and DATASETS[experiment.dataset].decoded:
         raise UserError("only photographs are prepared", "--dataset folder or imagenet")
     _, data = build(experiment)
-    device = trainer_of(experiment, logger=False).strategy.root_device
+    device = ready(experiment)
     paths = {name: p for name, p in PATHS.items() if p.decoded == data.dataset.decoded}
     arms = {name: path.make(data, device) for name, path in paths.items()}
     arms |= prepared_arms(experiment, prepared, device)

@@ -16,7 +16,7 @@ from resnetv2_cli.compiling import compile_units
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import known_classes
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.machine import trainer_of
+from resnetv2_cli.machine import ready
 from resnetv2_cli.manifest import environment
 from resnetv2_cli.optim import sgd
 from resnetv2_cli.plans import STEMS
@@ -124,7 +124,7 @@ def bench_step(
     The floor of an option is the convolutions alone, in its precision and layout; it takes turns
     with the options. ``floors``: beside it, the bytes that must move over the copy bandwidth.
     """
-    device = trainer_of(experiment, logger=False).strategy.root_device
+    device = ready(experiment)
     options = {name: OPTIONS[name] for name in [PLAIN, *(n for n in names if n != PLAIN)]}
     arms: dict[str, Arm] = {}
     of: dict[str, str] = {}  # option: the arm that is its floor

@@ -28,7 +28,7 @@ from resnetv2_cli.data.order import Epoch, Schedule, epoch_order
 from resnetv2_cli.display import Display
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.leaving import Leaver
-from resnetv2_cli.machine import precision, trainer_of
+from resnetv2_cli.machine import precision, ready, trainer_of
 from resnetv2_cli.manifest import environment
 from resnetv2_cli.optim import schedule, sgd
 from resnetv2_cli.run import build, loggers, silent
@@ -48,8 +48,8 @@ def bare_arm(
     task.sums, task.finite = task.sums.to(device), task.finite.to(device)
     task.guard.to(device)
     optimizer = sgd(task.net, e)
-    task.record(optimizer)
     scheduler = schedule(optimizer, e)
+    task.record(optimizer)
     pixels = torch.from_numpy(split.images).to(device)
     labels = torch.from_numpy(split.labels).to(device)
     order = Schedule(data.train_images, e.batch_size)
@@ -210,7 +210,7 @@ def bench_train(
     split = data.train
     if not isinstance(split, images.Split):
         raise UserError("bench train needs small images", "--dataset cifar10, cifar100 or digits")
-    device = trainer_of(experiment, logger=False).strategy.root_device
+    device = ready(experiment)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         first = first_step_seconds(experiment, folder)

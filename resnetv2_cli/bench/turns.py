@@ -52,12 +52,15 @@ def in_turns(
     for _ in range(rounds):
         for name, arm in arms.items():
             fresh = memory.forget_peak()
+            there = 0
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)
+                there = torch.cuda.memory_reserved(device)  # by all arms, their recordings with it
             seconds = arm(steps)
             peak = memory.peak(device)
-            known = peak["device"] or (peak["host"] if fresh else None)
+            above = None if peak["device"] is None else peak["device"] - there
+            known = above or (peak["host"] if fresh and above is None else None)
             turns[name].append(Turn(seconds, known))
     return turns
 
