@@ -10,7 +10,7 @@ set -uo pipefail
 
 depths=${DEPTHS:-110 164 1001}
 arms=${ARMS:-fused-graphs graphs compile-graphs bf16-channels-last fused compile recompute-bn}
-whole=${WHOLE---graphs --compile}   # of the whole command, beside none: each one alone, then together
+whole=${WHOLE---no-graphs --compile}   # of the whole command, beside none: each one alone, then together
 end=$((SECONDS + ${1:?"how many seconds?"}))
 out=${2:?"which folder?"}
 shift 2

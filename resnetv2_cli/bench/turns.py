@@ -14,7 +14,8 @@ Arm = Callable[[int], float]  # iterations -> seconds an iteration
 
 
 class Turn(NamedTuple):
-    """One stretch of one arm: seconds an iteration, and the most bytes the process had in it."""
+    """One stretch of one arm: seconds an iteration, and the most bytes that the process had in it;
+    on a GPU above what lay there before, which of a recording is all it needs: None."""
 
     seconds: float
     peak: int | None
