@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from conftest import STOPPED, data
+from conftest import STOPPED, data, encoded
 from PIL import Image
 from test_data import FakeTrainer
 
@@ -131,6 +132,36 @@ def test_damaged_shards_are_one_clear_error(tree, tmp_path, capsys, damage, mess
     damage(shards)
     with pytest.raises(UserError, match=message):
         read_all(shards, "train")
+
+
+@pytest.fixture
+def few():
+    """A process may have so many more files open than it has."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def limit(more: int) -> None:
+        os.close(next_ := os.dup(0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (next_ + more, before[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_there_may_be_more_shards_than_a_process_may_have_open(tmp_path, capsys, few):
+    for split, n in (("train", 12), ("val", 1)):
+        (tmp_path / "tree" / split / "ant").mkdir(parents=True)
+        for i in range(n):
+            (tmp_path / "tree" / split / "ant" / f"{i}.jpg").write_bytes(encoded(33, 30))
+    to = tmp_path / "s"
+    data(capsys, "prepare", tmp_path / "tree", "--output", to, "--shard", 1, "--workers", 1)
+    members = folder.scan(to, "train").files
+    assert len({m.shard for m in members}) == 12
+    few(3)
+    assert all(m.read().startswith(b"\xff\xd8") for m in members)
+    few(0)
+    with pytest.raises(UserError, match="Too many open files") as refused:
+        members[0].read()
+    assert "ulimit -n" in refused.value.hint  # and not: make the shard anew
 
 
 @pytest.mark.parametrize("number", STOPPED)

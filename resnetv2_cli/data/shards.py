@@ -5,11 +5,11 @@ its class. By the index any image is one read, so that the order stays a functio
 and epoch.
 """
 
+import errno
 import json
 import os
 import tarfile
 import zipfile
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import replacing
 
 AGAIN = "resnetv2 data prepare makes it anew"
+MORE = "ulimit -n 4096 lets a process have more files open"
 
 
 class Member(NamedTuple):
@@ -38,19 +39,20 @@ class Member(NamedTuple):
         Raises:
             UserError: they cannot be read; says which.
         """
+        # Opened for each image, in microseconds: the next is in any of a thousand shards, which are
+        # more than a process may have open.
         try:
-            content = os.pread(_opened(self.shard, os.getpid()), self.size, self.offset)
+            shard = os.open(self.shard, os.O_RDONLY)
+            try:
+                content = os.pread(shard, self.size, self.offset)
+            finally:
+                os.close(shard)
         except OSError as error:
-            raise UserError(f"cannot read the image {self}: {error.strerror}", AGAIN) from None
+            hint = MORE if error.errno in (errno.EMFILE, errno.ENFILE) else AGAIN
+            raise UserError(f"cannot read the image {self}: {error.strerror}", hint) from None
         if len(content) < self.size:
             raise UserError(f"cannot read the image {self}: {self.shard} is cut off", AGAIN)
         return content
-
-
-@cache
-def _opened(shard: Path, process: int) -> int:
-    """A descriptor, which every process has of its own."""
-    return os.open(shard, os.O_RDONLY)
 
 
 def index_of(root: Path, split: str) -> Path:
