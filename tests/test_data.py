@@ -15,6 +15,7 @@ from resnetv2_cli.data import folder
 from resnetv2_cli.data.augment import Normalize, crop_and_flip
 from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.data.order import Schedule, epoch_order, share
+from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError
 
 
@@ -223,6 +224,21 @@ def test_photographs_are_the_same_in_every_epoch_unless_augmented(photographs, a
     batches = data(**given, augment=augment, steps=2, workers=0).train_dataloader()
     first, second = (sorted(b.images.sum((1, 2, 3)).tolist()) for b in batches)
     assert (first == second) is not augment
+
+
+@pytest.mark.parametrize(
+    "seed, epoch, first",
+    [(0, 0, 0.2867), (7, 5, 0.3139), (20240101, 0, None), (2**31 - 1, 9, None)],
+)
+def test_any_seed_draws_crops_of_photographs(photographs, monkeypatch, seed, epoch, first):
+    """Small ones as they always have."""
+    drawn, box = [], folder.random_box
+    monkeypatch.setattr(folder, "random_box", lambda *g: drawn.append(g[3][0]) or box(*g))
+    view = PROTOCOLS["224"].view(32)
+    views = folder.FolderImages(folder.scan(photographs, "train"), 32, "scale", seed, view)
+    pixels, _ = views[3, epoch]
+    torch.testing.assert_close(pixels, views[3, epoch][0])
+    assert first is None or drawn[0] == pytest.approx(first, abs=1e-4)
 
 
 def test_training_crops_lie_inside_the_photograph_and_are_as_large_as_the_sources_say():

@@ -157,7 +157,8 @@ class FolderImages(Dataset):
         if epoch < 0:
             found = self._crops(index, lambda w, h: boxes(w, h, self.view), self.view.side)
             return torch.cat([found, found.flip(2)]) if self.view.ten else found[0], label
-        g = torch.Generator().manual_seed((self.seed * STREAMS + epoch) * 2**21 + index)
+        number = (self.seed * STREAMS + epoch) * 2**21 + index
+        g = torch.Generator().manual_seed(number % 2**64)  # more than that is refused
         flip, *draws = torch.rand(1 + DRAWS, generator=g, dtype=torch.float64).tolist()
         [image] = self._crops(index, lambda w, h: [random_box(w, h, self.crop, draws)], self.size)
         return image.flip(1) if flip < 0.5 else image, label
