@@ -17,14 +17,12 @@ from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.data.folder import MIDDLE, SUFFIXES, Folder, FolderImages
-from resnetv2_cli.data.images import SIZE
-from resnetv2_cli.data.module import EVAL_BATCH, stand_apart
+from resnetv2_cli.data.module import EVAL_BATCH, stand_apart, view_of
 from resnetv2_cli.data.picture import BROKEN, FORMATS
-from resnetv2_cli.data.protocols import PROTOCOLS, View
+from resnetv2_cli.data.protocols import View
 from resnetv2_cli.data.shards import Member
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.machine import trainer_of
-from resnetv2_cli.plans import STEMS
 from resnetv2_cli.task import Classification
 
 STDIN = "-"
@@ -53,7 +51,7 @@ def network(path: Path, **overrides: Any) -> Classification:
     """The network of a checkpoint, from the file alone: no images are looked for.
 
     Raises:
-        UserError: the file is no checkpoint of this tool.
+        UserError: the file is no checkpoint of this tool, or what it would see does not fit it.
     """
     saved = checkpoints.read(path)
     experiment = checkpoints.experiment_of(saved, **overrides)
@@ -61,16 +59,8 @@ def network(path: Path, **overrides: Any) -> Classification:
     normalize = Normalize(state["normalize.mean"], state["normalize.std"])
     task = Classification(experiment, tuple(saved["classes"]), normalize)
     checkpoints.load_weights(task, saved, path)
+    view_of(experiment, task.normalize)
     return task.eval()
-
-
-def view_of(task: Classification) -> View:
-    """What a network sees of an image in evaluation: the protocol's crops of a photograph; small
-    images whole, at their size, which a mean image has too."""
-    e, mean = task.experiment, task.normalize.mean
-    if DATASETS[e.dataset].decoded or mean.shape[-1] > 1:
-        return View(max(SIZE, mean.shape[-1]))
-    return PROTOCOLS[e.protocol].view(STEMS[e.stem_].size)
 
 
 @contextmanager
@@ -164,7 +154,7 @@ def predict(task: Classification, found: Sequence[Picture], top: int) -> Iterato
     arithmetic and in batches of the size that evaluation has.
     """
     e = task.experiment
-    view = view_of(task)
+    view = view_of(e, task.normalize)
     batch = EVAL_BATCH[DATASETS[e.dataset].decoded] // (10 if view.ten else 1)
     loader: DataLoader = DataLoader(
         Views(found, view),

@@ -17,7 +17,7 @@ from resnetv2_cli.callbacks import Keeper, Readings, Recorder
 from resnetv2_cli.cluster import Meeting
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.csvlog import CSVMetrics
-from resnetv2_cli.data.module import ImageData
+from resnetv2_cli.data.module import ImageData, view_of
 from resnetv2_cli.errors import Diverged, UserError
 from resnetv2_cli.files import seal_of
 from resnetv2_cli.finetune import begin, refuse_another_architecture
@@ -163,6 +163,7 @@ def _train(
     if last is None:
         for line in begin(task):
             tell(line)
+    view_of(e, task.normalize)  # whether it fits shows before anything is written
     meeting.agree(lambda: _state(e, data, last, step), last=False)
     if first_process():
         if resume:
@@ -324,12 +325,13 @@ def evaluate(
     ``meeting``: as ``train`` has it.
 
     Raises:
-        UserError: the file is no checkpoint of this tool, the images are missing, or several
-            processes would not evaluate the same.
+        UserError: the file is no checkpoint of this tool, the images are missing or do not fit
+            it, or several processes would not evaluate the same.
     """
     saved, task, data = restore(path, **overrides)
     counted = [Readings(manifest, "test")] if (manifest := manifest_of(path)) else []
     e = checkpoints.experiment_of(saved, **overrides)
+    view_of(e, task.normalize)
     leaver = Leaver()
     trainer = trainer_of(e, logger=False, callbacks=[*counted, leaver])
     step = saved["global_step"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, SHARED
 from PIL import Image
+from test_data import FakeTrainer
 
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import resume, run
@@ -17,8 +18,11 @@ from resnetv2_cli.ablation.studies import identity
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.images import digits
+from resnetv2_cli.data.module import view_of
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.export import study
 from resnetv2_cli.finetune import begin
+from resnetv2_cli.inference import Picture, network, predict
 from resnetv2_cli.runfolder import RunFolder
 
 SMALL = {"dataset": "digits", "depth": 8, "batch_size": 64, "warmup": 0, "precision": "32-true"}
@@ -64,6 +68,46 @@ def test_other_classes_get_a_new_classifier_and_the_normalization_of_the_weights
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
     assert now["net.head.fc.weight"].shape[0] == 3 and now["normalize.mean"].shape[-1] == 32
     assert lines[1] == "the classifier is new: 10 classes there, 3 here"
+
+
+def photographs_of(own_folder, trained, **given) -> Experiment:
+    small = {**SMALL, "dataset": "folder", "data_dir": str(own_folder), "stem": "cifar"}
+    small |= {"crop": "scale-aspect", "batch_size": 8, "steps": 2, "workers": 0}
+    return Experiment(**small, weights=str(trained), **given)
+
+
+def test_photographs_behind_a_mean_image_are_predicted_and_exported_as_evaluated(
+    trained, own_folder, tmp_path
+):
+    """Each photograph is 48x40, of which evaluation sees the middle 35x35 as 32x32."""
+    run.train(photographs_of(own_folder, trained), RunFolder(tmp_path / "run"))
+    file = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    _, task, data = run.restore(file)
+    assert task.normalize.mean.shape == (3, 32, 32)
+    data.trainer = FakeTrainer()
+    evaluated = torch.cat([batch.images for batch in data.test_dataloader()])
+    found = [Picture(path.name, path) for path in data.test.files]
+    seen = torch.stack([p.pixels for p in predict(network(file, devices="1"), found, 1)])
+    assert torch.equal(seen, evaluated)
+    made = study.export(file, "safetensors", tmp_path / "a.safetensors", None, None)
+    assert "shorter side is resized to 37 (bicubic" in made.card.read_text()
+
+
+def test_another_size_than_that_of_the_mean_image_is_refused(trained, own_folder, tmp_path):
+    message = "mean image .* is 32x32; by --protocol 320 it sees 46x46"
+    with pytest.raises(UserError, match=message) as caught:
+        run.train(photographs_of(own_folder, trained, protocol="320"), RunFolder(tmp_path / "a"))
+    assert caught.value.hint == "--protocol 224 or ten-crop fits" and not (tmp_path / "a").exists()
+    run.train(photographs_of(own_folder, trained), RunFolder(tmp_path / "run"))
+    file = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    with pytest.raises(UserError, match=message):
+        run.evaluate(file, protocol="320")
+    with pytest.raises(UserError, match=message):
+        network(file, protocol="320")
+    large = Experiment(dataset="folder", depth=18)
+    with pytest.raises(UserError, match="it sees 224x224") as caught:
+        view_of(large, run.build(Experiment(**SMALL))[0].normalize)
+    assert "--normalize channel" in caught.value.hint
 
 
 def test_as_many_classes_in_another_order_get_a_new_classifier_too(trained, tmp_path):

@@ -12,9 +12,9 @@ from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import folder, images
 from resnetv2_cli.data.augment import Normalize
+from resnetv2_cli.data.module import view_of
 from resnetv2_cli.data.protocols import PROTOCOLS
-from resnetv2_cli.inference import Picture, from_stdin, network, view_of
-from resnetv2_cli.task import Classification
+from resnetv2_cli.inference import Picture, from_stdin, network
 
 
 @pytest.fixture(scope="module")
@@ -155,13 +155,12 @@ def test_a_contact_sheet(trained, digits, tmp_path, capsys):
     assert black.mean() > 0.01 and red.any()  # what is written under the broken one is red
 
 
-def test_a_network_with_a_mean_image_looks_at_images_of_its_size(trained):
+def test_small_images_are_looked_at_whole_whatever_the_protocol(trained):
     task = network(trained / "checkpoints" / "last.ckpt", protocol="320")
-    assert task.normalize.mean.shape == (3, 32, 32) and view_of(task) == (32, 1.0, False)
+    assert view_of(task.experiment, task.normalize) == (32, 1.0, False)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_photographs_are_looked_at_by_the_protocol_that_is_asked_for(protocol):
     e = Experiment(dataset="folder", depth=18, protocol=protocol)
-    task = Classification(e, ("ant", "bee"), Normalize(folder.MEAN, folder.STD))
-    assert view_of(task) == PROTOCOLS[protocol].view(224)
+    assert view_of(e, Normalize(folder.MEAN, folder.STD)) == PROTOCOLS[protocol].view(224)

@@ -7,11 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.folder import Folder, FolderImages
 from resnetv2_cli.data.images import Split
-from resnetv2_cli.data.protocols import PROTOCOLS
-from resnetv2_cli.plans import STEMS
+from resnetv2_cli.data.module import view_of
+from resnetv2_cli.data.protocols import View
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.run import build, restore
 from resnetv2_cli.source import Source
@@ -47,9 +46,9 @@ class Subject:
     batch: Batch = Batch()
 
 
-def chosen(split: Split | Folder, n: int, experiment: Experiment) -> tuple[Tensor, Tensor]:
+def chosen(split: Split | Folder, n: int, view: View) -> tuple[Tensor, Tensor]:
     """n images at equal distances, or all if there are fewer; sorted by class, all classes have
-    their share.
+    their share. ``view``: of photographs.
 
     Shape: (n, H, W, 3) uint8, (n,).
     """
@@ -58,9 +57,7 @@ def chosen(split: Split | Folder, n: int, experiment: Experiment) -> tuple[Tenso
     rows = (2 * np.arange(n) + 1) * count // (2 * n)
     if isinstance(split, Split):
         return torch.from_numpy(split.images[rows]), torch.from_numpy(split.labels[rows])
-    size = STEMS[experiment.stem_].size
-    view = PROTOCOLS[experiment.protocol].view(size)._replace(ten=False)
-    views = FolderImages(split, size, experiment.crop, experiment.seed, view)
+    views = FolderImages(split, view.side, "scale", 0, view)
     images, labels = zip(*(views[int(i), -1] for i in rows), strict=True)
     return torch.stack(images), torch.tensor([int(label) for label in labels])
 
@@ -69,7 +66,8 @@ def subject(source: Source, batch: Batch) -> Subject:
     """Build the network, give it its weights, and read its images.
 
     Raises:
-        UserError: the images are missing, or the checkpoint is of another network.
+        UserError: the images are missing or of another size than the network's mean image, or the
+            checkpoint is of another network.
     """
     plain = replace(
         source.experiment, compile=False, recompute=0, recompute_bn=False, kernels="eager"
@@ -79,8 +77,9 @@ def subject(source: Source, batch: Batch) -> Subject:
     else:
         task, data = build(plain)
     dtype = DTYPES[batch.precision]
-    some, labels = chosen(data.train, batch.images, plain)
-    test, test_labels = chosen(data.test, batch.test_images, plain)
+    view = view_of(plain, task.normalize)._replace(ten=False)
+    some, labels = chosen(data.train, batch.images, view)
+    test, test_labels = chosen(data.test, batch.test_images, view)
     test_x = task.normalize(test)
     task.to(dtype)
     net = task.net.train(batch.bn == "batch")

@@ -16,7 +16,7 @@ from resnetv2_cli.data import folder, images
 from resnetv2_cli.data.augment import Normalize, statistics
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.data.order import Epoch, Part, Schedule, epoch_order, share
-from resnetv2_cli.data.protocols import PROTOCOLS
+from resnetv2_cli.data.protocols import PROTOCOLS, View
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.plans import STEMS
 
@@ -24,6 +24,27 @@ EVAL_BATCH = {True: 250, False: 64}  # images at a time in evaluation, when deco
 GPU_EVAL_BATCH = (
     1000  # of decoded ones: a GPU waits for launches, of which there are a quarter then
 )
+
+
+def view_of(experiment: Experiment, normalize: Normalize) -> View:
+    """What a network sees of an image in evaluation: small images whole, of a photograph the crops
+    of the protocol.
+
+    Raises:
+        UserError: they are of another size than the mean image that came with its weights.
+    """
+    if DATASETS[experiment.dataset].decoded:
+        return View(images.SIZE)
+    views = {name: row.view(STEMS[experiment.stem_].size) for name, row in PROTOCOLS.items()}
+    view, mean = views[experiment.protocol], normalize.mean.shape[-1]
+    if mean not in (1, view.side):
+        fit = " or ".join(name for name, other in views.items() if other.side == mean)
+        raise UserError(
+            f"the mean image that the network subtracts is {mean}x{mean}; by --protocol "
+            f"{experiment.protocol} it sees {view.side}x{view.side}",
+            f"--protocol {fit} fits" if fit else "weights of --normalize channel fit any size",
+        )
+    return view
 
 
 class Batch(NamedTuple):
@@ -330,7 +351,7 @@ class ImageData(L.LightningDataModule):
         e, trainer = self.experiment, self.trainer
         assert trainer is not None
         size = STEMS[e.stem_].size
-        view = PROTOCOLS["224" if weights else e.protocol].view(size)
+        view = PROTOCOLS["224"].view(size) if weights else view_of(e, self.normalize)
         loader: DataLoader = DataLoader(
             folder.FolderImages(split, size, e.crop, e.seed, view),
             batch_sampler=folder.Keys(keys, length),

@@ -9,13 +9,14 @@ from torch import nn
 
 from resnetv2_cli import __version__
 from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli.data.module import view_of
 from resnetv2_cli.data.protocols import View
 from resnetv2_cli.export.card import Facts, card
 from resnetv2_cli.export.check import Agreement, written
 from resnetv2_cli.export.fold import exported
 from resnetv2_cli.export.formats import FORMATS, INPUT, OUTPUT, check_packages
 from resnetv2_cli.files import write_text
-from resnetv2_cli.inference import network, view_of
+from resnetv2_cli.inference import network
 from resnetv2_cli.origin import sha256
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.task import Classification
@@ -63,7 +64,7 @@ def export(
     run = path.parent.parent if path.parent.name == "checkpoints" else None
     to = output or (run or path.parent) / "export" / f"{path.stem}{row.suffix}"
     model, folded = exported(task, row.fold if fold is None else fold)
-    view = view_of(task)._replace(ten=False)
+    view = view_of(task.experiment, task.normalize)._replace(ten=False)
     agreement = written(task, model, format, view, to, metadata(task, step, folded, view))
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in task.net.modules())
     size = to.stat().st_size
