@@ -96,6 +96,28 @@ def test_check_says_when_half_is_missing(tree, tmp_path, capsys, split, said):
     assert said in err
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_check_says_that_a_split_has_class_folders_but_no_images(tree, tmp_path, capsys, split):
+    root = shutil.copytree(tree, tmp_path / "tree")
+    for file in (root / split).glob("*/*"):
+        file.unlink()
+    with pytest.raises(UserError, match="no images in"):  # training would stop
+        folder.scan(root, "train" if split == "train" else "test")
+    out, err = data(capsys, "check", root, "--output", tmp_path / "report.json", status=2)
+    assert f"no images in {split} hint" in err and str(root / split / "CLASS") in err
+    assert f"class empty 2 no image of it in {split} ant" in out.replace("│", "").replace("  ", " ")
+    assert "nothing is wrong" not in out
+
+
+def test_check_says_that_photographs_of_train_are_in_no_class_folder(tree, tmp_path, capsys):
+    root = shutil.copytree(tree, tmp_path / "tree")
+    for file in (root / "train").glob("*/*"):
+        file.rename(root / "train" / f"{file.parent.name}{file.name}")
+    _, err = data(capsys, "check", root, "--output", tmp_path / "report.json", status=2)
+    assert "train has its images in no class folder hint" in err
+    assert str(root / "train" / "CLASS") in err and "sort-val" not in err  # it sorts no train/
+
+
 @pytest.mark.parametrize("number", STOPPED)
 def test_a_check_that_is_stopped_leaves_the_report_of_before(
     tree, tmp_path, capsys, monkeypatch, number
@@ -169,6 +191,27 @@ def test_a_flat_val_is_sorted_by_labels_of_any_form(archive, capsys, form):
     assert places(archive) == expected
 
 
+def test_val_itself_can_be_named_once_more(archive, capsys):
+    (archive / "labels.txt").write_text(FORMS["csv"])
+    command = ["sort-val", archive / "val", "--labels", archive / "labels.txt"]
+    assert "3 images moved" in data(capsys, *command)[0]
+    again, _ = data(capsys, *command)
+    assert "0 images moved" in again and "3 were there already" in again
+    shutil.rmtree(archive / "val")
+    (archive / "train" / "n1" / "a.JPEG").rename(archive / "train" / "a.JPEG")
+    command[1] = archive
+    assert "has no folder val" in data(capsys, *command, status=2)[1]  # and train is none
+
+
+def test_a_class_may_be_of_several_words(archive, capsys):
+    shutil.rmtree(archive / "train")
+    labels = ("golden retriever", "type 2", " n1 85 1 499 272 n1 1 2 3 4")
+    lines = [f"ILSVRC2012_val_{i:08}.JPEG,{label}" for i, label in enumerate(labels, 1)]
+    (archive / "labels.txt").write_text("\n".join(lines))
+    data(capsys, "sort-val", archive, "--labels", archive / "labels.txt")
+    assert [p.split("/")[0] for p in places(archive)] == ["golden retriever", "n1", "type 2"]
+
+
 def moved(archive: Path, number: int) -> None:
     """Have an image of val/ in n1 already."""
     (archive / "val" / "n1").mkdir()
@@ -202,6 +245,8 @@ def test_an_image_in_another_class_than_labelled_stops_sorting(archive, capsys):
         (FORMS["names"].replace("n1", "../n1"), "line 2: .* is no image and its class"),
         ("n2\nn1\n", "2 labels without names, for 3 images"),
         ("490\n361\n171\n", "numbers for classes"),
+        (" \n", "line 1: .* is no image and its class"),
+        ("a.JPEG,\n", "line 1: .* is no image and its class"),
         ("", "does not give each image its class"),
         ("n1\nILSVRC2012_val_00000001.JPEG n1\n", "does not give each image its class"),
     ],

@@ -38,20 +38,30 @@ def check(
     with console.progress() as tick:
         report = survey(folder, workers, tick)
     write_json(output, report)
+    found = serious(report)
     if json:
         console.as_json(report)
     else:
-        show(report, {kind: fault.doc for kind, fault in FAULTS.items()})
+        said = show(report, {kind: fault.doc for kind, fault in FAULTS.items()})
+        if not said and not found:
+            console.out.print("nothing is wrong")
         console.note(f"report: {output}")
-    if found := serious(report):
-        hint = f"{output} has their names"
-        if report["flat"]:
-            hint = f"resnetv2 data sort-val {quote(str(folder))} --labels FILE"
-        raise UserError(f"{folder}: {', '.join(found)}", hint)
+    if found:
+        raise UserError(f"{folder}: {', '.join(found)}", remedy(report, folder, output))
 
 
-def show(report: dict[str, Any], docs: dict[str, str]) -> None:
-    """A report as tables: the splits, and what is to be said of files."""
+def remedy(report: dict[str, Any], folder: Path, output: Path) -> str:
+    """What to do about what is serious in a report."""
+    flat, splits = report["flat"], report["splits"]
+    if flat and "train" not in flat:
+        return f"resnetv2 data sort-val {quote(str(folder))} --labels FILE"
+    if bare := [*flat, *(split for split in splits if not splits[split]["images"])]:
+        return f"images go into one folder a class, such as {folder / bare[0] / 'CLASS'}"
+    return f"{output} has their names"
+
+
+def show(report: dict[str, Any], docs: dict[str, str]) -> bool:
+    """A report as tables: the splits, and what is to be said of files; whether that is anything."""
     rows = [
         [
             split,
@@ -78,10 +88,13 @@ def show(report: dict[str, Any], docs: dict[str, str]) -> None:
             if classes:
                 doc = f"{split} lacks it" if kind == "missing" else f"only {split} has it"
                 found.append([f"class {kind}", f"{len(classes):,}", doc, classes[0]])
+    for split, s in report["splits"].items():
+        if s["empty"]:
+            doc = f"no image of it in {split}"
+            found.append(["class empty", f"{len(s['empty']):,}", doc, s["empty"][0]])
     if found:
         console.table("", ["what", "files", "", "for instance"], found)
-    else:
-        console.out.print("nothing is wrong")
+    return bool(found)
 
 
 @data.command("sort-val")

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ FORMS = (
     "a line for each image: ILSVRC2012_val_00000001.JPEG n01440764; or LOC_val_solution.csv; or "
     "the classes alone, one a line, in the order of the images' names"
 )
+# As LOC_val_solution.csv has it: the class before the four numbers of each box around one of it.
+BOXES = re.compile(r"(\S+)(\s+\d+){4}(\s+\1(\s+\d+){4})*")
 
 
 class Move(NamedTuple):
@@ -27,15 +30,29 @@ def place_of(root: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    for place in (root / "val", root / "test", root):
-        if place.is_dir() and (place != root or images_in(place)):
+    for place in (root / "val", root / "test"):
+        if place.is_dir():
             return place
+    # Also when it is sorted by now; the class folders of a whole dataset would be its splits.
+    if root.is_dir() and (images_in(root) or (sorted_in(root) and not (root / "train").is_dir())):
+        return root
     raise UserError(f"{root} has no folder val", "name the folder that val is in")
 
 
 def images_in(place: Path) -> list[Path]:
     """The images that lie in a folder itself, in the order of their names."""
     return sorted(p for p in place.iterdir() if p.suffix.lower() in SUFFIXES and not p.is_dir())
+
+
+def sorted_in(place: Path) -> list[Path]:
+    """The images that lie in its class folders."""
+    return [p for p in place.glob("*/*") if p.suffix.lower() in SUFFIXES]
+
+
+def class_in(cell: str) -> str:
+    """What a cell names: a class, which may be of several words, or one with its boxes."""
+    boxes = BOXES.fullmatch(cell.strip())
+    return boxes[1] if boxes else cell.strip()
 
 
 def labels_in(file: Path) -> list[tuple[str, str]]:
@@ -54,11 +71,11 @@ def labels_in(file: Path) -> list[tuple[str, str]]:
             continue
         if len(words) == 1:  # spaces between
             words = words[0].split()
-        name, label = (words[0], words[1].split()) if len(words) > 1 else ("", words[:1])
-        if len(words) > 2 or not label or any(c in label[0] for c in "/\\\0") or label[0][0] == ".":
+        name, label = ("", "".join(words)) if len(words) < 2 else (words[0], class_in(words[1]))
+        if len(words) > 2 or not label or any(c in label for c in "/\\\0") or label[0] == ".":
             line = shown(" ".join(words))
             raise UserError(f"{file}, line {number}: {line} is no image and its class", FORMS)
-        made.append((Path(name).stem if Path(name).suffix.lower() in SUFFIXES else name, label[0]))
+        made.append((Path(name).stem if Path(name).suffix.lower() in SUFFIXES else name, label))
     if not made or len({bool(name) for name, _ in made}) > 1:
         raise UserError(f"{file} does not give each image its class", FORMS)
     if all(label.isdecimal() for _, label in made):
@@ -76,7 +93,7 @@ def plan(place: Path, labels: list[tuple[str, str]]) -> tuple[list[Move], int]:
         UserError: an image has no class, has two, or is not there; or ``train`` lacks a class.
     """
     here = images_in(place)
-    sorted_ = {p.stem: p for p in place.glob("*/*") if p.suffix.lower() in SUFFIXES}
+    sorted_ = {p.stem: p for p in sorted_in(place)}
     if labels and not labels[0][0]:
         if sorted_ and not here:
             return [], len(sorted_)

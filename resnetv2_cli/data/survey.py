@@ -194,6 +194,8 @@ def serious(report: dict[str, Any]) -> list[str]:
     said += [] if "train" in there else ["no folder train"]
     said += [] if there & {"val", "test"} else ["no folder val or test"]
     said += [f"{split} has its images in no class folder" for split in report["flat"]]
+    empty = [split for split, s in report["splits"].items() if not s["images"]]
+    said += [f"no images in {split}" for split in empty if split not in report["flat"]]
     for split, found in report["classes"].items():
         if found["strange"]:
             said.append(f"{len(found['strange']):,} classes of {split} that train lacks")
