@@ -8,6 +8,15 @@ import torch
 
 PROC = Path("/proc")
 GROUP = Path("/sys/fs/cgroup")  # the limit of a container
+GROUPS = (  # of cgroup v2, and of v1: limit, use, and what of that are files
+    ("memory.max", "memory.current", "memory.stat", ("inactive_file", "active_file")),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        ("total_inactive_file", "total_active_file"),
+    ),
+)
 TRIM, MAP = -1, -3  # parameters of glibc's mallopt
 LARGE = 16_000_000  # bytes: a wide tensor of the first stage at batch 128 has 16.8 million
 
@@ -28,14 +37,31 @@ def _number(file: Path) -> int | None:
         return None
 
 
+def _reclaimable(stat: Path, names: tuple[str, str]) -> int:
+    """What of a container's memory are pages of files, read once or often: the system takes either
+    back when memory is needed. Those of tmpfs, which it cannot, are counted elsewhere."""
+    try:
+        rows = dict(line.split() for line in stat.read_text().splitlines())
+        return sum(int(rows.get(name, 0)) for name in names)
+    except (OSError, ValueError):
+        return 0
+
+
+def _within() -> int | None:
+    """What is left of a container's limit."""
+    for limit, used, stat, names in GROUPS:
+        most, taken = _number(GROUP / limit), _number(GROUP / used)
+        if most is not None and taken is not None:
+            return most - taken + _reclaimable(GROUP / stat, names)
+    return None
+
+
 def available(device: torch.device) -> int | None:
     """What a process can still take on a device: free memory, within a container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = _field(PROC / "meminfo", "MemAvailable")
-    limit, used = _number(GROUP / "memory.max"), _number(GROUP / "memory.current")
-    within = None if limit is None or used is None else limit - used
-    known = [n for n in (free, within) if n is not None]
+    known = [n for n in (free, _within()) if n is not None]
     return min(known) if known else None
 
 

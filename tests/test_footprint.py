@@ -170,6 +170,36 @@ def test_a_container_has_no_more_than_its_limit(tmp_path, monkeypatch, limit, le
     assert memory.available(torch.device("cpu")) == left
 
 
+STAT = "anon 400\n{0}inactive_file 300000\n{0}active_file 200000\nslab_reclaimable 7\n"
+
+
+@pytest.mark.parametrize(
+    "limit, used, stat, prefix",
+    [
+        ("memory.max", "memory.current", "memory.stat", ""),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_",
+        ),
+    ],
+)
+def test_files_that_a_container_has_read_take_none_of_its_memory(
+    tmp_path, monkeypatch, limit, used, stat, prefix
+):
+    """Of cgroup v2 and v1; after a dataset was read its pages are nearly all that is in use."""
+    for place in ("PROC", "GROUP"):
+        monkeypatch.setattr(memory, place, tmp_path)
+    (tmp_path / "meminfo").write_text("MemAvailable:   8000 kB\n")
+    (tmp_path / limit).parent.mkdir(exist_ok=True)
+    (tmp_path / limit).write_text("1000000\n")
+    (tmp_path / used).write_text("950000\n")
+    assert memory.available(torch.device("cpu")) == 50_000
+    (tmp_path / stat).write_text(STAT.format(prefix))
+    assert memory.available(torch.device("cpu")) == 550_000
+
+
 @pytest.mark.parametrize("asked, parts", [("128", 1), ("64", 2), ("50", 3), ("1", 128), ("999", 1)])
 def test_a_number_is_the_most_images_at_a_time(asked, parts):
     assert split(Experiment(), asked, "32-true", None).accumulate == parts
