@@ -74,6 +74,20 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+_held: set[TextIO] = set()  # the locks of this process, open
+
+
+def _let_go() -> None:
+    """In a process that was forked: the workers of one that is killed live on for some seconds, and
+    would hold its locks."""
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 @contextmanager
 def held(lock: Path, hint: str) -> Iterator[None]:
     """Hold a folder by a lock in it, so that no other process works in it meanwhile. It is free
@@ -85,10 +99,12 @@ def held(lock: Path, hint: str) -> Iterator[None]:
     Raises:
         UserError: another process has it (``hint``: what to do then), or it cannot be written.
     """
-    with left_as_it_was(lock.parent), _locked(lock, hint):
+    with left_as_it_was(lock.parent), _locked(lock, hint) as file:
+        _held.add(file)
         try:
             yield
         finally:
+            _held.discard(file)
             with suppress(OSError):
                 lock.unlink()
 

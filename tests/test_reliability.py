@@ -2,6 +2,7 @@
 every value came from. Trainings run in this process; test_run.py kills them."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -15,11 +16,13 @@ import pytest
 import torch
 from conftest import SMALL
 from lightning.pytorch import Callback
+from torch.utils.data import DataLoader
 
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import manifest, run
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Damaged, NotSaved, Stopped, UserError
+from resnetv2_cli.files import taken
 from resnetv2_cli.manifest import ORIGINS, origins
 from resnetv2_cli.resume import continued, finished, same_run
 from resnetv2_cli.runfolder import RunFolder, read_metrics
@@ -166,6 +169,30 @@ def test_who_is_refused_in_a_folder_leaves_what_was_there(tmp_path):
         (tmp_path / "new" / "other").touch()
         raise UserError("and meanwhile another came")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["mine", "new", "other"]
+
+
+def test_the_workers_of_a_killed_process_do_not_hold_its_lock(tmp_path):
+    """They live on for some seconds, until they see that it has gone."""
+
+    def hold() -> None:
+        with RunFolder(tmp_path / "run").claimed():
+            batches = iter(DataLoader(range(9), num_workers=1))
+            next(batches)
+            says.send(batches._workers[0].pid)
+            time.sleep(60)
+
+    forking = multiprocessing.get_context("fork")
+    hears, says = forking.Pipe(duplex=False)
+    holder = forking.Process(target=hold)
+    holder.start()
+    worker = hears.recv()
+    assert taken(RunFolder(tmp_path / "run").lock)
+    holder.kill()
+    holder.join()
+    os.kill(worker, 0)  # is there
+    assert not taken(RunFolder(tmp_path / "run").lock)
+    with RunFolder(tmp_path / "run").claimed():
+        pass
 
 
 def test_a_lock_that_goes_with_its_holder_holds(tmp_path):
