@@ -114,7 +114,7 @@ class Experiment:
     augment: bool = setting(True, "Pad by 4, crop at random and flip (CIFAR).", "Data")
     normalize: Literal["pixel-mean", "channel"] = setting(
         "pixel-mean",
-        "Subtract the mean of each pixel, as [1], or each channel's mean, and divide by its std.",
+        "Minus each pixel's mean, as [1], or by channels' mean and std; photographs: ImageNet's.",
         "Data",
     )
     crop: Literal["scale", "scale-aspect"] = setting(
