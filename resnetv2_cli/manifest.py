@@ -21,6 +21,7 @@ from typing import Any
 
 from resnetv2_cli import __version__
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import write_text
 from resnetv2_cli.recipes import read_yaml
 
@@ -39,8 +40,21 @@ class Manifest:
         self.path = path
 
     def read(self) -> dict[str, Any]:
-        """What it says; nothing where there is none."""
-        return json.loads(self.path.read_text()) if self.path.exists() else {}
+        """What it says; nothing where there is none.
+
+        Raises:
+            UserError: it is no manifest any more.
+        """
+        if not self.path.exists():
+            return {}
+        try:
+            said = json.loads(self.path.read_text())
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            hint = "put back what the run wrote, or remove it and do without what it said"
+            raise UserError(f"{self.path} is not the manifest of a run", hint)
+        return said
 
     def extensions(self) -> list[dict[str, Any]]:
         """What training longer made of the run, each time."""

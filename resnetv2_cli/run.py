@@ -313,9 +313,15 @@ def restore(
 
 
 def manifest_of(checkpoint: Path) -> Manifest | None:
-    """The manifest of the run whose folder a checkpoint is in."""
-    folder = RunFolder(checkpoint.absolute().parent.parent)
-    return folder.manifest if folder.manifest.path.exists() else None
+    """The manifest of the run whose folder a checkpoint is in; others' files are not touched.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    inside = checkpoint.absolute().parent
+    folder = RunFolder(inside.parent)
+    mine = inside == folder.checkpoints and folder.begun
+    return folder.manifest if mine and folder.manifest.read() else None
 
 
 def evaluate(

@@ -327,6 +327,32 @@ def test_the_manifest_counts_how_often_the_test_set_was_read(whole, tmp_path):
     assert len(said["code"]["source_sha256"]) == 64 and said["resumes"] == []
 
 
+OTHERS = '{"name": "web app", "icons": []}'
+
+
+@pytest.mark.parametrize("place", ["weights", "checkpoints"])
+@pytest.mark.parametrize("text", [OTHERS, "[1]", "no JSON"])
+def test_a_manifest_of_something_else_is_left_alone(whole, tmp_path, place, text):
+    (tmp_path / place).mkdir()
+    file = shutil.copy(whole.last, tmp_path / place / "net.ckpt")
+    (tmp_path / "manifest.json").write_text(text)
+    assert run.manifest_of(file) is None
+    if text == OTHERS:
+        run.evaluate(file)
+    assert (tmp_path / "manifest.json").read_text() == text
+
+
+@pytest.mark.parametrize("text", ["[1]", "no JSON"])
+def test_a_manifest_that_a_run_cannot_read_any_more_is_named(whole, tmp_path, text):
+    folder = RunFolder(shutil.copytree(whole.path, tmp_path / "run"))
+    folder.manifest.path.write_text(text)
+    with pytest.raises(UserError, match="manifest.json is not the manifest of a run"):
+        run.evaluate(folder.last)
+    folder.result.unlink()
+    with pytest.raises(UserError, match="manifest.json is not the manifest of a run"):
+        trained_as(folder.path, resume={})
+
+
 def test_a_checkout_that_was_changed_says_so_and_how(monkeypatch):
     says = {"ls-files": "__init__.py", "status": " M a.py", "rev-parse": "abc1234\n"}
     diffs = {("diff", "HEAD", "--", "."): "+ one line"}  # what is staged too
