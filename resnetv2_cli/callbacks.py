@@ -113,6 +113,9 @@ class Recorder(Callback):
             "sums": sums.cpu(), "non_finite": task.guard.found.cpu()
         }  # fmt: skip
 
+    def on_fit_start(self, trainer: Trainer, task: Classification) -> None:
+        task.guard.found.copy_(self.non_finite)  # of a run too that has no iteration left
+
     def on_train_start(self, trainer: Trainer, task: Classification) -> None:
         self.before = 0.0
         if self.kept is not None:
@@ -121,13 +124,10 @@ class Recorder(Callback):
                 each = torch.zeros(trainer.world_size, 3, dtype=each.dtype)
                 each[0] = self.kept.reshape(-1, 3).sum(0)
             task.sums.copy_(each[trainer.global_rank])
-            task.guard.found.copy_(self.non_finite)
             self.before = float(each[:, 2].sum())
         for file in (self.csv, self.speed):
             file.start(trainer.global_step)
-
-    def on_train_epoch_start(self, trainer: Trainer, task: Classification) -> None:
-        self.mark = time.perf_counter()
+        self.mark = time.perf_counter()  # a run continued within an epoch starts none
 
     def on_train_batch_start(
         self, trainer: Trainer, task: Classification, batch: Any, batch_idx: int

@@ -101,6 +101,9 @@ def test_skipped_iterations_leave_no_trace_and_are_exact_under_resuming(tmp_path
     with pytest.raises(Stopped):
         trained_as(tmp_path / "run", display=[leave], **settings)
     assert same(trained_as(tmp_path / "run", resume={}), whole)
+    whole.result.unlink()  # as if it had been stopped after its last checkpoint
+    trained_as(whole.path, resume={})
+    assert json.loads(whole.result.read_text())["skipped_iterations"] == skipped
 
 
 @pytest.mark.parametrize("number, good", [

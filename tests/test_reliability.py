@@ -278,6 +278,17 @@ def test_every_schedule_that_a_longer_training_had_is_named(tmp_path):
     assert [(e["from_steps"], e["at"]) for e in made] == [(12, 12), (16, 16)]
 
 
+def test_the_speed_after_a_resume_is_of_the_time_since_then(tmp_path):
+    with pytest.raises(Stopped):
+        leave = At(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        trained_as(tmp_path / "run", display=[leave])
+    began = time.perf_counter()
+    folder = trained_as(tmp_path / "run", resume={})
+    least = 2 * TINY["batch_size"] / (time.perf_counter() - began)  # 8 and 9 took less than that
+    speeds = dict(read_metrics(folder.speed)["images_per_second"])
+    assert list(speeds) == [3, 6, 9, 12] and speeds[9] > least
+
+
 def test_a_line_cut_by_a_power_failure_is_written_again(whole, tmp_path):
     folder = RunFolder(tmp_path / "run")
     with pytest.raises(Stopped):
