@@ -60,6 +60,11 @@ class Manifest:
         """What training longer made of the run, each time."""
         return [r["extended"] for r in self.read().get("resumes", []) if r.get("extended")]
 
+    def lengths(self) -> list[int]:
+        """The iterations that longer training made of the run's, each time."""
+        changes = [r.get("changed", {}) for r in self.read().get("resumes", [])]
+        return [changed["steps"] for changed in changes if "steps" in changed]
+
     @contextmanager
     def change(self) -> Iterator[dict[str, Any]]:
         """What it says, to be changed; an evaluation of a run at work waits for its turn.

@@ -42,16 +42,11 @@ def continued(folder: RunFolder, given: dict[str, Any]) -> tuple[Experiment, lis
     if wished.get("epochs") is None:  # what a file holds that has every setting
         wished.pop("epochs", None)
     changes = []
-    if "steps" in wished or "epochs" in wished:
-        steps = longer(saved, wished)
-        if steps != saved.steps:
-            effect = f"the schedule is that of {steps:,} iterations from here on"
-            changes.append(Change("steps", saved.steps, steps, effect))
     for name, value in wished.items():
         if name in ("steps", "epochs") or value == getattr(saved, name):
             continue
         effect = known[name].metadata["free"]
-        if not effect:
+        if not effect or (name == "weights" and not same_weights(saved, value)):
             flag = "--" + name.replace("_", "-")
             raise UserError(
                 f"{flag} {value} would make this another experiment: "
@@ -59,13 +54,26 @@ def continued(folder: RunFolder, given: dict[str, Any]) -> tuple[Experiment, lis
                 f"leave {flag} out, or start a new run",
             )
         changes.append(Change(name, getattr(saved, name), value, effect))
+    changed = replace(saved, **{c.name: c.after for c in changes})
+    if "steps" in wished or "epochs" in wished:
+        steps = longer(changed, wished)  # its images may lie elsewhere now
+        if steps != saved.steps:
+            effect = f"the schedule is that of {steps:,} iterations from here on"
+            changes.insert(0, Change("steps", saved.steps, steps, effect))
+            changed = replace(changed, steps=steps)
     if folder.diverged and not changes:
         raise UserError(
             f"{folder.path} diverged: {folder.diverged}",
             "it would again: start a new run with another setting; to try the same once more, "
             f"remove {folder.failed.name}",
         )
-    return replace(saved, **{c.name: c.after for c in changes}), changes
+    return changed, changes
+
+
+def same_weights(saved: Experiment, weights: str | None) -> bool:
+    """Whether a file has the bytes of the weights that a run was begun with."""
+    other = replace(saved, weights=weights, weights_sha256=None, freeze="")
+    return other.weights_sha256 == saved.weights_sha256
 
 
 def longer(saved: Experiment, wished: dict[str, Any]) -> int:
@@ -78,7 +86,7 @@ def longer(saved: Experiment, wished: dict[str, Any]) -> int:
     if "epochs" in wished:
         data = ImageData(saved)
         data.setup()
-        steps = replace(saved, **wished).settle(data.steps_per_epoch).steps
+        steps = replace(saved, epochs=wished["epochs"]).settle(data.steps_per_epoch).steps
     if steps < saved.steps:
         raise UserError(
             f"{steps:,} iterations are fewer than the {saved.steps:,} the run was begun with",
@@ -95,20 +103,21 @@ def finished(folder: RunFolder, experiment: Experiment) -> dict[str, Any] | None
     return result if result["steps"] >= experiment.steps else None
 
 
-def same_run(path: Path, held: dict[str, Any], experiment: Experiment, digest: str) -> None:
+def same_run(
+    path: Path, held: dict[str, Any], experiment: Experiment, digest: str, lengths: list[int]
+) -> None:
     """Refuse a checkpoint of another experiment than the folder's ``config.yaml`` has now.
 
+    ``lengths``: iterations that the run was extended to, before it had a checkpoint of them.
+
     Raises:
-        UserError: it is of another one, of a longer one, or of other images.
+        UserError: it is of another one, of another length, or of other images.
     """
     ours, hint = asdict(experiment), "put config.yaml back as it was, or start a new run"
     for f in fields(Experiment):
         theirs = held["experiment"].get(f.name, ours[f.name])
-        if f.name == "steps":
-            differs = theirs > ours["steps"]
-        else:
-            differs = not f.metadata["free"] and theirs != ours[f.name]
-        if differs:
+        extended = f.name == "steps" and theirs < ours["steps"] and ours["steps"] in lengths
+        if theirs != ours[f.name] and not f.metadata["free"] and not extended:
             raise UserError(f"{path}: its {f.name} is {theirs}, not {ours[f.name]}", hint)
     if held.get("data", digest) != digest:
         raise UserError(
@@ -132,13 +141,15 @@ def extend(
     """
     if saved.steps == experiment.steps:
         return {}
-    plans = [*before, {"from_steps": saved.steps, "at": step}]
-    differ = [
-        (s, plan["from_steps"])
-        for begun, plan in zip([0, *(p["at"] for p in plans)], plans, strict=False)
-        for s in range(begun, plan["at"])
-        if lr_factor(replace(saved, steps=plan["from_steps"]), s) != lr_factor(experiment, s)
-    ]
+    differ, begun = [], 0
+    for plan in [*before, {"from_steps": saved.steps, "at": step}]:
+        planned = replace(saved, steps=plan["from_steps"])
+        differ += [
+            (s, planned.steps)
+            for s in range(begun, plan["at"])
+            if lr_factor(planned, s) != lr_factor(experiment, s)
+        ]
+        begun = plan["at"]
     if not differ:
         tell(f"its rates so far are those of {experiment.steps:,} iterations too: one run")
     else:

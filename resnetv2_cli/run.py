@@ -215,7 +215,8 @@ def _found(
         tell("there is no checkpoint yet: it begins again")
         return None, 0
     path, held = found
-    same_run(path, held, task.experiment, data.digest)
+    planned = replace(task.experiment, steps=folder.experiment().steps)
+    same_run(path, held, planned, data.digest, folder.manifest.lengths())
     checkpoints.load_weights(task, held, path)
     return path, held["global_step"]
 

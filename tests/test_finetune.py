@@ -179,6 +179,19 @@ def test_a_stopped_run_continues_without_its_weights_file(trained, tmp_path):
     torch.testing.assert_close(ended["state_dict"], expected["state_dict"], rtol=0, atol=0)
 
 
+def test_a_run_is_continued_with_the_weights_it_was_begun_with(trained, tmp_path):
+    """Their file may have moved; one of other bytes is refused."""
+    folder = RunFolder(tmp_path)
+    folder.create(Experiment(**SMALL, weights=str(trained), freeze="stem"), {})
+    moved = shutil.copy(trained / "checkpoints" / "last.ckpt", tmp_path / "moved.ckpt")
+    experiment, [change] = resume.continued(folder, {"weights": str(moved)})
+    assert experiment.weights == str(moved) and "the weights are the same" in str(change)
+    (tmp_path / "other.safetensors").write_bytes(b"other bytes")
+    for other in (str(tmp_path / "other.safetensors"), None):
+        with pytest.raises(UserError, match="--weights .* would make this another experiment"):
+            resume.continued(folder, {"weights": other})
+
+
 def test_an_experiment_is_the_same_by_the_bytes_of_its_weights(trained, tmp_path):
     one = shutil.copy(trained / "checkpoints" / "last.ckpt", tmp_path / "one.ckpt")
     other = tmp_path / "other.safetensors"

@@ -24,7 +24,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Damaged, NotSaved, Stopped, UserError
 from resnetv2_cli.files import taken
 from resnetv2_cli.manifest import ORIGINS, origins
-from resnetv2_cli.resume import continued, finished, same_run
+from resnetv2_cli.resume import continued, extend, finished, same_run
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 from resnetv2_cli.verify import difference, differences
 
@@ -235,12 +235,14 @@ def test_every_setting_that_may_change_says_what_that_does():
     assert all(len(effect.split()) > 2 for effect in free.values())
 
 
-def test_a_config_edited_by_hand_is_noticed(whole, tmp_path):
+@pytest.mark.parametrize("name, before, now", [("lr", 0.1, 0.2), ("steps", 12, 24)])
+def test_a_config_edited_by_hand_is_noticed(whole, tmp_path, name, before, now):
     folder = RunFolder(tmp_path / "run")
     shutil.copytree(whole.path, folder.path)
     folder.result.unlink()
-    folder.config.write_text(folder.config.read_text().replace("lr: 0.1\n", "lr: 0.2\n"))
-    with pytest.raises(UserError, match="its lr is 0.1, not 0.2"):
+    text = folder.config.read_text()
+    folder.config.write_text(text.replace(f"\n{name}: {before}\n", f"\n{name}: {now}\n"))
+    with pytest.raises(UserError, match=f"its {name} is {before}, not {now}"):
         trained_as(folder.path, resume={})
 
 
@@ -264,6 +266,30 @@ def test_longer_training_with_other_rates_so_far_says_so(tmp_path):
     trained_as(folder.path, said.append, resume={"steps": 20})
     assert "not one run of 20 iterations: 7 to 12 had rates of the schedule of 12" in said[0]
     assert not json.loads(folder.result.read_text())["extended"][0]["one_schedule"]
+
+
+class Killed(Exception):
+    """As SIGKILL: nothing is saved."""
+
+
+def test_longer_training_that_was_killed_before_its_first_checkpoint_goes_on(tmp_path):
+    def die():
+        raise Killed
+
+    folder, said = trained_as(tmp_path / "run"), []
+    with pytest.raises(Killed):
+        trained_as(folder.path, display=[At(13, die)], resume={"steps": 20})
+    assert checkpoints.read(folder.last)["experiment"]["steps"] == 12
+    trained_as(folder.path, said.append, resume={})
+    assert json.loads(folder.result.read_text())["steps"] == 20
+
+
+def test_what_longer_training_makes_of_a_long_run_is_said_at_once():
+    """It took 36 s, of which every past iteration had its part."""
+    said, e = [], Experiment()
+    began = time.process_time()
+    made = extend(e, replace(e, steps=66_000), e.steps, [], said.append)
+    assert time.process_time() - began < 8 and not made["one_schedule"]
 
 
 def test_every_schedule_that_a_longer_training_had_is_named(tmp_path):
@@ -300,15 +326,26 @@ def test_a_line_cut_by_a_power_failure_is_written_again(whole, tmp_path):
 
 def test_a_checkpoint_of_a_longer_run_is_refused_that_of_a_shorter_one_extended(whole):
     held, e = checkpoints.read(whole.last), whole.experiment()
-    same_run(whole.last, held, replace(e, steps=13), held["data"])
-    with pytest.raises(UserError, match="its steps is 12, not 11"):
-        same_run(whole.last, held, replace(e, steps=11), held["data"])
+    same_run(whole.last, held, replace(e, steps=13), held["data"], [13])
+    for steps, lengths in ((11, []), (11, [11]), (13, []), (13, [14])):
+        with pytest.raises(UserError, match=f"its steps is 12, not {steps}"):
+            same_run(whole.last, held, replace(e, steps=steps), held["data"], lengths)
 
 
 def test_a_run_is_continued_with_the_images_it_learned_from(whole):
     held = checkpoints.read(whole.last)
     with pytest.raises(UserError, match="the images are not those"):
-        same_run(whole.last, held, whole.experiment(), "0" * 64)
+        same_run(whole.last, held, whole.experiment(), "0" * 64, [])
+
+
+def test_longer_training_counts_epochs_of_the_images_where_they_are_now(tree, tmp_path):
+    (tmp_path / "run").mkdir()
+    folder = RunFolder(tmp_path / "run")
+    photographs = {"dataset": "folder", "depth": 18, "batch_size": 2, "steps": 4}
+    folder.create(Experiment(**photographs, data_dir=str(tmp_path / "gone")), {})
+    experiment, changes = continued(folder, {"epochs": 3, "data_dir": str(tree)})
+    assert experiment.steps == 6 and experiment.data_dir == str(tree)
+    assert [c.name for c in changes] == ["steps", "data_dir"]
 
 
 # The manifest.
