@@ -252,14 +252,16 @@ def test_same_seed_same_run(resnetv2, tmp_path):
 
 def test_a_validation_split_chooses_the_best(resnetv2, tmp_path):
     flags = ["--val", 200, "--epochs", 3, "--save-every", 10, "--output", tmp_path / "run"]
-    resnetv2("train", *SMALL, *flags)
+    said = resnetv2("train", *SMALL, *flags).stdout
     header, *lines = metrics(tmp_path / "run").splitlines()
     assert header.endswith("val_loss,val_error")
     errors = [float(line.split(",")[-1]) for line in lines if line.split(",")[-1]]
     saved = tmp_path / "run" / "checkpoints"
     best = torch.load(saved / "best.ckpt", weights_only=True)
     assert best["global_step"] == (errors.index(min(errors)) + 1) * 20
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["train_images"] == 1237
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["train_images"] == 1237 and result["test_step"] == best["global_step"]
+    assert f"after {best['global_step']} iterations, chosen by --val, of 60" in said
     assert sorted(p.name for p in saved.iterdir()) == [
         "best.ckpt", "last.ckpt", "previous.ckpt",
         *(f"step-{step:08d}.ckpt" for step in range(10, 61, 10)),

@@ -120,7 +120,10 @@ def train(
     if result.get("classes", TOP + 1) > TOP:
         error += f" (top-5 {result['test_top5_error']:.2f} %)"
     images, steps = result["test_images"], result["steps"]
-    console.out.print(f"test error {error} of {images:,} images after {steps:,} iterations")
+    after = f"{steps:,} iterations"
+    if experiment.val:
+        after = f"{result.get('test_step', steps):,} iterations, chosen by --val, of {steps:,}"
+    console.out.print(f"test error {error} of {images:,} images after {after}")
     console.note(f"curves:   {folder.curves}")
     words = ["resnetv2", "eval", str(folder.path), *trust.flags(experiment.shortcut)]
     console.note(f"evaluate: {shlex.join(words)}")
