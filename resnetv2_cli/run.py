@@ -159,6 +159,7 @@ def _train(
         callbacks=[readings, recorder, *display, keeper, leaver],
         default_root_dir=folder.path,
     )
+    data.refuse_few(trainer.world_size)
     last, step = _found(task, data, folder, tell) if resume else (None, 0)
     if last is None:
         for line in begin(task):

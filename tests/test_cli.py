@@ -108,6 +108,9 @@ def mistake(done) -> tuple[str, str]:
     return lines[0].removeprefix("error: "), lines[1].removeprefix("hint: ")
 
 
+FOUR = ["--dataset", "digits", "--devices", 4, "--accelerator", "cpu"]
+
+
 @pytest.mark.parametrize(
     "arguments, error, hint",
     [
@@ -132,6 +135,8 @@ def mistake(done) -> tuple[str, str]:
          "--warmup"),
         (["train", "--batch-size", 4, "--accumulate", 8], "cannot be split into 8",
          "micro-batches"),
+        (["train", *FOUR, "--batch-size", 2], "into 1 micro-batches on 4 devices", "--batch-size"),
+        (["train", *FOUR, "--val", 3], "3 images cannot be shared among 4", "3 or fewer"),
         (["train", "--drops", "half"], "drops 'half' are no numbers", "0.5,0.75"),
         (["train", "--precision", "16-mixed", "--dataset", "digits"], "needs a GPU", "bf16-mixed"),
         (["train", "--seed", 2**40], "seed must be at most", "Seed"),

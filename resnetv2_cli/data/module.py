@@ -149,6 +149,18 @@ def stand_apart(worker: int) -> None:
     os.setpgid(0, 0)
 
 
+def refuse_unshared(split: images.Split | folder.Folder, processes: int) -> None:
+    """
+    Raises:
+        UserError: there is not one image for each process, which would wait for it for ever.
+    """
+    if len(split.labels) < processes:
+        raise UserError(
+            f"{len(split.labels)} images cannot be shared among {processes} processes",
+            f"use --devices {len(split.labels)} or fewer",
+        )
+
+
 class ImageData(L.LightningDataModule):
     """Training, validation and test images of an experiment.
 
@@ -278,9 +290,21 @@ class ImageData(L.LightningDataModule):
         """What is evaluated during training: ``val`` if a part is held out, else ``test``."""
         return "val" if self.experiment.val else "test"
 
+    def refuse_few(self, processes: int) -> None:
+        """
+        Raises:
+            UserError: so many processes cannot share a batch, or the images that are evaluated.
+        """
+        self._shared(0, processes)
+        for split in (self.val, self.test) if self.experiment.val else (self.test,):
+            refuse_unshared(split, processes)
+
     def _schedule(self) -> Schedule:
-        e, trainer = self.experiment, self.trainer
-        rank, ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        trainer = self.trainer
+        return self._shared(trainer.global_rank, trainer.world_size) if trainer else self._shared()
+
+    def _shared(self, rank: int = 0, ranks: int = 1) -> Schedule:
+        e = self.experiment
         if e.batch_size < e.accumulate * ranks:
             raise UserError(
                 f"the batch of {e.batch_size} cannot be split into {e.accumulate} micro-batches "
@@ -321,18 +345,10 @@ class ImageData(L.LightningDataModule):
         return self._scored(self.test)
 
     def _scored(self, split: images.Split | folder.Folder) -> Sequence | FileStream:
-        """This process's share of a split, each image once; padding would count some twice.
-
-        Raises:
-            UserError: there is not one image for each process, which would wait for it for ever.
-        """
+        """This process's share of a split, each image once; padding would count some twice."""
         trainer = self.trainer
         assert trainer is not None
-        if len(split.labels) < trainer.world_size:
-            raise UserError(
-                f"{len(split.labels)} images cannot be shared among {trainer.world_size} processes",
-                f"use --devices {len(split.labels)} or fewer",
-            )
+        refuse_unshared(split, trainer.world_size)
         rows = share(len(split.labels), trainer.global_rank, trainer.world_size)
         if isinstance(split, images.Split):
             return Sequence(split, rows, trainer.strategy.root_device)
