@@ -5,11 +5,13 @@ Nothing else decides: not the number of workers or processes, and not how often 
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 PAD = 4  # pixels on each side, before the random crop (appendix)
 STREAMS = 2**20  # seeds drawn from one another are kept apart by their epoch below this
+BITS = 32  # of a seed that PyTorch's generator looks at; the others change nothing
 
 
 class Epoch(NamedTuple):
@@ -32,12 +34,19 @@ class Part(NamedTuple):
     weight: float
 
 
+def generator(number: int) -> torch.Generator:
+    """One of its own for each number, also where that has more than BITS."""
+    if number >> BITS:
+        [number] = np.random.SeedSequence(number).generate_state(1).tolist()
+    return torch.Generator().manual_seed(number)
+
+
 def epoch_order(images: int, seed: int, epoch: int, flip: bool = True) -> Epoch:
     """The order of one epoch, and the view of each image in it."""
-    generator = torch.Generator().manual_seed(seed * STREAMS + epoch)
-    order = torch.randperm(images, generator=generator)
-    corners = torch.randint(2 * PAD + 1, (images, 2), generator=generator)
-    flips = torch.randint(2, (images, 1), generator=generator) * int(flip)
+    g = generator(seed * STREAMS + epoch)
+    order = torch.randperm(images, generator=g)
+    corners = torch.randint(2 * PAD + 1, (images, 2), generator=g)
+    flips = torch.randint(2, (images, 1), generator=g) * int(flip)
     return Epoch(order, torch.cat([corners, flips], dim=1))
 
 
