@@ -58,7 +58,8 @@ def beside(main: Source, text: str) -> Source:
     own = {"block": None} if "depth" in given else {}  # another depth may have another block
     if "shortcut" in given:  # which may not have the settings of the one before
         rows = shortcuts()
-        has = rows[given["shortcut"]].settings if given["shortcut"] in rows else {}
+        row = rows.get(str(given["shortcut"]))
+        has = row.settings if row else {}
         own |= {name: None for row in rows.values() for name in row.settings if name not in has}
     kept = None if "dataset" in given else main.classes
     return Source(replace(main.experiment, **(own | laid_out(given))), classes=kept)

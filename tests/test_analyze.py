@@ -49,10 +49,27 @@ def test_networks_are_called_by_what_tells_them_apart(tmp_path):
         ("depth=111", "no network has 111 layers"),
         ("depth=", "depth must be"),
         ("unit=[", "unknown unit '\\['"),
+        ("shortcut=[a]", "shortcut must be"),
         (str(tmp_path / "none.ckpt"), "there is no checkpoint"),
     ]:
         with pytest.raises(UserError, match=message):
             source.beside(main, text)
+
+
+@pytest.mark.parametrize(
+    "text, settings",
+    [
+        ("shortcut=identity", {}),
+        ("shortcut=mine:Own", {}),
+        ("shortcut=shortcut-only-gate", {"gate_bias": -5.0}),  # which has a gate, too
+        ("shortcut=shortcut-only-gate,gate_bias=-7", {"gate_bias": -7.0}),
+        ("shortcut=constant-scale,residual_scale=0.5", {"residual_scale": 0.5}),
+        ("unit=original", {"gate_bias": -5.0}),
+    ],
+)
+def test_another_shortcut_has_the_settings_that_are_its_own(text, settings):
+    gated = Source(Experiment(depth=8, shortcut="exclusive-gate", gate_bias=-5.0))
+    assert source.beside(gated, text).experiment.settings == settings
 
 
 def test_images_come_from_all_classes():
@@ -94,6 +111,15 @@ def test_analyze_at_initialization(called, tmp_path):
         assert picture.read_bytes().startswith(b"\x89PNG")
     off = {name: worst(m["off"]) for name, m in made["topics"]["backward"].items()}
     assert off["depth=14, full-preact"] < 1e-12 and off["depth=8, full-preact"] < 1e-12
+
+
+def test_a_network_in_which_no_unit_keeps_its_shape_has_no_stage_to_follow(called, tmp_path):
+    """11 layers: one unit a stage, and each begins one."""
+    arguments = ["--dataset", "digits", "--depth", 11, "--images", 2, "--topic", "shrink"]
+    status, _, said = called(*arguments, "--output", tmp_path)
+    assert status == 0, said
+    [measured] = json.loads((tmp_path / "analysis.json").read_text())["topics"]["shrink"].values()
+    assert measured["change"] == [[]] * 4
 
 
 def test_analyze_of_a_run(called, trained):

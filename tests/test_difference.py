@@ -85,6 +85,14 @@ def test_describe_says_what_the_paper_found(capsys):
     assert "CIFAR-10" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("asked, classes", [(["--classes", "5"], 5), ([], 1000)])
+def test_images_in_folders_have_as_many_classes_as_were_asked_for(capsys, asked, classes):
+    with pytest.raises(SystemExit, match="0"):
+        main(["describe", "--dataset", "folder", "--depth", "18", "--json", *asked])
+    made = json.loads(capsys.readouterr().out)
+    assert made["parts"][-1]["parameters"] == 2 * 512 + 513 * classes  # BN, then fc
+
+
 def test_settings_of_b_change_what_a_is_and_what_is_the_same_is_said_to_be(called):
     _, out, _ = called("depth=20,unit=original", "depth=20")
     assert "b: a with depth=20" in out and "the networks are the same" in out

@@ -11,6 +11,7 @@ from typing import Any
 
 from resnetv2_cli import plans
 from resnetv2_cli.ablation.studies import (
+    LENGTH,
     SCALES,
     Study,
     identity,
@@ -230,7 +231,10 @@ def plan(
     Raises:
         UserError: a setting does not fit a row.
     """
-    if twice := sorted({*study.axes} & {*given, *PROTOCOLS[protocol]}):
+    settled = {*given, *PROTOCOLS[protocol]}
+    if settled & LENGTH:  # an axis of either would be nothing but a name
+        settled |= LENGTH
+    if twice := sorted({*study.axes} & settled):
         name = twice[0].replace("_", "-")
         raise UserError(f"{name} is an axis of the grid", "give it there alone")
     changed = {k: v for k, v in given.items() if k not in HARMLESS}
@@ -247,9 +251,8 @@ def plan(
             | dict.fromkeys(given, "flag of ablate")
             | {"seed": "ablate --runs"}
         )
-        if "steps" in given or "epochs" in given:
-            settings.pop("epochs", None)
-            settings.pop("steps", None)
+        if LENGTH & {*given}:
+            settings = {k: v for k, v in settings.items() if k not in LENGTH}
         settings |= fitting(given, settings.get("shortcut", "identity"))
         settings |= warmed(scale, settings, {*given, *study.axes})
         kept = {k: v for k, v in origins.items() if k in settings or k == "seed"}
@@ -269,7 +272,7 @@ def plan(
 def warmed(scale: str, settings: Mapping[str, Any], asked: set[str]) -> dict[str, Any]:
     """A budget's warm-up as the same share of another length that was asked for."""
     recipe = SCALES[scale].recipe
-    if "warmup" not in recipe or "warmup" in asked or not asked & {"steps", "epochs"}:
+    if "warmup" not in recipe or "warmup" in asked or not asked & LENGTH:
         return {}
     steps = length(Experiment(**settings))
     return {"warmup": steps and round(recipe["warmup"] * steps / recipe["steps"])}

@@ -19,6 +19,7 @@ from resnetv2_cli.flags import parsed
 from resnetv2_cli.paper import FIGURES, TABLE_1, TABLE_2, TABLES, PaperTable, Row
 
 UNPUBLISHED = float("nan")
+LENGTH = {"steps", "epochs"}  # of training, which an experiment has in one of them
 ILSVRC = 1_281_167  # training images of ImageNet, where it is not there to be counted
 
 
@@ -153,7 +154,8 @@ def of_grid(axes: list[str]) -> Study:
     """Every combination of ``depth=20,110 shortcut=identity,dropout``; the first is the baseline.
 
     Raises:
-        UserError: an axis is no ``setting=value,value``, names no setting, or is there twice.
+        UserError: an axis is no ``setting=value,value``, names no setting, or is there twice,
+            as steps and epochs are.
     """
     chosen: dict[str, list[Any]] = {}
     for axis in axes:
@@ -167,6 +169,8 @@ def of_grid(axes: list[str]) -> Study:
         if name in chosen:
             raise UserError(f"the grid has {name} twice", "give all its values together")
         chosen[name] = [parsed(name, value) for value in values.split(",")]
+    if set(chosen) >= LENGTH:
+        raise UserError("steps and epochs are both the length", "vary one of them")
     title = " x ".join(f"{name} {', '.join(map(str, v))}" for name, v in chosen.items())
     rows: list[Row] = []
     for combination in itertools.product(*chosen.values()):

@@ -1,0 +1,168 @@
+"""Grids: what they vary wins, what makes a run another, and where the paper has a number."""
+
+import pytest
+from conftest import two_rows
+
+from resnetv2_cli import trust
+from resnetv2_cli.ablation import arms, probe, studies
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import UserError
+
+OWN = """
+from resnetv2_cli.shortcuts import Shortcut
+
+
+class {}(Shortcut):
+    \"\"\"{}\"\"\"
+"""
+
+
+def planned(root, *axes, given=None, **how):
+    [study] = studies.studies(grid=list(axes))
+    return arms.plan(study, 1, given or {}, root, **how)
+
+
+def runs(*given, **how) -> list[arms.Arm]:
+    return [line.arms[0] for line in planned(*given, **how).lines]
+
+
+def experiments(*given, **how) -> list[Experiment]:
+    return [arm.experiment for arm in runs(*given, **how)]
+
+
+@pytest.mark.parametrize(
+    "axis, expected",
+    [
+        ("lr=0.1,0.01", [{"lr": 0.1}, {"lr": 0.01}]),
+        ("batch_size=32,128", [{"batch_size": 32}, {"batch_size": 128}]),
+        ("drops=0.3,0.6", [{"drops": "0.3"}, {"drops": "0.6"}]),
+        ("steps=100,800", [{"steps": 100}, {"steps": 800}]),
+        ("epochs=1,2", [{"epochs": 1.0}, {"epochs": 2.0}]),
+        ("depth=20,110", [{"depth": 20}, {"depth": 110}]),
+    ],
+)
+def test_what_a_grid_varies_wins_over_the_budget(tmp_path, axis, expected):
+    found = runs(tmp_path, axis, scale="laptop")
+    for arm, values in zip(found, expected, strict=True):
+        less = {"depth": 38, "batch_size": 64, "lr": 0.05} | values
+        assert {name: getattr(arm.experiment, name) for name in less} == less
+    assert len({arm.folder for arm in found}) == 2
+
+
+def test_epochs_of_a_grid_are_no_steps_of_the_budget(tmp_path):
+    """Else each would have the length of its epochs and a name with 400 iterations."""
+    default = Experiment().steps
+    assert [e.steps for e in experiments(tmp_path, "epochs=1,2", scale="laptop")] == [default] * 2
+
+
+@pytest.mark.parametrize(
+    "axis, given, how, said",
+    [
+        ("lr=0.1,0.01", {"lr": 0.2}, {}, "lr is an axis of the grid"),
+        ("batch_size=32,64", {"batch_size": 8}, {"scale": "laptop"}, "batch-size is an axis"),
+        ("val=0,5000", {}, {"protocol": "val"}, "val is an axis of the grid"),
+        ("epochs=1,2", {"steps": 9}, {}, "epochs is an axis of the grid"),
+        ("steps=100,200", {"epochs": 1.0}, {}, "steps is an axis of the grid"),
+    ],
+)
+def test_a_flag_that_is_an_axis_is_refused(tmp_path, axis, given, how, said):
+    with pytest.raises(UserError, match=said):
+        planned(tmp_path, axis, given=given, **how)
+
+
+def test_a_grid_has_one_length():
+    with pytest.raises(UserError, match="steps and epochs are both the length"):
+        studies.studies(grid=["steps=100,200", "epochs=1"])
+
+
+def test_other_images_are_another_run(tmp_path):
+    """Their folder is all that names them; those of a dataset may have moved."""
+    for dataset, folders in [("folder", 2), ("cifar10", 1)]:
+        given = {"dataset": dataset, "stem": "cifar", "depth": 8}
+        made = [two_rows(tmp_path, 1, given | {"data_dir": d}) for d in ("cats", "dogs")]
+        assert len({one.lines[0].arms[0].folder for one in made}) == folders
+
+
+def test_a_shortcut_whose_file_has_changed_is_another_run(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    trust.admit(["own_of_a_grid:Mine"])
+    file = tmp_path / "own_of_a_grid.py"
+    experiment = Experiment(shortcut="own_of_a_grid:Mine")
+
+    def folder(text):
+        file.write_text(OWN.format("Mine", text))
+        return arms.Arm.of("mine", experiment, tmp_path).folder
+
+    first = folder("x + F(x), at first")
+    assert folder("x + F(x), with another thought") != first
+    assert folder("x + F(x), at first") == first
+
+
+@pytest.mark.parametrize(
+    "axes, given, expected",
+    [
+        (("unit=original", "shortcut=identity,conv1x1"), {}, [6.61, 12.22]),
+        (("unit=original", "shortcut=identity,conv1x1"), {"depth": 20, "dataset": "digits"}, []),
+        (("unit=original", "shortcut=identity,conv1x1"), {"lr": 0.05}, []),
+        (("unit=original", "shortcut=identity"), {"workers": 1, "precision": "32-true"}, [6.61]),
+        (("unit=original", "shortcut=exclusive-gate"), {}, [8.70]),  # whose b_g is -6
+        (("unit=original", "shortcut=exclusive-gate", "gate_bias=-7"), {}, [9.81]),
+        (("unit=original", "shortcut=exclusive-gate"), {"gate_bias": -7.0}, [9.81]),
+        (("unit=original", "shortcut=identity,dropout"), {"gate_bias": -7.0}, [6.61, "fail"]),
+        (("unit=original", "shortcut=constant-scale"), {}, ["fail"]),  # 0.5 and 1
+        (("unit=original", "weights_sha256=" + 64 * "a"), {}, []),
+    ],
+)
+def test_the_papers_error_stands_beside_its_own_settings_alone(tmp_path, axes, given, expected):
+    lines = planned(tmp_path, *axes, given=given).lines
+    found = [arms.number(line.row.published) for line in lines]
+    assert found == (expected or [None] * len(lines))
+
+
+@pytest.mark.parametrize(
+    "given, how",
+    [({}, {"protocol": "val"}), ({}, {"scale": "laptop"}), ({"weights": "w"}, {})],
+)
+def test_what_is_not_the_papers_recipe_is_not_comparable(tmp_path, given, how):
+    given = {name: str(tmp_path / "w.safetensors") for name in given}
+    for place in given.values():
+        open(place, "wb").close()
+    assert not two_rows(tmp_path, 1, given, **how).comparable
+
+
+@pytest.mark.parametrize(
+    "axes, given, warmups",
+    [
+        ([], {"steps": 200}, [20]),
+        ([], {"steps": 100, "warmup": 7}, [7]),
+        ([], {"epochs": 1.0}, [78]),  # 782 iterations of 64 images; 40 of 400
+        ([], {"lr": 0.1}, [40]),
+        (["steps=100,800"], {}, [10, 80]),
+        (["epochs=1", "warmup=0,5"], {}, [0, 5]),
+    ],
+)
+def test_a_warm_up_keeps_its_share_of_a_budget(tmp_path, axes, given, warmups):
+    made = experiments(tmp_path, *(axes or ["unit=original"]), given=given, scale="laptop")
+    assert [e.warmup for e in made] == warmups
+
+
+NOWHERE = {"dataset": "folder", "data_dir": "nowhere", "stem": "cifar"}
+
+
+def test_images_that_are_not_there_leave_the_warm_up_to_the_run(tmp_path):
+    [e] = experiments(tmp_path, "unit=original", given=NOWHERE | {"epochs": 2.0}, scale="laptop")
+    assert e.warmup is None
+
+
+def test_a_forecast_counts_the_images_of_a_folder(tmp_path, monkeypatch):
+    """Of four images in batches of two a pass has two iterations; where none are there, nobody
+    knows."""
+    monkeypatch.setattr(probe, "step_seconds", lambda e: 0.5)
+    for i in range(4):
+        (tmp_path / "pets" / "train" / f"class {i % 2}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pets" / "train" / f"class {i % 2}" / f"{i}.jpg").touch()
+    given = NOWHERE | {"epochs": 3.0, "batch_size": 2, "depth": 8}
+    for place, seconds in [(str(tmp_path / "pets"), 3.0), ("nowhere", None)]:
+        made = planned(tmp_path, "unit=original", given=given | {"data_dir": place})
+        [line] = probe.forecast(made, measure=True)
+        assert line["seconds"] == seconds
