@@ -4,11 +4,12 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from resnetv2_cli.ablation.arms import Ablation
 from resnetv2_cli.ablation.record import read
@@ -30,7 +31,8 @@ OPEN = ("running", "waiting")  # more is to come
 class Run:
     """One run as its folder has it at the first look; what is read is kept.
 
-    ``name``: the folder's, below the one that was looked through.
+    ``name``: the folder's, below the one that was looked through; where another has the same, with
+    folders above it.
     """
 
     name: str
@@ -61,6 +63,10 @@ class Run:
     def series(self) -> dict[str, list[tuple[int, float]]]:
         """The columns of metrics.csv as (iteration, value) pairs; empty before the first."""
         return columns(self.folder.metrics)
+
+    @property
+    def place(self) -> Path:
+        return self.folder.path
 
     @property
     def step(self) -> int:
@@ -117,6 +123,13 @@ class Analysis:
     folder: Path
     found: dict[str, Any]
 
+    @property
+    def place(self) -> Path:
+        return self.folder
+
+
+Named = TypeVar("Named", Run, Analysis)
+
 
 @dataclass
 class Found:
@@ -133,7 +146,7 @@ class Found:
         ours = [
             Run(str(folder.relative_to(folder.parent.parent)), RunFolder(folder)) for folder in arms
         ]
-        return [*ours, *self.runs]
+        return told_apart([*ours, *self.runs])
 
 
 def mapping(file: Path) -> dict[str, Any]:
@@ -190,7 +203,22 @@ def look(paths: Iterable[Path]) -> Found:
                 add(found, folder, path)
     arms = {arm.folder.resolve() for a in found.ablations for line in a.lines for arm in line.arms}
     found.runs = [run for run in found.runs if run.folder.path.resolve() not in arms]
+    found.runs, found.analyses = told_apart(found.runs), told_apart(found.analyses)
     return found
+
+
+def told_apart(found: list[Named]) -> list[Named]:
+    """The same; where several have one name, which is the end of a path, with so many of the
+    folders before it that none has another's."""
+    names = [one.name for one in found]
+    paths = [one.place.resolve().parts for one in found]
+    for _ in range(max(map(len, paths), default=0)):
+        counted = Counter(names)
+        names = [
+            name if counted[name] == 1 else str(Path(*path[-1 - len(Path(name).parts) :]))
+            for name, path in zip(names, paths, strict=True)
+        ]
+    return [replace(one, name=name) for one, name in zip(found, names, strict=True)]
 
 
 def folders(path: Path) -> Iterable[Path]:

@@ -11,14 +11,14 @@ from html.parser import HTMLParser
 import pytest
 from conftest import LAB, two_rows
 
-from resnetv2_cli import inventory, plot
+from resnetv2_cli import figures, inventory, plot
 from resnetv2_cli.ablation import record, tables
 from resnetv2_cli.cli import main
 from resnetv2_cli.commands.runs import percent
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.manifest import environment, environment_in
 from resnetv2_cli.plot import COLORS, plt, save
-from resnetv2_cli.report import pictures
+from resnetv2_cli.report import charts, pictures
 from resnetv2_cli.report.page import DARK, MOST_BYTES
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 
@@ -244,6 +244,56 @@ def test_plot_draws_every_figure_in_every_format(called, lab, tmp_path):
     assert called("plot", lab, "--format", "gif")[2].startswith("error: unknown format 'gif'")
     (tmp_path / "empty").mkdir()
     assert "nothing to draw" in called("plot", tmp_path / "empty")[2]
+
+
+@pytest.fixture
+def namesakes(lab, tmp_path):
+    """Runs and analyses that are called the same in their folders, one of them deeper: m1/runs/x,
+    m2/runs/x, m2/old/runs/x."""
+    measured = {"a": {"factor": [1.0, 0.1], "change": [[0.2], [0.02]]}}
+    analysis = {"networks": [{"label": "a"}], "topics": {"shrink": measured}}
+    made = [tmp_path / place / "runs" for place in ("m1", "m2", "m2/old")]
+    for root in made:
+        shutil.copytree(lab / "alone", root / "x")
+        (root / "x" / "metrics.csv").write_text("step,train_loss,test_error\n5,2.3,80\n")
+        (root / "x" / "analysis").mkdir()
+        (root / "x" / "analysis" / "analysis.json").write_text(json.dumps(analysis))
+    return made
+
+
+def test_runs_and_analyses_of_one_name_are_told_apart(namesakes):
+    found = inventory.look(namesakes)
+    expected = ["m1/runs/x", "m2/runs/x", "old/runs/x"]
+    assert [run.name for run in found.runs] == [run.name for run in found.every] == expected
+    assert [one.name for one in found.analyses] == [f"{name}/analysis" for name in expected]
+    alone = inventory.look([root / "x" for root in namesakes[:2]])
+    assert [run.name for run in alone.runs] == expected[:2]
+    assert [run.name for run in inventory.look(namesakes[:1]).runs] == ["x"]
+
+
+def test_a_name_with_folders_before_it_is_not_anothers(namesakes, tmp_path):
+    """``x`` of runs is ``runs/x`` where there are two; which another is called already."""
+    found = inventory.look([namesakes[0], namesakes[1], tmp_path / "m2" / "old"])
+    assert [run.name for run in found.runs] == ["m1/runs/x", "m2/runs/x", "old/runs/x"]
+
+
+def test_runs_of_two_ablations_are_told_apart(lab, tmp_path):
+    for place in ("m1", "m2"):
+        shutil.copytree(lab / "lab", tmp_path / place)
+    names = [run.name for run in inventory.look([tmp_path / "m1", tmp_path / "m2"]).every]
+    assert len(set(names)) == len(names) == 8
+    assert all(name.startswith(("m1/digits", "m2/digits")) for name in names)
+
+
+def test_each_run_and_analysis_of_one_name_is_drawn(namesakes, tmp_path):
+    found, to = inventory.look(namesakes), tmp_path / "figures"
+    with plt.rc_context({"svg.fonttype": "none"}):  # words as words
+        files = list(figures.every(found, to, "svg", "paper"))
+    assert len(set(files)) == 4 == len(list(to.iterdir()))
+    text = (to / "runs.svg").read_text()
+    assert all(f"{run.name}: 80.00 %" in text for run in found.runs)
+    [chart] = charts.of_runs(found.runs)
+    assert [one["name"] for one in chart["names"]] == [run.name for run in found.runs]
 
 
 class Page(HTMLParser):
