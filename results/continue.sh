@@ -42,6 +42,8 @@ flags=("$@")
     [ "$left" -gt 0 ] || break
     echo "== ablate $line"
     eval "rows=($line)"
-    resnetv2 ablate "${rows[@]}" "${flags[@]}" --output "$lab" --time "${left}s" </dev/null
+    status=0
+    resnetv2 ablate "${rows[@]}" "${flags[@]}" --output "$lab" --time "${left}s" </dev/null || status=$?
+    [ "$status" -eq 0 ] || [ "$status" -eq 2 ] || exit "$status" # 2: a run crashed; the others go on
     keep
 done

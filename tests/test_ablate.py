@@ -19,6 +19,7 @@ from rich.console import Console
 from resnetv2_cli.ablation import arms, launch, probe, studies, tables
 from resnetv2_cli.ablation.progress import Progress
 from resnetv2_cli.ablation.sweep import Sweep, reason
+from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.iteration import Iteration
@@ -145,6 +146,113 @@ def test_a_run_that_failed_twice_says_why_the_last_time(tmp_path):
     arm.log.write_text("error: the disk was full\nhint: x\nerror: no such images\nhint: y\n")
     assert reason(arm, 2) == "no such images"
     assert reason(arm, -signal.SIGKILL).startswith("killed by SIGKILL")
+
+
+BUG = """of the second attempt
+Traceback (most recent call last):
+  File "mine.py", line 5, in forward
+    return x.vieww(-1)
+AttributeError: 'Tensor' object has no attribute 'vieww'
+"""
+
+
+@pytest.mark.parametrize(
+    "said, why",
+    [
+        (BUG, "status 1: AttributeError: 'Tensor' object has no attribute 'vieww'"),
+        (BUG + "a farewell of some library\n", "status 1: AttributeError: 'Tensor' object"),
+        ("error: a warning\n" + BUG, "status 1: AttributeError: 'Tensor' object"),
+        ("error: no such images\nhint: y\n", "no such images"),
+        ("a word\n", "status 1: a word"),
+        ("", "status 1: it said nothing"),
+    ],
+)
+def test_why_a_run_crashed_is_read_from_what_this_attempt_said(tmp_path, said, why):
+    arm = two_rows(tmp_path).lines[0].arms[0]
+    arm.log.parent.mkdir(parents=True)
+    arm.log.write_text("error: the disk was full\nhint: x\n")
+
+    def start(arm, slot, lock):
+        with arm.log.open("a") as log:
+            log.write(said)
+        return SimpleNamespace(status=lambda: 1, stop=lambda: None)
+
+    Sweep(SimpleNamespace(start=start), 1, lambda *_: None, lambda running: None).run([arm])
+    assert arm.failure["reason"].startswith(why)
+
+
+def called(capsys, *arguments) -> tuple[int, str, str]:
+    """An ablation in this process: exit status, stdout, stderr."""
+    with pytest.raises(SystemExit) as left:
+        main(["ablate", *map(str, arguments)])
+    return left.value.code or 0, *capsys.readouterr()
+
+
+MISSING = ["--dataset", "folder", "--data-dir", "nowhere", "--depth", 18]
+
+
+def test_a_run_that_crashed_is_the_exit_status(tmp_path, capsys):
+    command = ["--shortcut", "conv1x1", "--row", "identity", *MISSING, "--output", tmp_path]
+    status, out, said = called(capsys, *command, "--format", "csv")
+    assert status == 2 and "crashed: there is no folder nowhere/train" in out
+    assert said.count("error: ") == 1 and "error: 1 of 1 runs crashed" in said
+    [log] = tmp_path.glob("*/s0.log")
+    assert "hint: " in said and str(log) in said.replace("\n", "")
+
+
+def test_runs_that_diverged_are_results(tmp_path, capsys):
+    for line in two_rows(tmp_path, 1, {"depth": 8}).lines:
+        for arm in line.arms:
+            arm.folder.mkdir(parents=True)
+            (arm.folder / "failed.json").write_text('{"reason": "x", "diverged": true}')
+    status, out, _ = called(capsys, "--shortcut", "conv1x1", "--depth", 8, "--output", tmp_path)
+    assert status == 0 and out.count("fail (diverged)") == 2
+
+
+def test_each_crash_is_counted(tmp_path):
+    planned = two_rows(tmp_path, 4)
+    ended(planned, (6.0, 7.0))
+    for arm in planned.lines[0].arms[2:]:
+        arm.fail("of one and the same reason")
+    assert "2 crashed" in tables.measured(planned, planned.lines[0])
+
+
+def test_a_job_of_a_queue_says_in_the_log_what_it_has_to_say(tmp_path):
+    log = tmp_path / "s0.log"
+    command = [sys.executable, "-c", "import sys; print('error: none', file=sys.stderr); exit(7)"]
+    job = SimpleNamespace(done=lambda: True, exception=lambda: None)
+    job.result = lambda: launch.logged(command, log)
+    assert launch.Job(job, log).status() == 7 and log.read_text() == "error: none\n"
+    job.exception = lambda: RuntimeError("no output (state: OUT_OF_MEMORY)")
+    assert launch.Job(job, log).status() == 1
+    assert log.read_text() == "error: none\nno output (state: OUT_OF_MEMORY)\n"
+    job.done = lambda: False
+    assert launch.Job(job, log).status() is None
+
+
+def test_a_queue_tells_why_its_runs_crashed(tmp_path, capsys):
+    pytest.importorskip("submitit")
+    command = ["--shortcut", "conv1x1", *MISSING, "--launcher", "local", "--jobs", 2]
+    status, out, _ = called(capsys, *command, "--output", tmp_path, "--format", "csv")
+    assert status == 2 and out.count("crashed: there is no folder nowhere/train") == 2
+
+
+@pytest.mark.parametrize("status, lines", [(0, 2), (2, 2), (3, 1), (143, 1)])
+def test_a_plan_goes_on_behind_a_run_that_crashed_and_behind_nothing_else(tmp_path, status, lines):
+    """The tool here is a script that says what it was called with, and leaves with a status."""
+    tool = tmp_path / "resnetv2"
+    tool.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\nexit {status}\n')
+    tool.chmod(0o755)
+    (tmp_path / "plan.txt").write_text("# two tables\n--table 1\n--table 2\n")
+    place = {"LAB": "lab", "KEPT": "kept", "PLAN": "plan.txt"}
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [REPOSITORY / "results" / "continue.sh", "60"],
+        env=os.environ | {name: str(tmp_path / file) for name, file in place.items()} | path,
+        capture_output=True,
+    )
+    assert done.returncode == (0 if status == 2 else status)
+    assert (tmp_path / "calls").read_text().count("ablate --table") == lines
 
 
 def test_who_was_stopped_and_continues_has_not_ended(tmp_path):

@@ -80,6 +80,11 @@ class Arm:
             return None
         return {"diverged": True} | json.loads(file.read_text())
 
+    @property
+    def crashed(self) -> bool:
+        """Whether it ended by a mistake or a bug; one that diverged is a result."""
+        return self.error is None and self.failure is not None
+
     def fail(self, reason: str) -> None:
         """Note that the run crashed; the next call of the same ablation tries it again."""
         file = RunFolder(self.folder).failed
@@ -126,7 +131,7 @@ class Line:
     @property
     def failures(self) -> list[str]:
         """The reasons of the runs that crashed, each once."""
-        reasons = [arm.failure["reason"] for arm in self.arms if arm.failure and arm.error is None]
+        reasons = [arm.failure["reason"] for arm in self.arms if arm.failure and arm.crashed]
         return list(dict.fromkeys(reasons))
 
 

@@ -106,16 +106,20 @@ class Processes:
 
 
 class Job:
-    """A job of submitit's."""
+    """A job of submitit's, which gives the exit status of its run."""
 
-    def __init__(self, job: Any) -> None:
-        self.job = job
+    def __init__(self, job: Any, log: Path) -> None:
+        self.job, self.log = job, log
 
     def status(self) -> int | None:
         if not self.job.done():
             return None
         error = self.job.exception()
-        return 0 if error is None else 1
+        if error is None:
+            return int(self.job.result())
+        with self.log.open("a") as log:  # which else would not say what befell the job
+            log.write(f"{error}\n")
+        return 1
 
     def stop(self) -> None:
         self.job.cancel()
@@ -139,8 +143,13 @@ class Queue:
         self.executor.update_parameters(timeout_min=round(60 * hours), name="resnetv2")
 
     def start(self, arm: Arm, slot: int, lock: int) -> Job:
-        function = self.submitit.helpers.CommandFunction(command(arm), verbose=False)
-        return Job(self.executor.submit(function))
+        return Job(self.executor.submit(logged, command(arm), arm.log), arm.log)
+
+
+def logged(command: list[str], log: Path) -> int:
+    """In a job: run a command that says what it has to say in a file; its exit status."""
+    with log.open("ab") as to:
+        return subprocess.call(command, stdin=subprocess.DEVNULL, stdout=to, stderr=to)
 
 
 LAUNCHERS: dict[str, Callable[[int, Path, float], Launcher]] = {

@@ -16,18 +16,21 @@ from resnetv2_cli.errors import Stopped, UserError
 POLL = 0.2  # seconds between looks at what runs
 PATIENCE = 120.0  # seconds that runs are left to save when the ablation is stopped
 
+TRACEBACK = "Traceback (most recent call last):"  # before indented lines, and what was raised
+
 Announce = Callable[[Arm, str], None]
 Watch = Callable[[Iterable[Arm]], None]
 
 
 @dataclass
 class Running:
-    """A run in one of the places."""
+    """A run in one of the places; ``heard``: how much its log had before."""
 
     arm: Arm
     slot: int
     lock: int
     started: Started
+    heard: int
 
 
 @dataclass
@@ -115,11 +118,12 @@ class Sweep:
         taken = {r.slot for r in self.running}
         slot = min(set(range(self.jobs)) - taken)
         self.announce(arm, "continuing" if arm.begun else "running")
+        heard = arm.log.stat().st_size if arm.log.exists() else 0
         try:
             started = self.launcher.start(arm, slot, lock)
         except OSError as error:
             raise UserError(f"cannot start {arm.row}: {error.strerror}") from None
-        self.running.append(Running(arm, slot, lock, started))
+        self.running.append(Running(arm, slot, lock, started, heard))
         return True
 
     def collect(self) -> None:
@@ -130,7 +134,7 @@ class Sweep:
                 continue
             self.running.remove(r)
             if r.arm.error is None and not self.stopping:
-                r.arm.fail(reason(r.arm, status))
+                r.arm.fail(reason(r.arm, status, r.heard))
             os.close(r.lock)
             self.announce(r.arm, outcome(r.arm))
 
@@ -149,18 +153,23 @@ def seed(arm: Arm) -> int:
     return arm.experiment.seed
 
 
-def reason(arm: Arm, status: int) -> str:
-    """Why a run ended without a result: its own last words, or the signal that killed it."""
+def reason(arm: Arm, status: int, heard: int = 0) -> str:
+    """Why a run ended without a result: its own last words, or the signal that killed it.
+
+    ``heard``: bytes of its log that are of earlier attempts.
+    """
     if status == -signal.SIGKILL:
         return "killed by SIGKILL: was the memory full? try a smaller --batch-size or fewer --jobs"
-    lines: list[str] = []
-    if arm.log.exists():
-        text = arm.log.read_text(errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+    text = arm.log.read_bytes()[heard:].decode(errors="replace") if arm.log.exists() else ""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    if TRACEBACK in lines:
+        _, _, after = text.rpartition(TRACEBACK)
+        raised = [line for line in after.splitlines() if line.strip() and not line.startswith(" ")]
+        return f"status {status}: {(raised or lines[-1:])[0]}"
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if errors:
         return errors[-1]
-    words = lines[-1] if lines else "it said nothing"
+    words = lines[-1].strip() if lines else "it said nothing"
     return f"status {status}: {words}"
 
 

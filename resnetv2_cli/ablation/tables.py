@@ -68,7 +68,8 @@ def measured(ablation: Ablation, line: Line) -> str:
     s = line.summary
     if s.median is None:
         return f"crashed: {line.failures[0]}" if line.failures else NONE
-    crashed = f", {len(line.failures)} crashed" if line.failures else ""
+    crashes = sum(arm.crashed for arm in line.arms)
+    crashed = f", {crashes} crashed" if crashes else ""
     if s.median == FAIL:
         return f"fail (diverged{crashed})"
     spread = f"{s.mean:.2f}±{s.std:.2f}" if s.std is not None else ""

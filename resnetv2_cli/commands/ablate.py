@@ -107,6 +107,16 @@ def ablate(
         console.note(f"{stopped}: saved; the same command continues")
         raise
     show(made, detect, format)
+    crashed = [arm for arm in every(made) if arm.crashed]
+    if crashed:
+        hint = f"{crashed[0].log} has what the first one said; the same command tries them again"
+        raise UserError(f"{len(crashed)} of {len(every(made))} runs crashed", hint)
+
+
+def every(made: list) -> list:
+    """The runs of all rows, each once."""
+    arms = {arm.folder: arm for ablation in made for line in ablation.lines for arm in line.arms}
+    return list(arms.values())
 
 
 def run(made: list, jobs: int, launcher: str, hours: float, budget: float) -> None:
@@ -119,11 +129,11 @@ def run(made: list, jobs: int, launcher: str, hours: float, budget: float) -> No
     root = made[0].root
     for ablation in made:
         ablation.write()
-    arms = {arm.folder: arm for ablation in made for line in ablation.lines for arm in line.arms}
+    arms = every(made)
     start = LAUNCHERS[launcher](jobs, root, hours)
     console.note(f"{len(arms)} runs in {root}; the same command continues, resnetv2 report shows")
     with Progress(console.err, len(arms)) as progress:
-        Sweep(start, jobs, progress.announce, progress.watch, budget).run(arms.values())
+        Sweep(start, jobs, progress.announce, progress.watch, budget).run(arms)
     for ablation in made:
         picture = root / f"{ablation.study.name}.png"
         groups = ablation.curves()
