@@ -46,18 +46,21 @@ class Anatomy:
 def anatomy(unit: ResidualUnit) -> Anatomy:
     """The parts of a unit.
 
-    A shortcut whose docstring has no formula with F(x) in it is named by its class.
+    A shortcut whose docstring has no formula with F(x) in it is named by its class; so is what x
+    meets where the formula is no sum, (x + F(x)) / 2.
     """
     cls: Any = type(unit.shortcut)
     first = (cls.__doc__ or "").strip().partition("\n")[0]
     formula = BEHIND.split(first)[0].strip()
     terms = re.split(r" \+ (?![^(]*\))", formula)
+    written = len(terms) == 2 and "F(x)" in terms[1]
     carried = tuple(layers(unit.shortcut.carry))  # type: ignore[arg-type]
-    if len(terms) == 2 and "F(x)" in terms[1]:
+    if written and all(term.count("(") == term.count(")") for term in terms):
         h = () if terms[0] == "x" or cls.projects else (terms[0],)
         scale = terms[1].replace("F(x)", "").strip()
     else:
-        formula, h, scale = f"{cls.__name__}(x, F(x))", (cls.__name__,), ""
+        formula = formula if written else f"{cls.__name__}(x, F(x))"
+        h, scale = (cls.__name__,), ""
     return Anatomy(
         shared=tuple(layers(unit.shared)),
         residual=tuple(layers(unit.residual)),

@@ -66,6 +66,23 @@ def test_a_shortcut_without_a_formula_is_named():
     assert (a.formula, a.shortcut, a.scale) == ("Mine(x, F(x))", ("Mine",), "")
 
 
+@pytest.mark.parametrize(
+    "written, formula, h, scale",
+    [
+        ("(x + F(x)) / sqrt(2): the sum of two", "(x + F(x)) / sqrt(2)", "Mine", ""),
+        ("2 (a x + F(x))", "2 (a x + F(x))", "Mine", ""),
+        ("(1 + a) x + (1 - a) F(x), say", "(1 + a) x + (1 - a) F(x)", "(1 + a) x", "(1 - a)"),
+    ],
+)
+def test_a_formula_is_cut_at_the_plus_outside_of_brackets(written, formula, h, scale):
+    cls = type("Mine", (Shortcut,), {"__doc__": written})
+    with torch.device("meta"):
+        unit = residual_unit(Kind(), 16, 16)
+        unit.shortcut = cls(16, 16, 1, unit.shortcut.carry)
+    a = anatomy(unit)
+    assert (a.formula, a.shortcut, a.scale) == (formula, (h,), scale)
+
+
 def test_units_that_are_alike_are_told_once():
     made = describe(Experiment(depth=164))["units"]
     stages = [f"stage {s}, unit{u}" for s in (1, 2, 3) for u in (" 1", "s 2 to 18")]
