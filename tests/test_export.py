@@ -4,11 +4,11 @@ import json
 import re
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
-import yaml
 from torch import nn
 
 from resnetv2_cli.ablation.studies import identity
@@ -230,10 +230,34 @@ def test_a_card_has_the_spread_over_the_seeds_beside_the_run(trained, tmp_path):
     )
 
 
-def test_the_recipe_of_a_card_makes_the_same_experiment():
-    e = Experiment(depth=20, lr=0.05, nesterov=True, val=5000, shortcut="dropout")
-    text = card.recipe(e).removeprefix("```yaml\n").removesuffix("```")
-    assert identity(Experiment(**yaml.safe_load(text))) == identity(e)
+def read_recipe(e: Experiment, to: Path, **flags) -> Experiment:
+    """What ``--config`` makes of the recipe that a card has."""
+    text, _, needs = card.recipe(e).removeprefix("```yaml\n").partition("```")
+    assert ("--weights FILE" in needs) is bool(flags)
+    to.write_text(text)
+    return Experiment.load(to, **flags)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"depth": 20, "lr": 0.05, "nesterov": True, "val": 5000, "shortcut": "dropout"},
+        {"depth": 8, "accumulate": 4, "sync_bn": True, "precision": "bf16-mixed"},
+    ],
+)
+def test_the_recipe_of_a_card_makes_the_same_experiment(given, tmp_path):
+    e = Experiment(**given)
+    assert identity(read_recipe(e, tmp_path / "r.yaml")) == identity(e)
+    assert ("accumulate" in card.recipe(e)) is ("accumulate" in given)
+
+
+@pytest.mark.parametrize("freeze", ["", "stem,stage1"])
+def test_the_recipe_of_a_run_that_began_with_weights_names_no_place_of_theirs(freeze, tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(b"weights")
+    file = str(tmp_path / "w.safetensors")
+    e = Experiment(depth=8, weights=file, freeze=freeze)
+    assert str(tmp_path) not in card.recipe(e)
+    assert identity(read_recipe(e, tmp_path / "r.yaml", weights=file)) == identity(e)
 
 
 def test_a_card_claims_nothing_for_weights_that_were_not_measured(trained, tmp_path):

@@ -1,6 +1,6 @@
 """The model card: what a file is, how it came to be, and how good it is, in Markdown."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +132,19 @@ def data(facts: Facts, result: dict[str, Any]) -> str:
 
 
 def recipe(e: Experiment) -> str:
-    """Every setting that changes what is learned, as a file that ``--config`` reads."""
+    """Every setting that changes what is learned, as a file that ``--config`` reads: of the engine
+    what is no default; and of weights that it began with no place, which is nobody else's."""
     panels = ("Network", "Data", "Optimization", "Fine-tuning")
-    whole = asdict(e)
-    kept = [f.name for f in fields(e) if f.metadata["panel"] in panels and not f.metadata["free"]]
-    given = {name: whole[name] for name in kept if whole[name] not in (None, "")}
-    return f"```yaml\n{yaml.safe_dump(given, sort_keys=False)}```"
+    given = {}
+    for f in fields(e):
+        panel, value = f.metadata["panel"], getattr(e, f.name)
+        told = panel in panels or (panel == "Engine" and value != f.default)
+        if told and not f.metadata["free"] and value not in (None, ""):
+            given[f.name] = value
+    text = f"```yaml\n{yaml.safe_dump(given, sort_keys=False)}```"
+    if e.weights_sha256:
+        text += "\n\nIt needs `--weights FILE` beside it: the file with this `weights_sha256`."
+    return text
 
 
 def made_by(environment: dict[str, Any]) -> str:
