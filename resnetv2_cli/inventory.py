@@ -208,17 +208,22 @@ def look(paths: Iterable[Path]) -> Found:
 
 
 def told_apart(found: list[Named]) -> list[Named]:
-    """The same; where several have one name, which is the end of a path, with so many of the
-    folders before it that none has another's."""
-    names = [one.name for one in found]
-    paths = [one.place.resolve().parts for one in found]
-    for _ in range(max(map(len, paths), default=0)):
+    """The same, each with a name of its own."""
+    names = apart([one.name for one in found], [one.place for one in found])
+    return [replace(one, name=name) for one, name in zip(found, names, strict=True)]
+
+
+def apart(names: list[str], paths: list[Path]) -> list[str]:
+    """Names that are the ends of paths; where several are one, with so many of the folders before
+    it that none is another's."""
+    whole = [path.resolve().parts for path in paths]
+    for _ in range(max(map(len, whole), default=0)):
         counted = Counter(names)
         names = [
-            name if counted[name] == 1 else str(Path(*path[-1 - len(Path(name).parts) :]))
-            for name, path in zip(names, paths, strict=True)
+            name if counted[name] == 1 else str(Path(*parts[-1 - len(Path(name).parts) :]))
+            for name, parts in zip(names, whole, strict=True)
         ]
-    return [replace(one, name=name) for one, name in zip(found, names, strict=True)]
+    return names
 
 
 def folders(path: Path) -> Iterable[Path]:

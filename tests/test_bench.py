@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import shutil
 import time
 
 import pytest
@@ -18,6 +19,7 @@ from resnetv2_cli.data.prepare import Form, prepare
 from resnetv2_cli.describe import describe
 
 CPU = torch.device("cpu")
+CROPS = ("scale", "scale-aspect")
 
 
 def test_ratios_are_taken_within_a_round():
@@ -79,6 +81,18 @@ def test_each_option_is_timed_beside_plain_and_its_own_floor():
         assert row["ratio"] == pytest.approx(made["arms"][PLAIN]["seconds"] / row["seconds"])
 
 
+def test_the_share_of_the_floor_is_the_median_of_an_even_number_of_turns(monkeypatch):
+    """By turns whose floor took 1 and 3 of 10 seconds."""
+
+    def turns(arms, *_):
+        floors = [Turn(1.0, None), Turn(3.0, None)]
+        return {name: [Turn(10.0, None)] * 2 if name == PLAIN else floors for name in arms}
+
+    monkeypatch.setattr("resnetv2_cli.bench.step.in_turns", turns)
+    made = bench_step(Experiment(depth=8, batch_size=2), [PLAIN], 2, 1, tell=lambda line: None)
+    assert made["arms"][PLAIN]["of_floor"] == pytest.approx(0.2)
+
+
 def run(capsys, *arguments, status=0):
     """The command in this process: what it printed on stdout, and on stderr."""
     try:
@@ -116,11 +130,14 @@ def test_photographs_are_read_beside_pil_and_torchvision(capsys, tmp_path):
             file = tmp_path / "own" / split / "a" / f"{i}.jpg"
             Image.new("RGB", (300, 280), (i, 9, 99)).save(file)
     prepare(tmp_path / "own", tmp_path / "raw", Form(raw=True), 1, lambda done, of: None)
+    again = shutil.copytree(tmp_path / "raw", tmp_path / "again" / "raw")
     small = ["--dataset", "folder", "--data-dir", tmp_path / "own", "--depth", 18]
-    small += ["--batch-size", 2, "--prepared", tmp_path / "raw", "--rounds", 1, "--stretch", 1]
+    small += ["--batch-size", 2, "--prepared", tmp_path / "raw", "--prepared", again]
+    small += ["--rounds", 1, "--stretch", 1]
     made = json.loads(run(capsys, "data", *small, "--json").out)
     usual = [name for name, path in PATHS.items() if not path.decoded]
-    assert list(made["arms"]) == [*usual, "raw, scale", "raw, scale-aspect"]
+    prepared = [f"{where}/raw, {crop}" for where in (tmp_path.name, "again") for crop in CROPS]
+    assert list(made["arms"]) == [*usual, *prepared]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from resnetv2_cli.data.module import EpochMaker, ImageData, Parts, Stream
 from resnetv2_cli.data.order import Schedule
 from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.inventory import apart
 from resnetv2_cli.machine import ready
 from resnetv2_cli.manifest import environment
 from resnetv2_cli.plans import STEMS
@@ -165,10 +166,11 @@ PATHS = {
 def prepared_arms(experiment: Experiment, folders: list[Path], device: torch.device) -> dict:
     """What ``train`` does with the same photographs prepared (``data prepare``), by folder."""
     arms = {}
-    for place in folders:
+    names = apart([place.resolve().name for place in folders], folders)
+    for name, place in zip(names, folders, strict=True):
         _, data = build(replace(experiment, data_dir=str(place)))
         for crop in ("scale", "scale-aspect"):
-            arms[f"{place.name}, {crop}"] = ours(crop)(data, device)
+            arms[f"{name}, {crop}"] = ours(crop)(data, device)
     return arms
 
 

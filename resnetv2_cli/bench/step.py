@@ -4,6 +4,7 @@ To add an option: a row in OPTIONS.
 """
 
 from collections.abc import Callable
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -138,8 +139,8 @@ def bench_step(
     turns = in_turns(arms, rounds, steps, device)
     made = rows(turns, PLAIN, experiment.batch_size)
     for name in options:
-        shares = sorted(ratios(turns, name, of[name]))
-        made[name] |= {"doc": options[name].doc, "of_floor": shares[len(shares) // 2]}
+        share = median(ratios(turns, name, of[name]))
+        made[name] |= {"doc": options[name].doc, "of_floor": share}
     return {
         "bench": "step",
         "network": experiment.name,
