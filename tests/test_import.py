@@ -342,6 +342,8 @@ def test_files_that_are_refused(tmp_path, capsys):
         (["--from", "tim"], "unknown source 'tim'", "did you mean 'timm'?"),
         (["--from", "timm", "--mean", "1,1,1"], "--mean and --std go together", "--std"),
         (["--from", "timm", "--mean", "1,1", "--std", "1,1,1"], "'1,1' is not three", "0.5,0.5"),
+        (["--from", "timm", "--mean", "1,1,nan", "--std", "1,1,1"], "'1,1,nan' is not", "0.5,0.5"),
+        (["--from", "timm", "--mean", "0,0,0", "--std", "1,0,1"], "'1,0,1' is not above 0", "div"),
     ],
 )
 def test_mistakes_on_the_command_line(called, arguments, message, hint):
@@ -360,6 +362,9 @@ def test_class_names(tmp_path):
         class_names(3, "imagenet", None)
     file.write_text("cat\ncat\n")
     with pytest.raises(UserError, match="names a class twice"):
+        class_names(2, "imagenet", file)
+    file.write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(UserError, match="names.txt is no text"):
         class_names(2, "imagenet", file)
 
 

@@ -1,5 +1,6 @@
 """``import``: weights that other code bases have trained."""
 
+import math
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -46,6 +47,8 @@ def import_(
     if (mean is None) != (std is None):
         raise UserError("--mean and --std go together", "as --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5")
     given = (channels("--mean", mean), channels("--std", std)) if mean and std else None
+    if given and min(given[1]) <= 0:
+        raise UserError(f"--std {std!r} is not above 0", "images are divided by it")
     from resnetv2_cli.checkpoint import WholeFiles
     from resnetv2_cli.foreign.convert import checkpoint, imported
     from resnetv2_cli.foreign.files import tensors
@@ -86,7 +89,9 @@ def channels(flag: str, text: str) -> tuple[float, ...]:
         UserError: they are not three, or no numbers.
     """
     try:
-        red, green, blue = (float(part) for part in text.split(","))
+        values = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"{flag} {text!r} is not three numbers", "such as 0.5,0.5,0.5") from None
-    return red, green, blue
+        values = ()
+    if len(values) != 3 or not all(map(math.isfinite, values)):
+        raise UserError(f"{flag} {text!r} is not three numbers", "such as 0.5,0.5,0.5")
+    return values

@@ -204,7 +204,8 @@ def class_names(classes: int, stem: str, given: Path | None) -> tuple[str, tuple
     a folder of class folders, by name; else those that CIFAR and ImageNet have.
 
     Raises:
-        UserError: they are not as many as the network's, or nothing says which they are.
+        UserError: they are not as many as the network's, or nothing says which they are, or the
+            file is no text.
     """
     if given is None:
         known = {
@@ -220,7 +221,11 @@ def class_names(classes: int, stem: str, given: Path | None) -> tuple[str, tuple
         inside = given / "train" if (given / "train").is_dir() else given
         names = tuple(sorted(p.name for p in inside.iterdir() if p.is_dir()))
     else:
-        names = tuple(filter(None, map(str.strip, given.read_text(encoding="utf-8").splitlines())))
+        try:
+            lines = given.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"{given} is no text", "one name a line, in UTF-8") from None
+        names = tuple(filter(None, map(str.strip, lines)))
     if len(names) != classes or len(set(names)) != classes:
         what = f"{len(names)} classes" if len(names) == len(set(names)) else "a class twice"
         raise UserError(f"{given} names {what}, and the network has {classes}", "one name a line")
