@@ -97,12 +97,13 @@ def parsed(name: str, text: str) -> Any:
 
 
 def seconds(text: str, flag: str = "--time") -> float:
-    """Seconds in ``90``, ``90s``, ``25m``, ``2h`` or ``1h30m``.
+    """Seconds in ``90``, ``90s``, ``25m``, ``2h``, ``1h30m``, or ``1h30``, which is the same.
 
     Raises:
         UserError: it is none of these.
     """
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
+    whole = re.sub(r"h(\d+)$", r"h\1m", text.strip())
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", whole)
     if not match or not any(match.groups()):
         raise UserError(f"{flag} {text!r} is no duration", "for instance 25m, 2h or 1h30m")
     hours, minutes, rest = (int(g or 0) for g in match.groups())

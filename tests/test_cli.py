@@ -85,8 +85,12 @@ def test_eval_shows_a_table(resnetv2, trained):
 
 
 @pytest.mark.parametrize(
-    "text, value", [("90", 90), ("90s", 90), ("25m", 1500), ("2h", 7200), ("1h30m", 5400)]
-)
+    "text, value",
+    [
+        ("90", 90), ("90s", 90), ("25m", 1500), ("2h", 7200), ("1h30m", 5400), ("1h30", 5400),
+        ("5m30", 330), ("1h5m30", 3930), ("1h30s", 3630),
+    ],
+)  # fmt: skip
 def test_durations(text, value):
     assert seconds(text) == value
 
