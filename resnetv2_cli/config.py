@@ -154,7 +154,7 @@ class Experiment:
     warmup: int | None = setting(
         None,
         "Iterations at a tenth of the learning rate (steps), or of its rise (others). "
-        "By itself 400 of 64,000, and in that proportion.",
+        "By itself 400 of 64,000, and in that proportion; of one-cycle 30 %.",
         "Optimization",
         least=0,
     )
