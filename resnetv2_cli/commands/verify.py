@@ -1,6 +1,7 @@
 """``verify-resume``."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,8 @@ def verify_resume(
     often = max(1, {**flags, **short}.get("steps", STEPS) // 6)  # moments fall between checkpoints
     settings = {"log_every": often, "save_every": often} | flags | short
     experiment = Experiment.load(config, **settings)
+    if "warmup" not in flags and (experiment.warmup or 0) > experiment.steps:
+        experiment = replace(experiment, warmup=None)  # the config's is of a longer training
     with tempfile.TemporaryDirectory(prefix="resnetv2-verify-") as root:
         made = verify(experiment, Path(root), kills, console.note, moments)
     exact = all(not row[part] for row in made for part in row if part not in WORDS)
