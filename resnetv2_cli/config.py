@@ -13,7 +13,7 @@ from resnetv2_cli import plans
 from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError, shown, unknown
 from resnetv2_cli.origin import find, sha256
-from resnetv2_cli.recipes import asked_for
+from resnetv2_cli.recipes import made
 from resnetv2_cli.settings import BITS, LATER, PARTS, SAME, checked, rows, setting
 
 PAPER_STEPS, PAPER_WARMUP = 64_000, 400  # iterations
@@ -389,11 +389,7 @@ class Experiment:
         Raises:
             UserError: the file is missing or no YAML mapping, or holds a key that is no field.
         """
-        given = asked_for(path, overrides, [f.name for f in fields(cls)])
-        try:
-            return cls(**given)
-        except UserError as error:
-            raise (UserError(f"{path}: {error}", error.hint) if path else error) from None
+        return made(cls, path, overrides, [f.name for f in fields(cls)])
 
     def dump(self) -> str:
         """The whole experiment as YAML: what a run folder keeps, and what reproduces the run."""

@@ -1,8 +1,8 @@
 """The files that ``--config`` reads: where the tool has its own, and how one is read."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -12,6 +12,8 @@ from resnetv2_cli.settings import renewed
 
 _PACKAGED = Path(__file__).parent / "configs"  # in a wheel; in a checkout they are beside it
 CONFIGS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "configs"
+
+Made = TypeVar("Made")
 
 LARGEST = 100_000  # bytes of a config
 NOT_YAML = (  # what PyYAML raises: a tag such as !!bool fails on a strange value as Python does
@@ -76,6 +78,37 @@ def asked_for(
     if "weights" in overrides:
         given.pop("weights_sha256", None)
     try:
-        return plans.laid_out(given) | plans.laid_out(overrides)
+        given = plans.laid_out(given)
     except UserError as error:
-        raise (UserError(f"{path}: {error}", error.hint) if path else error) from None
+        raise UserError(f"{path}: {error}", error.hint) from None
+    return given | plans.laid_out(overrides)
+
+
+def made(
+    kind: Callable[..., Made],
+    path: Path | str | None,
+    overrides: Mapping[str, Any],
+    known: Iterable[str],
+) -> Made:
+    """What ``kind`` makes of the settings that a file and ``overrides`` ask for.
+
+    Raises:
+        UserError: one is mistaken; names the file where that is so without the overrides too.
+    """
+    known = list(known)
+    given = asked_for(path, overrides, known)
+    try:
+        return kind(**given)
+    except UserError as error:
+        if path and str(error) == mistake(kind, asked_for(path, {}, known)):
+            raise UserError(f"{path}: {error}", error.hint) from None
+        raise
+
+
+def mistake(kind: Callable[..., Any], given: Mapping[str, Any]) -> str:
+    """What is wrong with some settings; empty where nothing is."""
+    try:
+        kind(**given)
+    except UserError as error:
+        return str(error)
+    return ""

@@ -97,6 +97,24 @@ def test_mistakes_in_a_file(tmp_path, text, message, hint):
     assert hint in raised.value.hint
 
 
+@pytest.mark.parametrize(
+    "flags, names_the_file",
+    [
+        ({}, True),
+        ({"seed": 1}, True),  # another flag has no part in it
+        ({"lr": -1}, False),
+        ({"gate_bias": 1, "lr": 0.1}, False),  # wrong with what the file has, which is right alone
+        ({"layout": "tim"}, False),
+    ],
+)
+def test_a_mistaken_flag_is_no_mistake_of_the_file(tmp_path, flags, names_the_file):
+    file = tmp_path / "a.yaml"
+    file.write_text("shortcut: conv1x1\n" + ("lr: fast\n" if names_the_file else ""))
+    with pytest.raises(UserError) as raised:
+        Experiment.load(file, **flags)
+    assert ("a.yaml" in str(raised.value)) == names_the_file
+
+
 def test_a_missing_file_names_the_nearest():
     with pytest.raises(UserError, match="unknown config file 'cifar10_resnet20_quik'") as raised:
         Experiment.load("cifar10_resnet20_quik")
