@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,12 +23,13 @@ from resnetv2_cli import __version__
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import write_text
-from resnetv2_cli.recipes import read_yaml
+from resnetv2_cli.recipes import asked_for
 
 PACKAGES = ["resnetv2-cli", "torch", "torchvision", "lightning", "torchmetrics", "numpy"]
 ENVIRONMENT = ("command", "python", "versions", "commit", "hardware", "cpu_threads", "system")
 LONGEST_DIFF = 2**16  # characters of it that are kept whole
 PACKAGE = Path(__file__).parent
+SOURCE = (".py", ".c", ".h")  # what decides numbers: kernels in C too, on a CPU
 READINGS = "test_set_readings"  # how often the test set was read
 ORIGINS = ".origins.json"  # ends the name of what is beside a config that an ablation wrote
 
@@ -114,8 +115,8 @@ def origins(path: Path | str | None, overrides: Mapping[str, Any]) -> dict[str, 
 
     An ablation leaves beside a config that it writes where its settings came from.
     """
-    file = f"file {path}"
-    given = dict.fromkeys(read_yaml(Path(path)), file) if path else {}
+    asked = asked_for(path, overrides, [f.name for f in fields(Experiment)])
+    given = dict.fromkeys(asked, f"file {path}")
     beside = Path(path).with_suffix(ORIGINS) if path else None
     if beside and beside.is_file():
         given = json.loads(beside.read_text())
@@ -184,7 +185,7 @@ def code(experiment: Experiment) -> dict[str, Any]:
     """The version; commit and changes since, of a checkout; a digest of the source that ran, and of
     the file of a shortcut of one's own."""
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in SOURCE):
         digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
     diff = git("diff", "HEAD", "--", ".") if commit() else ""
     made: dict[str, Any] = {

@@ -357,6 +357,11 @@ def test_the_manifest_knows_where_values_came_from(tmp_path):
     assert origins(config, {"lr": 0.1, "steps": 3}) == {
         "depth": f"file {config}", "lr": "flag", "steps": "flag"
     }  # fmt: skip
+    config.write_text("layout: timm\ntest_size: 320\nweights_sha256: ab\n")
+    keys = ["stride_on", "option", "first_act", "protocol"]
+    assert origins(config, {"weights": "mine.ckpt", "pad": "raw"}) == {
+        **dict.fromkeys(keys, f"file {config}"), "weights": "flag", "pad": "flag"
+    }  # fmt: skip
     config.with_suffix(ORIGINS).write_text('{"depth": "row \'a\' of table1"}')
     assert origins(config, {}) == {"depth": "row 'a' of table1"}
 
@@ -407,6 +412,17 @@ def test_a_checkout_that_was_changed_says_so_and_how(monkeypatch):
     monkeypatch.setattr(manifest, "git", lambda *words: diffs.get(words, says.get(words[0], "")))
     code = manifest.code(Experiment())
     assert code["commit"] == "abc1234+" and code["diff"] == "+ one line"
+
+
+def test_the_digest_of_the_source_is_of_its_kernels_too(monkeypatch, tmp_path):
+    package = shutil.copytree(manifest.PACKAGE, tmp_path / "package")
+    monkeypatch.setattr(manifest, "PACKAGE", package)
+    digests = {manifest.code(Experiment())["source_sha256"]}
+    for name in ("run.py", "kernels.c", "vectors.h"):
+        with (package / name).open("a") as file:
+            file.write("\n")
+        digests.add(manifest.code(Experiment())["source_sha256"])
+    assert len(digests) == 4
 
 
 def test_a_validation_split_leaves_the_test_set_unread_until_the_end(tmp_path):
