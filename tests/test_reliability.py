@@ -492,19 +492,8 @@ def test_verify_resume_shows_it_to_a_user(resnetv2, tmp_path):
     """Of a config too whose warm-up is longer than the few iterations that are tried."""
     config = tmp_path / "mine.yaml"
     config.write_text("epochs: 27\nwarmup: 1500\nschedule: one-cycle\n")
-    flags = [
-        "--config",
-        config,
-        *SMALL,
-        "--steps",
-        6,
-        "--kills",
-        1,
-        "--json",
-        "--precision",
-        "32-true",
-    ]
-    made = json.loads(resnetv2("verify-resume", *flags).stdout)
+    flags = [*SMALL, "--steps", 6, "--kills", 1, "--json", "--precision", "32-true"]
+    made = json.loads(resnetv2("verify-resume", "--config", config, *flags).stdout)
     assert made["exact"]
     assert [r["stopped by"] for r in made["runs"]] == ["nothing, run twice", "SIGKILL", "SIGTERM"]
     assert all(r["weights"] == r["metrics"] == "" for r in made["runs"])
