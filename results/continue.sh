@@ -15,10 +15,11 @@ end=$((SECONDS + ${1:?"how many seconds?"}))
 shift
 
 mkdir -p "$kept" "$lab"
-cp -R "$kept/." "$lab"
+# What LAB has already went on after it was kept, on a machine that was stopped before it could be kept again.
+tar -C "$kept" -cf - . | tar -C "$lab" --skip-old-files -xf -
 find "$lab" -name '*.ckpt.part-aa' | while read -r first; do
     whole=${first%.part-aa}
-    cat "$whole".part-* >"$whole"
+    [ -e "$whole" ] || cat "$whole".part-* >"$whole"
     rm "$whole".part-*
 done
 

@@ -255,6 +255,26 @@ def test_a_plan_goes_on_behind_a_run_that_crashed_and_behind_nothing_else(tmp_pa
     assert (tmp_path / "calls").read_text().count("ablate --table") == lines
 
 
+def test_a_lab_that_went_on_is_kept_and_not_put_back(tmp_path):
+    """Its machine was stopped before that could be kept."""
+    lab, kept = (tmp_path / name / "row" / "s0" for name in ("lab", "kept"))
+    for place, name, text in ((lab, "last.ckpt", "new"), (kept, "last.ckpt.part-aa", "old")):
+        (place / "checkpoints").mkdir(parents=True)
+        (place / "checkpoints" / name).write_text(text)
+        (place / "metrics.csv").write_text(text)
+    (tmp_path / "plan.txt").write_text("# nothing\n")
+    place = {"LAB": "lab", "KEPT": "kept", "PLAN": "plan.txt"}
+    subprocess.run(
+        [REPOSITORY / "results" / "continue.sh", "60"],
+        env=os.environ | {name: str(tmp_path / file) for name, file in place.items()},
+        check=True,
+    )
+    assert (lab / "checkpoints" / "last.ckpt").read_text() == "new"
+    assert [p.name for p in (lab / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert (kept / "checkpoints" / "last.ckpt.part-aa").read_text() == "new"
+    assert (kept / "metrics.csv").read_text() == "new"
+
+
 def test_who_was_stopped_and_continues_has_not_ended(tmp_path):
     planned, out = two_rows(tmp_path), io.StringIO()
     progress = Progress(Console(file=out, width=200), 2)
