@@ -154,6 +154,7 @@ def test_an_h100_has_a_program_of_it(kernel, monkeypatch, tmp_path):
     from resnetv2_cli import triton_augment, triton_joined
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # or 3.9 warns that 3.10 will not
     sizes = {"C": 16, "N": 32, "BC": 16, "BN": 32, "H": 8, "W": 8, "TAPS": 9, "BLOCK": 64}
     constant = sizes | {
         "PARTS": 128,
