@@ -20,6 +20,7 @@ from resnetv2_cli.ablation import arms, launch, probe, studies, tables
 from resnetv2_cli.ablation.progress import Progress
 from resnetv2_cli.ablation.sweep import Sweep, reason
 from resnetv2_cli.cli import main
+from resnetv2_cli.commands.ablate import plan
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.iteration import Iteration
@@ -294,6 +295,25 @@ def test_a_forecast_is_of_what_is_left(tmp_path, monkeypatch):
     planned = two_rows(tmp_path, 2, {"depth": 8, "steps": 100})
     ended(planned, (6.0,))
     assert [line["seconds"] for line in probe.forecast(planned, True)] == [50.0, 100.0]
+
+
+@pytest.mark.parametrize(
+    "errors, probes, says",
+    [
+        ((6.0,), True, "about 50 s of"),
+        ((6.0,), False, ""),
+        ((6.0, 7.0), False, "all of it is done"),
+    ],
+)
+def test_a_plan_says_how_long_what_is_left_takes(
+    tmp_path, monkeypatch, capsys, errors, probes, says
+):
+    monkeypatch.setattr(probe, "step_seconds", lambda e: 0.5)
+    planned = two_rows(tmp_path, 1, {"depth": 8, "steps": 100})
+    ended(planned, errors[:1], errors[1:])
+    plan([planned], 1, probes, "csv")
+    said = capsys.readouterr().err
+    assert said.startswith(says) and bool(said) == bool(says)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 8])

@@ -193,7 +193,9 @@ def plan(made: list, jobs: int, probe: bool, format: str) -> None:
             title += f"\n{columns.pop('depth')[0]} layers each"
         console.SHOW[format](title, columns, zip(*columns.values(), strict=True))
         seconds = total(lines, jobs)
-        if seconds is not None:
+        if seconds == 0:
+            console.note("all of it is done")
+        elif seconds is not None:
             console.note(
                 f"about {quantities.duration(seconds)} of training in all, from a few iterations "
                 "measured here; evaluation comes on top"
