@@ -12,15 +12,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from resnetv2_cli.callbacks import AGREE_EVERY, Keeper, agreed, evaluates, stepped
-from resnetv2_cli.errors import Stopped
+from resnetv2_cli.errors import SIGNALS, Stopped
 from resnetv2_cli.task import Classification
 
-SIGNALS = {
-    signal.SIGINT: 130,
-    signal.SIGTERM: 143,
-    signal.SIGUSR1: 138,
-    signal.SIGUSR2: 140,
-}
 TIME_OVER = 1000  # beside the numbers of signals
 
 

@@ -128,6 +128,17 @@ def test_the_time_of_an_ablation_ends_it_with_its_runs_saved(tmp_path):
     assert all(arm.failure is None for arm in runs)
 
 
+@pytest.mark.parametrize("status, crashed", [(143, False), (138, False), (2, True), (-9, True)])
+def test_a_run_that_a_signal_asked_to_leave_has_not_crashed(tmp_path, status, crashed):
+    ended_so = SimpleNamespace(status=lambda: status, stop=lambda: None)
+    [arm] = two_rows(tmp_path, 1, {"depth": 8}).lines[0].arms
+    said = []
+    launcher = SimpleNamespace(start=lambda *_: ended_so)
+    Sweep(launcher, 1, lambda arm, state: said.append(state), lambda running: None).run([arm])
+    assert arm.crashed is crashed
+    assert (said[-1] == "stopped; the same command continues") is not crashed
+
+
 def test_every_row_has_its_first_seed_before_any_has_its_second(tmp_path, monkeypatch):
     monkeypatch.setattr("resnetv2_cli.ablation.sweep.POLL", 0)
     begun = []

@@ -11,7 +11,7 @@ from typing import Any
 
 from resnetv2_cli.ablation.arms import Arm
 from resnetv2_cli.ablation.launch import Launcher, Started
-from resnetv2_cli.errors import Stopped, UserError
+from resnetv2_cli.errors import SIGNALS, Stopped, UserError
 
 POLL = 0.2  # seconds between looks at what runs
 PATIENCE = 120.0  # seconds that runs are left to save when the ablation is stopped
@@ -133,7 +133,8 @@ class Sweep:
             if status is None:
                 continue
             self.running.remove(r)
-            if r.arm.error is None and not self.stopping:
+            asked = self.stopping or status in SIGNALS.values()  # by us, or one by its own signal
+            if r.arm.error is None and not asked:
                 r.arm.fail(reason(r.arm, status, r.heard))
             os.close(r.lock)
             self.announce(r.arm, outcome(r.arm))
