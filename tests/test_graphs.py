@@ -109,6 +109,23 @@ def test_a_gpus_kernels_are_tried_before_pytorchs(monkeypatch):
     assert tried == [(in_one, {True}), (augmented, {False})]
 
 
+def test_on_a_gpu_replays_alone_have_its_kernels(monkeypatch):
+    """What is called by itself, as an evaluation is, computes as where nothing was recorded."""
+    t, recorded_with = task(), []
+    t.experiment = replace(t.experiment, graphs=True)
+    monkeypatch.setattr(type(t), "device", torch.device("cuda"))
+    monkeypatch.setattr(graphs, "why_not", lambda device, **parts: "")
+    monkeypatch.setattr(joined, "why_not", lambda device: "")
+    monkeypatch.setattr(type(t), "noise", lambda *given: None)
+    monkeypatch.setattr(
+        type(t), "record_iteration", lambda *given: recorded_with.append(t.augmented) or ""
+    )
+    t.record(sgd(t.net, t.experiment))
+    assert recorded_with == [in_one] and t.augmented is augmented
+    activations = [each for each in t.net.modules() if isinstance(each, Activation)]
+    assert {each.compiled for each in activations} == {False}
+
+
 def test_a_training_without_them_says_so(tmp_path):
     told: list[str] = []
     e = Experiment(dataset="digits", depth=8, batch_size=64, steps=2, graphs=True)

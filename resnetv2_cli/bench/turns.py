@@ -15,7 +15,7 @@ Arm = Callable[[int], float]  # iterations -> seconds an iteration
 
 class Turn(NamedTuple):
     """One stretch of one arm: seconds an iteration, and the most bytes that the process had in it;
-    on a GPU above what lay there before, which of a recording is all it needs: None."""
+    on a GPU above what lay there before; None where that is not known, as of a replay."""
 
     seconds: float
     peak: int | None
