@@ -1,0 +1,102 @@
+"""results/continue.sh: the plan of the paper's tables, in pieces from what the last one kept."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, THREADS
+from test_ablate import names
+
+from resnetv2_cli.ablation import arms, studies
+
+
+@pytest.mark.parametrize("status, lines", [(0, 2), (2, 2), (3, 1), (143, 1)])
+def test_a_plan_goes_on_behind_a_run_that_crashed_and_behind_nothing_else(tmp_path, status, lines):
+    """The tool here is a script that says what it was called with, and leaves with a status."""
+    tool = tmp_path / "resnetv2"
+    tool.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\nexit {status}\n')
+    tool.chmod(0o755)
+    (tmp_path / "plan.txt").write_text("# two tables\n--table 1\n--table 2\n")
+    place = {"LAB": "lab", "KEPT": "kept", "PLAN": "plan.txt"}
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [REPOSITORY / "results" / "continue.sh", "60"],
+        env=os.environ | {name: str(tmp_path / file) for name, file in place.items()} | path,
+        capture_output=True,
+    )
+    assert done.returncode == (0 if status == 2 else status)
+    assert (tmp_path / "calls").read_text().count("ablate --table") == lines
+
+
+def test_a_lab_that_went_on_is_kept_and_not_put_back(tmp_path):
+    """Its machine was stopped before that could be kept."""
+    lab, kept = (tmp_path / name / "row" / "s0" for name in ("lab", "kept"))
+    for place, name, text in ((lab, "last.ckpt", "new"), (kept, "last.ckpt.part-aa", "old")):
+        (place / "checkpoints").mkdir(parents=True)
+        (place / "checkpoints" / name).write_text(text)
+        (place / "metrics.csv").write_text(text)
+    (tmp_path / "plan.txt").write_text("# nothing\n")
+    place = {"LAB": "lab", "KEPT": "kept", "PLAN": "plan.txt"}
+    subprocess.run(
+        [REPOSITORY / "results" / "continue.sh", "60"],
+        env=os.environ | {name: str(tmp_path / file) for name, file in place.items()},
+        check=True,
+    )
+    assert (lab / "checkpoints" / "last.ckpt").read_text() == "new"
+    assert [p.name for p in (lab / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert (kept / "checkpoints" / "last.ckpt.part-aa").read_text() == "new"
+    assert (kept / "metrics.csv").read_text() == "new"
+
+
+def test_the_plan_of_the_paper_names_rows_that_exist():
+    lines = (REPOSITORY / "results" / "plan.txt").read_text().splitlines()
+    calls = [shlex.split(line) for line in lines if line and not line.startswith("#")]
+    assert len(calls) > 5
+    for words in calls:
+        tables = [int(w) for name, w in pairwise(words) if name == "--table"]
+        known = names(tables=tables) if tables else []
+        assert tables or words[0] == "--grid"
+        assert all(w in known for name, w in pairwise(words) if name == "--row")
+
+
+def test_a_reproduction_goes_on_from_the_small_files_of_the_last(resnetv2, tmp_path):
+    """What was kept of a run under way, its checkpoint in parts, is all that the next one has."""
+    [study] = studies.studies(tables=[1])
+    given = {"dataset": "digits", "depth": 8, "batch_size": 64, "steps": 60, "log_every": 10}
+    made = arms.plan(study.only(["identity"]), 1, given, tmp_path / "first")
+    [arm] = made.lines[0].arms
+    arm.config.parent.mkdir(parents=True)
+    arm.config.write_text(arm.experiment.dump())
+    stop = ["--time", "1s", "--steps", 60]
+    resnetv2("train", "--config", arm.config, *stop, "--output", arm.folder)
+    assert not (arm.folder / "result.json").exists()
+
+    def go_on(lab, plan):
+        (tmp_path / "plan.txt").write_text(plan)
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+        place = {
+            "LAB": str(lab),
+            "KEPT": str(tmp_path / "kept"),
+            "PLAN": str(tmp_path / "plan.txt"),
+        }
+        tool = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return subprocess.run(
+            [REPOSITORY / "results" / "continue.sh", "300", *flags],
+            env={**os.environ, **THREADS, **place, "PATH": tool},
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+
+    go_on(tmp_path / "first", "# nothing\n")
+    inside = tmp_path / "kept" / arm.folder.relative_to(tmp_path / "first")
+    assert (inside / "checkpoints" / "last.ckpt.part-aa").exists()
+    begun = (inside / "metrics.csv").read_text()
+    said = go_on(tmp_path / "second", "--table 1 --row identity\n")
+    assert "continuing" in said.stderr
+    assert (inside / "metrics.csv").read_text().startswith(begun)
+    assert json.loads((inside / "result.json").read_text())["steps"] == 60
+    assert not list(inside.rglob("*.part-*"))
