@@ -83,6 +83,14 @@ def trained(resnetv2, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The RunFolder of a run of ``trainings.TINY`` that went to its end; not to be changed."""
+    from trainings import trained_as
+
+    return trained_as(tmp_path_factory.mktemp("whole") / "run")
+
+
 LAB = {"dataset": "digits", "depth": 8, "batch_size": 128, "steps": 6, "log_every": 2}
 
 

@@ -9,9 +9,9 @@ import signal
 
 import pytest
 import torch
-from test_reliability import At, same, trained_as
 from test_task import batch, task
 from torch.utils._python_dispatch import TorchDispatchMode
+from trainings import At, same, trained_as
 
 from resnetv2_cli import graphs, native
 from resnetv2_cli.errors import Diverged, Stopped

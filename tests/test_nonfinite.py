@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_reliability import At, same, trained_as
 from torch import nn
+from trainings import At, same, trained_as
 
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.callbacks import refuse_diverged

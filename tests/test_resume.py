@@ -1,0 +1,143 @@
+"""A run continued with other settings, or for longer: what is one run, what is another, and what is
+said of it."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+from trainings import TINY, At, trained_as
+
+from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import Stopped, UserError
+from resnetv2_cli.resume import continued, extend, finished, same_run
+from resnetv2_cli.runfolder import RunFolder, read_metrics
+from resnetv2_cli.verify import differences
+
+
+def test_a_changed_flag_is_announced_with_its_effect_or_refused(whole):
+    _, changes = continued(whole, {"workers": 1, "lr": 0.1})
+    assert [str(c) for c in changes] == [
+        "--workers: 2 -> 1: the images are the same, wherever they are and whoever reads them"
+    ]
+    for flags in ({"lr": 0.2}, {"seed": 1}, {"eval_every": 2.0}, {"non_finite": "skip"}):
+        with pytest.raises(UserError, match="would make this another experiment"):
+            continued(whole, flags)
+    with pytest.raises(UserError, match="10 iterations are fewer than the 12"):
+        continued(whole, {"steps": 10})
+
+
+def test_every_setting_that_may_change_says_what_that_does():
+    from dataclasses import fields
+
+    free = {f.name: f.metadata["free"] for f in fields(Experiment) if f.metadata["free"]}
+    assert {"devices", "data_dir", "tensorboard"} <= set(free)
+    assert all(len(effect.split()) > 2 for effect in free.values())
+
+
+@pytest.mark.parametrize("name, before, now", [("lr", 0.1, 0.2), ("steps", 12, 24)])
+def test_a_config_edited_by_hand_is_noticed(whole, tmp_path, name, before, now):
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(whole.path, folder.path)
+    folder.result.unlink()
+    text = folder.config.read_text()
+    folder.config.write_text(text.replace(f"\n{name}: {before}\n", f"\n{name}: {now}\n"))
+    with pytest.raises(UserError, match=f"its {name} is {before}, not {now}"):
+        trained_as(folder.path, resume={})
+
+
+def test_longer_training_is_one_run_where_the_rates_were_the_same(tmp_path):
+    """With no drop and no warm-up yet, it ends as if it had been planned so, and says so."""
+    flat = {"drops": "1,1", "warmup": 0}
+    longer = trained_as(tmp_path / "long", **flat, steps=20)
+    short, said = trained_as(tmp_path / "run", **flat), []
+    trained_as(short.path, said.append, resume={"steps": 20})
+    assert "its rates so far are those of 20 iterations too: one run" in said
+    assert not differences(longer, short)["weights"]
+    assert json.loads(short.result.read_text())["extended"] == [
+        {"from_steps": 12, "at": 12, "one_schedule": True}
+    ]
+    assert json.loads((short.path / "result-00000012.json").read_text())["steps"] == 12
+    assert finished(short, short.experiment())  # config.yaml has the longer training now
+
+
+def test_longer_training_with_other_rates_so_far_says_so(tmp_path):
+    folder, said = trained_as(tmp_path / "run"), []
+    trained_as(folder.path, said.append, resume={"steps": 20})
+    assert "not one run of 20 iterations: 7 to 12 had rates of the schedule of 12" in said[0]
+    assert not json.loads(folder.result.read_text())["extended"][0]["one_schedule"]
+
+
+class Killed(Exception):
+    """As SIGKILL: nothing is saved."""
+
+
+def test_longer_training_that_was_killed_before_its_first_checkpoint_goes_on(tmp_path):
+    def die():
+        raise Killed
+
+    folder, said = trained_as(tmp_path / "run"), []
+    with pytest.raises(Killed):
+        trained_as(folder.path, display=[At(13, die)], resume={"steps": 20})
+    assert checkpoints.read(folder.last)["experiment"]["steps"] == 12
+    trained_as(folder.path, said.append, resume={})
+    assert json.loads(folder.result.read_text())["steps"] == 20
+
+
+def test_what_longer_training_makes_of_a_long_run_is_said_at_once():
+    """It took 36 s, of which every past iteration had its part."""
+    said, e = [], Experiment()
+    began = time.process_time()
+    made = extend(e, replace(e, steps=66_000), e.steps, [], said.append)
+    assert time.process_time() - began < 8 and not made["one_schedule"]
+
+
+def test_every_schedule_that_a_longer_training_had_is_named(tmp_path):
+    folder, said = trained_as(tmp_path / "run", warmup=0), []
+    trained_as(folder.path, said.append, resume={"steps": 16})
+    trained_as(folder.path, said.append, resume={"steps": 20})
+    [first, second] = [line for line in said if "not one run" in line]
+    assert "of 16 iterations: 7 to 12 had rates of the schedule of 12;" in first
+    assert "of 20 iterations: 7 to 15 had rates of the schedules of 12, 16;" in second
+    made = json.loads(folder.result.read_text())["extended"]
+    assert [e["one_schedule"] for e in made] == [False, False]
+    assert [(e["from_steps"], e["at"]) for e in made] == [(12, 12), (16, 16)]
+
+
+def test_the_speed_after_a_resume_is_of_the_time_since_then(tmp_path):
+    with pytest.raises(Stopped):
+        leave = At(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        trained_as(tmp_path / "run", display=[leave])
+    began = time.perf_counter()
+    folder = trained_as(tmp_path / "run", resume={})
+    least = 2 * TINY["batch_size"] / (time.perf_counter() - began)  # 8 and 9 took less than that
+    speeds = dict(read_metrics(folder.speed)["images_per_second"])
+    assert list(speeds) == [3, 6, 9, 12] and speeds[9] > least
+
+
+def test_a_checkpoint_of_a_longer_run_is_refused_that_of_a_shorter_one_extended(whole):
+    held, e = checkpoints.read(whole.last), whole.experiment()
+    same_run(whole.last, held, replace(e, steps=13), held["data"], [13])
+    for steps, lengths in ((11, []), (11, [11]), (13, []), (13, [14])):
+        with pytest.raises(UserError, match=f"its steps is 12, not {steps}"):
+            same_run(whole.last, held, replace(e, steps=steps), held["data"], lengths)
+
+
+def test_a_run_is_continued_with_the_images_it_learned_from(whole):
+    held = checkpoints.read(whole.last)
+    with pytest.raises(UserError, match="the images are not those"):
+        same_run(whole.last, held, whole.experiment(), "0" * 64, [])
+
+
+def test_longer_training_counts_epochs_of_the_images_where_they_are_now(tree, tmp_path):
+    (tmp_path / "run").mkdir()
+    folder = RunFolder(tmp_path / "run")
+    photographs = {"dataset": "folder", "depth": 18, "batch_size": 2, "steps": 4}
+    folder.create(Experiment(**photographs, data_dir=str(tmp_path / "gone")), {})
+    experiment, changes = continued(folder, {"epochs": 3, "data_dir": str(tree)})
+    assert experiment.steps == 6 and experiment.data_dir == str(tree)
+    assert [c.name for c in changes] == ["steps", "data_dir"]
