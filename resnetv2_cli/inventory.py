@@ -173,12 +173,16 @@ def newest(folder: RunFolder) -> float:
 
 
 def alive(folder: RunFolder) -> bool:
-    """Whether a run without a result is on its way: its process holds its lock, or an ablation the
-    one beside it. Where there are no locks, something was written not long ago."""
-    held = [taken(lock) for lock in (folder.lock, beside(folder, ".lock"))]
-    if None in held:
-        return time.time() - newest(folder) < FRESH
-    return any(held)
+    """Whether a run without a result is on its way: it is in use; or, where there are no locks,
+    something was written not long ago."""
+    held = locks(folder)
+    return time.time() - newest(folder) < FRESH if None in held else any(held)
+
+
+def locks(folder: RunFolder) -> list[bool | None]:
+    """Whether a process works in a run's folder, and whether an ablation keeps it for one; None
+    where there are no locks."""
+    return [taken(lock) for lock in (folder.lock, beside(folder, ".lock"))]
 
 
 def beside(folder: RunFolder, suffix: str) -> Path:
@@ -226,13 +230,24 @@ def apart(names: list[str], paths: list[Path]) -> list[str]:
     return names
 
 
-def folders(path: Path) -> Iterable[Path]:
-    """A folder and those below it, in order; not what runs keep for themselves."""
+def folders(path: Path, seen: set[Path] | None = None) -> Iterable[Path]:
+    """A folder and those below it, in order, each once; not what runs keep for themselves. A link
+    is followed once all that lies here itself has been seen."""
+    seen = set() if seen is None else seen
+    links: list[Path] = []
     for here, below, files in os.walk(path):
+        place = Path(here)
+        if place.resolve() in seen:
+            below.clear()
+            continue
+        seen.add(place.resolve())
         if "config.yaml" in files:
             below[:] = [name for name in below if name.startswith("analysis")]
         below.sort()
-        yield Path(here)
+        links += [place / name for name in below if (place / name).is_symlink()]
+        yield place
+    for link in links:
+        yield from folders(link, seen)
 
 
 def add(found: Found, folder: Path, root: Path) -> None:
@@ -288,9 +303,22 @@ def choose(word: str, runs: list[Run]) -> Run:
     return fitting[0]
 
 
+def refuse_in_use(runs: Iterable[Run]) -> None:
+    """
+    Raises:
+        UserError: a process works in the folder of one of them, whatever it has become so far.
+    """
+    for run in runs:
+        if run.state == "running" or any(locks(run.folder)):
+            raise UserError(f"{run.name} is running", "let it save and leave first: kill -TERM")
+
+
 def remove(run: Run) -> None:
-    """Remove a run's folder, and what an ablation keeps beside it: request, log and lock."""
-    shutil.rmtree(run.folder.path)
+    """Remove a run's folder, and what an ablation keeps beside it: request, log and lock. Of a link
+    to one, both go."""
+    shutil.rmtree(run.folder.path.resolve())
+    if run.folder.path.is_symlink():
+        run.folder.path.unlink()
     if beside(run.folder, ".lock").exists():
         for suffix in (".yaml", ORIGINS, ".log", ".lock"):
             beside(run.folder, suffix).unlink(missing_ok=True)

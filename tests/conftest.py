@@ -182,6 +182,24 @@ def data(capsys, *arguments, status: int = 0) -> tuple[str, str]:
 
 
 @pytest.fixture
+def called(capsys):
+    """Run a command in this process: status, stdout, stderr on one line."""
+
+    from resnetv2_cli.cli import main
+
+    def call(*arguments):
+        status = 0
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as left:
+            status = left.code or 0
+        said = capsys.readouterr()
+        return status, said.out, " ".join(said.err.split())
+
+    return call
+
+
+@pytest.fixture
 def full():
     """Files may not grow beyond a size, as on a full disk; and what lifts that."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

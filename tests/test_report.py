@@ -13,7 +13,6 @@ from conftest import LAB, two_rows
 
 from resnetv2_cli import figures, inventory, plot
 from resnetv2_cli.ablation import record, tables
-from resnetv2_cli.cli import main
 from resnetv2_cli.commands.runs import percent
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.manifest import environment, environment_in
@@ -21,22 +20,6 @@ from resnetv2_cli.plot import COLORS, plt, save
 from resnetv2_cli.report import charts, pictures
 from resnetv2_cli.report.page import DARK, MOST_BYTES
 from resnetv2_cli.runfolder import RunFolder, read_metrics
-
-
-@pytest.fixture
-def called(capsys):
-    """Run a command in this process: status, stdout, stderr on one line."""
-
-    def call(*arguments):
-        status = 0
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as left:
-            status = left.code or 0
-        said = capsys.readouterr()
-        return status, said.out, " ".join(said.err.split())
-
-    return call
 
 
 def page(called, *what):

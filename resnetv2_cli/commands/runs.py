@@ -144,18 +144,17 @@ def rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Remove runs with their checkpoints. It asks first; what still trains is refused."""
-    from resnetv2_cli.inventory import choose, remove, runs_in
+    from resnetv2_cli.inventory import choose, refuse_in_use, remove, runs_in
 
     known = runs_in(root) if root.is_dir() else []
     chosen = {run.folder.path.resolve(): run for run in (choose(n, known) for n in names)}
-    for run in chosen.values():
-        if run.state == "running":
-            raise UserError(f"{run.name} is running", "let it save and leave first: kill -TERM")
+    refuse_in_use(chosen.values())
     for run in chosen.values():
         console.note(f"{run.folder.path}: {run.state}, {run.step:,} iterations, {percent(run)}")
     question = f"Remove {len(chosen)} run{'s' if len(chosen) > 1 else ''} for good?"
     if not yes and not confirmed(question):
         raise UserError("nothing was removed", "--yes removes without asking")
+    refuse_in_use(chosen.values())  # it may have been begun while the question stood there
     for run in chosen.values():
         remove(run)
     console.note(f"removed {len(chosen)}")
