@@ -143,7 +143,7 @@ class Experiment:
         None,
         "Passes over the training images, instead of --steps.",
         "Optimization",
-        least=0,
+        least=0.001,
         most=1e6,
     )
     drops: str = setting(

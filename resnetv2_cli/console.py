@@ -1,8 +1,6 @@
 """Everything the user reads: results on stdout; errors, notes and progress on stderr."""
 
 import csv
-import json
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from resnetv2_cli import jsonfile
 from resnetv2_cli.errors import UserError
 
 NAME = 43  # names are read whole where none of them takes more
@@ -89,16 +88,7 @@ SHOW = {"table": table, "csv": as_csv, "md": as_markdown}
 
 def as_json(value: Any) -> None:
     """JSON, and nothing else, on stdout; null for what is not finite, which JSON does not know."""
-    print(json.dumps(finite(value), indent=2, allow_nan=False))
-
-
-def finite(value: Any) -> Any:
-    """The same with None for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(jsonfile.text(value))
 
 
 @contextmanager

@@ -131,10 +131,8 @@ def _locked(lock: Path, hint: str) -> TextIO:
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = lock.open("a+")
         except OSError as error:
-            raise UserError(
-                f"cannot write {lock.parent}: {error.strerror}",
-                "name another folder with --output",
-            ) from None
+            hint = "a folder is needed that can be written"
+            raise UserError(f"cannot write {lock.parent}: {error.strerror}", hint) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -150,10 +148,9 @@ def _locked(lock: Path, hint: str) -> TextIO:
         if _is(lock, file):
             break
         file.close()  # who held it took it away in between, and there may be another by now
-    with suppress(OSError):  # on a full disk it is held all the same
+    with suppress(OSError):  # on a full disk it is held all the same, and closes without an error
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return file
 
 

@@ -19,10 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from resnetv2_cli import __version__
+from resnetv2_cli import __version__, jsonfile
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.errors import UserError
-from resnetv2_cli.files import write_text
 from resnetv2_cli.recipes import asked_for
 
 PACKAGES = ["resnetv2-cli", "torch", "torchvision", "lightning", "torchmetrics", "numpy"]
@@ -46,16 +44,8 @@ class Manifest:
         Raises:
             UserError: it is no manifest any more.
         """
-        if not self.path.exists():
-            return {}
-        try:
-            said = json.loads(self.path.read_text())
-        except ValueError:
-            said = None
-        if not isinstance(said, dict):
-            hint = "put back what the run wrote, or remove it and do without what it said"
-            raise UserError(f"{self.path} is not the manifest of a run", hint)
-        return said
+        hint = "put back what the run wrote, or remove it and do without what it said"
+        return jsonfile.read(self.path, "the manifest of a run", hint)
 
     def extensions(self) -> list[dict[str, Any]]:
         """What training longer made of the run, each time."""
@@ -79,7 +69,7 @@ class Manifest:
                 fcntl.flock(folder, fcntl.LOCK_EX)
             said = self.read()
             yield said
-            write_text(self.path, json.dumps(said, indent=2) + "\n")
+            jsonfile.write(self.path, said)
         finally:
             os.close(folder)
 

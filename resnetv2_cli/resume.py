@@ -1,11 +1,11 @@
 """What a continued run may change, what that does, and what is refused: nothing is ignored."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from resnetv2_cli import jsonfile
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.errors import UserError
@@ -39,8 +39,9 @@ def continued(folder: RunFolder, given: dict[str, Any]) -> tuple[Experiment, lis
     wished = {name: checked(known[name], value) for name, value in given.items()}
     if wished.get("precision") == "auto":
         del wished["precision"]  # it was settled when the run began
-    if wished.get("epochs") is None:  # what a file holds that has every setting
-        wished.pop("epochs", None)
+    for name in ("epochs", "weights_sha256"):  # what a file holds that has every setting
+        if wished.get(name) is None:
+            wished.pop(name, None)
     changes = []
     for name, value in wished.items():
         if name in ("steps", "epochs") or value == getattr(saved, name):
@@ -96,11 +97,14 @@ def longer(saved: Experiment, wished: dict[str, Any]) -> int:
 
 
 def finished(folder: RunFolder, experiment: Experiment) -> dict[str, Any] | None:
-    """The result of a run that has nothing left to do."""
-    if not folder.result.exists():
-        return None
-    result = json.loads(folder.result.read_text())
-    return result if result["steps"] >= experiment.steps else None
+    """The result of a run that has nothing left to do.
+
+    Raises:
+        UserError: there is one that cannot be read any more.
+    """
+    hint = "remove it: the same command evaluates the last iteration again"
+    result = jsonfile.read(folder.result, "the result of a run", hint)
+    return result if result.get("steps", 0) >= experiment.steps else None
 
 
 def same_run(

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli import jsonfile
 from resnetv2_cli.callbacks import Keeper, Readings, Recorder
 from resnetv2_cli.cluster import Meeting
 from resnetv2_cli.config import Experiment
@@ -26,7 +27,7 @@ from resnetv2_cli.machine import precision, trainer_of
 from resnetv2_cli.manifest import READINGS, Manifest, begun, environment
 from resnetv2_cli.plot import curves
 from resnetv2_cli.resume import extend, finished, same_run
-from resnetv2_cli.runfolder import RunFolder, read_metrics, write_json
+from resnetv2_cli.runfolder import RunFolder, read_metrics
 from resnetv2_cli.shortcuts import shortcut_class
 from resnetv2_cli.task import Classification
 
@@ -191,7 +192,7 @@ def _fit(
         if trainer.is_global_zero:
             said = {"reason": str(error), "diverged": True}
             said |= {"iteration": error.iteration, "where": error.where}
-            write_json(folder.failed, said)
+            jsonfile.write(folder.failed, said)
         raise
     if task.scores.get("step") != task.experiment.steps:  # it was not at the end of an epoch
         trainer.validate(task, datamodule=data, verbose=False, weights_only=True)
@@ -273,7 +274,7 @@ def finish(task: Classification, data: ImageData, folder: RunFolder) -> dict[str
         "skipped_iterations": task.guard.read()[0],
         "environment": environment(e.accelerator),
     }
-    write_json(folder.result, result)
+    jsonfile.write(folder.result, result)
     folder.failed.unlink(missing_ok=True)
     draw(e, folder)
     return result

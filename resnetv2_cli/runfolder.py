@@ -1,12 +1,12 @@
 """The folder of one run: what is in it, and that nothing in it is overwritten or lost."""
 
 import csv
-import json
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from resnetv2_cli import jsonfile
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import held, write_text
@@ -77,7 +77,7 @@ class RunFolder:
         """
         try:
             self.checkpoints.mkdir(exist_ok=True)
-            write_json(self.manifest.path, manifest)
+            jsonfile.write(self.manifest.path, manifest)
             write_text(self.config, experiment.dump())
         except OSError as error:
             with suppress(OSError):
@@ -110,8 +110,12 @@ class RunFolder:
 
     @property
     def diverged(self) -> str | None:
-        """Why the loss of the run is no longer finite, if it is not."""
-        said = json.loads(self.failed.read_text()) if self.failed.exists() else {}
+        """Why the loss of the run is no longer finite, if it is not.
+
+        Raises:
+            UserError: what says so cannot be read any more.
+        """
+        said = jsonfile.read(self.failed, "what a failed run leaves", "remove it to try once more")
         return said.get("reason") if said.get("diverged", True) else None
 
     def experiment(self) -> Experiment:
@@ -123,11 +127,6 @@ class RunFolder:
         if not self.begun:
             raise UserError(f"{self.path} is not the folder of a run", "it has no config.yaml")
         return Experiment.load(self.config)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a file by a value, wholly or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:

@@ -2,6 +2,7 @@
 in this process; test_run.py kills them."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from trainings import At, same, trained_as
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import run
+from resnetv2_cli import jsonfile, run
 from resnetv2_cli.errors import Damaged, NotSaved, Stopped, UserError
 from resnetv2_cli.files import taken
 from resnetv2_cli.runfolder import RunFolder
@@ -104,6 +105,20 @@ def test_what_cannot_be_saved_at_the_end_is_an_error(tmp_path, full):
     with pytest.raises(NotSaved):
         trained_as(tmp_path / "run", display=[At(5, lambda: full(9000))])
     assert checkpoints.read(RunFolder(tmp_path / "run").last)["global_step"] == 4
+
+
+def test_on_a_full_disk_a_new_run_names_its_place_and_leaves_nothing(tmp_path, full):
+    """Not even who holds the folder fits."""
+    full(0)
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}/run: File too large"):
+        trained_as(tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_json_has_nothing_that_json_does_not_know(tmp_path):
+    jsonfile.write(tmp_path / "x.json", {"loss": [math.nan, -math.inf, 0.5]})
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"loss": [None, None, 0.5]}
 
 
 # Folders in use, and a run that goes on in one.

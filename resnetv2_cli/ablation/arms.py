@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from resnetv2_cli import plans
+from resnetv2_cli import jsonfile, plans
 from resnetv2_cli.ablation.studies import (
     LENGTH,
     SCALES,
@@ -24,7 +24,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.manifest import own_file
 from resnetv2_cli.paper import FAIL, Row
-from resnetv2_cli.runfolder import RunFolder, write_json
+from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.stats import Pairs, Summary
 
 
@@ -89,7 +89,7 @@ class Arm:
         """Note that the run crashed; the next call of the same ablation tries it again."""
         file = RunFolder(self.folder).failed
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"reason": reason, "diverged": False})
+        jsonfile.write(file, {"reason": reason, "diverged": False})
 
     def clear(self) -> None:
         """Forget a crash before the run is tried again."""
@@ -195,7 +195,7 @@ class Ablation:
             }
             for line in self.lines
         ]
-        write_json(
+        jsonfile.write(
             self.file,
             {
                 "title": self.title,

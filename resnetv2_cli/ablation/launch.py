@@ -8,12 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from resnetv2_cli import trust
+from resnetv2_cli import jsonfile, trust
 from resnetv2_cli.ablation.arms import Arm
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import write_text
 from resnetv2_cli.manifest import ORIGINS
-from resnetv2_cli.runfolder import write_json
 
 
 class Started(Protocol):
@@ -48,7 +47,7 @@ def command(arm: Arm) -> list[str]:
         return [*tool, "--resume", str(arm.folder)]
     arm.config.parent.mkdir(parents=True, exist_ok=True)
     write_text(arm.config, arm.experiment.dump())
-    write_json(arm.config.with_suffix(ORIGINS), arm.origins)
+    jsonfile.write(arm.config.with_suffix(ORIGINS), arm.origins)
     return [*tool, "--config", str(arm.config), "--output", str(arm.folder)]
 
 

@@ -7,13 +7,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from resnetv2_cli import jsonfile
 from resnetv2_cli.analysis.subject import Batch, subject
 from resnetv2_cli.analysis.topics import TOPICS, Table
 from resnetv2_cli.analysis.trace import trace
-from resnetv2_cli.console import finite
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.jsonfile import finite
 from resnetv2_cli.manifest import environment
-from resnetv2_cli.runfolder import write_json
 from resnetv2_cli.source import Source
 
 
@@ -90,7 +90,7 @@ def study(
             "pictures": {topic: f"{topic}.png" for topic in every},
         }
     )
-    write_json(to / "analysis.json", result)
+    jsonfile.write(to / "analysis.json", result)
     return result
 
 

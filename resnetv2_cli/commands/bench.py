@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resnetv2_cli import console, quantities
+from resnetv2_cli import console, jsonfile, quantities
 from resnetv2_cli.commands.app import Config, Json, app
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import unknown
@@ -29,12 +29,11 @@ def shown(made: dict[str, Any], output: Path | None, json: bool) -> bool:
     """Leave a bench's picture and JSON in a folder, print its JSON; whether a table is wanted."""
     if output:
         from resnetv2_cli.bench.draw import bars
-        from resnetv2_cli.runfolder import write_json
 
         rates = {name: a["images_per_second"] for name, a in made["arms"].items()}
         output.mkdir(parents=True, exist_ok=True)
         bars(title(made), rates, "images/s", output / f"{made['bench']}.png")
-        write_json(output / f"{made['bench']}.json", console.finite(made))
+        jsonfile.write(output / f"{made['bench']}.json", made)
     if json:
         console.as_json(made)
     return not json

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resnetv2_cli import console, quantities
+from resnetv2_cli import console, jsonfile, quantities
 from resnetv2_cli.commands.app import Json, app
 from resnetv2_cli.errors import UserError
 
@@ -33,11 +33,10 @@ def check(
     The exit status is 2 if training would stop, or its result would be worthless.
     """
     from resnetv2_cli.data.survey import FAULTS, serious, survey
-    from resnetv2_cli.runfolder import write_json
 
     with console.progress() as tick:
         report = survey(folder, workers, tick)
-    write_json(output, report)
+    jsonfile.write(output, report)
     found = serious(report)
     if json:
         console.as_json(report)

@@ -9,10 +9,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from resnetv2_cli import __version__
 from resnetv2_cli.compare import word
-from resnetv2_cli.console import finite
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import write_text
 from resnetv2_cli.inventory import OPEN, Found, look
+from resnetv2_cli.jsonfile import finite
 from resnetv2_cli.plot import COLORS
 from resnetv2_cli.report.charts import everything
 from resnetv2_cli.report.facts import described, flag, in_common

@@ -1,0 +1,49 @@
+"""JSON files: written wholly or not at all, and nothing in them that JSON does not know."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.files import write_text
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def text(value: Any) -> str:
+    """A value as JSON; null for what is not finite."""
+    return json.dumps(finite(value), indent=2, allow_nan=False)
+
+
+def write(path: Path, value: Any) -> None:
+    """Replace a file by a value.
+
+    Raises:
+        OSError: it cannot be written; ``path`` is as it was.
+    """
+    write_text(path, text(value) + "\n")
+
+
+def read(path: Path, what: str, hint: str) -> dict[str, Any]:
+    """A file's object; an empty one where there is no file.
+
+    Raises:
+        UserError: it holds no object, and so is not ``what`` it should be.
+    """
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text())
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not {what}", hint)
+    return value
