@@ -158,15 +158,21 @@ def _uncounted(segment: nn.Module) -> Iterator[None]:
             norm.num_batches_tracked.copy_(tracked)  # type: ignore[union-attr]
 
 
-def initialize(net: nn.Module, mode: str) -> None:
-    """He initialization of weight layers ("[23]"); BN keeps scale 1 and shift 0, gates their b_g.
+def initialize(net: ResNet, mode: str) -> None:
+    """He initialization of weight layers ("[23]"); BN keeps scale 1 and shift 0, and a shortcut all
+    that it has beside ``carry``: gates their b_g, a convolution of one's own its zeros.
 
     ``fan_out`` as in the authors' Torch code, where others take ``fan_in``: they differ by 4 in
     the variance of a bottleneck's 1x1 convolutions. The classifier's bias starts at 0, and its
     weights as PyTorch draws them.
     """
+    own = {
+        module
+        for unit in net.units
+        for name, module in unit.shortcut.named_modules()  # type: ignore[union-attr, operator]
+        if name.partition(".")[0] != "carry"
+    }
     for module in net.modules():
-        if isinstance(module, nn.Conv2d) and module.bias is None:
+        if isinstance(module, nn.Conv2d) and module not in own:
             nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")  # type: ignore
-        elif isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
+    nn.init.zeros_(net.head.fc.bias)  # type: ignore[union-attr, arg-type]

@@ -12,7 +12,7 @@ from resnetv2_cli.cli import main
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.plans import BLOCKS, UNITS
 from resnetv2_cli.resnet import ResNet
-from resnetv2_cli.shortcuts import SHORTCUTS, shortcut_class
+from resnetv2_cli.shortcuts import SHORTCUTS, Shortcut, shortcut_class
 from resnetv2_cli.units import Kind, residual_unit
 
 
@@ -76,6 +76,29 @@ def test_gates_start_at_b_g_in_the_finished_network(name, b_g):
     net = ResNet(8, unit="original", shortcut=name, settings={"gate_bias": b_g})
     for unit in net.units:
         assert unit.shortcut.gate.bias.unique().tolist() == [b_g]
+
+
+class Zeroed(Shortcut):
+    """(1 - g(x)) x + W x + F(x), where W starts at 0 and g, of the channels' means, at b_g = -6."""
+
+    def __init__(self, c_in, c_out, stride, carry):
+        super().__init__(c_in, c_out, stride, carry)
+        self.w, self.gate = nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.Linear(c_in, c_out)
+        nn.init.zeros_(self.w.weight)
+        nn.init.constant_(self.gate.bias, -6.0)
+
+    def forward(self, x, residual):
+        g = torch.sigmoid(self.gate(x.mean((2, 3))))[:, :, None, None]
+        return (1 - g) * self.carry(x) + self.w(x) + residual
+
+
+def test_a_shortcut_of_ones_own_starts_as_it_is_made(monkeypatch):
+    monkeypatch.setitem(SHORTCUTS, "zeroed", Zeroed)
+    *_, unit = ResNet(8, shortcut="zeroed", option="B").units
+    assert not unit.shortcut.w.weight.any()
+    assert unit.shortcut.gate.bias.unique().tolist() == [-6.0]
+    carried = unit.shortcut.carry.conv.weight  # a weight as every other
+    assert carried.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("inverted, kept", [(True, 2.0), (False, 1.0)])
