@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from resnetv2_cli.anatomy import kinds
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.catalog import side
 from resnetv2_cli.paper import TABLES_OF, published
-from resnetv2_cli.plans import STEMS
 from resnetv2_cli.resnet import ResNet
 
 CLASSES = 10  # of a described network, unless its dataset is known to have others
@@ -43,7 +43,7 @@ def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
 
     for module in net.modules():
         module.register_forward_hook(note)
-    size = STEMS[experiment.stem_].size
+    size = side(experiment.dataset, experiment.stem_)
     with torch.no_grad():
         net(torch.empty(1, 3, size, size, device="meta"))
 

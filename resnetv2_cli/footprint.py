@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.catalog import side
 from resnetv2_cli.describe import parameters, skeleton
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.fused import made_again
@@ -84,8 +85,8 @@ def _network(experiment: Experiment, precision: str, device: str) -> tuple[ResNe
     net = skeleton(experiment).to(_type(precision)).train()
     fused = device == "cpu" and not experiment.compile and experiment.fuses(device)
     net.activate(fused, experiment.recompute_bn)
-    size = STEMS[experiment.stem_].size
-    return net, torch.empty(IMAGES, 3, size, size, device="meta", dtype=_type(precision))
+    across = side(experiment.dataset, experiment.stem_)
+    return net, torch.empty(IMAGES, 3, across, across, device="meta", dtype=_type(precision))
 
 
 def _whole(experiment: Experiment, precision: str, device: str) -> int:
@@ -121,9 +122,10 @@ def _segmented(experiment: Experiment, precision: str, device: str) -> int:
 def step_bytes(experiment: Experiment, precision: str, images: int, device: str = "cpu") -> int:
     """Bytes that a training step on so many images needs, beside the program and the dataset."""
     stem = STEMS[experiment.stem_]
-    side = stem.size // stem.stride  # where the tensors are largest, before anything is pooled
+    # Where the tensors are largest, before anything is pooled.
+    across = side(experiment.dataset, experiment.stem_) // stem.stride
     widest = stem.channels * (1 if stem.pool else BLOCKS[experiment.block_].expansion)
-    live = LIVE * widest * side**2 * _type(precision).itemsize
+    live = LIVE * widest * across**2 * _type(precision).itemsize
     weights = along_depth(experiment, lambda e: parameters(skeleton(e)))
     return images * (activation_bytes(experiment, precision, device) + live) + COPIES * weights
 

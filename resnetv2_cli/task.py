@@ -14,15 +14,13 @@ from torchmetrics import Metric
 
 from resnetv2_cli import compiling, graphs, joined, memory
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.data import images
 from resnetv2_cli.data.augment import Normalize, augmented, in_one
-from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.data.catalog import DATASETS, side
 from resnetv2_cli.data.module import Batch
 from resnetv2_cli.data.order import share
 from resnetv2_cli.iteration import Iteration
 from resnetv2_cli.nonfinite import Guard, poisoned
 from resnetv2_cli.optim import lr_factor, schedule, sgd
-from resnetv2_cli.plans import STEMS
 from resnetv2_cli.resnet import ResNet
 
 OWN = "BN and ReLU are PyTorch's own, which are slower: {}"  # and why
@@ -203,7 +201,7 @@ class Classification(L.LightningModule):
     def noise(self, processes: int = 1) -> Batch:
         """A whole batch, or this process's part of one, of the shape that it trains on."""
         e, decoded, on = self.experiment, DATASETS[self.experiment.dataset].decoded, self.device
-        size = images.SIZE if decoded else STEMS[e.stem_].size
+        size = side(e.dataset, e.stem_)
         n = len(share(e.batch_size, self.global_rank, processes))
         pixels = torch.randint(256, (n, size, size, 3), dtype=torch.uint8, device=on)
         labels = torch.randint(len(self.classes), (n,), device=on)

@@ -49,10 +49,11 @@ def test_arms_take_turns_and_their_peaks_are_their_own():
         assert min(t.peak for t in turns["big"]) - turns["small"][1].peak > 0.9 * size
 
 
-@pytest.mark.parametrize("depth, block", [(20, "basic"), (29, "bottleneck")])
-def test_the_floor_has_the_convolutions_of_the_network(depth, block):
-    experiment = Experiment(depth=depth, block=block)
+@pytest.mark.parametrize("depth, stem", [(20, "cifar"), (29, "cifar"), (18, "imagenet")])
+def test_the_floor_has_the_convolutions_of_the_network(depth, stem):
+    experiment = Experiment(depth=depth, stem=stem)
     found = convolutions(experiment)
+    assert found[0].read == (3, 32, 32)
     macs = sum(w.c_out * w.read[0] * w.kernel**2 * w.written[1] * w.written[2] for w in found)
     made = describe(experiment)
     classifier = made["parts"][-1]["macs"]

@@ -123,7 +123,8 @@ def test_a_step_takes_what_was_foretold(again):
     [
         ({"depth": 20}, 16 * 32**2),
         ({"depth": 164}, 64 * 32**2),
-        ({"depth": 50, "stem": "imagenet"}, 64 * 112**2),  # before it is pooled
+        ({"depth": 50, "dataset": "imagenet"}, 64 * 112**2),  # before it is pooled
+        ({"depth": 50, "stem": "imagenet"}, 64 * 16**2),  # CIFAR's images stay 32x32
     ],
 )
 def test_what_lives_beside_what_is_kept_goes_with_the_widest_tensor(given, widest):

@@ -91,14 +91,15 @@ def test_all_unit_types_have_the_same_size(unit):
         ({"depth": 164, "stride_on": "3x3"}, 247.6e6),
         ({"depth": 1001}, 1487.9e6),
         ({"depth": 20}, 40.6e6),
-        ({"depth": 50, "stem": "imagenet"}, 3.86e9),
-        ({"depth": 50, "stem": "imagenet", "stride_on": "3x3"}, 4.09e9),
-        ({"depth": 152, "stem": "imagenet"}, 11.28e9),
-        ({"depth": 200, "stem": "imagenet"}, 14.78e9),
+        ({"depth": 50, "dataset": "imagenet"}, 3.86e9),
+        ({"depth": 50, "dataset": "imagenet", "stride_on": "3x3"}, 4.09e9),
+        ({"depth": 152, "dataset": "imagenet"}, 11.28e9),
+        ({"depth": 200, "dataset": "imagenet"}, 14.78e9),
+        ({"depth": 18, "stem": "imagenet"}, 37.0e6),  # on 32x32
     ],
 )
 def test_multiply_adds(given, macs):
-    classes = 1000 if given.get("stem") else 10
+    classes = 1000 if given.get("dataset") else 10
     assert described(classes, **given)["macs"] == pytest.approx(macs, rel=2e-3)
 
 

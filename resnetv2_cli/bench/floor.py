@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from resnetv2_cli.bench.turns import Arm, finish, timed
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.catalog import side
 from resnetv2_cli.describe import skeleton
-from resnetv2_cli.plans import STEMS
 
 COPY = 2**26  # numbers in the copy that measures bandwidth: 256 MiB, more than any cache
 
@@ -43,7 +43,7 @@ def convolutions(experiment: Experiment) -> list[Weights]:
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(note)  # type: ignore[arg-type]
-    size = STEMS[experiment.stem_].size
+    size = side(experiment.dataset, experiment.stem_)
     with torch.no_grad():
         net(torch.empty(1, 3, size, size, device="meta"))
     return found

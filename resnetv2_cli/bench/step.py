@@ -15,12 +15,11 @@ from resnetv2_cli.bench.floor import convolutions_alone, floor
 from resnetv2_cli.bench.turns import Arm, in_turns, ratios, rows, timed
 from resnetv2_cli.compiling import compile_units
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.data.catalog import known_classes
+from resnetv2_cli.data.catalog import known_classes, side
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.machine import ready
 from resnetv2_cli.manifest import environment
 from resnetv2_cli.optim import sgd
-from resnetv2_cli.plans import STEMS
 from resnetv2_cli.resnet import ResNet
 
 PLAIN = "plain"
@@ -93,7 +92,7 @@ def step_arm(experiment: Experiment, option: Option, device: torch.device) -> Ar
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     else:
         optimizer = sgd(net, experiment)
-    size = STEMS[experiment.stem_].size
+    size = side(experiment.dataset, experiment.stem_)
     x = torch.randn(experiment.batch_size, 3, size, size, device=device)
     x = x.contiguous(memory_format=option.layout)
     y = torch.randint(classes, (experiment.batch_size,), device=device)

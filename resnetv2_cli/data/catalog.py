@@ -5,6 +5,9 @@ Nothing here needs torch, so that help and error messages come at once.
 
 from typing import NamedTuple
 
+from resnetv2_cli.plans import STEMS
+
+SIZE = 32  # side of images that are decoded as a whole, pixels
 CIFAR10 = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 CIFAR100 = tuple(
     """
@@ -35,6 +38,12 @@ class Dataset(NamedTuple):
 def known_classes(dataset: str, asked: int | None) -> int:
     """How many classes: the dataset's; of folders as many as were asked for, or ImageNet's."""
     return len(DATASETS[dataset].classes) or asked or 1000
+
+
+def side(dataset: str, stem: str) -> int:
+    """Of what a network trains on, pixels: whole images, or crops of photographs, as large as the
+    stem is made for."""
+    return SIZE if DATASETS[dataset].decoded else STEMS[stem].size
 
 
 DATASETS = {

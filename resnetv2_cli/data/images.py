@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from resnetv2_cli.data import archive, picture
-from resnetv2_cli.data.catalog import DATASETS, Dataset
+from resnetv2_cli.data.catalog import DATASETS, SIZE, Dataset
 from resnetv2_cli.errors import UserError
 
-SIZE = 32
 LARGEST = 2**20  # bytes of one image file: a member of an archive may claim to unpack to any size
 SPLITS = ("train", "test")
 SUFFIXES = {".png", ".webp", ".jpg", ".jpeg"}

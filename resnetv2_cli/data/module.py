@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import folder, images
 from resnetv2_cli.data.augment import Normalize, statistics
-from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.data.catalog import DATASETS, SIZE
 from resnetv2_cli.data.order import Epoch, Part, Schedule, epoch_order, share
 from resnetv2_cli.data.protocols import PROTOCOLS, View
 from resnetv2_cli.errors import UserError
@@ -34,7 +34,7 @@ def view_of(experiment: Experiment, normalize: Normalize) -> View:
         UserError: they are of another size than the mean image that came with its weights.
     """
     if DATASETS[experiment.dataset].decoded:
-        return View(images.SIZE)
+        return View(SIZE)
     views = {name: row.view(STEMS[experiment.stem_].size) for name, row in PROTOCOLS.items()}
     view, mean = views[experiment.protocol], normalize.mean.shape[-1]
     if mean not in (1, view.side):
