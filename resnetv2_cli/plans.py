@@ -63,30 +63,31 @@ IMAGENET = {  # depth: (block, units in each stage); Table 1 of [1], and footnot
 
 
 class Layout(NamedTuple):
-    """How one code base builds what the paper leaves open: settings of an experiment."""
+    """How one code base builds what the paper leaves open: settings of an experiment, the same in
+    every row, so that one layout wins over another as a whole."""
 
     doc: str
-    settings: dict[str, str]
+    settings: dict[str, str | None]
 
 
 LAYOUTS = {
     "authors": Layout(
         "the authors' Caffe and Torch code, and the default: stride on the first 1x1, the first "
         "activation in the stem",
-        {"stride_on": "first", "pad": "raw", "first_act": "stem"},
+        {"stride_on": "first", "pad": "raw", "option": None, "first_act": "stem"},
     ),
     "fb": Layout(
         "fb.resnet.torch: stride on the 3x3, option A pads the activated x",
-        {"stride_on": "3x3", "pad": "activated", "first_act": "stem"},
+        {"stride_on": "3x3", "pad": "activated", "option": None, "first_act": "stem"},
     ),
     "torchvision": Layout(
         "torchvision, and timm's resnet*: stride on the 3x3, projections at every depth",
-        {"stride_on": "3x3", "option": "B", "first_act": "stem"},
+        {"stride_on": "3x3", "pad": "raw", "option": "B", "first_act": "stem"},
     ),
     "timm": Layout(
         "timm's resnetv2*: as torchvision, but the max-pool takes what conv1 gives, and the first "
         "unit activates it as every other does",
-        {"stride_on": "3x3", "option": "B", "first_act": "unit"},
+        {"stride_on": "3x3", "pad": "raw", "option": "B", "first_act": "unit"},
     ),
 }
 

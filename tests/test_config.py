@@ -9,6 +9,7 @@ from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resnetv2_cli import plans
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.describe import describe
 from resnetv2_cli.errors import UserError
@@ -39,10 +40,15 @@ def test_a_layout_stands_for_its_settings_where_it_is_given(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("layout: timm\nstride_on: first\n")
     assert Experiment.load(file) == Experiment(option="B", first_act="unit")
-    assert Experiment.load(file, pad="activated", layout="fb") == Experiment(
-        option="B", stride_on="3x3", pad="activated"
-    )
     assert Experiment.load(layout="fb", stride_on="first") == Experiment(pad="activated")
+
+
+@pytest.mark.parametrize("name", plans.LAYOUTS)
+@pytest.mark.parametrize("before", plans.LAYOUTS)
+def test_nothing_is_left_of_the_layout_of_a_file(tmp_path, before, name):
+    file = tmp_path / "a.yaml"
+    file.write_text(f"layout: {before}\n")
+    assert Experiment.load(file, layout=name) == Experiment.load(layout=name)
 
 
 def test_a_length_by_flag_replaces_the_other_one_of_the_file(tmp_path):
