@@ -1,14 +1,14 @@
 """How a network is named on the command line: a checkpoint, a config, or settings."""
 
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import unknown
+from resnetv2_cli.flags import parsed
 from resnetv2_cli.plans import laid_out, shortcuts
 from resnetv2_cli.recipes import CONFIGS
 
@@ -42,27 +42,31 @@ def beside(main: Source, text: str) -> Source:
     Raises:
         UserError: it is neither, or there is no such setting.
     """
-    if "=" not in text or Path(text).exists():
+    if "=" not in text or there(Path(text)):
         return from_checkpoint(Path(text), data_dir=main.experiment.data_dir)
     known = ["layout", *(f.name for f in fields(Experiment))]
     given: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
-        name = name.strip().replace("-", "_")
+        name, value = name.strip().replace("-", "_"), value.strip()
         if name not in known:
             raise unknown("setting", name, known, where=f"{text}: ")
-        try:
-            given[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            given[name] = value  # which the experiment refuses in its own words
+        given[name] = value if name == "layout" else parsed(name, value)
     own = {"block": None} if "depth" in given else {}  # another depth may have another block
     if "shortcut" in given:  # which may not have the settings of the one before
         rows = shortcuts()
         row = rows.get(str(given["shortcut"]))
         has = row.settings if row else {}
         own |= {name: None for row in rows.values() for name in row.settings if name not in has}
-    kept = None if "dataset" in given else main.classes
+    kept = None if {"dataset", "classes"} & given.keys() else main.classes
     return Source(replace(main.experiment, **(own | laid_out(given))), classes=kept)
+
+
+def there(path: Path) -> bool:
+    """Whether there is such a file or folder; settings may be too long to be the name of one."""
+    with suppress(OSError):
+        return path.exists()
+    return False
 
 
 def named(text: str, main: Source) -> Source:
@@ -72,7 +76,7 @@ def named(text: str, main: Source) -> Source:
     Raises:
         UserError: it is none of these, or there is no such setting.
     """
-    if Path(text).suffix in (".yaml", ".yml") or (CONFIGS / f"{text}.yaml").is_file():
+    if Path(text).suffix in (".yaml", ".yml") or there(CONFIGS / f"{text}.yaml"):
         return Source(Experiment.load(text))
     return beside(main, text)
 

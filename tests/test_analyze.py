@@ -39,6 +39,7 @@ def test_networks_are_called_by_what_tells_them_apart(tmp_path):
     narrow = Source(replace(main.experiment, block="basic"))
     assert source.beside(narrow, "depth=164").experiment.block_ == "bottleneck"
     assert source.beside(narrow, "depth=164,block=basic").experiment.block_ == "basic"
+    assert source.beside(narrow, "data_dir=2001-01-01").experiment.data_dir == "2001-01-01"
     name = main.experiment.name
     trained = main._replace(checkpoint=tmp_path, step=64000)
     labels = [s.label for s in source.labelled([main, main, trained, trained])]
@@ -49,7 +50,9 @@ def test_networks_are_called_by_what_tells_them_apart(tmp_path):
         ("depth=111", "no network has 111 layers"),
         ("depth=", "depth must be"),
         ("unit=[", "unknown unit '\\['"),
-        ("shortcut=[a]", "shortcut must be"),
+        ("shortcut=[a]", "unknown shortcut '\\[a\\]'"),
+        ("seed=2001-99-99", "seed must be a whole number, not '2001-99-99'"),
+        ("lr=0b_", "lr must be a number, not '0b_'"),
         (str(tmp_path / "none.ckpt"), "there is no checkpoint"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -54,6 +54,21 @@ def test_depth_and_shortcut_of_a_checkpoint_and_a_config(called, tmp_path):
     assert status == 0 and "269,722" in out and "shortcut:" not in out
 
 
+def test_classes_that_are_asked_for_are_not_those_of_the_checkpoint(called, tmp_path):
+    file = tmp_path / "mine.ckpt"
+    e = Experiment(depth=8, dataset="folder", stem="cifar")
+    head = {"experiment": asdict(e), "global_step": 5, "classes": ["a", "b"]}
+    checkpoint.write(head | {"state_dict": {}}, file)
+    _, out, _ = called(file, "classes=3", "--json")
+    made = json.loads(out)
+    assert made["settings"] == {"classes": [2, 3]} and made["counts"]["parameters"][2] == 65
+
+
+def test_settings_may_be_longer_than_the_name_of_a_file(called):
+    status, out, _ = called("depth=20", "data_dir=" + "d" * 300)
+    assert status == 0 and "the networks are the same" in out
+
+
 def test_what_defaults_stand_for_is_no_difference(called):
     _, out, _ = called("depth=38,shortcut=dropout", "dropout_ratio=0.5,block=basic", "--json")
     made = json.loads(out)
