@@ -61,15 +61,19 @@ def results(a: Run, b: Run) -> dict[str, list[float | None]]:
 def agreement(a: list[tuple[int, float]], b: list[tuple[int, float]]) -> dict[str, Any]:
     """``points``: iterations that both have; ``equal``: how many of these agree to the last digit
     kept before the first that does not; ``first``: the iteration of that one; ``largest``: the
-    largest difference b - a, and the iteration ``at`` which it is."""
+    largest difference b - a, and the iteration ``at`` which it is, of those that are numbers.
+
+    What is not a number in both agrees.
+    """
     theirs = dict(b)
-    pairs = [(step, theirs[step] - value) for step, value in a if step in theirs]
-    apart = [i for i, (_, difference) in enumerate(pairs) if difference]
-    at, largest = max(pairs, key=lambda pair: abs(pair[1]), default=(None, None))
+    both = [(step, value, theirs[step]) for step, value in a if step in theirs]
+    apart = [i for i, (_, x, y) in enumerate(both) if x != y and (x == x or y == y)]
+    found = [(step, y - x) for step, x, y in both if y - x == y - x]
+    at, largest = max(found, key=lambda pair: abs(pair[1]), default=(None, None))
     return {
-        "points": len(pairs),
-        "equal": apart[0] if apart else len(pairs),
-        "first": pairs[apart[0]][0] if apart else None,
+        "points": len(both),
+        "equal": apart[0] if apart else len(both),
+        "first": both[apart[0]][0] if apart else None,
         "largest": largest,
         "at": at,
     }
@@ -100,7 +104,8 @@ def notes(made: dict[str, Any]) -> list[str]:
         else:
             before = f"the same at the first {c['equal']:,} of {c['points']:,} iterations, "
             start = (before if c["equal"] else "") + f"apart from {c['first']:,} on"
-            lines.append(f"{name}: {start}; most by {c['largest']:+.4g}, at {c['at']:,}")
+            most = f"; most by {c['largest']:+.4g}, at {c['at']:,}" if c["largest"] else ""
+            lines.append(f"{name}: {start}{most}")
     return lines
 
 

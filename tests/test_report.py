@@ -14,6 +14,7 @@ from conftest import LAB, two_rows
 from resnetv2_cli import figures, inventory, plot
 from resnetv2_cli.ablation import record, tables
 from resnetv2_cli.commands.runs import percent
+from resnetv2_cli.compare import agreement, notes
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.manifest import environment, environment_in
 from resnetv2_cli.plot import COLORS, plt, save
@@ -149,6 +150,23 @@ def test_compare_takes_the_first_from_the_second(called, lab, tmp_path):
         run.result.write_text(json.dumps({"test_error": error}))
     _, out, _ = called("runs", "compare", "a", "b", "--root", tmp_path, "--format", "json")
     assert json.loads(out)["results"]["test_error"] == [8.0, 6.5, -1.5]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "theirs, said",
+    [
+        ([3.0, NAN, NAN], "the same at all 3 iterations that both have"),
+        ([3.0, NAN, 1.0], "the same at the first 2 of 3 iterations, apart from 30 on"),
+        ([5.0, NAN, 1.0], "apart from 10 on; most by +2, at 10"),
+    ],
+)
+def test_what_is_not_a_number_in_both_runs_agrees(theirs, said):
+    ours = [(10, 3.0), (20, NAN), (30, NAN)]
+    curve = agreement(ours, list(zip((10, 20, 30), theirs, strict=True)))
+    assert notes({"curves": {"train_loss": curve}}) == [f"train_loss: {said}"]
 
 
 def test_rm_asks_first_and_leaves_nothing_behind(called, lab, tmp_path, monkeypatch):
