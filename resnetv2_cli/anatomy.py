@@ -13,6 +13,8 @@ from resnetv2_cli.units import ResidualUnit
 
 # Where the formula ends, in the first line of a shortcut's docstring.
 BEHIND = re.compile(r"[:,]| \((?:Fig|Eqn)|\.$|\.\s")
+# What is no factor of the F(x) behind it: a difference, outside of brackets, or a divisor.
+NO_FACTOR = re.compile(r" - (?![^(]*\))|[-/]$")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def anatomy(unit: ResidualUnit) -> Anatomy:
     """The parts of a unit.
 
     A shortcut whose docstring has no formula with F(x) in it is named by its class; so is what x
-    meets where the formula is no sum, (x + F(x)) / 2.
+    meets where the formula is no sum of it and a multiple of F(x), as (x + F(x)) / 2 is none.
     """
     cls: Any = type(unit.shortcut)
     first = (cls.__doc__ or "").strip().partition("\n")[0]
@@ -55,9 +57,10 @@ def anatomy(unit: ResidualUnit) -> Anatomy:
     terms = re.split(r" \+ (?![^(]*\))", formula)
     written = len(terms) == 2 and "F(x)" in terms[1]
     carried = tuple(layers(unit.shortcut.carry))  # type: ignore[arg-type]
-    if written and all(term.count("(") == term.count(")") for term in terms):
+    scale = terms[-1].removesuffix("F(x)").rstrip(" *·")
+    multiple = terms[-1].endswith("F(x)") and not NO_FACTOR.search(scale)
+    if written and multiple and all(term.count("(") == term.count(")") for term in terms):
         h = () if terms[0] == "x" or cls.projects else (terms[0],)
-        scale = terms[1].replace("F(x)", "").strip()
     else:
         formula = formula if written else f"{cls.__name__}(x, F(x))"
         h, scale = (cls.__name__,), ""

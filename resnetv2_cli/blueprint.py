@@ -77,7 +77,8 @@ def column(axes: Axes, x: float, top: float, boxes: tuple[str, ...], color: str 
         style = "round,pad=0,rounding_size=0.1"
         axes.add_patch(FancyBboxPatch(corner, WIDE, HIGH, style, fc=fill, ec=INK, lw=0.8, zorder=2))
         small = 7.5 if len(text) < 15 else 6
-        axes.text(x, y - HIGH / 2, text, ha="center", va="center", fontsize=small, zorder=3)
+        box = axes.text(x, y - HIGH / 2, text, ha="center", va="center", fontsize=small, zorder=3)
+        box.set_parse_math(False)  # a formula of one's own may have any signs
         y -= HIGH
     return y
 

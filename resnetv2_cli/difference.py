@@ -105,8 +105,8 @@ def spoken(place: str) -> str:
 def shortcut(source: Source) -> str:
     """Its name and the first line of its docstring, which is its formula."""
     name = source.experiment.shortcut
-    formula = (shortcut_class(name).__doc__ or "no formula").strip().splitlines()[0]
-    return f"{name}, {formula.removesuffix('.')}"
+    formula = (shortcut_class(name).__doc__ or "").strip().partition("\n")[0]
+    return f"{name}, {formula.removesuffix('.') or 'no formula'}"
 
 
 SAYS = {"unit": unit, "shortcut": shortcut}

@@ -1,11 +1,13 @@
 """What stands for h, F and f in each unit, and its picture, beside Figs. 2 and 4."""
 
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from resnetv2_cli.anatomy import anatomy, kinds
+from resnetv2_cli.blueprint import blueprint
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.describe import describe, skeleton
@@ -72,9 +74,13 @@ def test_a_shortcut_without_a_formula_is_named():
         ("(x + F(x)) / sqrt(2): the sum of two", "(x + F(x)) / sqrt(2)", "Mine", ""),
         ("2 (a x + F(x))", "2 (a x + F(x))", "Mine", ""),
         ("(1 + a) x + (1 - a) F(x), say", "(1 + a) x + (1 - a) F(x)", "(1 + a) x", "(1 - a)"),
+        ("a x + b * F(x)", "a x + b * F(x)", "a x", "b"),
+        ("x + F(x) / sqrt(2)", "x + F(x) / sqrt(2)", "Mine", ""),
+        ("x + a * F(x) - G(x)", "x + a * F(x) - G(x)", "Mine", ""),
+        ("x + G(x) - F(x)", "x + G(x) - F(x)", "Mine", ""),
     ],
 )
-def test_a_formula_is_cut_at_the_plus_outside_of_brackets(written, formula, h, scale):
+def test_a_formula_is_cut_at_the_plus_and_at_a_factor_of_f(written, formula, h, scale):
     cls = type("Mine", (Shortcut,), {"__doc__": written})
     with torch.device("meta"):
         unit = residual_unit(Kind(), 16, 16)
@@ -114,6 +120,12 @@ def test_the_picture_has_every_layer_of_every_kind_of_unit(tmp_path, capsys):
             assert said.count(layer) == expected, layer
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert "stage 2, unit 1" in capsys.readouterr().out
+
+
+def test_a_formula_is_drawn_as_it_is_written(tmp_path):
+    file = tmp_path / "a.svg"
+    blueprint({"unit 1": replace(parts(), shortcut=(r"$\frac$ x",))}, file)
+    assert r"$\frac$ x" in file.read_text()
 
 
 def test_a_picture_of_no_known_kind_is_a_mistake(tmp_path, capsys):

@@ -69,6 +69,14 @@ def test_settings_may_be_longer_than_the_name_of_a_file(called):
     assert status == 0 and "the networks are the same" in out
 
 
+def test_a_shortcut_that_says_nothing_has_no_formula(called, tmp_path, monkeypatch):
+    text = 'from resnetv2_cli.shortcuts import Shortcut\nclass Own(Shortcut):\n    """ """\n'
+    (tmp_path / "silent.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    status, out, said = called("depth=20", "shortcut=silent:Own")
+    assert status == 0 and "instead silent:Own, no formula" in out, said
+
+
 def test_what_defaults_stand_for_is_no_difference(called):
     _, out, _ = called("depth=38,shortcut=dropout", "dropout_ratio=0.5,block=basic", "--json")
     made = json.loads(out)
