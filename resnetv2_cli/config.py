@@ -69,7 +69,7 @@ class Experiment:
     option: Literal["A", "B", "C"] | None = setting(
         None,
         "Where the shape changes: A pads with zeros, B projects; C projects in every unit. By "
-        "itself A for basic CIFAR networks, B else.",
+        "itself A for CIFAR networks but bottlenecks, B else.",
         "Network",
     )
     pad: Literal["raw", "activated"] = setting(

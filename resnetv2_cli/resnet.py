@@ -25,7 +25,7 @@ from resnetv2_cli.units import Kind, residual_unit
 
 
 def default_option(block: str, stem: str) -> str:
-    """A for the basic networks of CIFAR, B for bottlenecks and for ImageNet ([1]; appendix)."""
+    """A for CIFAR, but B for bottlenecks and for ImageNet ([1]; appendix)."""
     return "A" if stem == "cifar" and block != "bottleneck" else "B"
 
 
