@@ -29,7 +29,7 @@ class Experiment:
     """What one training run is."""
 
     depth: int = setting(
-        110, "Weight layers, the stem's and the head's among them.", "Network", least=5, most=10_000
+        110, "Weight layers, stem's and head's among them.", "Network", least=5, most=plans.DEEPEST
     )
     block: Block | None = setting(  # type: ignore[valid-type]
         None,

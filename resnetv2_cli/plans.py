@@ -91,6 +91,7 @@ LAYOUTS = {
     ),
 }
 
+DEEPEST = 10_000  # weight layers that a network may have
 FIRST_BOTTLENECK = 164  # of the depths that fit both blocks, from here on: as the paper's networks
 
 
@@ -148,17 +149,17 @@ def default_block(depth: int, stem: str) -> str:
         return "bottleneck" if wide and depth >= FIRST_BOTTLENECK else "basic"
     if wide:
         return "bottleneck"
-    near = [d for d in range(8, 2 * depth + 20) if fits(d, "basic") or fits(d, "bottleneck")]
     raise UserError(
         f"no network has {depth} layers: basic ones have 6n+2, bottleneck ones 9n+2",
-        f"try {' or '.join(map(str, neighbours(depth, near)))}",
+        f"try {neighbours(depth, 'basic', 'bottleneck')}",
     )
 
 
-def neighbours(depth: int, known: list[int]) -> list[int]:
-    """The nearest known depth on each side of one that is not known."""
+def neighbours(depth: int, *blocks: str) -> str:
+    """``110 or 116``: the nearest depth on each side that fits one of the blocks."""
+    known = [d for d in range(DEEPEST + 1) if any(fits(d, block) for block in blocks)]
     below, above = [d for d in known if d < depth][-1:], [d for d in known if d > depth][:1]
-    return below + above
+    return " or ".join(map(str, below + above))
 
 
 def units_per_stage(depth: int, block: str, stem: str = "cifar") -> tuple[int, ...]:
@@ -176,10 +177,9 @@ def units_per_stage(depth: int, block: str, stem: str = "cifar") -> tuple[int, .
         return known[depth]
     per_n = 3 * len(BLOCKS[block].kernels)
     if not fits(depth, block):
-        low = max((depth - 2) // per_n, 1) * per_n + 2
         raise UserError(
             f"no {block} network has {depth} layers, only {per_n}n+2",
-            f"try {low} or {low + per_n}",
+            f"try {neighbours(depth, block)}",
         )
     return ((depth - 2) // per_n,) * 3
 
