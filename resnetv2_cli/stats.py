@@ -95,11 +95,11 @@ class Pairs:
         return float(2 * t.sf(abs(self.mean) * math.sqrt(n) / self.std, n - 1))
 
 
-def seeds_needed(std: float, difference: float) -> int:
+def seeds_needed(std: float, difference: float) -> int | None:
     """The least number of seeds with which a paired test sees a true difference, 8 times in 10.
 
     ``std``: of the differences between the rows, seed by seed, in points; ``difference``: the one
-    to be seen, in points. MOST_SEEDS where even that many do not do.
+    to be seen, in points. None where even MOST_SEEDS do not do.
     """
 
     def enough(n: int) -> bool:
@@ -108,7 +108,7 @@ def seeds_needed(std: float, difference: float) -> int:
     low, high = 1, 2
     while not enough(high):
         if high == MOST_SEEDS:
-            return high
+            return None
         low, high = high, min(2 * high, MOST_SEEDS)
     while high - low > 1:
         middle = (low + high) // 2
@@ -118,8 +118,9 @@ def seeds_needed(std: float, difference: float) -> int:
 
 def power(n: int, std: float, difference: float) -> float:
     """Chance that a paired t-test over n seeds calls a true difference significant."""
-    from scipy.stats import nct
+    from scipy.stats import ncf
 
-    bound, shift = quantile(n - 1), abs(difference) * math.sqrt(n) / std
-    chance = float(nct.sf(bound, n - 1, shift) + nct.cdf(-bound, n - 1, shift))
-    return chance if math.isfinite(chance) else 1.0  # far out, where SciPy's series ends
+    # By the square of t, which is F: SciPy's noncentral t ends at a shift of 8, its F at some 1e7.
+    bound, shift = quantile(n - 1), difference * math.sqrt(n) / std
+    chance = float(ncf.sf(bound**2, 1, n - 1, shift**2))
+    return chance if math.isfinite(chance) else 1.0

@@ -6,7 +6,7 @@ from typing import Any
 
 from resnetv2_cli.ablation.arms import Ablation, Line, number
 from resnetv2_cli.paper import FAIL, FAIL_ABOVE, Row, percent
-from resnetv2_cli.stats import CONFIDENCE, Summary, seeds_needed
+from resnetv2_cli.stats import CONFIDENCE, MOST_SEEDS, Summary, seeds_needed
 
 NONE = "—"
 
@@ -128,7 +128,10 @@ def published_difference(ablation: Ablation, line: Line) -> str:
 def seeds(ablation: Ablation, line: Line, detect: float) -> str:
     """With how many seeds a true difference of ``detect`` points would be seen 8 times in 10."""
     std = ablation.pairs(line).std
-    return NONE if std is None else f"{seeds_needed(std, detect):,}"
+    if std is None:
+        return NONE
+    needed = seeds_needed(std, detect)
+    return f">{MOST_SEEDS:,}" if needed is None else f"{needed:,}"
 
 
 def as_json(ablation: Ablation, detect: float) -> dict[str, Any]:
