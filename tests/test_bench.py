@@ -146,6 +146,9 @@ def test_photographs_are_read_beside_pil_and_torchvision(capsys, tmp_path):
     [
         (["step", "--arm", "bf16-chanels-last"], "bf16-channels-last"),
         (["step", "--depth", 8, "--arm", "graphs", "--accelerator", "cpu"], "no CUDA graphs"),
+        (["step", "--recompute-bn"], "No such option: --recompute-bn"),  # its arms have these
+        (["step", "--kernels", "eager"], "No such option: --kernels"),
+        (["step", "--graphs"], "No such option: --graphs"),
         (["train", "--dataset", "digits", "--accumulate", 2], "whole batches"),
         (["data", "--dataset", "digits", "--prepared", "x"], "only photographs"),
     ],

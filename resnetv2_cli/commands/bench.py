@@ -87,7 +87,7 @@ def train(
 
 
 @bench.command()
-@with_flags("accumulate", "compile", "recompute", "precision")
+@with_flags("accumulate", "compile", "recompute", "precision", "recompute_bn", "graphs", "kernels")
 def step(
     config: Config = None,
     arm: Annotated[
