@@ -124,6 +124,15 @@ class Job:
         self.job.cancel()
 
 
+class LocalJob(Job):
+    """A job of the stand-in: ``cancel`` would have it killed a second later. It is named after the
+    process that looks after it, which passes SIGTERM on."""
+
+    def stop(self) -> None:
+        if not self.job.done():
+            os.kill(int(self.job.job_id), signal.SIGTERM)
+
+
 class Queue:
     """Runs as jobs of a SLURM cluster, or of submitit's own stand-in for one (``local``)."""
 
@@ -140,15 +149,35 @@ class Queue:
             hint = "is this a machine that submits jobs? --launcher process needs no queue"
             raise UserError(f"no queue: {str(error).splitlines()[0]}", hint) from None
         self.executor.update_parameters(timeout_min=round(60 * hours), name="resnetv2")
+        self.job = LocalJob if cluster == "local" else Job
 
     def start(self, arm: Arm, slot: int, lock: int) -> Job:
-        return Job(self.executor.submit(logged, command(arm), arm.log), arm.log)
+        # Ctrl-C reaches what the stand-in starts through ``stop``, once.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            return self.job(self.executor.submit(logged, command(arm), arm.log), arm.log)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def logged(command: list[str], log: Path) -> int:
-    """In a job: run a command that says what it has to say in a file; its exit status."""
+    """In a job: run a command that says what it has to say in a file; its exit status. Whatever
+    ends the job before lets it save and leave."""
     with log.open("ab") as to:
-        return subprocess.call(command, stdin=subprocess.DEVNULL, stdout=to, stderr=to)
+        run = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=to,
+            stderr=to,
+            preexec_fn=leave_with_parent,
+        )
+    before = signal.signal(signal.SIGTERM, lambda *_: run.terminate())  # submitit lets it pass
+    try:
+        return run.wait()
+    finally:
+        run.terminate()
+        run.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
 LAUNCHERS: dict[str, Callable[[int, Path, float], Launcher]] = {
