@@ -6,13 +6,15 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from types import SimpleNamespace
 
 import pytest
 from conftest import two_rows
 
 from resnetv2_cli.ablation import launch
+from resnetv2_cli.ablation.sweep import Sweep
+from resnetv2_cli.runfolder import RunFolder
 
 # Saves when it is asked to leave, and takes a moment for it; by itself it ends after some seconds.
 TRAINING = """
@@ -61,3 +63,28 @@ def test_a_job_of_the_stand_in_is_asked_by_a_signal_and_has_no_ctrl_c(tmp_path, 
         assert controller.wait(10) == -signal.SIGTERM
     assert signal.SIGINT in blocked
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_run_whose_ablation_has_gone_is_anothers_while_its_job_trains(tmp_path):
+    [arm] = two_rows(tmp_path).lines[0].arms
+    with RunFolder(arm.folder).claimed():
+        assert arm.claim() is None
+    os.close(arm.claim())
+
+
+def test_a_run_that_was_refused_because_another_job_trains_it_has_not_crashed(tmp_path):
+    """Both were in the queue, the other one since an ablation that has gone."""
+    [arm] = two_rows(tmp_path).lines[0].arms
+    folder, said = RunFolder(arm.folder), []
+
+    def start(*_):
+        other.enter_context(folder.claimed())
+        return SimpleNamespace(status=lambda: 2, stop=lambda: None)
+
+    def announce(arm, state):
+        said.append(state)
+
+    with ExitStack() as other:
+        Sweep(SimpleNamespace(start=start), 1, announce, lambda running: None).run([arm])
+    assert said == ["running", "another process trains it; the same command continues"]
+    assert not arm.crashed

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from resnetv2_cli.ablation.studies import (
 )
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.files import taken
 from resnetv2_cli.manifest import own_file
 from resnetv2_cli.paper import FAIL, Row
 from resnetv2_cli.runfolder import RunFolder
@@ -95,20 +97,26 @@ class Arm:
         """Forget a crash before the run is tried again."""
         RunFolder(self.folder).failed.unlink(missing_ok=True)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a process trains in its folder, whoever started it."""
+        return bool(taken(RunFolder(self.folder).lock))
+
     def claim(self) -> int | None:
-        """A lock, open as a file, that the run's process inherits; None while another has it.
+        """A lock, open as a file, that the run's process inherits; None while another has it, or a
+        job of a queue, which inherits nothing, trains on behind its ablation.
 
         It is free again when all who hold it have gone, however they went.
         """
         path = self.folder.with_suffix(".lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(path, os.O_RDWR | os.O_CREAT)
-        try:
+        with suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            return None
-        return lock
+            if not self.busy:
+                return lock
+        os.close(lock)
+        return None
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,8 @@ class Sweep:
                 continue
             self.running.remove(r)
             asked = self.stopping or status in SIGNALS.values()  # by us, or one by its own signal
-            if r.arm.error is None and not asked:
+            refused = r.arm.busy  # a job of another ablation, which waited in the queue, was first
+            if r.arm.error is None and not asked and not refused:
                 r.arm.fail(reason(r.arm, status, r.heard))
             os.close(r.lock)
             self.announce(r.arm, outcome(r.arm))
@@ -177,6 +178,9 @@ def reason(arm: Arm, status: int, heard: int = 0) -> str:
 def outcome(arm: Arm) -> str:
     """One line on a run that has ended."""
     failure: dict[str, Any] | None = arm.failure
-    if arm.error is None:
-        return f"failed: {failure['reason']}" if failure else "stopped; the same command continues"
-    return f"fail: {failure['reason']}" if failure else f"test error {arm.error:.2f} %"
+    if arm.error is not None:
+        return f"fail: {failure['reason']}" if failure else f"test error {arm.error:.2f} %"
+    if failure:
+        return f"failed: {failure['reason']}"
+    state = "another process trains it" if arm.busy else "stopped"
+    return f"{state}; the same command continues"
