@@ -222,6 +222,14 @@ def test_a_run_that_crashed_is_the_exit_status(tmp_path, capsys):
     assert "hint: " in said and str(log) in said.replace("\n", "")
 
 
+def test_a_run_that_somebody_stopped_is_the_exit_status(tmp_path, capsys, monkeypatch):
+    stopped = SimpleNamespace(status=lambda: 143, stop=lambda: None)
+    launcher = SimpleNamespace(start=lambda *_: stopped)
+    monkeypatch.setitem(launch.LAUNCHERS, "process", lambda *_: launcher)
+    status, _, said = called(capsys, "--shortcut", "conv1x1", "--depth", 8, "--output", tmp_path)
+    assert status == 2 and "error: 2 of 2 runs were stopped" in said
+
+
 def test_runs_that_diverged_are_results(tmp_path, capsys):
     for line in two_rows(tmp_path, 1, {"depth": 8}).lines:
         for arm in line.arms:

@@ -107,10 +107,14 @@ def ablate(
         console.note(f"{stopped}: saved; the same command continues")
         raise
     show(made, detect, format)
-    crashed = [arm for arm in every(made) if arm.crashed]
+    left = [arm for arm in every(made) if arm.error is None]
+    crashed = [arm for arm in left if arm.crashed]
     if crashed:
         hint = f"{crashed[0].log} has what the first one said; the same command tries them again"
         raise UserError(f"{len(crashed)} of {len(every(made))} runs crashed", hint)
+    if left:  # on a signal to one of them alone
+        hint = "the same command continues them"
+        raise UserError(f"{len(left)} of {len(every(made))} runs were stopped", hint)
 
 
 def every(made: list) -> list:
