@@ -139,6 +139,22 @@ def newest(
     return path, held
 
 
+def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The settings a checkpoint was made by, all of them.
+
+    Raises:
+        UserError: it has a setting that this version does not know.
+    """
+    known = {f.name for f in fields(Experiment)}
+    written = renewed(checkpoint["experiment"])
+    for name in written:
+        if name not in known:
+            raise UserError(
+                f"the checkpoint has an unknown setting {shown(name)}", "of another version?"
+            )
+    return written
+
+
 def experiment_of(checkpoint: dict[str, Any], **overrides: Any) -> Experiment:
     """The experiment a checkpoint was made by, on the machine that is here: what it says of
     devices and arithmetic is left out, but for float32, which every machine has.
@@ -147,12 +163,7 @@ def experiment_of(checkpoint: dict[str, Any], **overrides: Any) -> Experiment:
         UserError: it has a setting that this version does not know.
     """
     known = {f.name: f for f in fields(Experiment)}
-    written = renewed(checkpoint["experiment"])
-    for name in written:
-        if name not in known:
-            raise UserError(
-                f"the checkpoint has an unknown setting {shown(name)}", "of another version?"
-            )
+    written = settings_of(checkpoint)
     saved = {
         name: value for name, value in written.items() if known[name].metadata["panel"] != "Engine"
     }

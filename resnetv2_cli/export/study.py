@@ -9,6 +9,7 @@ from torch import nn
 
 from resnetv2_cli import __version__
 from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.module import view_of
 from resnetv2_cli.data.protocols import View
 from resnetv2_cli.export.card import Facts, card
@@ -19,7 +20,6 @@ from resnetv2_cli.files import write_text
 from resnetv2_cli.inference import network
 from resnetv2_cli.origin import sha256
 from resnetv2_cli.runfolder import RunFolder
-from resnetv2_cli.task import Classification
 
 USE = {  # of each format: how it is run on images (N, 3, size, size), 0 to 1
     "safetensors": "# resnetv2 train --weights FILE trains on from it\n"
@@ -60,19 +60,20 @@ def export(
     row = FORMATS[format]
     overrides = {"precision": "32-true"} | ({"data_dir": data_dir} if data_dir else {})
     task = network(path, **overrides)
-    step = int(checkpoints.read(path).get("global_step", 0))
+    saved = checkpoints.read(path)
+    trained = Experiment(**checkpoints.settings_of(saved))  # task is as this machine has it
     run = path.parent.parent if path.parent.name == "checkpoints" else None
     to = output or (run or path.parent) / "export" / f"{path.stem}{row.suffix}"
     model, folded = exported(task, row.fold if fold is None else fold)
     view = view_of(task.experiment, task.normalize)._replace(ten=False)
-    agreement = written(task, model, format, view, to, metadata(task, step, folded, view))
+    agreement = written(task, model, format, view, to, metadata(saved, trained, folded, view))
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in task.net.modules())
     size = to.stat().st_size
     facts = Facts(
-        experiment=task.experiment,
+        experiment=trained,
         classes=task.classes,
         parameters=sum(p.numel() for p in task.net.parameters()),
-        step=step,
+        step=saved["global_step"],
         run=run if run and RunFolder(run).begun else None,
         file=to.name,
         bytes=size,
@@ -96,7 +97,9 @@ def preprocessing(view: View) -> str:
     )
 
 
-def metadata(task: Classification, step: int, folded: list[str], view: View) -> dict[str, str]:
+def metadata(
+    saved: dict[str, Any], trained: Experiment, folded: list[str], view: View
+) -> dict[str, str]:
     """What a file says of itself: text, and JSON where it is more than a word."""
     size = view.side
     shape = {"name": INPUT, "shape": ["N", 3, size, size], "colors": "RGB", "range": [0, 1]}
@@ -104,10 +107,10 @@ def metadata(task: Classification, step: int, folded: list[str], view: View) -> 
     return {
         "format": "pt",
         "made_by": f"resnetv2-cli {__version__}",
-        "experiment": json.dumps(asdict(task.experiment)),
-        "classes": json.dumps(list(task.classes)),
-        "global_step": json.dumps(step),
+        "experiment": json.dumps(asdict(trained)),
+        "classes": json.dumps(saved["classes"]),
+        "global_step": json.dumps(saved["global_step"]),
         "folded": json.dumps(folded),
         "input": json.dumps(shape | {"resize": resize, "normalized": "in the network"}),
-        "output": json.dumps({"name": OUTPUT, "shape": ["N", len(task.classes)]}),
+        "output": json.dumps({"name": OUTPUT, "shape": ["N", len(saved["classes"])]}),
     }
