@@ -46,7 +46,11 @@ def refuse_misshapen(checkpoint: Any, path: Path) -> None:
     for name, value in checkpoint["state_dict"].items():
         if not isinstance(name, str) or not is_plain(value):
             raise misshapen(path, f"its weight {shown(name)} is no plain tensor")
-    for name in [*checkpoint["experiment"], *checkpoint["classes"]]:
+    imported = checkpoint.get("imported", {})  # of those alone that ``import`` made
+    if not isinstance(imported, dict):
+        raise misshapen(path, f"its imported is {shown(imported)}")
+    names = [*checkpoint["experiment"], *checkpoint["classes"], *imported, *imported.values()]
+    for name in names:
         if not isinstance(name, str):
             raise misshapen(path, f"{shown(name)} is no name")
 

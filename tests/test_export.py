@@ -291,6 +291,20 @@ def test_a_card_claims_nothing_for_weights_that_were_not_measured(trained, tmp_p
     assert "Not known" not in made.card.read_text() and "torchvision" in made.card.read_text()
 
 
+def test_a_card_claims_no_recipe_for_imported_weights(trained, tmp_path):
+    saved = read(trained / "checkpoints" / "last.ckpt")
+    imported = {"from": "timm", "network": "ResNetV2", "file": "t.pth", "sha256": "0" * 64}
+    write(saved | {"imported": imported}, tmp_path / "a.ckpt")
+    made = study.export(tmp_path / "a.ckpt", "safetensors", None, None, None)
+    text = made.card.read_text()
+    assert "lr: 0.1" not in text and all(f"`{value}`" in text for value in imported.values())
+    assert json.loads(metadata("safetensors", made.file)["imported"]) == imported
+    for mistaken in (3, {"from": [3]}):
+        write(saved | {"imported": mistaken}, tmp_path / "b.ckpt")
+        with pytest.raises(UserError, match="is not a checkpoint of resnetv2"):
+            read(tmp_path / "b.ckpt")
+
+
 def test_a_hub_that_cannot_be_reached_is_one_line_and_the_file_is_kept(tmp_path, monkeypatch):
     """A port of this machine where nobody listens."""
     constants = pytest.importorskip("huggingface_hub.constants")

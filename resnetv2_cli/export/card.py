@@ -23,6 +23,7 @@ class Facts:
     classes: tuple[str, ...]
     parameters: int
     step: int
+    imported: dict[str, str]  # whose weights they are, of those that ``import`` made
     run: Path | None  # the folder of the run, where the checkpoint is in one
     file: str
     bytes: int
@@ -75,7 +76,7 @@ def card(facts: Facts) -> str:
         "## Data",
         data(facts, result),
         "## Recipe",
-        recipe(e),
+        origin(facts.imported) if facts.imported else recipe(e),
         "## File",
         f"`{facts.file}`, {facts.bytes:,} bytes, SHA-256 `{facts.sha256}`. Compared with the "
         f"network that was trained, in float32: {facts.check}.",
@@ -145,6 +146,12 @@ def recipe(e: Experiment) -> str:
     if e.weights_sha256:
         text += "\n\nIt needs `--weights FILE` beside it: the file with this `weights_sha256`."
     return text
+
+
+def origin(imported: dict[str, str]) -> str:
+    """Where imported weights come from: how they were trained is known there."""
+    named = ", ".join(f"{what} `{value}`" for what, value in imported.items())
+    return f"Not known: the weights were imported, {named}."
 
 
 def made_by(environment: dict[str, Any]) -> str:

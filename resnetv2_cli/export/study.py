@@ -74,6 +74,7 @@ def export(
         classes=task.classes,
         parameters=sum(p.numel() for p in task.net.parameters()),
         step=saved["global_step"],
+        imported=saved.get("imported", {}),
         run=run if run and RunFolder(run).begun else None,
         file=to.name,
         bytes=size,
@@ -104,7 +105,8 @@ def metadata(
     size = view.side
     shape = {"name": INPUT, "shape": ["N", 3, size, size], "colors": "RGB", "range": [0, 1]}
     resize = {"shorter_side": view.shorter, "interpolation": "bicubic", "crop": size}
-    return {
+    origin = {"imported": json.dumps(saved["imported"])} if "imported" in saved else {}
+    return origin | {
         "format": "pt",
         "made_by": f"resnetv2-cli {__version__}",
         "experiment": json.dumps(asdict(trained)),
