@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.catalog import DATASETS
-from resnetv2_cli.data.folder import MIDDLE, SUFFIXES, Folder, FolderImages
+from resnetv2_cli.data.folder import MIDDLE, NAMES, Folder, FolderImages, below, is_image
 from resnetv2_cli.data.module import EVAL_BATCH, stand_apart, view_of
 from resnetv2_cli.data.picture import BROKEN, FORMATS
 from resnetv2_cli.data.protocols import View
@@ -79,26 +79,25 @@ def pictures(
             if name == STDIN:
                 found += from_stdin(stdin.read(), Path(scratch) / "stdin")
             elif Path(name).is_dir():
-                found += below(Path(name), tell)
+                found += images_of(Path(name), tell)
             else:
                 found.append(Picture(name, Path(name)))
         yield found
 
 
-def below(folder: Path, tell: Callable[[str], object]) -> list[Picture]:
+def images_of(folder: Path, tell: Callable[[str], object]) -> list[Picture]:
     """The images of a folder and of those in it, by their suffixes, in the order of their names.
     How many other files there are is told.
 
     Raises:
         UserError: there are none.
     """
-    every = sorted(p for p in folder.rglob("*") if not p.is_dir())
-    paths = [p for p in every if p.suffix.lower() in SUFFIXES]
-    names = f"their names end in {', '.join(sorted(SUFFIXES))}"
+    every = list(below(folder))
+    paths = [path for path in every if is_image(path)]
     if not paths:
-        raise UserError(f"no images in {folder}", names)
+        raise UserError(f"no images in {folder}", NAMES)
     if others := len(every) - len(paths):
-        tell(f"{others:,} files in {folder} are taken for no images: {names}")
+        tell(f"{others:,} files in {folder} are taken for no images: {NAMES}")
     return [Picture(str(p), p) for p in paths]
 
 

@@ -76,6 +76,7 @@ def test_check_finds_each_fault_that_was_planted(tmp_path, capsys):
     assert names["classes"] == [["train/ant/0.jpg", "train/bee/twice.jpg"]]
     for words in ("1 unreadable", "2 truncated", "1 classes of val", "1 images in several splits"):
         assert words in err
+    assert "1 classes of train without images" in err
     assert "same pixels" in out and "colors of print" in out
 
 
@@ -93,7 +94,28 @@ def test_check_of_a_tree_of_photographs_finds_nothing(tree, tmp_path, capsys, ph
 def test_check_says_when_half_is_missing(tree, tmp_path, capsys, split, said):
     half = shutil.copytree(tree, tmp_path / "half", ignore=lambda *_: {split})
     _, err = data(capsys, "check", half, "--output", tmp_path / "report.json", status=2)
-    assert said in err
+    assert said in err and "hint: train and val hold one folder for each class" in err
+
+
+def test_check_reads_what_lies_behind_links(tree, tmp_path, capsys):
+    """As training does; a link to a folder that it is in would never end."""
+    for split in ("train", "val"):
+        (tmp_path / "tree" / split).mkdir(parents=True)
+        for label in ("ant", "bee"):
+            (tmp_path / "tree" / split / label).symlink_to(tree / split / label)
+    (tmp_path / "tree" / "train" / ".again").symlink_to(tree)
+    (tmp_path / "tree" / "val" / "up").mkdir()
+    (tmp_path / "tree" / "val" / "up" / "again").symlink_to(tmp_path / "tree" / "val")
+    seen = survey.survey(tmp_path / "tree", 1, lambda *_: None)
+    assert {split: s["images"] for split, s in seen["splits"].items()} == {"train": 4, "val": 2}
+    assert seen["faults"]["ignored"] == []
+
+
+def test_a_file_is_not_truncated_by_its_name(tmp_path):
+    (tmp_path / "train" / "truncated").mkdir(parents=True)
+    (tmp_path / "train" / "truncated" / "a.jpg").write_bytes(b"no image at all")
+    seen = survey.survey(tmp_path, 1, lambda *_: None)
+    assert seen["faults"]["unreadable"] and not seen["faults"]["truncated"]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -267,6 +267,7 @@ def test_training_crops_lie_inside_the_photograph_and_are_as_large_as_the_source
     [
         (lambda r: shutil.rmtree(r / "val"), "there is no folder .*val or .*test"),
         (lambda r: (r / "val" / "cow").mkdir(), "val has classes that train lacks: cow"),
+        (lambda r: (r / "train" / "cow").mkdir(), "classes of .*train have no images: cow"),
         (lambda r: [p.unlink() for p in (r / "val").glob("*/*")], "no images in .*val"),
     ],
 )
@@ -275,6 +276,25 @@ def test_a_folder_that_is_not_right(photographs, damage, message):
     with pytest.raises(UserError, match=message):
         train = folder.scan(photographs, "train")
         folder.scan(photographs, "test", train.classes)
+
+
+def test_hidden_names_and_folders_are_no_images(photographs):
+    before = folder.scan(photographs, "train")
+    (photographs / "train" / ".ipynb_checkpoints").mkdir()
+    (photographs / "train" / "ant" / "album.jpg").mkdir()
+    (photographs / "train" / "ant" / "._0.jpg").write_bytes(b"of a Mac")
+    after = folder.scan(photographs, "train")
+    assert (after.files, after.classes) == (before.files, before.classes)
+
+
+def test_files_that_are_taken_for_no_images_are_told(photographs):
+    told: list[str] = []
+    for name in ("a.gif", "b.jfif"):  # the latter is JPEG, as browsers save it
+        (photographs / "train" / "ant" / name).write_bytes(b"")
+    found = folder.scan(photographs, "train", tell=told.append)
+    assert len(found.files) == 13
+    [line] = told
+    assert f"1 files in {photographs / 'train'} are taken for no images: their names" in line
 
 
 def test_who_has_learned_its_classes_needs_the_test_images_alone(photographs):

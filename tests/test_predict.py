@@ -14,7 +14,7 @@ from resnetv2_cli.data import folder, images
 from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.module import view_of
 from resnetv2_cli.data.protocols import PROTOCOLS
-from resnetv2_cli.inference import Picture, from_stdin, network
+from resnetv2_cli.inference import Picture, from_stdin, images_of, network
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,13 @@ def test_what_a_folder_has_besides_images_is_told(trained, digits, tmp_path, cap
     out, err = called(capsys, trained, tmp_path, "--format", "jsonl")
     assert ["error" in row for row in rows(out)] == [False, True]
     assert "1 files in" in err and "are taken for no images: their names end in .bmp" in err
+
+
+def test_a_folder_is_looked_through_behind_links(digits, tmp_path):
+    (tmp_path / "linked").symlink_to(digits[0])
+    (tmp_path / "up").symlink_to(tmp_path)
+    found = images_of(tmp_path, lambda _: None)
+    assert [p.path for p in found] == sorted((tmp_path / "linked").iterdir())
 
 
 def test_nothing_but_broken_files_is_a_mistake(trained, capsys):

@@ -56,6 +56,8 @@ def remedy(report: dict[str, Any], folder: Path, output: Path) -> str:
         return f"resnetv2 data sort-val {quote(str(folder))} --labels FILE"
     if bare := [*flat, *(split for split in splits if not splits[split]["images"])]:
         return f"images go into one folder a class, such as {folder / bare[0] / 'CLASS'}"
+    if "train" not in splits or not splits.keys() & {"val", "test"}:
+        return "train and val hold one folder for each class"
     return f"{output} has their names"
 
 

@@ -3,7 +3,8 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
@@ -19,7 +20,8 @@ from resnetv2_cli.data.protocols import TRAINED, View
 from resnetv2_cli.data.shards import Member, index_of, read_index
 from resnetv2_cli.errors import UserError
 
-SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
+SUFFIXES = {".jpeg", ".jpg", ".jfif", ".png", ".webp", ".bmp"}
+NAMES = f"their names end in {', '.join(sorted(SUFFIXES))}"
 SHORTER = (256, 480)  # pixels: range of the random shorter side ("scale" of Table 5, from [1])
 DRAWS = 40  # numbers that a training crop is drawn with: four for each of ten tries
 
@@ -37,13 +39,75 @@ class Folder(NamedTuple):
     classes: tuple[str, ...]
 
 
-def scan(root: Path, split: str, classes: tuple[str, ...] = (), of: str = "train") -> Folder:
-    """The images of ``root/split/<class>/``, or of prepared shards; ``classes``: those that the
-    other split has, or whoever ``of`` names.
+def classes_in(place: Path) -> list[str]:
+    """The names of its class folders. Here and below, what begins with a dot is left out: it is
+    some program's own."""
+    return sorted(p.name for p in place.iterdir() if p.is_dir() and p.name[0] != ".")
+
+
+def files_in(place: Path) -> list[Path]:
+    """The files that lie in a folder itself, in the order of their names."""
+    with os.scandir(place) as inside:  # which knows folders without a look at each
+        names = sorted(e.name for e in inside if e.name[0] != "." and not e.is_dir())
+    return [place / name for name in names]
+
+
+def below(place: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Every file of a folder and of those in it, in the order of their names; behind links too, but
+    for those to a folder ``above``, which would never end."""
+    above = (*above, place.resolve())
+    for path in sorted(place.iterdir()):
+        if path.name[0] == ".":
+            continue
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in above:
+            yield from below(path, above)
+
+
+def is_image(path: Path) -> bool:
+    """By its suffix."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def loose(place: Path, split: str, tell: Callable[[str], object]) -> dict[str, list[Path]]:
+    """The images of each class folder.
 
     Raises:
-        UserError: there is no such folder, no image in it, some outside of class folders, or a
-            class that is none of ``classes``.
+        UserError: some lie outside of class folders, or a class has none to be trained with.
+    """
+    if bare := [path for path in files_in(place) if is_image(path)]:
+        hint = "images go into one folder a class"
+        if split == "test":  # as the official archive has it
+            hint = f"resnetv2 data sort-val {quote(str(place.parent))} --labels FILE"
+            hint += ", which has the class of each image"
+        raise UserError(f"{len(bare):,} images in {place} are in no class folder", hint)
+    every = {name: files_in(place / name) for name in classes_in(place)}
+    found = {name: [path for path in files if is_image(path)] for name, files in every.items()}
+    if others := sum(map(len, every.values())) - sum(map(len, found.values())):
+        tell(f"{others:,} files in {place} are taken for no images: {NAMES}")
+    empty = [name for name, files in found.items() if not files]
+    if split == "train" and empty and any(found.values()):
+        raise UserError(
+            f"classes of {place} have no images: {', '.join(empty[:3])}",
+            f"{NAMES}; remove the folder of what is no class",
+        )
+    return found
+
+
+def scan(
+    root: Path,
+    split: str,
+    classes: tuple[str, ...] = (),
+    of: str = "train",
+    tell: Callable[[str], object] = str,
+) -> Folder:
+    """The images of ``root/split/<class>/``, or of prepared shards; ``classes``: those that the
+    other split has, or whoever ``of`` names. ``tell``: hears how many files are left out.
+
+    Raises:
+        UserError: there is no such folder, no image in it, some outside of class folders, a class
+            that is none of ``classes``, or one that has no image to be trained with.
     """
     names = ("val", "test") if split == "test" else (split,)
     for name in names:
@@ -54,24 +118,11 @@ def scan(root: Path, split: str, classes: tuple[str, ...] = (), of: str = "train
     if place is None:
         wanted = " or ".join(str(root / n) for n in names)
         raise UserError(f"there is no folder {wanted}", "it holds one folder for each class")
-    inside = list(place.iterdir())
-    found = tuple(sorted(p.name for p in inside if p.is_dir()))
-    loose = [p for p in inside if p.suffix.lower() in SUFFIXES and p.name not in found]
-    if loose:
-        hint = "images go into one folder a class"
-        if split == "test":  # as the official archive has it
-            hint = f"resnetv2 data sort-val {quote(str(root))} --labels FILE"
-            hint += ", which has the class of each image"
-        raise UserError(f"{len(loose):,} images in {place} are in no class folder", hint)
+    found = loose(place, split, tell)
     if strange := sorted(set(found) - set(classes)) if classes else []:
         raise UserError(f"{place} has classes that {of} lacks: {', '.join(strange[:3])}")
-    classes = classes or found
-    pairs = [
-        (path, i)
-        for i, c in enumerate(classes)
-        for path in sorted((place / c).glob("*"))
-        if path.suffix.lower() in SUFFIXES
-    ]
+    classes = classes or tuple(found)
+    pairs = [(file, i) for i, name in enumerate(classes) for file in found.get(name, ())]
     if not pairs:
         raise UserError(f"no images in {place}/<class>/", "images go into one folder a class")
     files, labels = zip(*pairs, strict=True)

@@ -236,12 +236,12 @@ class ImageData(L.LightningDataModule):
     def _setup_folder(self) -> tuple:
         if self.learned:
             nothing = folder.Folder([], torch.zeros(0, dtype=torch.int64), self.learned)
-            test = folder.scan(self.root, "test", self.learned, of="the checkpoint")
+            test = folder.scan(self.root, "test", self.learned, "the checkpoint", self.tell)
             self.classes, self.digest = test.classes, folder.digest(test)
             return nothing, nothing, test
-        train = folder.scan(self.root, "train")
+        train = folder.scan(self.root, "train", tell=self.tell)
         self.classes = train.classes
-        test = folder.scan(self.root, "test", train.classes)
+        test = folder.scan(self.root, "test", train.classes, tell=self.tell)
         self.digest = folder.digest(train, test)
         kept, held = self._hold_out(len(train.files))
         train, val = (

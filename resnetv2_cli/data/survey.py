@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from resnetv2_cli.data import picture
-from resnetv2_cli.data.folder import SUFFIXES
+from resnetv2_cli.data.folder import SUFFIXES, below, classes_in, files_in, is_image
 from resnetv2_cli.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -35,7 +35,7 @@ FAULTS = {
     "animated": Fault("several pictures; the first is read"),
     "ignored": Fault("its name ends as no image's does, or it is in no class folder"),
 }
-NAMED = {"JPEG": {".jpg", ".jpeg"}, "PNG": {".png"}, "WEBP": {".webp"}, "BMP": {".bmp"}}
+NAMED = {"JPEG": {".jpg", ".jpeg", ".jfif"}, "PNG": {".png"}, "WEBP": {".webp"}, "BMP": {".bmp"}}
 GREY = {"1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L"}
 
 
@@ -65,20 +65,19 @@ def entries(root: Path) -> list[Entry]:
     places = [root / split for split in SPLITS if (root / split).is_dir()]
     if not places:
         raise UserError(f"{root} has no folder train, val or test", "name the folder they are in")
-    return [entry for place in places for entry in below(place)]
+    return [entry for place in places for entry in entries_in(place)]
 
 
-def below(place: Path) -> Iterator[Entry]:
-    for path in sorted(place.rglob("*")):
-        if not path.is_dir():
-            inside = path.relative_to(place).parts
-            yield Entry(path, place.name, inside[0] if len(inside) == 2 else "")
+def entries_in(place: Path) -> Iterator[Entry]:
+    for path in below(place):
+        inside = path.relative_to(place).parts
+        yield Entry(path, place.name, inside[0] if len(inside) == 2 else "")
 
 
 def look(entry: Entry) -> Seen:
     """Decode a file wholly, and say what is the matter with it."""
     path, faults = entry.path, {}
-    if not entry.label or path.suffix.lower() not in SUFFIXES:
+    if not (entry.label and is_image(path)):
         size = path.lstat().st_size
         return Seen(entry, size, {"ignored": path.suffix or "no suffix"})
     try:
@@ -95,7 +94,8 @@ def look(entry: Entry) -> Seen:
                 faults["animated"] = f"{image.n_frames} pictures"  # type: ignore[attr-defined]
             pixels = picture.converted(image)
     except UserError as error:
-        kind = "truncated" if "truncated" in str(error).lower() else "unreadable"
+        why = str(error).removeprefix(f"cannot read the image {path}: ")  # and its name may say so
+        kind = "truncated" if "truncated" in why.lower() else "unreadable"
         return Seen(entry, len(content), faults | {kind: str(error)})
     made = hashlib.blake2b(f"{pixels.size}".encode(), digest_size=16)
     made.update(pixels.tobytes())
@@ -139,7 +139,7 @@ def survey(root: Path, workers: int, tick: Callable[[int, int], None]) -> dict[s
 def counted(place: Path, images: list[Seen]) -> dict[str, Any]:
     """What a split has."""
     mine = [s for s in images if s.entry.split == place.name]
-    counts = Counter({p.name: 0 for p in place.iterdir() if p.is_dir()})
+    counts = Counter(dict.fromkeys(classes_in(place), 0))
     counts.update(s.entry.label for s in mine)
     numbers = list(counts.values())
     return {
@@ -154,7 +154,7 @@ def counted(place: Path, images: list[Seen]) -> dict[str, Any]:
 
 def mismatches(root: Path, places: list[str]) -> dict[str, dict[str, list[str]]]:
     """Of each split beside the first, which classes it lacks and which the first lacks."""
-    folders = [{p.name for p in (root / split).iterdir() if p.is_dir()} for split in places]
+    folders = [set(classes_in(root / split)) for split in places]
     return {
         split: {"missing": sorted(folders[0] - own), "strange": sorted(own - folders[0])}
         for split, own in zip(places[1:], folders[1:], strict=True)
@@ -180,7 +180,7 @@ def duplicates(images: list[Seen]) -> dict[str, list[list[str]]]:
 
 def flat(place: Path) -> bool:
     """Whether images lie in a split itself, in no class folder."""
-    return any(p.suffix.lower() in SUFFIXES for p in place.iterdir() if not p.is_dir())
+    return any(map(is_image, files_in(place)))
 
 
 def serious(report: dict[str, Any]) -> list[str]:
@@ -196,6 +196,8 @@ def serious(report: dict[str, Any]) -> list[str]:
     said += [f"{split} has its images in no class folder" for split in report["flat"]]
     empty = [split for split, s in report["splits"].items() if not s["images"]]
     said += [f"no images in {split}" for split in empty if split not in report["flat"]]
+    if "train" not in empty and (bare := report["splits"].get("train", {}).get("empty")):
+        said.append(f"{len(bare):,} classes of train without images")
     for split, found in report["classes"].items():
         if found["strange"]:
             said.append(f"{len(found['strange']):,} classes of {split} that train lacks")

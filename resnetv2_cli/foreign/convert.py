@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.data.folder import classes_in
 from resnetv2_cli.describe import skeleton
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.foreign.names import filled, numbers
@@ -219,7 +220,7 @@ def class_names(classes: int, stem: str, given: Path | None) -> tuple[str, tuple
         return known[stem, classes]
     if given.is_dir():
         inside = given / "train" if (given / "train").is_dir() else given
-        names = tuple(sorted(p.name for p in inside.iterdir() if p.is_dir()))
+        names = tuple(classes_in(inside))
     else:
         try:
             lines = given.read_text(encoding="utf-8").splitlines()
