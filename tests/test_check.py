@@ -234,6 +234,34 @@ def test_a_class_may_be_of_several_words(archive, capsys):
     assert [p.split("/")[0] for p in places(archive)] == ["golden retriever", "n1", "type 2"]
 
 
+def test_classes_may_be_numbers_where_train_has_their_folders(archive, capsys):
+    for old, new in (("n1", "1"), ("n2", "2")):
+        (archive / "train" / old).rename(archive / "train" / new)
+    (archive / "labels.txt").write_text(FORMS["names"].replace(" n", " "))
+    data(capsys, "sort-val", archive, "--labels", archive / "labels.txt")
+    assert [p.split("/")[0] for p in places(archive)] == ["1", "2", "2"]
+
+
+def test_images_that_only_their_suffixes_tell_apart(archive, capsys):
+    for path in (archive / "val").iterdir():
+        path.unlink()
+    for name in ("a.jpg", "a.png", "b.jpg"):
+        (archive / "val" / name).write_bytes(encoded())
+    labels = archive / "labels.txt"
+    labels.write_text("a n1\nb n2\n")
+    _, err = data(capsys, "sort-val", archive, "--labels", labels, status=2)
+    assert "'a' is a.jpg and a.png" in err
+    labels.write_text("a.jpg n1\na.png n2\nb.JPEG n2\n")
+    data(capsys, "sort-val", archive, "--labels", labels)
+    assert places(archive) == ["n1/a.jpg", "n2/a.png", "n2/b.jpg"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(archive, capsys):
+    (archive / "labels.txt").write_text(FORMS["in order"], encoding="utf-8-sig")
+    data(capsys, "sort-val", archive, "--labels", archive / "labels.txt")
+    assert [p.split("/")[0] for p in places(archive)] == ["n1", "n2", "n2"]
+
+
 def moved(archive: Path, number: int) -> None:
     """Have an image of val/ in n1 already."""
     (archive / "val" / "n1").mkdir()
@@ -267,6 +295,7 @@ def test_an_image_in_another_class_than_labelled_stops_sorting(archive, capsys):
         (FORMS["names"].replace("n1", "../n1"), "line 2: .* is no image and its class"),
         ("n2\nn1\n", "2 labels without names, for 3 images"),
         ("490\n361\n171\n", "numbers for classes"),
+        ("n" * 200_000, "cannot read the labels"),
         (" \n", "line 1: .* is no image and its class"),
         ("a.JPEG,\n", "line 1: .* is no image and its class"),
         ("", "does not give each image its class"),

@@ -353,7 +353,7 @@ def test_mistakes_on_the_command_line(called, arguments, message, hint):
 
 def test_class_names(tmp_path):
     file = tmp_path / "names.txt"
-    file.write_text("cat\ndog\n\n")
+    file.write_text("cat\ndog\n\n", encoding="utf-8-sig")  # as some editors have it
     assert class_names(2, "imagenet", file) == ("folder", ("cat", "dog"))
     assert class_names(10, "cifar", None)[0] == "cifar10"
     with pytest.raises(UserError, match="names 2 classes, and the network has 3"):

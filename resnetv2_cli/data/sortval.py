@@ -3,10 +3,11 @@
 import csv
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from resnetv2_cli.data.folder import SUFFIXES
+from resnetv2_cli.data.folder import classes_in, files_in, is_image
 from resnetv2_cli.errors import UserError, shown
 
 FORMS = (
@@ -41,12 +42,12 @@ def place_of(root: Path) -> Path:
 
 def images_in(place: Path) -> list[Path]:
     """The images that lie in a folder itself, in the order of their names."""
-    return sorted(p for p in place.iterdir() if p.suffix.lower() in SUFFIXES and not p.is_dir())
+    return [path for path in files_in(place) if is_image(path)]
 
 
 def sorted_in(place: Path) -> list[Path]:
     """The images that lie in its class folders."""
-    return [p for p in place.glob("*/*") if p.suffix.lower() in SUFFIXES]
+    return [path for name in classes_in(place) for path in images_in(place / name)]
 
 
 def class_in(cell: str) -> str:
@@ -56,17 +57,18 @@ def class_in(cell: str) -> str:
 
 
 def labels_in(file: Path) -> list[tuple[str, str]]:
-    """The name of each image (without suffix; "" where the file has none) and its class.
+    """The name of each image ("" where the file has none) and its class.
 
     Raises:
         UserError: it is in none of FORMS.
     """
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = file.read_text(encoding="utf-8-sig")
+        rows = list(csv.reader(text.replace("\t", " ").splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read the labels {file}: {error}", FORMS) from None
     made = []
-    for number, words in enumerate(csv.reader(text.replace("\t", " ").splitlines()), 1):
+    for number, words in enumerate(rows, 1):
         if words[:2] == ["ImageId", "PredictionString"] or not words:
             continue
         if len(words) == 1:  # spaces between
@@ -75,15 +77,29 @@ def labels_in(file: Path) -> list[tuple[str, str]]:
         if len(words) > 2 or not label or any(c in label for c in "/\\\0") or label[0] == ".":
             line = shown(" ".join(words))
             raise UserError(f"{file}, line {number}: {line} is no image and its class", FORMS)
-        made.append((Path(name).stem if Path(name).suffix.lower() in SUFFIXES else name, label))
+        made.append((name, label))
     if not made or len({bool(name) for name, _ in made}) > 1:
         raise UserError(f"{file} does not give each image its class", FORMS)
-    if all(label.isdecimal() for _, label in made):
-        raise UserError(
-            f"{file} has numbers for classes, whose order is not that of the class folders",
-            "give their names, such as n01440764",
-        )
     return made
+
+
+def finder(images: list[Path]) -> Callable[[str], Path | None]:
+    """Which image a label names: by its whole name, else by that without its suffix."""
+    whole = {path.name: path for path in images}
+    stems: dict[str, list[Path]] = {}
+    for path in images:
+        stems.setdefault(path.stem, []).append(path)
+
+    def named(name: str) -> Path | None:
+        if found := whole.get(name):
+            return found
+        same = stems.get(Path(name).stem if is_image(Path(name)) else name, [])
+        if len(same) > 1:
+            names = " and ".join(path.name for path in same[:2])
+            raise UserError(f"{shown(name)} is {names}", "labels with suffixes tell them apart")
+        return same[0] if same else None
+
+    return named
 
 
 def plan(place: Path, labels: list[tuple[str, str]]) -> tuple[list[Move], int]:
@@ -92,8 +108,7 @@ def plan(place: Path, labels: list[tuple[str, str]]) -> tuple[list[Move], int]:
     Raises:
         UserError: an image has no class, has two, or is not there; or ``train`` lacks a class.
     """
-    here = images_in(place)
-    sorted_ = {p.stem: p for p in sorted_in(place)}
+    here, sorted_ = images_in(place), sorted_in(place)
     if labels and not labels[0][0]:
         if sorted_ and not here:
             return [], len(sorted_)
@@ -102,24 +117,34 @@ def plan(place: Path, labels: list[tuple[str, str]]) -> tuple[list[Move], int]:
                 f"{len(labels):,} labels without names, for {len(here):,} images in {place}",
                 "labels that name their images can go on where sorting was stopped",
             )
-        labels = [(p.stem, label) for p, (_, label) in zip(here, labels, strict=True)]
+        labels = [(path.name, label) for path, (_, label) in zip(here, labels, strict=True)]
+    named = finder(here + sorted_)
     wanted: dict[str, str] = {}
+    lost = []
     for name, label in labels:
-        if wanted.setdefault(name, label) != label:
-            raise UserError(f"{shown(name)} has two classes, {wanted[name]} and {label}")
-    known = {p.name for p in (place.parent / "train").glob("*") if p.is_dir()}
-    if known and (strange := sorted(set(wanted.values()) - known)):
+        if not (image := named(name)):
+            lost.append(name)
+        elif wanted.setdefault(image.name, label) != label:
+            raise UserError(f"{shown(name)} has two classes, {wanted[image.name]} and {label}")
+    train = place.parent / "train"
+    known = set(classes_in(train)) if train.is_dir() else set()
+    strange = sorted({label for _, label in labels} - known)
+    if strange and all(label.isdecimal() for _, label in labels):
+        raise UserError(
+            "the labels have numbers for classes, whose order is not that of the class folders",
+            "give their names, such as n01440764",
+        )
+    if known and strange:
         hint = "are the labels names of class folders?"
         raise UserError(f"train lacks {len(strange)} of the classes: {shown(strange[0])}", hint)
-    flat = {p.stem for p in here}
-    if lost := [name for name in wanted if name not in sorted_ and name not in flat]:
+    if lost:
         raise UserError(f"{len(lost):,} labelled images are not in {place}: {shown(lost[0])}")
-    if nameless := [p.name for p in here if p.stem not in wanted]:
+    if nameless := [path.name for path in here if path.name not in wanted]:
         raise UserError(f"{len(nameless):,} images have no label: {shown(nameless[0])}")
-    wrong = [p for name, p in sorted_.items() if wanted.get(name) != p.parent.name]
+    wrong = [path for path in sorted_ if wanted.get(path.name) != path.parent.name]
     if wrong:
         raise UserError(f"{len(wrong):,} images are in another class than labelled: {wrong[0]}")
-    moves = [Move(p, place / wanted[p.stem] / p.name) for p in here]
+    moves = [Move(path, place / wanted[path.name] / path.name) for path in here]
     if taken := [m.target for m in moves if m.target.exists()]:
         raise UserError(f"{taken[0]} is there already, and in {place} too", "remove one of them")
     return moves, len(sorted_)

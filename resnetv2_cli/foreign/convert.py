@@ -223,7 +223,7 @@ def class_names(classes: int, stem: str, given: Path | None) -> tuple[str, tuple
         names = tuple(classes_in(inside))
     else:
         try:
-            lines = given.read_text(encoding="utf-8").splitlines()
+            lines = given.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError:
             raise UserError(f"{given} is no text", "one name a line, in UTF-8") from None
         names = tuple(filter(None, map(str.strip, lines)))
