@@ -3,7 +3,9 @@
 import io
 import itertools
 import os
+import re
 import resource
+import shutil
 import time
 from pathlib import Path
 
@@ -82,8 +84,9 @@ def test_preparing_goes_on_where_it_was_stopped(tree, tmp_path, capsys, monkeypa
     )  # fmt: skip
     left = {"prepared.json", "train-000000.tar"}
     assert {p.name for p in (tmp_path / "b").iterdir()} == left
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match="is not wholly prepared") as refused:
         folder.scan(tmp_path / "b", "train")
+    assert "data prepare again" in refused.value.hint
     monkeypatch.undo()
     first = (tmp_path / "b" / "train-000000.tar").stat().st_mtime_ns
     prepared(tree, tmp_path / "b", capsys)
@@ -96,6 +99,48 @@ def test_preparing_goes_on_where_it_was_stopped(tree, tmp_path, capsys, monkeypa
     assert "begun with other images or settings" in err
     _, err = data(capsys, "prepare", tree, "--output", tree, status=2)
     assert "is not empty" in err
+
+
+def test_shards_of_other_pictures_of_the_same_names_are_not_taken(tree, tmp_path, capsys):
+    root = shutil.copytree(tree, tmp_path / "tree")  # with the times of its files
+    to = prepared(tree, tmp_path / "s", capsys)
+    prepared(root, to, capsys)
+    picture = root / "train" / "bee" / "1.JPEG"
+    picture.write_bytes(encoded())
+    before = {p: p.read_bytes() for p in to.iterdir()}
+    _, err = data(capsys, "prepare", root, "--output", to, "--shard", 3, status=2)
+    assert "was made of other images, or they have changed since" in err
+    assert {p: p.read_bytes() for p in to.iterdir()} == before
+    [stale] = re.findall(r"train-0+\d\.tar", err)
+    (to / stale).unlink()  # as the hint has it
+    prepared(root, to, capsys)
+    again = prepared(root, tmp_path / "again", capsys)
+    for path in again.glob("*.tar"):
+        assert path.read_bytes() == (to / path.name).read_bytes()
+
+
+def test_a_picture_mended_on_the_way_costs_no_shard(tree, tmp_path, capsys):
+    root, to = shutil.copytree(tree, tmp_path / "tree"), tmp_path / "s"
+    picture = root / "val" / "bee" / "0.JPEG"
+    content = picture.read_bytes()
+    picture.write_bytes(b"none")
+    data(capsys, "prepare", root, "--output", to, "--shard", 3, status=2)
+    done = {p: p.stat().st_mtime_ns for p in to.glob("*.tar")}
+    assert done
+    picture.write_bytes(content)
+    prepared(root, to, capsys)
+    assert {p: p.stat().st_mtime_ns for p in to.glob("*.tar")}.items() > done.items()
+
+
+def test_shards_have_the_numbers_of_whoever_asks_for_their_classes(tree, tmp_path, capsys):
+    """As a tree has: of weights from elsewhere, in another order and with more of them."""
+    shards = prepared(tree, tmp_path / "s", capsys)
+    loose, packed = (folder.scan(r, "test", ("cow", "bee", "ant")) for r in (tree, shards))
+    assert packed.labels.tolist() == loose.labels.tolist() == [1, 2]
+    assert packed.classes == loose.classes == ("cow", "bee", "ant")
+    assert len({file.name for file in packed.files}) == 2
+    with pytest.raises(UserError, match="has classes that the checkpoint lacks: bee"):
+        folder.scan(shards, "test", ("ant",), "the checkpoint")
 
 
 def test_processes_read_each_image_of_the_shards_once_and_resume_within_an_epoch(

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from resnetv2_cli.data import picture
 from resnetv2_cli.data.crop import Choose, Rectangle, crops
 from resnetv2_cli.data.order import STREAMS, generator
 from resnetv2_cli.data.protocols import TRAINED, View
-from resnetv2_cli.data.shards import Member, index_of, read_index
+from resnetv2_cli.data.shards import BEGUN, Member, index_of, read_index
 from resnetv2_cli.errors import UserError
 
 SUFFIXES = {".jpeg", ".jpg", ".jfif", ".png", ".webp", ".bmp"}
@@ -110,15 +110,17 @@ def scan(
             that is none of ``classes``, or one that has no image to be trained with.
     """
     names = ("val", "test") if split == "test" else (split,)
-    for name in names:
-        if (index := index_of(root, name)).is_file():  # prepared
-            members, numbers, known = read_index(index)
-            return Folder(members, torch.tensor(numbers), known)
-    place = next((root / n for n in names if (root / n).is_dir()), None)
+    index = next((i for n in names if (i := index_of(root, n)).is_file()), None)  # prepared
+    place = index or next((root / n for n in names if (root / n).is_dir()), None)
     if place is None:
+        if (root / BEGUN).is_file():
+            raise UserError(f"{root} is not wholly prepared", "call resnetv2 data prepare again")
         wanted = " or ".join(str(root / n) for n in names)
         raise UserError(f"there is no folder {wanted}", "it holds one folder for each class")
-    found = loose(place, split, tell)
+    found: Mapping[str, Sequence[Path | Member]]
+    found = read_index(place) if index else loose(place, split, tell)
+    if index and classes:  # it names all classes that train
+        found = {name: files for name, files in found.items() if files}
     if strange := sorted(set(found) - set(classes)) if classes else []:
         raise UserError(f"{place} has classes that {of} lacks: {', '.join(strange[:3])}")
     classes = classes or tuple(found)

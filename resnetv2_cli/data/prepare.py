@@ -1,10 +1,11 @@
 """Photographs re-encoded once, into shards that are faster to read."""
 
+import hashlib
 import io
 import json
 import random
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -61,19 +62,22 @@ def prepare(
     """
     splits = {"train": folder.scan(root, "train")}
     splits["val"] = folder.scan(root, "test", splits["train"].classes)
+    stamps = {
+        shard: stamp(splits[name].files[i] for i in rows)
+        for name in splits
+        for shard, rows in portions(name, splits[name], form).items()
+    }
     plan = {"form": form._asdict(), "digest": folder.digest(*splits.values())}
-    begun = output / "prepared.json"
+    begun = output / shards.BEGUN
     if output.is_dir() and not begun.exists():
         left = {p.name for p in output.iterdir() if p.suffix != ".tmp"}
         if left - {LOCK}:
             raise UserError(f"{output} is not empty", "name a new folder")
     with held(output / LOCK, "wait for it, or stop it"):
-        if begun.exists() and said(begun) != plan:
-            raise UserError(
-                f"{output} was begun with other images or settings", "name a new folder"
-            )
+        if begun.exists():
+            refuse_others(output, said(begun), plan, stamps)
         try:
-            write_text(begun, json.dumps(plan))
+            write_text(begun, json.dumps(plan | {"shards": stamps}))
             return _prepared(splits, output, form, workers, tick)
         except OSError as error:
             raise UserError(
@@ -82,12 +86,48 @@ def prepare(
             ) from None
 
 
-def said(begun: Path) -> Any:
+def said(begun: Path) -> dict[str, Any]:
     """What a folder was begun with."""
     try:
-        return json.loads(begun.read_text())
-    except ValueError:
-        return None
+        return dict(json.loads(begun.read_text()))
+    except (ValueError, TypeError):
+        return {}
+
+
+def stamp(files: Iterable[object]) -> str:
+    """Of their sizes and times, by which others of the same names are known."""
+    made = hashlib.sha256()
+    for path in map(Path, map(str, files)):
+        picture.refuse_pipe(path, str(path))
+        stat = path.stat()
+        made.update(f"{stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return made.hexdigest()[:16]
+
+
+def refuse_others(
+    output: Path, was: dict[str, Any], plan: dict[str, Any], stamps: dict[str, str]
+) -> None:
+    """
+    Raises:
+        UserError: a folder was begun otherwise, or a shard in it is of images that have changed.
+    """
+    made = was.pop("shards", {})
+    if was != plan:
+        raise UserError(f"{output} was begun with other images or settings", "name a new folder")
+    for shard, found in stamps.items():
+        if made.get(shard, found) != found and (output / shard).exists():
+            raise UserError(
+                f"{output / shard} was made of other images, or they have changed since",
+                "name a new folder; or remove the shard, and it is made anew",
+            )
+
+
+def portions(name: str, split: folder.Folder, form: Form) -> dict[str, list[int]]:
+    """The shards of a split, and which rows each has."""
+    order = list(range(len(split.files)))
+    random.Random(0).shuffle(order)  # whoever reads shards one after another gets all classes
+    starts = range(0, len(order), form.shard)
+    return {f"{name}-{n:06}.tar": order[s : s + form.shard] for n, s in enumerate(starts)}
 
 
 def _prepared(
@@ -104,16 +144,12 @@ def _prepared(
         tick(before + here, every)
 
     for name, split in splits.items():
-        order = list(range(len(split.files)))
-        random.Random(0).shuffle(order)  # whoever reads shards one after another gets all classes
         found = []
-        for n, start in enumerate(range(0, len(order), form.shard)):
-            shard = output / f"{name}-{n:06}.tar"
-            if not shard.exists():
-                rows = order[start : start + form.shard]
+        for named, rows in portions(name, split, form).items():
+            if not (shard := output / named).exists():
                 write(shard, split, rows, form, workers, partial(tick_from, done))
             found += shards.members(shard)
-            done = min(done + form.shard, done + len(order) - start)
+            done += len(rows)
             tick(done, every)
         shards.write_index(shards.index_of(output, name), split.classes, found)
     return {name: len(split.files) for name, split in splits.items()}

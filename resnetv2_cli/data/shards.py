@@ -18,6 +18,7 @@ import numpy as np
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import replacing
 
+BEGUN = "prepared.json"  # what a folder of shards was begun with
 AGAIN = "resnetv2 data prepare makes it anew"
 MORE = "ulimit -n 4096 lets a process have more files open"
 
@@ -99,8 +100,8 @@ def write_index(path: Path, classes: tuple[str, ...], found: list[tuple[Member, 
         )
 
 
-def read_index(path: Path) -> tuple[list[Member], list[int], tuple[str, ...]]:
-    """The images of a prepared split, their labels, and the classes.
+def read_index(path: Path) -> dict[str, list[Member]]:
+    """The images of each class of a prepared split.
 
     Raises:
         UserError: it is damaged, or a shard is missing.
@@ -110,10 +111,13 @@ def read_index(path: Path) -> tuple[list[Member], list[int], tuple[str, ...]]:
             shards = [path.parent / Path(str(name)).name for name in kept["shards"]]
             offsets, sizes = kept["place"].T.tolist()
             rows = zip(kept["shard"].tolist(), offsets, sizes, kept["name"], strict=True)
-            found = [Member(shards[i], start, n, str(name)) for i, start, n, name in rows]
-            labels, classes = kept["label"].tolist(), tuple(json.loads(str(kept["classes"])))
+            members = [Member(shards[i], start, n, str(name)) for i, start, n, name in rows]
+            classes = tuple(json.loads(str(kept["classes"])))
+            found: dict[str, list[Member]] = {name: [] for name in classes}
+            for member, label in zip(members, kept["label"].tolist(), strict=True):
+                found[classes[label]].append(member)
     except (OSError, ValueError, KeyError, EOFError, TypeError, IndexError, zipfile.BadZipFile):
         raise UserError(f"{path} is damaged", AGAIN) from None
     if missing := [s for s in shards if not s.is_file()]:
         raise UserError(f"the shard {missing[0]} is missing", AGAIN)
-    return found, labels, classes
+    return found
