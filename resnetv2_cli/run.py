@@ -32,7 +32,7 @@ from resnetv2_cli.shortcuts import shortcut_class
 from resnetv2_cli.task import Classification
 
 OF_EACH = ("data_dir", "workers", "weights")  # what processes of one run need not share
-FOLDER = "RESNETV2_RUN_FOLDER"  # tells the other processes of a run which folder the first took
+FOLDER = "RESNETV2_RUN_FOLDER"  # tells those that the first process launches where the run is
 
 
 def first_process() -> bool:

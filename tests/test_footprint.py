@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from resnetv2_cli import footprint, machine, memory, native, run
 from resnetv2_cli.cli import main
@@ -270,6 +271,18 @@ def test_train_says_what_it_needs_and_splits(tmp_path, capsys):
     assert "loss" in last and "test" not in last  # that error is of iteration 1
     assert "accumulate: 2" in (tmp_path / "run/config.yaml").read_text()
     assert run.FOLDER not in os.environ
+
+
+def test_who_is_launched_splits_the_batch_as_the_first_did(whole, monkeypatch):
+    """What is free by then is less: each would take other images."""
+    given = {}
+    monkeypatch.setenv(run.FOLDER, str(whole.path))
+    monkeypatch.setattr(memory, "available", lambda _: 10**8)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    monkeypatch.setattr(run, "train", lambda e, folder, **_: given.update({folder.path: e}) or {})
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--dataset", "digits", "--batch-size", "1000", "--micro-batch", "auto"])
+    assert given == {whole.path: whole.experiment()}
 
 
 def test_a_batch_that_the_system_would_die_of_is_refused_with_the_size_that_fits(monkeypatch):

@@ -72,11 +72,14 @@ def train(
     from resnetv2_cli.manifest import origins
     from resnetv2_cli.resume import continued
 
-    taken = os.environ.get(run.FOLDER)  # in the other processes of a run
+    taken = os.environ.get(run.FOLDER)  # in the processes that the first one of a run launched
     if not (begun or taken or output):
         cluster.refuse_free_folder()
     with cluster.Meeting() as meeting:
-        if begun:
+        if taken:  # the first has settled all: each would find other memory free, for one
+            folder = RunFolder(Path(taken))
+            experiment = folder.experiment()
+        elif begun:
             folder = RunFolder(begun)
             asked = asked_for(config, flags, [f.name for f in fields(Experiment)])
             experiment, changes = continued(folder, asked)
@@ -86,8 +89,7 @@ def train(
             assert experiment is not None
             if micro_batch:
                 experiment = machine.in_parts(experiment, micro_batch)
-            named = Path(taken) if taken else output
-            folder = RunFolder(named) if named else RunFolder.free(experiment)
+            folder = RunFolder(output) if output else RunFolder.free(experiment)
         os.environ[run.FOLDER] = str(folder.path)
         try:
             if run.first_process():
