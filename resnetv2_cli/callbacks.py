@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.utils import get_total_norm
 
-from resnetv2_cli.checkpoint import WholeFiles
+from resnetv2_cli.checkpoint import WholeFiles, read
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.csvlog import CSVMetrics
 from resnetv2_cli.errors import Diverged, NotSaved, UserError
@@ -219,8 +219,15 @@ class Keeper(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+    def on_load_checkpoint(self, trainer: Trainer, task: Classification, checkpoint: Any) -> None:
+        self.best = checkpoint["callbacks"][self.state_key]["best"]
+        if not self.experiment.val:
+            return
+        with suppress(UserError):  # there is none yet, or it is not whole
+            chosen = read(self.folder.best)
+            # The evaluation after the last iteration may have chosen what was saved before it.
+            if chosen["global_step"] <= checkpoint["global_step"]:
+                self.best = chosen["callbacks"][self.state_key]["best"]
 
     def on_train_start(self, trainer: Trainer, task: Classification) -> None:
         refuse_apart(trainer, self.folder)

@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, replace
 
 import pytest
+from lightning.pytorch import Callback
 from trainings import TINY, At, trained_as
 
 from resnetv2_cli import checkpoint as checkpoints
@@ -89,6 +90,25 @@ def test_longer_training_with_other_rates_so_far_says_so(tmp_path):
     trained_as(folder.path, said.append, resume={"steps": 20})
     assert "not one run of 20 iterations: 7 to 12 had rates of the schedule of 12" in said[0]
     assert not json.loads(folder.result.read_text())["extended"][0]["one_schedule"]
+
+
+class Scored(Callback):
+    """Has evaluations find these errors, by their iteration."""
+
+    def __init__(self, errors) -> None:
+        self.errors = errors
+
+    def on_validation_end(self, trainer, task) -> None:
+        task.scores["error"] = self.errors[task.scores["step"]]
+
+
+def test_longer_training_keeps_what_was_chosen_after_the_last_iteration(tmp_path):
+    scored = Scored({5: 80.0, 10: 70.0, 12: 60.0, 14: 65.0})
+    folder = trained_as(tmp_path / "run", display=[scored], val=100, eval_every=0.06)
+    assert checkpoints.read(folder.best)["global_step"] == 12
+    trained_as(folder.path, display=[scored], resume={"steps": 14})
+    assert checkpoints.read(folder.best)["global_step"] == 12
+    assert json.loads(folder.result.read_text())["test_step"] == 12
 
 
 class Killed(Exception):
