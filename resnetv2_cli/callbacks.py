@@ -23,7 +23,7 @@ from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.task import Classification
 
 SAVE_SECONDS = 600.0  # last.ckpt is hardly older than this, however long an epoch takes
-ADVICE = "try a lower --lr, a longer --warmup or --precision 32-true; the last checkpoint is kept"
+ADVICE = "try a lower --lr, a longer --warmup or --precision 32-true; what was saved before is kept"
 LEAST_SCALE = 2.0**-24  # float16's smallest number; it is halved where a gradient overflows
 AGREE_EVERY = 10  # iterations between the questions of several processes what they wish
 
@@ -75,6 +75,18 @@ def refuse_diverged(trainer: Trainer, task: Classification) -> None:
     if scaler is not None and agreed(trainer, scaler.get_scale() < LEAST_SCALE):
         message = "float16's gradients overflow whatever they are scaled by: nothing is learned"
         raise Diverged(message, ADVICE, trainer.global_step, "")
+
+
+def refuse_infinite(trainer: Trainer, task: Classification) -> None:
+    """
+    Raises:
+        Diverged: something in the network is not finite: it is neither evaluated nor kept.
+    """
+    refuse_diverged(trainer, task)
+    largest = get_total_norm(task.net.parameters(), math.inf)
+    if agreed(trainer, not bool(largest.isfinite())):
+        step = trainer.global_step
+        raise Diverged(f"the weights are not finite at iteration {step}", ADVICE, step, "")
 
 
 def stepped(trainer: Trainer, batch_idx: int) -> bool:
@@ -163,6 +175,7 @@ class Recorder(Callback):
             logger.log_metrics(metrics, step)
 
     def on_validation_start(self, trainer: Trainer, task: Classification) -> None:
+        refuse_infinite(trainer, task)
         self.began = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, task: Classification) -> None:
@@ -236,14 +249,10 @@ class Keeper(Callback):
         """Replace ``last.ckpt``; ``leaving``: the run ends with it.
 
         Raises:
-            Diverged: something in the network is not finite; the last checkpoint stays.
+            Diverged: something in the network is not finite; what was saved before stays.
             NotSaved: it cannot be written, and the run ends here or ``save_failure`` says stop.
         """
-        refuse_diverged(trainer, task)
-        largest = get_total_norm(task.net.parameters(), math.inf)
-        if agreed(trainer, not bool(largest.isfinite())):
-            step = trainer.global_step
-            raise Diverged(f"the weights are not finite at iteration {step}", ADVICE, step, "")
+        refuse_infinite(trainer, task)
         names: dict[str, Any] = {"before": self.folder.previous}
         if self.numbered(trainer.global_step):
             name = f"step-{trainer.global_step:08d}.ckpt"

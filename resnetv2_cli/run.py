@@ -157,7 +157,7 @@ def _train(
         check_val_every_n_epoch=None,
         log_every_n_steps=10**9,
         logger=write,
-        callbacks=[readings, recorder, *display, keeper, leaver],
+        callbacks=[recorder, readings, *display, keeper, leaver],
         default_root_dir=folder.path,
     )
     data.refuse_few(trainer.world_size)

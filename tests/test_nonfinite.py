@@ -15,6 +15,7 @@ from trainings import At, same, trained_as
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.callbacks import refuse_diverged
 from resnetv2_cli.errors import Diverged, Stopped, UserError
+from resnetv2_cli.manifest import READINGS
 from resnetv2_cli.nonfinite import Guard, finite, poisoned
 from resnetv2_cli.resume import continued
 from resnetv2_cli.runfolder import RunFolder, read_metrics
@@ -78,13 +79,16 @@ def test_the_unit_where_it_began_is_named(tmp_path, kind, what, way):
         continued(RunFolder(tmp_path / "run"), {})
 
 
-def test_it_is_traced_too_where_an_evaluation_would_save_it(tmp_path):
-    """An evaluation keeps no graph, and this looks for the unit from within one."""
+@pytest.mark.parametrize("val", [0, 100])
+def test_it_is_traced_too_where_it_would_be_evaluated_and_saved(tmp_path, val):
+    """An evaluation keeps no graph, and this looks for the unit from within one; it leaves nothing
+    of itself, neither error nor best."""
+    folder, of = RunFolder(tmp_path / "run"), {"log_every": 1000, "save_every": 0, "val": val}
     with pytest.raises(Diverged) as caught:
-        shortcut = "test_nonfinite:AlwaysBad"
-        trained_as(tmp_path / "run", shortcut=shortcut, log_every=1000, save_every=0)
+        trained_as(folder.path, shortcut="test_nonfinite:AlwaysBad", **of)
     assert caught.value.where == "stage2.unit1, on the way forward"
-    assert not RunFolder(tmp_path / "run").last.exists()
+    assert not list(folder.checkpoints.iterdir()) and not read_metrics(folder.metrics)
+    assert not folder.manifest.read().get(READINGS)
 
 
 @pytest.mark.parametrize("kind", ["BadForward", "BadBackward"])

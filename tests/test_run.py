@@ -235,6 +235,7 @@ def test_an_evaluation_is_no_time_of_training(monkeypatch):
     """What it took is left out of the seconds since ``mark``, which images are divided by."""
     clock = SimpleNamespace(perf_counter=iter([107.0, 109.0]).__next__)
     monkeypatch.setattr(callbacks, "time", clock)
+    monkeypatch.setattr(callbacks, "refuse_infinite", lambda *_: None)
     recorder = callbacks.Recorder(None, None, 10, "test")
     monkeypatch.setattr(recorder, "evaluated", lambda *_: None)
     recorder.mark = 100.0
