@@ -75,6 +75,28 @@ def test_a_grid_has_one_length():
         studies.studies(grid=["steps=100,200", "epochs=1"])
 
 
+@pytest.mark.parametrize(
+    "axes, given, twins",
+    [
+        (["devices=1,2"], {}, "devices=1 and devices=2"),
+        (["depth=20", "deterministic=true,false"], {}, "depth=20 deterministic=True and depth=20 "),
+        (["data_dir=cats,dogs"], {}, "data_dir=cats and data_dir=dogs"),
+        (["depth=20,32,20"], {}, "depth=20 and depth=20"),
+        (["lr=0.1,0.10"], {}, "lr=0.1 and lr=0.1"),
+        (["depth=20", "block=none,basic"], {}, "depth=20 block=None and depth=20 block=basic"),
+        (["depth=20,32", "devices=2"], {}, ""),
+        (["data_dir=cats,dogs"], {"dataset": "folder", "depth": 18}, ""),
+    ],
+)
+def test_two_rows_are_two_runs(tmp_path, axes, given, twins):
+    """Else one number would stand in both, with a difference of 0 between them."""
+    if twins:
+        with pytest.raises(UserError, match=f"^{twins}.* are one and the same run"):
+            planned(tmp_path, *axes, given=given)
+    else:
+        assert len({arm.folder for arm in runs(tmp_path, *axes, given=given)}) == 2
+
+
 def test_other_images_are_another_run(tmp_path):
     """Their folder is all that names them; those of a dataset may have moved."""
     for dataset, folders in [("folder", 2), ("cifar10", 1)]:

@@ -242,7 +242,7 @@ def plan(
     ``given``: settings that win over the rows' own.
 
     Raises:
-        UserError: a setting does not fit a row.
+        UserError: a setting does not fit a row, or two rows would be one run.
     """
     settled = {*given, *PROTOCOLS[protocol]}
     if settled & LENGTH:  # an axis of either would be nothing but a name
@@ -277,9 +277,24 @@ def plan(
             shortcut = row.settings.get("shortcut", "identity")
             row = replace(row, published=published(asked[row.name] | fitting(changed, shortcut)))
         lines.append(Line(row, arms))
+    refuse_twins(lines)
     comparable = scale == protocol == "paper" and not changed
     title = titled(study.table.title, scale, protocol, changed)
     return Ablation(study, lines, root, title, scale, protocol, comparable)
+
+
+def refuse_twins(lines: list[Line]) -> None:
+    """Refuse rows that share their runs: beside each other they would compare a run with itself."""
+    taken: dict[Path, str] = {}
+    for line in lines:
+        folder, name = line.arms[0].folder, line.row.name
+        if folder in taken:
+            raise UserError(
+                f"{taken[folder]} and {name} are one and the same run",
+                "what changes nothing that is learned (devices, workers) is no axis: give it as a "
+                "flag, with an --output for each of its values",
+            )
+        taken[folder] = name
 
 
 def warmed(scale: str, settings: Mapping[str, Any], asked: set[str]) -> dict[str, Any]:
