@@ -1,5 +1,7 @@
 """Grids: what they vary wins, what makes a run another, and where the paper has a number."""
 
+from dataclasses import asdict
+
 import pytest
 from conftest import two_rows
 
@@ -68,6 +70,26 @@ def test_epochs_of_a_grid_are_no_steps_of_the_budget(tmp_path):
 def test_a_flag_that_is_an_axis_is_refused(tmp_path, axis, given, how, said):
     with pytest.raises(UserError, match=said):
         planned(tmp_path, axis, given=given, **how)
+
+
+@pytest.mark.parametrize(
+    "table, given, said",
+    [
+        (1, {"gate_bias": -5.0}, "rows of Table 1 have a gate-bias of their own"),
+        (2, {"depth": 20}, "rows of Table 2 have a depth of their own"),
+        (4, {"batch_size": 32}, "rows of Table 4 have a batch-size of their own"),
+        (4, {"epochs": 1.0}, ""),
+        (1, {"depth": 20, "lr": 0.05}, ""),
+    ],
+)
+def test_a_flag_does_not_change_what_rows_are_named_after(tmp_path, table, given, said):
+    [study] = studies.studies(tables=[table])
+    if said:
+        with pytest.raises(UserError, match=said):
+            arms.plan(study, 1, given, tmp_path)
+    else:
+        made = arms.plan(study, 1, given, tmp_path).lines
+        assert all(given.items() <= asdict(line.arms[0].experiment).items() for line in made)
 
 
 def test_a_grid_has_one_length():

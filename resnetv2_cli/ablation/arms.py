@@ -247,9 +247,13 @@ def plan(
     settled = {*given, *PROTOCOLS[protocol]}
     if settled & LENGTH:  # an axis of either would be nothing but a name
         settled |= LENGTH
-    if twice := sorted({*study.axes} & settled):
+    if twice := sorted(study.varied & settled):
         name = twice[0].replace("_", "-")
-        raise UserError(f"{name} is an axis of the grid", "give it there alone")
+        if study.axes:
+            raise UserError(f"{name} is an axis of the grid", "give it there alone")
+        table = study.table.title.partition(":")[0]
+        hint = f"leave rows out with --row, or make some of your own: --grid {name}=..."
+        raise UserError(f"rows of {table} have a {name} of their own", hint)
     changed = {k: v for k, v in given.items() if k not in HARMLESS}
     asked = {row.name: row.settings for row in study.table.rows}
     study = study.at(scale)

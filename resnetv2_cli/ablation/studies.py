@@ -60,6 +60,13 @@ class Study:
     table: PaperTable
     axes: tuple[str, ...] = ()
 
+    @property
+    def varied(self) -> set[str]:
+        """The settings that make a row what its name says: a flag that gave all rows another would
+        leave names that are not true. Of its length the name of a table's row says nothing."""
+        made = {name for row in self.table.rows for name in row.settings}
+        return {*self.axes} or made - LENGTH
+
     def at(self, scale: str) -> "Study":
         """The same rows at another budget, which leaves the axes of a grid as they are.
 
