@@ -37,7 +37,7 @@ def experiments(*given, **how) -> list[Experiment]:
     [
         ("lr=0.1,0.01", [{"lr": 0.1}, {"lr": 0.01}]),
         ("batch_size=32,128", [{"batch_size": 32}, {"batch_size": 128}]),
-        ("drops=0.3,0.6", [{"drops": "0.3"}, {"drops": "0.6"}]),
+        ("drops=0.3/0.5,0.75", [{"drops": "0.3"}, {"drops": "0.5,0.75"}]),
         ("steps=100,800", [{"steps": 100}, {"steps": 800}]),
         ("epochs=1,2", [{"epochs": 1.0}, {"epochs": 2.0}]),
         ("depth=20,110", [{"depth": 20}, {"depth": 110}]),
@@ -100,7 +100,7 @@ def test_a_grid_has_one_length():
 @pytest.mark.parametrize(
     "axes, given, twins",
     [
-        (["devices=1,2"], {}, "devices=1 and devices=2"),
+        (["devices=1/2"], {}, "devices=1 and devices=2"),
         (["depth=20", "deterministic=true,false"], {}, "depth=20 deterministic=True and depth=20 "),
         (["data_dir=cats,dogs"], {}, "data_dir=cats and data_dir=dogs"),
         (["depth=20,32,20"], {}, "depth=20 and depth=20"),
@@ -154,6 +154,7 @@ def test_a_shortcut_whose_file_has_changed_is_another_run(tmp_path, monkeypatch)
         (("unit=original", "shortcut=exclusive-gate"), {"gate_bias": -7.0}, [9.81]),
         (("unit=original", "shortcut=identity,dropout"), {"gate_bias": -7.0}, [6.61, "fail"]),
         (("unit=original", "shortcut=constant-scale"), {}, ["fail"]),  # 0.5 and 1
+        (("unit=original", "drops=0.5,0.75/0.5"), {}, [6.61, None]),
         (("unit=original", "weights_sha256=" + 64 * "a"), {}, []),
     ],
 )

@@ -20,6 +20,7 @@ from resnetv2_cli.paper import FIGURES, TABLE_1, TABLE_2, TABLES, PaperTable, Ro
 
 UNPUBLISHED = float("nan")
 LENGTH = {"steps", "epochs"}  # of training, which an experiment has in one of them
+LISTS = {"drops", "freeze", "devices"}  # settings of which one value may hold commas
 ILSVRC = 1_281_167  # training images of ImageNet, where it is not there to be counted
 
 
@@ -160,6 +161,8 @@ def of_shortcut(shortcut: str) -> PaperTable:
 def of_grid(axes: list[str]) -> Study:
     """Every combination of ``depth=20,110 shortcut=identity,dropout``; the first is the baseline.
 
+    Values that hold commas have slashes between: ``drops=0.5,0.75/0.4,0.6``.
+
     Raises:
         UserError: an axis is no ``setting=value,value``, names no setting, or is there twice,
             as steps and epochs are.
@@ -175,7 +178,8 @@ def of_grid(axes: list[str]) -> Study:
             raise UserError("seeds are no axis", "--runs N gives every row N seeds")
         if name in chosen:
             raise UserError(f"the grid has {name} twice", "give all its values together")
-        chosen[name] = [parsed(name, value) for value in values.split(",")]
+        between = "/" if name in LISTS else ","
+        chosen[name] = [parsed(name, value) for value in values.split(between)]
     if set(chosen) >= LENGTH:
         raise UserError("steps and epochs are both the length", "vary one of them")
     title = " x ".join(f"{name} {', '.join(map(str, v))}" for name, v in chosen.items())

@@ -32,7 +32,10 @@ def ablate(
     ] = None,
     grid: Annotated[
         str | None,
-        typer.Option(help="Every combination: --grid depth=20,110 shortcut=identity,dropout"),
+        typer.Option(
+            help="Every combination: --grid depth=20,110 shortcut=identity,dropout; values "
+            "that hold commas have / between: drops=0.5,0.75/0.4,0.6"
+        ),
     ] = None,
     row: Annotated[
         list[str] | None, typer.Option(help="Only this row, by its name; may be given often.")
