@@ -3,10 +3,10 @@
 from dataclasses import asdict
 
 import pytest
-from conftest import two_rows
+from conftest import ended, two_rows
 
 from resnetv2_cli import trust
-from resnetv2_cli.ablation import arms, probe, studies
+from resnetv2_cli.ablation import arms, probe, studies, tables
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 
@@ -149,6 +149,7 @@ def test_a_shortcut_whose_file_has_changed_is_another_run(tmp_path, monkeypatch)
         (("unit=original", "shortcut=identity,conv1x1"), {"depth": 20, "dataset": "digits"}, []),
         (("unit=original", "shortcut=identity,conv1x1"), {"lr": 0.05}, []),
         (("unit=original", "shortcut=identity"), {"workers": 1, "precision": "32-true"}, [6.61]),
+        (("unit=original", "precision=32-true,bf16-mixed", "eval_every=2"), {}, [6.61, 6.61]),
         (("unit=original", "shortcut=exclusive-gate"), {}, [8.70]),  # whose b_g is -6
         (("unit=original", "shortcut=exclusive-gate", "gate_bias=-7"), {}, [9.81]),
         (("unit=original", "shortcut=exclusive-gate"), {"gate_bias": -7.0}, [9.81]),
@@ -162,6 +163,22 @@ def test_the_papers_error_stands_beside_its_own_settings_alone(tmp_path, axes, g
     lines = planned(tmp_path, *axes, given=given).lines
     found = [arms.number(line.row.published) for line in lines]
     assert found == (expected or [None] * len(lines))
+
+
+@pytest.mark.parametrize(
+    "axes, given, said",
+    [
+        (["depth=20,32"], {}, ["fail: 45.00", "fail: 45.00"]),
+        (["depth=20", "epochs=1,2"], {}, ["45.00", "45.00"]),
+        (["depth=20", "lr=0.1,0.01", "log_every=10"], {"seed": 3}, ["fail: 45.00", "45.00"]),
+        (["depth=20", "dataset=cifar10,cifar100"], {}, ["fail: 45.00", "45.00"]),
+        (["depth=20"], {"epochs": 1.0}, ["45.00"]),
+    ],
+)
+def test_a_row_of_a_smaller_recipe_does_not_fail(tmp_path, axes, given, said):
+    made = planned(tmp_path, *axes, given=given)
+    ended(made, *[(45.0,)] * len(said))
+    assert [tables.measured(made, line) for line in made.lines] == said
 
 
 @pytest.mark.parametrize(

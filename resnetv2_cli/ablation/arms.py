@@ -133,6 +133,12 @@ class Line:
         return {seed: error for seed, error in found.items() if error is not None}
 
     @property
+    def in_full(self) -> bool:
+        """Whether the recipe is the paper's: that of a row of its own, or what the defaults are."""
+        known = self.row.published == self.row.published
+        return known or not RECIPE & unusual(asdict(self.arms[0].experiment)).keys()
+
+    @property
     def summary(self) -> Summary:
         return Summary(tuple(self.errors.values()))
 
@@ -147,8 +153,8 @@ class Line:
 class Ablation:
     """A study and its runs, one line a row.
 
-    ``title``: the table's, with all that differs from the paper's recipe; ``comparable``: whether
-    nothing does.
+    ``title``: the table's, with all that makes every row differ from the paper's recipe;
+    ``comparable``: whether nothing does.
     """
 
     study: Study
@@ -279,7 +285,8 @@ def plan(
         ]
         if study.axes:
             shortcut = row.settings.get("shortcut", "identity")
-            row = replace(row, published=published(asked[row.name] | fitting(changed, shortcut)))
+            other = {k: v for k, v in asked[row.name].items() if k not in HARMLESS}
+            row = replace(row, published=published(other | fitting(changed, shortcut)))
         lines.append(Line(row, arms))
     refuse_twins(lines)
     comparable = scale == protocol == "paper" and not changed
@@ -313,6 +320,9 @@ def warmed(scale: str, settings: Mapping[str, Any], asked: set[str]) -> dict[str
 # What may be given and the paper's errors are still of the same recipe.
 HARMLESS = {f.name for f in fields(Experiment) if f.metadata["free"]} - {"weights"}
 HARMLESS |= {"seed", "precision", "log_every", "eval_every"}
+# What makes the recipe that the defaults are, whatever network is trained on whatever images.
+RECIPE = {f.name for f in fields(Experiment) if f.metadata["panel"] != "Network"}
+RECIPE -= HARMLESS | {"dataset"}
 
 
 def titled(table: str, scale: str, protocol: str, changed: Mapping[str, Any]) -> str:

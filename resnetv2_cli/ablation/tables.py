@@ -56,8 +56,8 @@ def failed(ablation: Ablation, line: Line) -> bool:
 
 
 def has_failures(line: Line) -> bool:
-    """Whether a row is on the images of which the paper says when it is a ``fail``."""
-    return line.arms[0].experiment.dataset == "cifar10"
+    """Whether a row has the images and recipe of which the paper says when it is a ``fail``."""
+    return line.arms[0].experiment.dataset == "cifar10" and line.in_full
 
 
 def measured(ablation: Ablation, line: Line) -> str:
