@@ -1,6 +1,5 @@
 """What is on disk: runs, ablations and analyses below some folders, and what became of each run."""
 
-import json
 import os
 import shutil
 import time
@@ -15,6 +14,7 @@ from resnetv2_cli.ablation.arms import Ablation
 from resnetv2_cli.ablation.record import read
 from resnetv2_cli.errors import UserError, unknown
 from resnetv2_cli.files import taken
+from resnetv2_cli.jsonfile import mapping
 from resnetv2_cli.manifest import ORIGINS, READINGS, environment_in
 from resnetv2_cli.paper import FAIL
 from resnetv2_cli.recipes import read_yaml
@@ -48,11 +48,11 @@ class Run:
 
     @cached_property
     def result(self) -> dict[str, Any]:
-        return mapping(self.folder.result)
+        return self.folder.read_result()
 
     @cached_property
     def failure(self) -> dict[str, Any]:
-        return mapping(self.folder.failed)
+        return self.folder.read_failure()
 
     @cached_property
     def environment(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class Run:
     @cached_property
     def series(self) -> dict[str, list[tuple[int, float]]]:
         """The columns of metrics.csv as (iteration, value) pairs; empty before the first."""
-        return columns(self.folder.metrics)
+        return read_metrics(self.folder.metrics)
 
     @property
     def place(self) -> Path:
@@ -91,7 +91,7 @@ class Run:
         if self.result:
             return "done"
         if self.failure:
-            return "fail" if self.failure.get("diverged", True) else "crashed"
+            return "fail" if self.failure["diverged"] else "crashed"
         if not self.folder.config.exists():
             return "waiting"
         return "running" if alive(self.folder) else "stopped"
@@ -147,23 +147,6 @@ class Found:
             Run(str(folder.relative_to(folder.parent.parent)), RunFolder(folder)) for folder in arms
         ]
         return told_apart([*ours, *self.runs])
-
-
-def mapping(file: Path) -> dict[str, Any]:
-    """A file's JSON object; empty if there is none, or none yet."""
-    try:
-        value = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def columns(metrics: Path) -> dict[str, list[tuple[int, float]]]:
-    """The columns of a metrics file; empty if there is none, or none yet."""
-    try:
-        return read_metrics(metrics)
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
 
 
 def newest(folder: RunFolder) -> float:

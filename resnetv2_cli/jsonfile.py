@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import write_text
 
 
@@ -32,18 +31,10 @@ def write(path: Path, value: Any) -> None:
     write_text(path, text(value) + "\n")
 
 
-def read(path: Path, what: str, hint: str) -> dict[str, Any]:
-    """A file's object; an empty one where there is no file.
-
-    Raises:
-        UserError: it holds no object, and so is not ``what`` it should be.
-    """
-    if not path.exists():
-        return {}
+def mapping(path: Path) -> dict[str, Any]:
+    """A file's object; empty if there is none, or none yet."""
     try:
         value = json.loads(path.read_text())
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not {what}", hint)
-    return value
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -21,6 +21,7 @@ from typing import Any
 
 from resnetv2_cli import __version__, jsonfile
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.recipes import asked_for
 
 PACKAGES = ["resnetv2-cli", "torch", "torchvision", "lightning", "torchmetrics", "numpy"]
@@ -44,8 +45,11 @@ class Manifest:
         Raises:
             UserError: it is no manifest any more.
         """
-        hint = "put back what the run wrote, or remove it and do without what it said"
-        return jsonfile.read(self.path, "the manifest of a run", hint)
+        said = jsonfile.mapping(self.path)
+        if not said and self.path.exists():
+            hint = "put back what the run wrote, or remove it and do without what it said"
+            raise UserError(f"{self.path} is not the manifest of a run", hint)
+        return said
 
     def extensions(self) -> list[dict[str, Any]]:
         """What training longer made of the run, each time."""

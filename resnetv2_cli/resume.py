@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from resnetv2_cli import jsonfile
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.errors import UserError
@@ -97,14 +96,9 @@ def longer(saved: Experiment, wished: dict[str, Any]) -> int:
 
 
 def finished(folder: RunFolder, experiment: Experiment) -> dict[str, Any] | None:
-    """The result of a run that has nothing left to do.
-
-    Raises:
-        UserError: there is one that cannot be read any more.
-    """
-    hint = "remove it: the same command evaluates the last iteration again"
-    result = jsonfile.read(folder.result, "the result of a run", hint)
-    return result if result.get("steps", 0) >= experiment.steps else None
+    """The result of a run that has nothing left to do."""
+    result = folder.read_result()
+    return result if result.get("steps", -1) >= experiment.steps else None
 
 
 def same_run(

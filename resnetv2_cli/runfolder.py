@@ -1,6 +1,5 @@
 """The folder of one run: what is in it, and that nothing in it is overwritten or lost."""
 
-import csv
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from shlex import quote
@@ -108,15 +107,22 @@ class RunFolder:
         """Whether it is the folder of a run."""
         return self.config.is_file()
 
+    def read_result(self) -> dict[str, Any]:
+        """What ``result.json`` says; nothing before it is there, or if it has no test error."""
+        said = jsonfile.mapping(self.result)
+        return said if isinstance(said.get("test_error"), int | float) else {}
+
+    def read_failure(self) -> dict[str, Any]:
+        """Why it ended without a result: ``reason``, and whether the loss ``diverged``; nothing
+        where it did not, or nothing can be read."""
+        said = jsonfile.mapping(self.failed)
+        return {"reason": "unknown", "diverged": True} | said if said else {}
+
     @property
     def diverged(self) -> str | None:
-        """Why the loss of the run is no longer finite, if it is not.
-
-        Raises:
-            UserError: what says so cannot be read any more.
-        """
-        said = jsonfile.read(self.failed, "what a failed run leaves", "remove it to try once more")
-        return said.get("reason") if said.get("diverged", True) else None
+        """Why the loss of the run is no longer finite, if it is not."""
+        said = self.read_failure()
+        return said["reason"] if said and said["diverged"] else None
 
     def experiment(self) -> Experiment:
         """What the run is.
@@ -130,11 +136,19 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Each column of a metrics file as (iteration, value) pairs."""
+    """Each column of a metrics file as (iteration, value) pairs; empty if there is none yet.
+
+    A line that is not whole, as power that fails leaves it, is none.
+    """
     series: dict[str, list[tuple[int, float]]] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            for name, cell in row.items():
-                if cell and name != "step":
-                    series.setdefault(name, []).append((int(row["step"]), float(cell)))
+    try:
+        header, *lines = path.read_text(errors="replace").split("\n")
+    except OSError:
+        return {}
+    for line in lines[:-1]:
+        with suppress(ValueError, KeyError):
+            cells = dict(zip(header.split(","), line.split(","), strict=True))
+            step = int(cells.pop("step"))
+            for name, value in [(name, float(cell)) for name, cell in cells.items() if cell]:
+                series.setdefault(name, []).append((step, value))
     return series

@@ -38,19 +38,6 @@ def test_a_file_with_every_setting_begins_and_continues(whole):
     assert experiment == whole.experiment() and not changes
 
 
-@pytest.mark.parametrize("text", ["", '{"steps": 1', "[1]", "null"])
-def test_a_result_that_cannot_be_read_any_more_is_named(whole, tmp_path, text):
-    folder = RunFolder(shutil.copytree(whole.path, tmp_path / "run"))
-    result = json.loads(folder.result.read_text())
-    for file, what in ((folder.failed, "what a failed run leaves"), (folder.result, "the result")):
-        file.write_text(text)
-        with pytest.raises(UserError, match=f"{file.name} is not {what}"):
-            trained_as(folder.path, resume={})
-        file.unlink()
-    trained_as(folder.path, resume={})  # as the hint has it
-    assert json.loads(folder.result.read_text())["test_error"] == result["test_error"]
-
-
 def test_every_setting_that_may_change_says_what_that_does():
     from dataclasses import fields
 

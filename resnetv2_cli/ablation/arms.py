@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -69,18 +68,14 @@ class Arm:
     @property
     def error(self) -> float | None:
         """Test error in percent, FAIL if it diverged, None if it has not come to an end."""
-        folder = RunFolder(self.folder)
-        if folder.result.exists():
-            return float(json.loads(folder.result.read_text())["test_error"])
+        if result := RunFolder(self.folder).read_result():
+            return float(result["test_error"])
         return FAIL if self.failure and self.failure["diverged"] else None
 
     @property
     def failure(self) -> dict[str, Any] | None:
         """Why it ended without a result: ``reason``, and whether the loss ``diverged``."""
-        file = RunFolder(self.folder).failed
-        if not file.exists():
-            return None
-        return {"diverged": True} | json.loads(file.read_text())
+        return RunFolder(self.folder).read_failure() or None
 
     @property
     def crashed(self) -> bool:

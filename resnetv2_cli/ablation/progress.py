@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from resnetv2_cli.ablation.arms import Arm
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 
 LOOK = 1.0  # seconds between looks at the metrics files
@@ -64,7 +65,7 @@ def place(arm: Arm) -> list[str]:
     try:
         series = read_metrics(folder.metrics)
         steps = folder.experiment().steps
-    except (OSError, ValueError):
+    except UserError:
         return ["starting"]
     if "train_loss" not in series:
         return [f"0/{steps:,}"]

@@ -10,7 +10,7 @@ from resnetv2_cli.ablation.studies import identity
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.inventory import Run, mapping
+from resnetv2_cli.inventory import Run
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.stats import Summary
 
@@ -39,7 +39,7 @@ def seeds(run: Path) -> dict[int, float]:
     wanted, found = identity(RunFolder(run).experiment()), {}
     for other in sorted(run.absolute().parent.iterdir()):
         folder = RunFolder(other)
-        result = mapping(folder.result)
+        result = folder.read_result()
         if not result or not folder.begun:
             continue
         try:
@@ -48,7 +48,7 @@ def seeds(run: Path) -> dict[int, float]:
             continue
         if same:
             found[int(result["seed"])] = float(result["test_error"])
-    own = mapping(RunFolder(run).result)  # of two runs of one seed this one counts
+    own = RunFolder(run).read_result()  # of two runs of one seed this one counts
     return found | ({int(own["seed"]): float(own["test_error"])} if own else {})
 
 

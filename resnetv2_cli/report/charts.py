@@ -5,8 +5,8 @@ from typing import Any
 
 from resnetv2_cli.ablation.arms import Ablation
 from resnetv2_cli.figures import TOGETHER
-from resnetv2_cli.inventory import Found, Run, columns
-from resnetv2_cli.runfolder import RunFolder
+from resnetv2_cli.inventory import Found, Run
+from resnetv2_cli.runfolder import RunFolder, read_metrics
 
 MOST_POINTS = 300  # of one curve, unless there are very many curves
 ALL_POINTS = 60_000  # of a whole page: about half of the 2 MB that it may have
@@ -26,7 +26,7 @@ def charts(ablation: Ablation) -> list[dict[str, Any]]:
             for line in lines
             for arm in line.arms
             for curve in of(
-                columns(RunFolder(arm.folder).metrics),
+                read_metrics(RunFolder(arm.folder).metrics),
                 line.row.name,
                 place[line.row.name],
                 f"seed {arm.experiment.seed}" if len(line.arms) > 1 else "",

@@ -4,9 +4,10 @@ from statistics import median
 from typing import Any
 
 from resnetv2_cli.compare import RESULTS, flat, number, word
-from resnetv2_cli.inventory import Run, columns
+from resnetv2_cli.inventory import Run
 from resnetv2_cli.paper import FAIL
 from resnetv2_cli.report.rows import STATES
+from resnetv2_cli.runfolder import read_metrics
 
 
 def in_common(runs: list[Run]) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def described(run: Run, shared: dict[str, Any]) -> dict[str, Any]:
 
 def rate_of(run: Run) -> float | None:
     """Training images a second, the median of what was logged."""
-    points = columns(run.folder.speed).get("images_per_second")
+    points = read_metrics(run.folder.speed).get("images_per_second")
     return median(rate for _, rate in points) if points else None
 
 
