@@ -3,18 +3,25 @@
 import pytest
 from conftest import ended, two_rows
 
+from resnetv2_cli.ablation import arms, studies
+from resnetv2_cli.plot import COLORS
 from resnetv2_cli.report import charts, rows
 from resnetv2_cli.runfolder import RunFolder
 
 
-@pytest.fixture
-def of_two_seeds(tmp_path):
-    """An ablation whose runs, of seeds 5 and 6, have lost just that."""
-    planned = two_rows(tmp_path, 2, {"depth": 8, "seed": 5})
+def begin(planned) -> None:
+    """Leave metrics of all runs: each has lost its seed."""
     for arm in (arm for line in planned.lines for arm in line.arms):
         arm.folder.mkdir(parents=True)
         text = f"step,epoch,train_loss\n5,1,{arm.experiment.seed}\n"
         RunFolder(arm.folder).metrics.write_text(text)
+
+
+@pytest.fixture
+def of_two_seeds(tmp_path):
+    """An ablation whose runs, of seeds 5 and 6, have begun."""
+    planned = two_rows(tmp_path, 2, {"depth": 8, "seed": 5})
+    begin(planned)
     return planned
 
 
@@ -25,6 +32,16 @@ def test_seeds_are_called_by_their_number(of_two_seeds):
         (row, f"seed {seed}", [seed]) for row in ("identity", "conv1x1") for seed in (5, 6)
     ]
     assert rows.arm(of_two_seeds.lines[0], 1)["says"].startswith("seed 6: ")
+
+
+def test_a_curve_has_the_color_of_its_row_where_there_are_more_rows_than_colors(tmp_path):
+    depths = ",".join(str(6 * n + 2) for n in range(1, len(COLORS) + 3))
+    planned = arms.plan(studies.of_grid([f"depth={depths}"]), 1, {}, tmp_path)
+    begin(planned)
+    [chart] = charts.charts(planned)
+    found = {one["name"]: one["color"] for one in chart["names"]}
+    table = {row["name"]: row["color"] for row in rows.study(planned, [chart], 0.5)["rows"]}
+    assert found == table and set(found.values()) == set(range(len(COLORS)))
 
 
 def test_a_picture_has_the_first_seed_of_each_row(of_two_seeds):

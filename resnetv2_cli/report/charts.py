@@ -6,6 +6,7 @@ from typing import Any
 from resnetv2_cli.ablation.arms import Ablation
 from resnetv2_cli.figures import TOGETHER
 from resnetv2_cli.inventory import Found, Run
+from resnetv2_cli.plot import COLORS
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 
 MOST_POINTS = 300  # of one curve, unless there are very many curves
@@ -15,9 +16,9 @@ Series = dict[str, list[tuple[int, float]]]
 
 
 def charts(ablation: Ablation) -> list[dict[str, Any]]:
-    """A chart for each panel of an ablation with all its seeds; ``color`` is the row's place."""
+    """A chart for each panel of an ablation with all its seeds; ``color`` is that of the row."""
     panels = ablation.study.table.panels or {"": tuple(line.row.name for line in ablation.lines)}
-    place = {line.row.name: i for i, line in enumerate(ablation.lines)}
+    color = {line.row.name: i % len(COLORS) for i, line in enumerate(ablation.lines)}
     made = []
     for title, names in panels.items():
         lines = [line for line in ablation.lines if line.row.name in names]
@@ -28,7 +29,7 @@ def charts(ablation: Ablation) -> list[dict[str, Any]]:
             for curve in of(
                 read_metrics(RunFolder(arm.folder).metrics),
                 line.row.name,
-                place[line.row.name],
+                color[line.row.name],
                 f"seed {arm.experiment.seed}" if len(line.arms) > 1 else "",
             )
         ]
