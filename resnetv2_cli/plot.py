@@ -76,6 +76,7 @@ def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
     right.set(ylabel="test error, % (solid)", yscale=error_scale)
     label_numbers(left.yaxis)
     label_numbers(right.yaxis)
+    largest = [loss for loss in largest if loss > 0]  # 0 all along is no measure
     if largest and max(largest) > (most := ABOVE * median(largest)):
         left.set_ylim(top=most)
     if error_scale == "linear":

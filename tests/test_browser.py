@@ -125,3 +125,21 @@ def test_the_scales_of_the_axes_can_be_chosen(opened):
         chart.get_by_role("button", name=y, exact=True).click()
         seen.add(tuple(chart.locator(".plot text").all_text_contents()))
     assert len(seen) == 3
+
+
+def test_on_a_logarithmic_axis_nothing_is_drawn_of_what_is_0(opened):
+    page = opened()
+    page.evaluate("data.charts[0].curves.forEach(c => c.values.fill(0))")
+    chart = page.locator("figure.chart").first
+    for y, drawn in (("log", 0), ("linear", 4)):
+        chart.get_by_role("button", name=y, exact=True).click()
+        assert chart.locator(".curve").count() == drawn
+
+
+@pytest.mark.parametrize("scale, ends", [("log", [0.5 / 1.08, 1.08]), ("linear", [0, 1.05])])
+def test_curves_that_are_0_are_no_measure_of_the_others(opened, scale, ends):
+    """Of an axis its ends are looked at: one of logarithms that began at 0 would have no end."""
+    page = opened()
+    page.evaluate("() => { logarithmic = linear = (low, high) => [low, high]; }")
+    curves = [{"values": [0, 0]}, {"values": [None, 0]}, {"values": [1, 0.5]}]
+    assert page.evaluate("([curves, scale]) => axis(curves, scale)", [curves, scale]) == ends

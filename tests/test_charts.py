@@ -3,6 +3,7 @@
 import pytest
 from conftest import ended, two_rows
 
+from resnetv2_cli import plot
 from resnetv2_cli.ablation import arms, studies
 from resnetv2_cli.plot import COLORS
 from resnetv2_cli.report import charts, rows
@@ -48,6 +49,16 @@ def test_a_picture_has_the_first_seed_of_each_row(of_two_seeds):
     [drawn] = of_two_seeds.curves().values()
     first = {line.row.name: line.arms[0].folder for line in of_two_seeds.lines}
     assert {name: file.parent for name, file in drawn.items()} == first
+
+
+@pytest.mark.parametrize("y", plot.YS)
+def test_losses_of_0_do_not_take_the_others_out_of_the_picture(tmp_path, y):
+    for name, loss in (("a", 0.0), ("b", 0.0), ("c", 1.0)):
+        (tmp_path / name).write_text(f"step,train_loss\n5,{loss}\n10,{loss / 2}\n")
+    axes = plot.plt.figure().subplots()
+    plot.panel(axes, {name: tmp_path / name for name in "abc"}, y)
+    assert axes.get_ylim()[1] >= 1
+    plot.plt.close(axes.figure)
 
 
 def test_marks_stand_at_the_errors(tmp_path):

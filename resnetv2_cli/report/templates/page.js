@@ -53,13 +53,15 @@ function median(values) {
   return sorted[Math.floor(sorted.length / 2)];
 }
 
-// A curve that explodes leaves the frame, so that the others can be told apart.
+// A curve that explodes leaves the frame, so that the others can be told apart; one that is 0 all
+// along is no measure of them.
 function axis(curves, scale) {
-  const values = curves.flatMap(c => c.values).filter(v => v !== null && (v > 0 || scale !== "log"));
-  if (!values.length) return scale === "log" ? logarithmic(1, 10) : linear(0, 1);
-  const most = Math.min(Math.max(...values), 1.5 * median(curves.map(c => Math.max(...c.values))));
-  const least = Math.min(...values, most);
-  return scale === "log" ? logarithmic(least / 1.08, most * 1.08) : linear(0, most * 1.05 || 1);
+  const largest = curves.map(c => Math.max(...c.values)).filter(v => v > 0);
+  if (!largest.length) return scale === "log" ? logarithmic(1, 10) : linear(0, 1);
+  const most = Math.min(Math.max(...largest), 1.5 * median(largest));
+  if (scale !== "log") return linear(0, most * 1.05);
+  const least = Math.min(...curves.flatMap(c => c.values).filter(v => v > 0), most);
+  return logarithmic(least / 1.08, most * 1.08);
 }
 
 const SCALES = { paper: ["log", "linear"], log: ["log", "log"], linear: ["linear", "linear"] };
@@ -154,7 +156,7 @@ class Chart {
       const name = { class: `curve ${curve.kind}`, style, "data-name": curve.name };
       if (spots.length === 1)
         svg("circle", { ...name, class: `curve point ${curve.kind}`, cx: spots[0].x, cy: spots[0].y, r: 3 }, area);
-      else
+      else if (spots.length)
         svg("path", { ...name, d: "M" + spots.map(p => `${p.x.toFixed(1)} ${p.y.toFixed(1)}`).join("L") }, area);
     }
     this.mark = svg("circle", { class: "here", r: 5, visibility: "hidden" }, root);
