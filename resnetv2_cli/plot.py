@@ -46,7 +46,7 @@ def panels(groups: Mapping[str, Mapping[str, Path]], to: Path, y: str = "paper")
     for axes in grid.flat[len(groups) :]:
         axes.set_visible(False)
     for axes, (title, runs) in zip(grid.flat, groups.items(), strict=False):
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=10, parse_math=False)
         panel(axes, runs, y)
     save(figure, to)
 
@@ -55,7 +55,7 @@ def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
     """The curves of some runs, each in a colour of its own."""
     loss_scale, error_scale = YS[y]
     right = left.twinx()
-    largest = []
+    largest, lines = [], {}
     for i, (name, path) in enumerate(runs.items()):
         series, color = read_metrics(path), COLORS[i % len(COLORS)]
         if "train_loss" in series:
@@ -68,7 +68,9 @@ def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
             if error := series.get(f"{split}_error"):
                 mark = "o" if len(error) == 1 else None
                 label = f"{name}: {error[-1][1]:.2f} % {split} error"
-                right.plot(*zip(*error, strict=True), color=color, lw=1.6, marker=mark, label=label)
+                [lines[label]] = right.plot(
+                    *zip(*error, strict=True), color=color, lw=1.6, marker=mark
+                )
     left.set(xlabel="iterations", ylabel="training loss (dashed)", yscale=loss_scale)
     left.set_xlim(left=0)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -82,8 +84,10 @@ def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
     if error_scale == "linear":
         right.set_ylim(bottom=0)
     right.grid(axis="y", alpha=0.3)
-    if right.get_legend_handles_labels()[0]:
-        right.legend(loc="best", fontsize=8)
+    if lines:  # a name may begin with _, which hides a label, and hold $, which is no formula
+        legend = right.legend(lines.values(), lines.keys(), loc="best", fontsize=8)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
 
 
 def label_numbers(axis: Axis) -> None:

@@ -61,6 +61,17 @@ def test_losses_of_0_do_not_take_the_others_out_of_the_picture(tmp_path, y):
     plot.plt.close(axes.figure)
 
 
+def test_runs_of_any_name_are_in_the_legend(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,test_error\n5,80\n")
+    names = ["_a", r"$\bad$", "$x$", "a_b^c"]
+    runs = dict.fromkeys(names, tmp_path / "metrics.csv")
+    with plot.plt.rc_context({"svg.fonttype": "none"}):  # words as words
+        plot.panels({r"$\worse$": runs}, tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
+    assert r">$\worse$<" in text
+    assert all(f">{name}: 80.00 % test error<" in text for name in names)
+
+
 def test_marks_stand_at_the_errors(tmp_path):
     planned = two_rows(tmp_path, 3)
     ended(planned, (6.0, 7.0, 9.0), (12.0, 13.5, 18.0))
