@@ -12,6 +12,8 @@ from resnetv2_cli.flags import parsed
 from resnetv2_cli.plans import laid_out, shortcuts
 from resnetv2_cli.recipes import CONFIGS
 
+SAID = {"weights_sha256": "weights"}  # the digits decide what is the same, and tell nobody what
+
 
 class Source(NamedTuple):
     """Where a network comes from: an experiment, at initialization, or a checkpoint."""
@@ -52,12 +54,16 @@ def beside(main: Source, text: str) -> Source:
         if name not in known:
             raise unknown("setting", name, known, where=f"{text}: ")
         given[name] = value if name == "layout" else parsed(name, value)
-    own = {"block": None} if "depth" in given else {}  # another depth may have another block
+    own: dict[str, Any] = {}
+    if "depth" in given:  # another may have another block
+        own["block"] = None
     if "shortcut" in given:  # which may not have the settings of the one before
         rows = shortcuts()
         row = rows.get(str(given["shortcut"]))
         has = row.settings if row else {}
         own |= {name: None for row in rows.values() for name in row.settings if name not in has}
+    if "weights" in given:  # which are other bytes, and may be none
+        own |= {"weights_sha256": None, "freeze": ""}
     kept = None if {"dataset", "classes"} & given.keys() else main.classes
     return Source(replace(main.experiment, **(own | laid_out(given))), classes=kept)
 
@@ -87,11 +93,11 @@ def labelled(sources: list[Source]) -> list[Source]:
     named: dict[str, Source] = {}
     for source in sources:
         parts = [
-            value if isinstance(value, str) else f"{f.name}={value}"
+            value if isinstance(value, str) and name == f.name else f"{name}={value}"
             for f in fields(Experiment)
             if not f.metadata["free"]
             and len({getattr(other.experiment, f.name) for other in sources}) > 1
-            and (value := getattr(source.experiment, f.name)) is not None
+            and (value := getattr(source.experiment, name := SAID.get(f.name, f.name))) is not None
         ]
         label = ", ".join(parts) or source.experiment.name
         if source.step is not None:

@@ -148,6 +148,18 @@ def test_analyze_of_a_run(called, trained):
     assert set(other["topics"]) == {"forward"}
 
 
+def test_weights_to_start_from_are_those_that_are_looked_at(called, trained, tmp_path):
+    given = [*FAST, "--weights", trained, "--compare", "weights=", "--compare", trained]
+    status, _, said = called(*given, "--topic", "forward", "--output", tmp_path)
+    assert status == 0, said
+    assert "tensors are those of" in said
+    found = json.loads((tmp_path / "analysis.json").read_text())["topics"]["forward"]
+    begun, fresh, itself = found.values()
+    assert begun == itself and begun != fresh
+    assert [f"weights={trained}" in label for label in found] == [True, False, False]
+    assert "sha256" not in "".join(found)
+
+
 def test_where_an_analysis_goes(tmp_path):
     e = Experiment(dataset="digits")
     inside = tmp_path / "run" / "checkpoints"
@@ -168,6 +180,7 @@ def test_where_an_analysis_goes(tmp_path):
         (["--compare", "unit=preact"], "unknown unit 'preact'", "did you mean 'full-preact'?"),
         (["nothing.ckpt"], "there is no checkpoint nothing.ckpt", "a run folder"),
         (["nothing.ckpt", "--config", "smoke"], "a checkpoint takes no --config", "by itself"),
+        (["nothing.ckpt", "--weights", "a.ckpt"], "a checkpoint takes no --weights", "its own"),
     ],
 )
 def test_mistakes(called, arguments, error, hint):

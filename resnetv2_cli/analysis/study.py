@@ -63,7 +63,7 @@ def study(
     measured: dict[str, dict[str, Any]] = {topic: {} for topic in topics}
     for source in sources:
         tell(source.label)
-        studied = subject(source, batch)
+        studied = subject(source, batch, tell)
         traced = trace(studied.net, studied.x, studied.labels)
         for topic in topics:
             if source.checkpoint or not TOPICS[topic].trained:

@@ -1,5 +1,6 @@
 """What is studied: a network, at initialization or from a checkpoint, and real images for it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from resnetv2_cli.data.folder import Folder, FolderImages
 from resnetv2_cli.data.images import Split
 from resnetv2_cli.data.module import view_of
 from resnetv2_cli.data.protocols import View
+from resnetv2_cli.finetune import begin
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.run import build, restore
 from resnetv2_cli.source import Source
@@ -62,12 +64,13 @@ def chosen(split: Split | Folder, n: int, view: View) -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.tensor([int(label) for label in labels])
 
 
-def subject(source: Source, batch: Batch) -> Subject:
-    """Build the network, give it its weights, and read its images.
+def subject(source: Source, batch: Batch, tell: Callable[[str], object] = str) -> Subject:
+    """Build the network, give it its weights, a checkpoint's or those that it would train from,
+    and read its images. ``tell``: hears what is taken of the latter.
 
     Raises:
         UserError: the images are missing or of another size than the network's mean image, or the
-            checkpoint is of another network.
+            weights are of another network.
     """
     plain = replace(
         source.experiment, compile=False, recompute=0, recompute_bn=False, kernels="eager"
@@ -76,6 +79,8 @@ def subject(source: Source, batch: Batch) -> Subject:
         _, task, data = restore(source.checkpoint, plain)
     else:
         task, data = build(plain)
+        for line in begin(task):
+            tell(line)
     dtype = DTYPES[batch.precision]
     view = view_of(plain, task.normalize)._replace(ten=False)
     some, labels = chosen(data.train, batch.images, view)

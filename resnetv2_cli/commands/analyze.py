@@ -62,8 +62,10 @@ def analyze(
     for name in topic or []:
         if name not in TOPICS:
             raise unknown("topic", name, TOPICS)
-    if checkpoint and config:
-        raise UserError("a checkpoint takes no --config", "it names network and images by itself")
+    for flag, value in {"config": config, "weights": flags.get("weights")}.items():
+        if checkpoint and value:
+            hint = "it has its own, and names network and images by itself"
+            raise UserError(f"a checkpoint takes no --{flag}", hint)
     experiment = Experiment() if checkpoint else Experiment.load(config, **flags)
     from resnetv2_cli import source
     from resnetv2_cli.analysis import study, subject
