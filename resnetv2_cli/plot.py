@@ -1,6 +1,6 @@
 """Pictures, in the style of the paper's figures."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -20,6 +20,7 @@ from resnetv2_cli.runfolder import read_metrics
 COLORS = """
     #20262e #2b6cb0 #c2410c #2f855a #b7791f #97266d #0e7490 #7c5cd6 #9b2c2c #5f6b3a #d0619a #4a7fa5
 """.split()  # Table 1 has eleven rows; the first is what the others are compared with
+ERRORS = {"test_error": "test error", "val_error": "validation error"}  # columns of metrics files
 ABOVE = 1.5  # times the others' largest loss: a curve that explodes leaves the frame
 YS = {  # how loss and error are scaled
     "paper": ("log", "linear"),
@@ -29,14 +30,14 @@ YS = {  # how loss and error are scaled
 
 
 def curves(runs: Mapping[str, Path], to: Path) -> None:
-    """One panel: training loss (dashed) and test error (solid) of each run's metrics file."""
+    """One panel: training loss (dashed) and error (solid) of each run's metrics file."""
     panels({"": runs}, to)
 
 
 def panels(groups: Mapping[str, Mapping[str, Path]], to: Path, y: str = "paper") -> None:
     """A panel for each group of runs, in the style of Figs. 1, 3 and 6.
 
-    Training loss (dashed, left axis) and test error (solid, right) against iterations;
+    Training loss (dashed, left axis) and what ERRORS are there (solid, right) against iterations;
     ``groups``: title: {name of the run: its metrics file}; ``y``: one of YS.
     """
     across = min(2, len(groups))
@@ -55,7 +56,7 @@ def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
     """The curves of some runs, each in a colour of its own."""
     loss_scale, error_scale = YS[y]
     right = left.twinx()
-    largest, lines = [], {}
+    largest, lines, shown = [], {}, []
     for i, (name, path) in enumerate(runs.items()):
         series, color = read_metrics(path), COLORS[i % len(COLORS)]
         if "train_loss" in series:
@@ -64,10 +65,11 @@ def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
             left.plot(
                 *zip(*series["train_loss"], strict=True), "--", color=color, lw=1, marker=mark
             )
-        for split in ("test", "val"):
-            if error := series.get(f"{split}_error"):
+        for column, what in ERRORS.items():
+            if error := series.get(column):
+                shown.append(what)
                 mark = "o" if len(error) == 1 else None
-                label = f"{name}: {error[-1][1]:.2f} % {split} error"
+                label = f"{name}: {error[-1][1]:.2f} % {what}"
                 [lines[label]] = right.plot(
                     *zip(*error, strict=True), color=color, lw=1.6, marker=mark
                 )
@@ -75,7 +77,7 @@ def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
     left.set_xlim(left=0)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    right.set(ylabel="test error, % (solid)", yscale=error_scale)
+    right.set(ylabel=f"{named(shown)}, % (solid)", yscale=error_scale)
     label_numbers(left.yaxis)
     label_numbers(right.yaxis)
     largest = [loss for loss in largest if loss > 0]  # 0 all along is no measure
@@ -88,6 +90,11 @@ def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
         legend = right.legend(lines.values(), lines.keys(), loc="best", fontsize=8)
         for text in legend.get_texts():
             text.set_parse_math(False)
+
+
+def named(errors: Iterable[str]) -> str:
+    """What an axis of errors is called that has these, each once."""
+    return " and ".join(dict.fromkeys(errors)) or "error"
 
 
 def label_numbers(axis: Axis) -> None:

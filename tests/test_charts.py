@@ -6,7 +6,7 @@ from conftest import ended, two_rows
 from resnetv2_cli import plot
 from resnetv2_cli.ablation import arms, studies
 from resnetv2_cli.plot import COLORS
-from resnetv2_cli.report import charts, rows
+from resnetv2_cli.report import charts, page, rows
 from resnetv2_cli.runfolder import RunFolder
 
 
@@ -72,6 +72,28 @@ def test_runs_of_any_name_are_in_the_legend(tmp_path):
     assert all(f">{name}: 80.00 % test error<" in text for name in names)
 
 
+@pytest.mark.parametrize(
+    "columns, errors",
+    [
+        ("test_error", "test error"),
+        ("val_error", "validation error"),
+        ("test_error,val_error", "test error and validation error"),
+        ("lr", "error"),
+    ],
+)
+def test_a_chart_says_which_errors_it_shows(tmp_path, columns, errors):
+    run = RunFolder(tmp_path)
+    run.config.write_text("depth: 8\n")
+    cells = columns.replace("lr", "0.1").replace("test_error", "80").replace("val_error", "70")
+    run.metrics.write_text(f"step,train_loss,{columns}\n5,1,{cells}\n")
+    axes = plot.plt.figure().subplots()
+    plot.panel(axes, {"a": run.metrics}, "paper")
+    assert axes.figure.axes[1].get_ylabel() == f"{errors}, % (solid)"
+    plot.plt.close(axes.figure)
+    page.write([tmp_path], tmp_path / "r.html", 0.5)
+    assert f"</svg>{errors}, right" in (tmp_path / "r.html").read_text()
+
+
 def test_marks_stand_at_the_errors(tmp_path):
     planned = two_rows(tmp_path, 3)
     ended(planned, (6.0, 7.0, 9.0), (12.0, 13.5, 18.0))
@@ -84,7 +106,8 @@ def test_marks_stand_at_the_errors(tmp_path):
 
 def test_long_curves_are_thinned_and_keep_their_end():
     steps = list(range(1, 5000))
-    made = [charts.chart("x", "", [{"name": "a", "color": 0, "steps": steps, "values": steps}])]
+    curve = {"name": "a", "color": 0, "kind": "loss", "steps": steps, "values": steps}
+    made = [charts.chart("x", "", [curve])]
     charts.thin(made)
     [curve] = made[0]["curves"]
     assert len(curve["steps"]) <= charts.MOST_POINTS and curve["steps"][-1] == 4999

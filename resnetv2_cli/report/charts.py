@@ -6,7 +6,7 @@ from typing import Any
 from resnetv2_cli.ablation.arms import Ablation
 from resnetv2_cli.figures import TOGETHER
 from resnetv2_cli.inventory import Found, Run
-from resnetv2_cli.plot import COLORS
+from resnetv2_cli.plot import COLORS, ERRORS, named
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 
 MOST_POINTS = 300  # of one curve, unless there are very many curves
@@ -50,29 +50,27 @@ def of_runs(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def chart(key: str, title: str, curves: list[dict[str, Any]]) -> dict[str, Any]:
-    """One chart; ``names`` are those of its rows, in order, each with its color."""
+    """One chart; ``names`` are those of its rows, in order, each with its color; ``error``: which
+    errors it has."""
     names = {c["name"]: c["color"] for c in curves}
     return {
         "key": key,
         "title": title,
         "names": [{"name": name, "color": color} for name, color in names.items()],
+        "error": named(c["what"] for c in curves if c["kind"] == "error"),
         "curves": curves,
     }
 
 
 def of(series: Series, name: str, color: int, seed: str = "") -> Iterable[dict[str, Any]]:
     """The curves of one run: training loss, in nats, and test or validation error, in percent."""
-    for column, kind, what in (
-        ("train_loss", "loss", "training loss"),
-        ("test_error", "error", "test error"),
-        ("val_error", "error", "validation error"),
-    ):
+    for column, what in {"train_loss": "training loss", **ERRORS}.items():
         if points := series.get(column):
             yield {
                 "name": name,
                 "color": color,
                 "seed": seed,
-                "kind": kind,
+                "kind": "error" if column in ERRORS else "loss",
                 "what": what,
                 "steps": [step for step, _ in points],
                 "values": [float(f"{value:.5g}") for _, value in points],

@@ -124,7 +124,7 @@ class Chart {
     const py = (kind, v) => height - bottom - ys[kind].share(v) * (height - top - bottom);
 
     this.place.replaceChildren();
-    const label = `Training loss and test error of ${this.chart.names.length} rows against iterations`;
+    const label = `Training loss and ${this.chart.error} of ${this.chart.names.length} rows against iterations`;
     const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": label }, this.place);
     const clip = `clip-${this.chart.id}`;
     svg("rect", { x: left - 6, y: top - 6, width: width - left - right + 12, height: height - top - bottom + 12 },
