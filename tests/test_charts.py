@@ -104,6 +104,23 @@ def test_marks_stand_at_the_errors(tmp_path):
     assert axis.x(6.0) < axis.x(6.61) < axis.x(7.0) < axis.x(9.0)
 
 
+@pytest.mark.parametrize(
+    "errors, ticks",
+    [
+        ((6.0, 18.0), ["5", "10", "20"]),
+        ((6.4, 6.5), ["6", "7"]),
+        ((0.28, 0.28), ["0.25", "0.3"]),
+        ((24.0, 26.0), ["20", "25"]),
+    ],
+)
+def test_the_axis_of_marks_has_ticks_where_errors_are_alike(tmp_path, errors, ticks):
+    planned = arms.plan(studies.of_grid(["depth=8"]), 2, {"dataset": "digits"}, tmp_path)
+    ended(planned, errors)
+    axis = rows.Axis(planned)
+    assert [said for said, _ in axis.ticks] == ticks
+    assert all(x == axis.x(float(said)) for said, x in axis.ticks)
+
+
 def test_long_curves_are_thinned_and_keep_their_end():
     steps = list(range(1, 5000))
     curve = {"name": "a", "color": 0, "kind": "loss", "steps": steps, "values": steps}

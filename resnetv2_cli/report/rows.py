@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from matplotlib.ticker import MaxNLocator
+
 from resnetv2_cli.ablation import tables
 from resnetv2_cli.ablation.arms import Ablation, Line
 from resnetv2_cli.inventory import Run
@@ -77,8 +79,13 @@ class Axis:
         return round(100 * min(1.0, share), 2)
 
     @property
-    def ticks(self) -> list[tuple[int, float]]:
-        return [(t, self.x(t)) for t in TICKS if self.low < t < self.high]
+    def ticks(self) -> list[tuple[str, float]]:
+        """Where to write which errors; between those that are nearly alike, round ones."""
+        within: list[float] = [t for t in TICKS if self.low < t < self.high]
+        if len(within) < 2:
+            finer = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(self.low, self.high)
+            within = [t for t in finer if self.low < t < self.high]
+        return [(f"{t:g}", self.x(t)) for t in within]
 
     def marks(self, line: Line) -> dict[str, Any]:
         """Where the published error, those of the seeds and their median stand."""
