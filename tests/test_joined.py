@@ -387,6 +387,14 @@ def test_a_unit_without_bn_before_its_weights_is_operations_too(called):
                       "backward_bf16", "conv3x3_backward", "conv3x3_backward"]  # fmt: skip
 
 
+def test_what_was_looked_at_without_gradients_can_be_trained():
+    layer, x = conv(48, 16, 1), bf16(2, 48, 4, 4)
+    with torch.inference_mode():
+        bn_relu_conv(x, None, None, True, layer)
+    bn_relu_conv(x, None, None, True, layer)[0].sum().backward()
+    assert layer.weight.grad is not None
+
+
 def test_what_is_not_a_number_stays_none():
     norm, weights, x, *_ = example(16, 16, (2, 4, 4), False)
     x[0, 3, 1, 1] = float("nan")
