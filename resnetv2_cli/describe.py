@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from resnetv2_cli.anatomy import kinds
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import side
-from resnetv2_cli.paper import TABLES_OF, published
-from resnetv2_cli.resnet import ResNet
+from resnetv2_cli.paper import TABLES, percent, published
+from resnetv2_cli.resnet import ResNet, default_option
+from resnetv2_cli.shortcuts import settings_of, shortcut_class
 
 CLASSES = 10  # of a described network, unless its dataset is known to have others
 
@@ -21,8 +22,8 @@ def skeleton(experiment: Experiment, classes: int = CLASSES) -> ResNet:
 
 
 def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
-    """``parameters``, ``macs`` (multiply-adds of one image), ``published`` (test errors in Tables 1
-    and 2 of networks with this unit, and with this shortcut) and ``parts``: stem, units and head,
+    """``parameters``, ``macs`` (multiply-adds of one image), ``published`` (test errors of this
+    network; of others with this unit, and with this shortcut) and ``parts``: stem, units and head,
     each with its output shape (C, H, W), parameters, MACs, and the side of the square of pixels
     that one value of it can see (``receptive_field``; none behind the global pooling); ``units``:
     those that are built alike, with what stands for h, F and f in each (Eqns. 1 and 2).
@@ -80,12 +81,38 @@ def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
         "parameters": parameters(net),
         "parameters_without_bn": parameters(net) - batch_norm,
         "macs": sum(macs.values()),
-        "published": {k: published(k, getattr(experiment, k)) for k in TABLES_OF}
-        if experiment.dataset == "cifar10"
-        else {},
+        "published": errors(experiment),
         "units": [alike.plain() for alike in kinds(net)],
         "parts": parts,
     }
+
+
+def decided(experiment: Experiment) -> dict[str, Any]:
+    """What decides a network, setting by setting, with the values that defaults stand for."""
+    e = experiment
+    known = settings_of(shortcut_class(e.shortcut))
+    found = e.architecture | {"option": e.option or default_option(e.block_, e.stem_)}
+    given = found.pop("settings")
+    return found | known | given
+
+
+def errors(experiment: Experiment) -> dict[str, str]:
+    """What the paper publishes for this network, and on CIFAR-10 for its unit and its shortcut in
+    Tables 1 and 2, each with where it stands."""
+
+    def seen(e: Experiment) -> dict[str, Any]:
+        return decided(e) | {"dataset": e.dataset, "protocol": e.protocol}
+
+    found: dict[str, list[str]] = {}
+    for number, table in TABLES.items():
+        for row in table.rows:
+            if seen(Experiment(**table.base | row.settings)) == seen(experiment):
+                found.setdefault(percent(row.published), []).append(str(number))
+    own = [f"{e} (Table{'s' * (len(n) > 1)} {', '.join(n)})" for e, n in found.items()]
+    made = {"network": ", ".join(own)} if own else {}
+    if experiment.dataset == "cifar10":
+        made |= {kind: published(kind, getattr(experiment, kind)) for kind in ("unit", "shortcut")}
+    return made
 
 
 def windows(path: nn.Module) -> list[tuple[int, int]]:

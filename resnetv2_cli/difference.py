@@ -4,9 +4,8 @@ from typing import Any
 
 from resnetv2_cli import plans
 from resnetv2_cli.data.catalog import known_classes
-from resnetv2_cli.describe import describe
-from resnetv2_cli.resnet import default_option
-from resnetv2_cli.shortcuts import settings_of, shortcut_class
+from resnetv2_cli.describe import decided, describe
+from resnetv2_cli.shortcuts import shortcut_class
 from resnetv2_cli.source import Source
 
 WORDS = {
@@ -52,11 +51,7 @@ def difference(a: Source, b: Source) -> dict[str, Any]:
 
 def settings(source: Source) -> dict[str, Any]:
     """What decides a network, with the values that defaults stand for."""
-    e = source.experiment
-    known = settings_of(shortcut_class(e.shortcut))
-    found = e.architecture | {"option": e.option or default_option(e.block_, e.stem_)}
-    given = found.pop("settings")
-    return found | known | given | {"classes": classes(source)}
+    return decided(source.experiment) | {"classes": classes(source)}
 
 
 def classes(source: Source) -> int:

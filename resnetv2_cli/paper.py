@@ -279,7 +279,11 @@ def percent(error: float | None) -> str:
     return "fail" if error == FAIL else f"{error:.2f}"
 
 
-TABLES_OF = {"unit": "", "shortcut": " (ResNet-110, original units)"}  # in what they are compared
+ERRORS_OF = {  # what ``describe`` shows errors of
+    "network": "of this network",
+    "unit": "on CIFAR-10 with this unit",
+    "shortcut": "on CIFAR-10 with this shortcut (ResNet-110, original units)",
+}
 
 
 def published(kind: str, name: str) -> str:
@@ -289,5 +293,7 @@ def published(kind: str, name: str) -> str:
         parts = [(r.name.removeprefix(name).strip(), percent(r.published)) for r in rows]
     else:
         rows = TABLE_2.of(unit=name)
-        parts = [(f"{r.settings['depth']} layers", percent(r.published)) for r in rows]
+        parts = [
+            ("{depth} layers, {block}".format(**r.settings), percent(r.published)) for r in rows
+        ]
     return ", ".join(f"{e} ({what})" if what else e for what, e in parts) or "—"

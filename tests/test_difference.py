@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from resnetv2_cli import checkpoint
+from resnetv2_cli import checkpoint, describe
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 
@@ -101,11 +101,25 @@ def test_describe_says_what_the_paper_found(capsys):
     with pytest.raises(SystemExit):
         main(["describe", "--depth", "20", "--shortcut", "dropout"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "CIFAR-10 with this unit, %: 6.37 (110 layers), 5.46 (164 layers)" in out
+    assert (
+        "CIFAR-10 with this unit, %: 6.37 (110 layers, basic), 5.46 (164 layers, bottleneck)" in out
+    )
+    assert "of this network" not in out
     assert "with this shortcut (ResNet-110, original units), %: fail (0.5)" in out
     with pytest.raises(SystemExit):
         main(["describe", "--depth", "50", "--dataset", "imagenet"])
     assert "CIFAR-10" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "config, errors",
+    [
+        ("table3_cifar10_resnet110_single", "8.91 (Table 3)"),
+        ("table3_cifar10_resnet1001", "4.92 (Tables 3, 4), 4.62 (Table 4)"),
+    ],
+)
+def test_a_network_of_the_paper_is_described_with_its_own_errors(config, errors):
+    assert describe.errors(Experiment.load(config))["network"] == errors
 
 
 @pytest.mark.parametrize("asked, classes", [(["--classes", "5"], 5), ([], 1000)])

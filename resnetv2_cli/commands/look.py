@@ -87,16 +87,14 @@ def describe(
     ]
     rows.append(("total", "", "", f"{made['parameters']:,}", f"{made['macs']:,}"))
     console.table(made["network"], ["part", "output", "sees, pixels", "parameters", "MACs"], rows)
-    console.out.print(
-        f"{made['parameters_without_bn']:,} parameters without BN, as the paper counts"
-    )
+    console.out.print(f"{made['parameters_without_bn']:,} parameters without BN")
     for alike in made["units"]:
         console.out.print(f"[bold]{alike['units']}[/]")
         for line in alike["equations"]:
             console.out.print(f"  {line}", highlight=False, markup=False)
     for kind, errors in made["published"].items():
-        where = f"with this {kind}{paper.TABLES_OF[kind]}"
-        console.out.print(f"the paper's errors on CIFAR-10 {where}, %: {errors}", highlight=False)
+        said = f"the paper's errors {paper.ERRORS_OF[kind]}, %: {errors}"
+        console.out.print(said, highlight=False)
 
 
 Network = Annotated[
