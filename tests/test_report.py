@@ -237,8 +237,9 @@ def test_plot_draws_every_figure_in_every_format(called, lab, tmp_path):
     assert called("plot", lab, *formats, "--y", "log", "-o", to)[0] == 0
     heads = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
     files = sorted(p.name for p in to.iterdir())
+    [ablation] = inventory.look([lab]).ablations
     assert files == [
-        f"{n}.{s}" for n in ("runs", "shortcut-conv1x1") for s in ("pdf", "png", "svg")
+        f"{n}.{s}" for n in ("runs", ablation.study.name) for s in ("pdf", "png", "svg")
     ]
     for file in to.iterdir():
         assert file.read_bytes().startswith(heads[file.suffix])

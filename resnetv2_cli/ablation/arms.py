@@ -191,6 +191,7 @@ class Ablation:
     def write(self) -> None:
         """Leave ``file``, so that a report finds rows that have not begun too."""
         self.root.mkdir(parents=True, exist_ok=True)
+        before = recorded(self.file)
         rows = [
             {
                 "name": line.row.name,
@@ -200,7 +201,7 @@ class Ablation:
                 "note": line.row.note,
                 "baseline": line.row.baseline,
                 "settings": unusual(asdict(replace(line.arms[0].experiment, seed=0))),
-                "arms": [str(arm.folder.relative_to(self.root)) for arm in line.arms],
+                "arms": self.runs(line, before.get(line.row.name, [])),
             }
             for line in self.lines
         ]
@@ -215,6 +216,21 @@ class Ablation:
                 "rows": rows,
             },
         )
+
+    def runs(self, line: Line, before: list[str]) -> list[str]:
+        """The folders of a row's runs, with those of more seeds that the record had before."""
+        ours = [str(arm.folder.relative_to(self.root)) for arm in line.arms]
+        begun = [place for place in before if RunFolder(self.root / place).config.exists()]
+        return list(dict.fromkeys([*ours, *begun]))
+
+
+def recorded(file: Path) -> dict[str, list[str]]:
+    """The folders of each row's runs in the file of an ablation; nothing if there is none."""
+    try:
+        rows = json.loads(file.read_text())["rows"]
+        return {str(row["name"]): [str(place) for place in row["arms"]] for row in rows}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def number(error: float | None) -> float | str | None:
@@ -286,7 +302,19 @@ def plan(
     refuse_twins(lines)
     comparable = scale == protocol == "paper" and not changed
     title = titled(study.table.title, scale, protocol, changed)
+    study = replace(study, name=named(study.name, lines, root))
     return Ablation(study, lines, root, title, scale, protocol, comparable)
+
+
+def named(study: str, lines: list[Line], root: Path) -> str:
+    """A study's name with a digest of its rows and of what their runs are, so that no ablation
+    takes the files of another; without one where earlier versions recorded just these."""
+    rows = {line.row.name: line.arms[0].folder.parent.name for line in lines}
+    before = recorded(root / f"ablation-{study}.json")
+    if rows == {name: Path(*places[:1]).parent.name for name, places in before.items()}:
+        return study
+    made = repr(rows).encode()
+    return f"{study}-{hashlib.sha256(made).hexdigest()[:6]}"
 
 
 def refuse_twins(lines: list[Line]) -> None:

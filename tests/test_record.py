@@ -1,0 +1,84 @@
+"""The record that an ablation leaves for reports: no other takes its place, and it goes on."""
+
+import json
+
+import pytest
+from conftest import REPOSITORY, two_rows
+
+from resnetv2_cli.ablation import arms, studies
+from resnetv2_cli.inventory import look
+
+LONG = "depth=20,32,44,56,110 unit=original,bn-after-add,relu-before-add shortcut={}"
+
+
+def of_grid(text, root):
+    return arms.plan(studies.of_grid(text.split()), 1, {}, root)
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (lambda at: two_rows(at), lambda at: two_rows(at, 1, {"epochs": 1.0})),
+        (lambda at: two_rows(at), lambda at: two_rows(at, protocol="val")),
+        (lambda at: two_rows(at), lambda at: two_rows(at, 1, {"precision": "32-true"})),
+        (lambda at: of_grid("depth=20,32", at), lambda at: of_grid("depth=20,32 lr=0.1", at)),
+        (
+            lambda at: of_grid(LONG.format("identity"), at),
+            lambda at: of_grid(LONG.format("conv1x1"), at),
+        ),
+    ],
+    ids=["flags", "protocol", "what is harmless", "axes", "long names"],
+)
+def test_no_ablation_takes_the_record_of_another(tmp_path, one, other):
+    made = [one(tmp_path), other(tmp_path)]
+    for ablation in made:
+        ablation.write()
+    assert {a.study.name for a in look([tmp_path]).ablations} == {a.study.name for a in made}
+    assert len({a.study.name for a in made}) == 2
+
+
+def test_rows_alone_have_a_record_of_their_own(tmp_path):
+    [table] = studies.studies(tables=[2])
+    few = table.only(["ResNet-110 original"])
+    assert len({arms.plan(study, 1, {}, tmp_path).file for study in (table, few)}) == 2
+
+
+def test_fewer_seeds_leave_those_that_have_begun_in_the_record(tmp_path):
+    whole = two_rows(tmp_path, 3)
+    whole.write()
+    for arm in whole.lines[0].arms[:2]:
+        arm.folder.mkdir(parents=True)
+        (arm.folder / "config.yaml").write_text(arm.experiment.dump())
+    two_rows(tmp_path, 1).write()
+    [ablation] = look([tmp_path]).ablations
+    assert [[arm.experiment.seed for arm in line.arms] for line in ablation.lines] == [[0, 1], [0]]
+
+
+def test_a_record_of_an_earlier_version_goes_on(tmp_path):
+    """Whose names had no digest."""
+    made = two_rows(tmp_path)
+    made.write()
+    before = made.file.rename(tmp_path / "ablation-shortcut-conv1x1.json")
+    said = before.read_text()
+    two_rows(tmp_path, 1, {"epochs": 1.0}).write()
+    assert before.read_text() == said
+    again = two_rows(tmp_path, 2)
+    assert again.file == before
+    again.write()
+    assert [len(row["arms"]) for row in json.loads(before.read_text())["rows"]] == [2, 2]
+
+
+def test_what_was_kept_of_the_reproduction_goes_on():
+    lab = REPOSITORY / "results" / "lab"
+    made = of_grid("depth=20 unit=original", lab)
+    assert made.file.exists() and made.lines[0].arms[0].error is not None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"rows": [1]}', '{"rows": [{"name": "identity"}]}']
+)
+def test_a_damaged_record_is_written_anew(tmp_path, text):
+    made = two_rows(tmp_path)
+    made.file.write_text(text)
+    two_rows(tmp_path).write()
+    assert len(look([tmp_path]).ablations) == 1
