@@ -355,6 +355,24 @@ def test_an_error_above_20_is_a_failure_of_the_papers_recipe_alone(
     assert tables.as_json(planned, 0.5)["rows"][0]["fail"] is fail
 
 
+@pytest.mark.parametrize(
+    "n, errors, said",
+    [
+        (2, (9.0,), "fail (1 of 2 diverged, else 9.00)"),
+        (4, (9.0, 8.5), "fail (2 of 4 diverged, else 9.00, 8.50)"),
+        (4, (9.0, 8.5, 7.0), "8.75 (1 of 4 diverged)"),
+        (2, (), "fail (diverged)"),
+    ],
+)
+def test_seeds_that_came_to_an_end_are_told_beside_those_that_diverged(tmp_path, n, errors, said):
+    planned = two_rows(tmp_path, n)
+    ended(planned, errors)
+    for arm in planned.lines[0].arms[len(errors) :]:
+        arm.folder.mkdir(parents=True)
+        (arm.folder / "failed.json").write_text('{"reason": "x", "diverged": true}')
+    assert tables.measured(planned, planned.lines[0]) == said
+
+
 def test_worse_is_plus_beside_the_paper_and_the_baseline(tmp_path):
     planned = two_rows(tmp_path, 3)
     ended(planned, (6.0, 7.0, 9.0), (12.0, 13.5, 18.0))

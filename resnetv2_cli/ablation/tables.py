@@ -71,7 +71,9 @@ def measured(ablation: Ablation, line: Line) -> str:
     crashes = sum(arm.crashed for arm in line.arms)
     crashed = f", {crashes} crashed" if crashes else ""
     if s.median == FAIL:
-        return f"fail (diverged{crashed})"
+        finite = ", ".join(percent(error) for error in s.errors if error != FAIL)
+        others = f"{s.diverged} of {s.n} diverged, else {finite}" if finite else "diverged"
+        return f"fail ({others}{crashed})"
     spread = f"{s.mean:.2f}±{s.std:.2f}" if s.std is not None else ""
     if s.diverged:
         spread = f"{s.diverged} of {s.n} diverged"
