@@ -267,6 +267,15 @@ def test_a_queue_tells_why_its_runs_crashed(tmp_path, capsys):
     assert status == 2 and out.count("crashed: there is no folder nowhere/train") == 2
 
 
+def test_a_queue_that_is_not_there_leaves_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    lab = tmp_path / "lab"
+    status, _, said = called(
+        capsys, "--shortcut", "conv1x1", "--launcher", "local", "--output", lab
+    )
+    assert status == 2 and "needs submitit" in said and not lab.exists()
+
+
 def test_who_was_stopped_and_continues_has_not_ended(tmp_path):
     planned, out = two_rows(tmp_path), io.StringIO()
     progress = Progress(Console(file=out, width=200), 2)

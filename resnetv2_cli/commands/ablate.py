@@ -134,10 +134,10 @@ def run(made: list, jobs: int, launcher: str, hours: float, budget: float) -> No
     from resnetv2_cli.plot import panels
 
     root = made[0].root
+    start = LAUNCHERS[launcher](jobs, root, hours)
     for ablation in made:
         ablation.write()
     arms = every(made)
-    start = LAUNCHERS[launcher](jobs, root, hours)
     console.note(f"{len(arms)} runs in {root}; the same command continues, resnetv2 report shows")
     with Progress(console.err, len(arms)) as progress:
         Sweep(start, jobs, progress.announce, progress.watch, budget).run(arms)
