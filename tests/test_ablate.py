@@ -60,6 +60,15 @@ def test_the_protocol_val_holds_out_5000(tmp_path):
     assert [line.arms[0].experiment.val for line in lines] == [5000, 5000]
 
 
+def test_more_images_than_there_are_are_not_held_out(tmp_path):
+    given = {"dataset": "digits", "depth": 8}
+    with pytest.raises(UserError, match="cannot hold out 5000 of 1437") as refused:
+        two_rows(tmp_path, 1, given, protocol="val")
+    assert "--val" in refused.value.hint
+    [line, _] = two_rows(tmp_path, 1, given | {"val": 300}, protocol="val").lines
+    assert line.arms[0].experiment.val == 300
+
+
 def test_the_laptop_scale_has_one_recipe_whatever_the_row_has(tmp_path):
     [study] = studies.studies(tables=[4])
     few = study.only(["ResNet-1001 full-preact, batch 64"])  # 200 epochs, with drops of its own

@@ -21,6 +21,7 @@ from resnetv2_cli.ablation.studies import (
     unusual,
 )
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import taken
 from resnetv2_cli.manifest import own_file
@@ -298,12 +299,24 @@ def plan(
             shortcut = row.settings.get("shortcut", "identity")
             other = {k: v for k, v in asked[row.name].items() if k not in HARMLESS}
             row = replace(row, published=published(other | fitting(changed, shortcut)))
+        check_held_out(arms[0].experiment)
         lines.append(Line(row, arms))
     refuse_twins(lines)
     comparable = scale == protocol == "paper" and not changed
     title = titled(study.table.title, scale, protocol, changed)
     study = replace(study, name=named(study.name, lines, root))
     return Ablation(study, lines, root, title, scale, protocol, comparable)
+
+
+def check_held_out(experiment: Experiment) -> None:
+    """Refuse to hold out more images than train, before every run says so; a folder's are counted
+    by the run."""
+    n = DATASETS[experiment.dataset].train
+    if n and experiment.val >= n:
+        raise UserError(
+            f"cannot hold out {experiment.val} of {n} training images",
+            "--val holds out fewer, with --protocol val too",
+        )
 
 
 def named(study: str, lines: list[Line], root: Path) -> str:
