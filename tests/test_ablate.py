@@ -325,6 +325,19 @@ def test_a_plan_says_how_long_what_is_left_takes(
     assert said.startswith(says) and bool(said) == bool(says)
 
 
+def test_a_plan_of_two_tables_counts_a_run_that_both_have_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(probe, "step_seconds", lambda e: 0.5)
+    made = [
+        arms.plan(study.only([name]), 1, {"steps": 100}, tmp_path)
+        for study, name in zip(
+            studies.studies(tables=[1, 2]), ("identity", "ResNet-110 original"), strict=True
+        )
+    ]
+    plan(made, 1, True, "csv")
+    assert capsys.readouterr().err.count("about 50 s of") == 1
+    assert probe.total([(one, probe.forecast(one, True)) for one in made], 1) == 50.0
+
+
 @pytest.mark.parametrize("accumulate", [1, 2, 8])
 def test_a_part_of_the_batch_stands_for_all_of_it(monkeypatch, accumulate):
     """By a clock on which each image takes a second."""

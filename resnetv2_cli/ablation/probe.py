@@ -1,8 +1,10 @@
 """What an ablation would take: counts, memory of activations, and time by a short measurement."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -86,13 +88,20 @@ def forecast(ablation: Ablation, measure: bool) -> list[dict[str, Any]]:
     return [one(line) for line in ablation.lines]
 
 
-def total(lines: list[dict[str, Any]], jobs: int) -> float | None:
-    """Seconds of all that is left, ``jobs`` at a time; None where nothing was measured.
+def total(planned: Iterable[tuple[Ablation, list[dict[str, Any]]]], jobs: int) -> float | None:
+    """Seconds of all that is left, ``jobs`` at a time, of ablations with their forecasts; a run
+    that several have counts once. None where nothing was measured.
 
     Jobs on one device share it, so their number only counts devices.
     """
-    seconds = [line["seconds"] for line in lines]
-    if any(s is None for s in seconds):
+    each: dict[Path, float | None] = {}
+    for ablation, lines in planned:
+        for line, counts in zip(ablation.lines, lines, strict=True):
+            left = [arm.folder for arm in line.arms if arm.error is None]
+            seconds = counts["seconds"]
+            each |= dict.fromkeys(left, seconds and seconds / len(left))
+    known = [seconds for seconds in each.values() if seconds is not None]
+    if len(known) < len(each):
         return None
     devices = max(1, min(jobs, torch.cuda.device_count()))
-    return sum(seconds) / devices
+    return sum(known) / devices

@@ -176,7 +176,7 @@ def plan(made: list, jobs: int, probe: bool, format: str) -> None:
                         tables.row_as_json(ablation, line, 0.5) | counts
                         for line, counts in zip(ablation.lines, lines, strict=True)
                     ],
-                    "seconds": total(lines, jobs),
+                    "seconds": total([(ablation, lines)], jobs),
                 }
                 for ablation, lines in zip(made, counted, strict=True)
             ]
@@ -199,11 +199,11 @@ def plan(made: list, jobs: int, probe: bool, format: str) -> None:
         if len(set(columns["depth"])) == 1:
             title += f"\n{columns.pop('depth')[0]} layers each"
         console.SHOW[format](title, columns, zip(*columns.values(), strict=True))
-        seconds = total(lines, jobs)
-        if seconds == 0:
-            console.note("all of it is done")
-        elif seconds is not None:
-            console.note(
-                f"about {quantities.duration(seconds)} of training in all, from a few iterations "
-                "measured here; evaluation comes on top"
-            )
+    seconds = total(zip(made, counted, strict=True), jobs)
+    if seconds == 0:
+        console.note("all of it is done")
+    elif seconds is not None:
+        console.note(
+            f"about {quantities.duration(seconds)} of training in all, from a few iterations "
+            "measured here; evaluation comes on top"
+        )
