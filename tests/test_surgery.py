@@ -20,6 +20,13 @@ def test_the_gradient_survives_weights_that_are_arbitrarily_small():
     assert first[2] / first[3] == pytest.approx(100, rel=0.2)  # in proportion to F
 
 
+def test_trap_every_factor_has_the_same_masks(monkeypatch):
+    """Else a table of factors is one of luck."""
+    monkeypatch.setattr(shrink, "FACTORS", (0.1, 0.1))
+    first, second = measured(shrink, network(shortcut="dropout"))["change"]
+    assert first == second
+
+
 @pytest.mark.parametrize("unit", UNITS)
 def test_trap_bn_behind_a_convolution_takes_its_scale_away(unit):
     """Every F is scaled exactly, whatever ends it; its convolution alone would not do."""

@@ -46,10 +46,12 @@ def change(traced: Trace) -> list[float]:
 
 def measure(subject: Subject, traced: Trace) -> dict[str, Any]:
     """``factor``: what F is multiplied by; ``change``: of the gradient along each stage, a list for
-    each factor."""
-    changes = [
-        change(trace(shrunk(subject.net, factor), subject.x, subject.labels)) for factor in FACTORS
-    ]
+    each factor. Every factor has the same random numbers: masks of dropout, and what survives."""
+    changes = []
+    for factor in FACTORS:
+        with torch.random.fork_rng(devices=[]):
+            made = trace(shrunk(subject.net, factor), subject.x, subject.labels)
+        changes.append(change(made))
     return {"factor": list(FACTORS), "change": changes}
 
 
