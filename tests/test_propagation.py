@@ -110,7 +110,19 @@ def test_eqn_4_breaks_where_f_is_none(unit):
     assert worst(measured(forward, network(20, unit=unit))["off"]) > 0.1
 
 
-@pytest.mark.parametrize("shortcut", sorted(set(SHORTCUTS) - {"identity"}))
+CLEAN = ["identity", "rezero", "stochastic-depth"]  # h is the identity, F has a factor or none
+
+
+@pytest.mark.parametrize("shortcut", CLEAN)
+def test_eqn_4_holds_where_f_is_multiplied_and_h_is_the_identity(shortcut):
+    net = network(20, shortcut=shortcut)
+    for unit in net.units:
+        if shortcut == "rezero":
+            nn.init.constant_(unit.shortcut.a, 0.3)
+    assert worst(measured(forward, net)["off"]) < 1e-14
+
+
+@pytest.mark.parametrize("shortcut", sorted(set(SHORTCUTS) - set(CLEAN)))
 def test_eqn_4_breaks_where_h_is_none(shortcut):
     settings = {"gate_bias": 0.0} if "gate" in shortcut else {}
     net = network(20, shortcut=shortcut, settings=settings)
@@ -121,8 +133,8 @@ def test_eqn_4_is_computed_from_f_and_not_from_the_sum():
     """F that is not what the sum has: the equation must be off by as much, at every l below."""
     made = traced(20)
     [first, *_] = made.spans
-    wrong = torch.randn_like(first[1].residual)
-    first[1].residual = first[1].residual + wrong
+    wrong = torch.randn_like(first[1].added)
+    first[1].added = first[1].added + wrong
     off = forward.additive_residuals(first)
     expected = float(wrong.norm() / first[-1].out.detach().norm())
     assert off[:2] == pytest.approx([expected] * 2, rel=1e-9) and off[2] < 1e-14

@@ -15,12 +15,13 @@ from resnetv2_cli.analysis.trace import Trace, Unit, ratio, size
 def additive_residuals(span: list[Unit]) -> list[float]:
     """||x_L - x_l - sum F(x_i, W_i)|| / ||x_L|| for every l of a span, L behind its last unit.
 
-    Zero to rounding where h and f are identities. Source: Eq. 4.
+    F as it is added, with what a shortcut multiplies it by. Zero to rounding where h and f are
+    identities. Source: Eq. 4.
     """
     x_L = span[-1].out.detach()
     total, off = torch.zeros_like(x_L), list[float]()
     for unit in reversed(span):
-        total = total + unit.residual.detach()
+        total = total + unit.added.detach()
         off.append(ratio(size(x_L - unit.x.detach() - total), size(x_L)))
     return off[::-1]
 
