@@ -270,18 +270,21 @@ def test_gates_are_measured_where_they_are():
 
 
 def test_where_products_of_scales_leave_a_format():
-    """2^-n is normal in float32 and bfloat16 up to n = 126, in float16 up to 14; beside a 1, 24, 8
-    and 11 binary digits are left."""
+    """2^-n is normal in float32 and bfloat16 up to n = 126, in float16 up to 14; a 1 has 24, 8 and
+    11 binary digits, and 1 + 2^-24 is rounded to even, which is 1."""
     found = backward.limits([0.5**n for n in range(1, 334)])
     assert found == {
-        "float32": {"underflow": 127, "overflow": None, "lost": 25},
-        "bfloat16": {"underflow": 127, "overflow": None, "lost": 9},
-        "float16": {"underflow": 15, "overflow": None, "lost": 12},
+        "float32": {"underflow": 127, "overflow": None, "lost": 24},
+        "bfloat16": {"underflow": 127, "overflow": None, "lost": 8},
+        "float16": {"underflow": 15, "overflow": None, "lost": 11},
     }
     assert backward.limits([2.0**n for n in range(1, 334)])["float32"]["overflow"] == 128
     assert backward.limits([1.0] * 333)["bfloat16"] == dict.fromkeys(
         ("underflow", "overflow", "lost")
     )
+    for name, dtype in backward.TYPES.items():
+        one, lost = torch.ones((), dtype=dtype), found[name]["lost"]
+        assert one + 0.5**lost == one != one + 0.5 ** (lost - 1)
 
 
 # At 110 layers, as the issue asks.

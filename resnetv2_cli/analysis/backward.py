@@ -83,7 +83,7 @@ def limits(products: list[float]) -> dict[str, dict[str, int | None]]:
         made[name] = {
             "underflow": first([p < info.tiny for p in products]),
             "overflow": first([p > info.max for p in products]),
-            "lost": first([p < info.eps / 2 for p in products]),
+            "lost": first([p <= info.eps / 2 for p in products]),
         }
     return made
 
