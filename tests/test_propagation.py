@@ -7,9 +7,10 @@ import torch
 from signals import BROKEN, EXACT, batch, cells, looked_at, measured, network, traced, worst
 from torch import nn
 
-from resnetv2_cli.analysis import backward, forward
+from resnetv2_cli.analysis import backward, forward, paths, shrink
 from resnetv2_cli.analysis.subject import Subject
-from resnetv2_cli.analysis.trace import Trace, trace
+from resnetv2_cli.analysis.trace import Trace, size, trace
+from resnetv2_cli.console import finite
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.plans import UNITS
 from resnetv2_cli.resnet import ResNet
@@ -285,6 +286,43 @@ def test_where_products_of_scales_leave_a_format():
     for name, dtype in backward.TYPES.items():
         one, lost = torch.ones((), dtype=dtype), found[name]["lost"]
         assert one + 0.5**lost == one != one + 0.5 ** (lost - 1)
+
+
+# Numbers that leave their format, and what cannot be known.
+
+
+@pytest.mark.parametrize("dtype, number", [(torch.float32, 1e-30), (torch.float64, 1e200)])
+def test_norms_are_numbers_where_squares_are_none(dtype, number):
+    x = torch.full((2, 4), number, dtype=dtype)
+    assert size(x) == pytest.approx(8**0.5 * number)
+    assert forward.each_image(x) == pytest.approx(2 * number)
+    assert size(0 * x) == 0 and size(x / 0) == float("inf")
+
+
+@pytest.mark.parametrize("topic", [forward, backward, shrink, paths])
+def test_what_has_left_its_format_is_a_dash_and_a_gap(topic, tmp_path):
+    net = network(shortcut="constant-scale", settings={"shortcut_scale": 1e80})  # x_l to 1e480
+    found = measured(topic, net)
+    for values in (found, finite(found)):  # as measured, and as read from analysis.json
+        topic.draw({"net": values}, tmp_path / "picture.png")
+    said = cells(topic, finite(found))
+    assert any("—" in cell for cell in said[-1].values())
+    assert not any(word in cell for row in said for cell in row.values() for word in ("nan", "inf"))
+    if topic is forward:
+        assert [said[-1][column][-1] for column in ("|x_l|", "|F_l|/|x_l|", "y_l < 0")] == ["—"] * 3
+
+
+def test_of_a_gradient_that_is_0_no_scale_or_share_is_known(tmp_path):
+    """One class: the loss is 0 whatever the network says."""
+    net, labels = network(classes=1), torch.zeros(4, dtype=torch.int64)
+    x, _ = batch(4)
+    one, made = Subject(net, x, labels, x, labels), trace(net, x, labels)
+    back, by_length = (finite(topic.measure(one, made)) for topic in (backward, paths))
+    assert set(back["gradient"]) == {0.0} and set(back["scale"] + back["product"]) == {None}
+    assert backward.notes({"net": back}) == []
+    assert set(by_length["share"]) == {None} and by_length["rest"] is None
+    assert [row["scales"] for row in cells(backward, back)] == ["—"] * 3
+    backward.draw({"net": back}, tmp_path / "picture.png")
 
 
 # At 110 layers, as the issue asks.

@@ -57,7 +57,8 @@ def split(span: list[Unit], at_end: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def shortcut_scale(unit: Unit, cotangent: Tensor) -> float:
-    """By how much h' alone scales a gradient: lambda_l for constant scaling.
+    """By how much h' alone scales a gradient's norm: |lambda_l| for constant scaling, since norms
+    have no sign; NaN where there is no gradient.
 
     Where the shape changes, padding or projecting is not counted: only what is done beside it.
     """
@@ -89,9 +90,11 @@ def limits(products: list[float]) -> dict[str, dict[str, int | None]]:
 
 
 def gate(unit: Unit) -> list[float] | None:
-    """Mean, least and most of g(x_l); None for a shortcut without a gate."""
+    """Mean, least and most of g(x_l); None for a shortcut without a gate, and where g is none."""
     g = unit.gate
-    return None if g is None else [float(v) for v in (g.mean(), g.min(), g.max())]
+    if g is None or g.isnan().any():
+        return None
+    return [float(v) for v in (g.mean(), g.min(), g.max())]
 
 
 def measure(subject: Subject, trace: Trace) -> dict[str, Any]:
@@ -127,15 +130,17 @@ def table(measured: Measured) -> Table:
     rows = []
     for label, m in measured.items():
         for stage, units in by_stage(m):
-            kept = [i for i in units if m["off"][i] is not None]
+            kept = [i for i in units if m["direct"][i] is not None]
+            off = [m["off"][i] for i in kept if m["off"][i] is not None]
+            gates = [m["gate"][i] for i in units]
             rows.append(
                 [
                     named(measured, label, stage),
                     ends([m["gradient"][i] for i in units]),
                     *(short(m[k][kept[0]]) if kept else "—" for k in ("direct", "weights")),
-                    short(max((m["off"][i] for i in kept), default=None)),
+                    short(max(off, default=None)),
                     short(m["product"][units[0]]),
-                    ends([m["gate"][i][0] for i in units]) if m["gate"][units[0]] else "—",
+                    ends([g and g[0] for g in gates]) if any(gates) else "—",
                 ]
             )
     title = f"dL/dx_l = direct + through the weights (Eqs. 5, 8), by stage{of(measured)}"

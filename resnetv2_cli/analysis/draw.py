@@ -60,8 +60,8 @@ class Panels:
     def line(
         self, panel: int, label: str, xs: Sequence[float], ys: Sequence[Value], dash: str = "-"
     ) -> None:
-        """A line in the color of its network."""
-        shown = [math.nan if y is None else y for y in ys]
+        """A line in the color of its network; gaps where there is no number."""
+        shown = [y if y is not None and math.isfinite(y) else math.nan for y in ys]
         self.panels[panel].plot(xs, shown, dash, color=self.colors[label], lw=1.4, ms=3)
 
     def off(self, panel: int, label: str, ys: Sequence[Value]) -> None:
@@ -75,10 +75,9 @@ class Panels:
         self.panels[-1].set_xlabel(text, fontsize=9)
 
     def log(self, *panels: int) -> None:
-        """Logarithmic; what is zero leaves a gap, and a panel of nothing but zeros stays as is."""
+        """Logarithmic; what is zero leaves a gap, and a panel of nothing else stays as it is."""
         for panel in (self.panels[i] for i in panels):
-            ys = [y for line in panel.get_lines() for y in line.get_ydata()]
-            if any(y > 0 for y in ys):
+            if math.isfinite(panel.dataLim.minposy):
                 panel.set_yscale("log", nonpositive="mask")
 
     def save(self, to: Path) -> None:
@@ -111,14 +110,14 @@ def by_stage(measured: dict[str, Any]) -> list[tuple[int, list[int]]]:
     return [(s, [i for i, own in enumerate(stages) if own == s]) for s in sorted(set(stages))]
 
 
-def ends(values: Sequence[float]) -> str:
+def ends(values: Sequence[Value]) -> str:
     """``1.2 - 8.5``: a value at the first and at the last unit."""
     return f"{short(values[0], 2)} - {short(values[-1], 2)}"
 
 
 def short(value: Value, digits: int = 3) -> str:
     """A few digits, one of what is tiny, or a dash for what there is not."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "—"
     if 0 < abs(value) < 1e-3:
         return f"{value:.0e}"

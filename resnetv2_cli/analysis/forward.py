@@ -1,5 +1,6 @@
 """The signal on its way up: x_L = x_l + sum of F(x_i, W_i) (Eq. 4), and where it breaks."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,12 @@ def additive_residuals(span: list[Unit]) -> list[float]:
 
 def each_image(x: Tensor) -> float:
     """The norm of one image's feature map, the mean over the batch."""
-    return float(torch.linalg.vector_norm(x.detach().flatten(1), dim=1).mean())
+    return sum(map(size, x)) / len(x)
+
+
+def below_zero(y: Tensor) -> float:
+    """The share of negative numbers; NaN where one is none."""
+    return float((y < 0).double().where(~y.isnan(), math.nan).mean())
 
 
 def measure(subject: Subject, trace: Trace) -> dict[str, Any]:
@@ -43,7 +49,7 @@ def measure(subject: Subject, trace: Trace) -> dict[str, Any]:
         "stage": [u.stage for u in trace.units],
         "x": [each_image(u.x) for u in trace.units],
         "residual": [each_image(u.residual) for u in trace.units],
-        "negative": [float((u.y < 0).double().mean()) for u in trace.units],
+        "negative": [below_zero(u.y) for u in trace.units],
         "off": [off.get(u) for u in trace.units],
     }
 

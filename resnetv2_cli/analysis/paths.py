@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from resnetv2_cli.analysis.backward import gradients, vjp
-from resnetv2_cli.analysis.draw import Measured, Panels, named, of
+from resnetv2_cli.analysis.draw import Measured, Panels, Value, named, of, short
 from resnetv2_cli.analysis.subject import Subject
 from resnetv2_cli.analysis.topics import Table
-from resnetv2_cli.analysis.trace import Trace, Unit, size
+from resnetv2_cli.analysis.trace import Trace, Unit, ratio, size
 
 LENGTHS = 24  # the longest paths told apart; the rest is one remainder
 
@@ -41,25 +41,26 @@ def by_length(units: list[Unit], at_end: Tensor, longest: int) -> list[Tensor]:
 def measure(subject: Subject, trace: Trace) -> dict[str, Any]:
     """For the lengths 0, 1, ...: ``norm`` of their part of dL/dx_1, and ``share``: how much of
     dL/dx_1 it is, along the direction of dL/dx_1. The shares and ``rest``, of longer paths, add up
-    to 1; paths that point against the gradient have negative ones."""
+    to 1; paths that point against the gradient have negative ones. NaN of a gradient that is 0."""
     at_x, at_out = gradients(trace)
-    total = at_x[trace.units[0]]
-    terms = by_length(trace.units, at_out[trace.units[-1]], min(LENGTHS, len(trace.units)))
-    square = float(total.square().sum())
-    share = [float((term * total).sum()) / square if square else 0.0 for term in terms]
-    rest = size(total - sum(terms)) / size(total) if square else 0.0
+    total = at_x[trace.units[0]].double()
+    found = by_length(trace.units, at_out[trace.units[-1]], min(LENGTHS, len(trace.units)))
+    terms = [term.double() for term in found]  # sums and products would leave float32
+    whole = size(total)
+    share = [ratio(float((term * (total / whole)).sum()), whole) for term in terms]
     return {
         "units": len(trace.units),
         "norm": [size(term) for term in terms],
         "share": share,
         "rest": 1 - sum(share),
-        "rest_norm": rest,
+        "rest_norm": ratio(size(total - sum(terms)), whole),
     }
 
 
-def percent(share: float) -> str:
-    """One digit, and no sign before what rounds to nothing."""
-    return f"{round(100 * share, 1) + 0.0:.1f}"
+def percent(shares: list[Value]) -> str:
+    """Their sum with one digit, and no sign before what rounds to nothing."""
+    known = [s for s in shares if s is not None]
+    return f"{round(100 * sum(known), 1) + 0.0:.1f}" if known == shares else short(None)
 
 
 def table(measured: Measured) -> Table:
@@ -68,13 +69,14 @@ def table(measured: Measured) -> Table:
     columns = ["passed", "units", *groups, "more", "half within"]
     rows = []
     for label, m in measured.items():
-        half = next((k for k, s in enumerate(accumulate(m["share"])) if s >= 0.5), None)
+        known = m["share"] if None not in m["share"] else []
+        half = next((k for k, s in enumerate(accumulate(known)) if s >= 0.5), None)
         rows.append(
             [
                 named(measured, label, "" if len(measured) > 1 else "share"),
                 str(m["units"]),
-                *(percent(sum(m["share"][a : b + 1])) for a, b in groups.values()),
-                percent(m["rest"]),
+                *(percent(m["share"][a : b + 1]) for a, b in groups.values()),
+                percent([m["rest"]]),
                 "—" if half is None else f"{half}",
             ]
         )

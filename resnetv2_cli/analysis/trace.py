@@ -1,5 +1,6 @@
 """What happens in every unit of a network, kept while a batch passes: x_l, h, F, y_l, x_{l+1}."""
 
+import math
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -141,10 +142,20 @@ _WORDS = {"x": "x_l", "split": "x_l", "residual": "F(x_l)", "y": "y_l", "out": "
 
 
 def size(x: Tensor) -> float:
-    """The Euclidean norm of all numbers of a tensor, images and all."""
-    return float(torch.linalg.vector_norm(x.detach()))
+    """The Euclidean norm of all numbers of a tensor, images and all.
+
+    Squares leave a format long before what they are of: they are taken in float64, of x over its
+    largest number.
+    """
+    x = x.detach().double()
+    largest = float(x.abs().max())
+    if not largest or not math.isfinite(largest):
+        return largest
+    return largest * float(torch.linalg.vector_norm(x / largest))
 
 
-def ratio(a: float, b: float) -> float:
-    """a / b, and 0 for 0 / 0."""
-    return a / b if b else (0.0 if not a else float("inf"))
+def ratio(a: float | None, b: float | None) -> float:
+    """a / b; NaN where they do not say it: b is 0, or one of them has left its format."""
+    if a is None or not b or not math.isfinite(a) or not math.isfinite(b):
+        return math.nan
+    return a / b
