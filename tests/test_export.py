@@ -281,10 +281,11 @@ def test_a_card_claims_nothing_for_weights_that_were_not_measured(trained, tmp_p
     assert "Not known: the checkpoint lay in no run's folder" in made.card.read_text()
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    result = json.loads((run / "result.json").read_text()) | {"steps": 500, "test_step": 500}
+    result = json.loads((run / "result.json").read_text()) | {"steps": 500, "test_step": 300}
     (run / "result.json").write_text(json.dumps(result))
     made = study.export(run / "checkpoints" / "last.ckpt", "safetensors", None, None, None)
     assert "Of this file, iteration 92: not measured" in made.card.read_text()
+    assert "the run's headline, after 300 iterations" in made.card.read_text()
     (run / "result.json").unlink()
     made = study.export(run / "checkpoints" / "last.ckpt", "safetensors", None, None, None)
     assert "the run has not ended; this is iteration 92 of 92" in made.card.read_text()

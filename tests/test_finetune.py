@@ -91,6 +91,7 @@ def test_photographs_behind_a_mean_image_are_predicted_and_exported_as_evaluated
     assert torch.equal(seen, evaluated)
     made = study.export(file, "safetensors", tmp_path / "a.safetensors", None, None)
     assert "shorter side is resized to 37 (bicubic" in made.card.read_text()
+    assert "SHA-256 of the files' names and labels `" in made.card.read_text()
 
 
 def test_another_size_than_that_of_the_mean_image_is_refused(trained, own_folder, tmp_path):

@@ -99,10 +99,11 @@ def outcome(facts: Facts, result: dict[str, Any]) -> str:
             f"Not measured: the run has not ended; this is iteration {facts.step:,} of {whole:,}."
         )
     error, n = float(result["test_error"]), int(result["test_images"])
-    if facts.step != int(result.get("test_step", result["steps"])):
+    measured = int(result.get("test_step", result["steps"]))
+    if facts.step != measured:
         return (
             f"Of this file, iteration {facts.step:,}: not measured. Of the run's headline, after "
-            f"{result['steps']:,} iterations: test error {error:.2f} % of {n:,} images."
+            f"{measured:,} iterations: test error {error:.2f} % of {n:,} images."
         )
     lines = [f"Test error {error:.2f} % of {n:,} test images, after {facts.step:,} iterations."]
     errors = seeds(facts.run)
@@ -126,7 +127,8 @@ def data(facts: Facts, result: dict[str, Any]) -> str:
     if result:
         lines.append(f"{result['train_images']:,} training images.")
     if result.get("data"):
-        lines.append(f"SHA-256 of pixels and labels `{result['data']}`.")
+        what = "pixels" if DATASETS[e.dataset].decoded else "the files' names"
+        lines.append(f"SHA-256 of {what} and labels `{result['data']}`.")
     if e.weights_sha256:
         lines.append(f"It began with weights whose file has the SHA-256 `{e.weights_sha256}`.")
     return " ".join([*lines, f"{len(names)} classes: {some}."])
