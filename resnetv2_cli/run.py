@@ -321,10 +321,10 @@ def manifest_of(checkpoint: Path) -> Manifest | None:
     Raises:
         UserError: it cannot be read.
     """
-    inside = checkpoint.absolute().parent
-    folder = RunFolder(inside.parent)
-    mine = inside == folder.checkpoints and folder.begun
-    return folder.manifest if mine and folder.manifest.read() else None
+    folder = RunFolder.of(checkpoint)
+    if folder and folder.begun and folder.manifest.read():
+        return folder.manifest
+    return None
 
 
 def evaluate(

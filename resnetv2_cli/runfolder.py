@@ -33,6 +33,15 @@ class RunFolder:
         self.best = self.checkpoints / "best.ckpt"
 
     @classmethod
+    def of(cls, checkpoint: Path) -> "RunFolder | None":
+        """The folder of the run that a checkpoint is in, if it is in one."""
+        inside = checkpoint.parent
+        if not inside.name:  # it is in the working directory
+            inside = inside.absolute()
+        folder = cls(inside.parent)
+        return folder if inside == folder.checkpoints else None
+
+    @classmethod
     def free(cls, experiment: Experiment, root: Path = Path("runs")) -> "RunFolder":
         """The folder for a run that was given none: ``runs/NAME``, numbered if that is taken."""
         path, n = root / experiment.name, 1

@@ -292,6 +292,23 @@ def test_a_card_claims_nothing_for_weights_that_were_not_measured(trained, tmp_p
     assert "Not known" not in made.card.read_text() and "torchvision" in made.card.read_text()
 
 
+def test_a_checkpoint_is_in_its_run_from_wherever_it_is_called(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "run")
+    for place, name in (
+        (tmp_path, "run/checkpoints/last.ckpt"),
+        (tmp_path / "run", "checkpoints/last.ckpt"),
+        (tmp_path / "run" / "checkpoints", "last.ckpt"),
+    ):
+        monkeypatch.chdir(place)
+        folder = RunFolder.of(Path(name))
+        assert folder and folder.path.absolute() == tmp_path / "run"
+    made = study.export(Path("last.ckpt"), "safetensors", None, None, None)
+    assert made.file == tmp_path / "run" / "export" / "last.safetensors"
+    assert "360 test images" in made.card.read_text()
+    monkeypatch.chdir(tmp_path)
+    assert RunFolder.of(Path("run/last.ckpt")) is RunFolder.of(Path("last.ckpt")) is None
+
+
 def test_a_card_claims_no_recipe_for_imported_weights(trained, tmp_path):
     saved = read(trained / "checkpoints" / "last.ckpt")
     imported = {"from": "timm", "network": "ResNetV2", "file": "t.pth", "sha256": "0" * 64}

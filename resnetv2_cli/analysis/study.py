@@ -14,6 +14,7 @@ from resnetv2_cli.analysis.trace import trace
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.jsonfile import finite
 from resnetv2_cli.manifest import environment
+from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.source import Source
 
 
@@ -43,10 +44,9 @@ def folder_of(main: Source) -> Path:
     file = main.checkpoint
     if file is None:
         return Path("runs") / f"analyze-{main.experiment.name}"
-    if file.parent.name == "checkpoints" and file.stem == "last":
-        return file.parent.parent / "analysis"
-    inside = file.parent.parent if file.parent.name == "checkpoints" else file.parent
-    return inside / f"analysis-{file.stem}"
+    run = RunFolder.of(file)
+    name = "analysis" if run and file.stem == "last" else f"analysis-{file.stem}"
+    return (run.path if run else file.parent) / name
 
 
 def study(

@@ -151,6 +151,7 @@ def evaluate(
     from resnetv2_cli import checkpoint as checkpoints
     from resnetv2_cli import cluster, run
     from resnetv2_cli.plot import confusion
+    from resnetv2_cli.runfolder import RunFolder
 
     with cluster.Meeting() as meeting:
         file = checkpoints.find(checkpoint)
@@ -162,8 +163,8 @@ def evaluate(
             raise
     if not run.first_process():
         return
-    inside = file.parent.parent if file.parent.name == "checkpoints" else file.parent
-    to = (output or inside) / f"confusion-{file.stem}.png"
+    mine = RunFolder.of(file)
+    to = (output or (mine.path if mine else file.parent)) / f"confusion-{file.stem}.png"
     picture: str | None = str(to)
     per_class = [
         100 * (sum(row) - row[i]) / max(1, sum(row)) for i, row in enumerate(scores["confusion"])

@@ -62,8 +62,8 @@ def export(
     task = network(path, **overrides)
     saved = checkpoints.read(path)
     trained = Experiment(**checkpoints.settings_of(saved))  # task is as this machine has it
-    run = path.parent.parent if path.parent.name == "checkpoints" else None
-    to = output or (run or path.parent) / "export" / f"{path.stem}{row.suffix}"
+    run = RunFolder.of(path)
+    to = output or (run.path if run else path.parent) / "export" / f"{path.stem}{row.suffix}"
     model, folded = exported(task, row.fold if fold is None else fold)
     view = view_of(task.experiment, task.normalize)._replace(ten=False)
     agreement = written(task, model, format, view, to, metadata(saved, trained, folded, view))
@@ -75,7 +75,7 @@ def export(
         parameters=sum(p.numel() for p in task.net.parameters()),
         step=saved["global_step"],
         imported=saved.get("imported", {}),
-        run=run if run and RunFolder(run).begun else None,
+        run=run.path if run and run.begun else None,
         file=to.name,
         bytes=size,
         sha256=sha256(to),
