@@ -55,14 +55,16 @@ LAYOUT = Parameter(
 
 
 def with_flags(*without: str) -> Callable:
-    """Give a command a flag for each field of Experiment but ``without``; it gets those given."""
+    """Give a command a flag for each field of Experiment but ``without``, and ``--layout`` with
+    those that it sets; it gets what is given."""
 
     def wrap(command: Callable) -> Callable:
         own = [
             p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD
         ]
         flags = [flag(f) for f in fields(Experiment) if f.name not in without]
-        flags.insert(0, LAYOUT)
+        if "stride_on" not in without:
+            flags.insert(0, LAYOUT)
 
         def run(**given: Any) -> None:
             names = {p.name for p in own}

@@ -117,6 +117,12 @@ def test_nothing_but_broken_files_is_a_mistake(trained, capsys):
     assert "none of the 1 files can be read" in err and "nowhere.png is no file" in err
 
 
+def test_the_network_is_the_checkpoints_own(trained, capsys):
+    """Another layout of it would compute something else, and say nothing."""
+    _, err = called(capsys, trained, "a.png", "--layout", "fb", status=2)
+    assert "No such option: --layout" in err
+
+
 def test_a_folder_without_images_is_a_mistake(trained, tmp_path, capsys):
     _, err = called(capsys, trained, tmp_path, status=2)
     assert "no images in" in err and ".png" in err
