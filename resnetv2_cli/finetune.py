@@ -60,7 +60,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is neither, or its BN is folded.
     """
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors" and not form.header(path):
         return checkpoints.read(path)
     try:
         from safetensors import SafetensorError, safe_open

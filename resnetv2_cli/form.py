@@ -95,8 +95,15 @@ def other(path: Path) -> UserError | None:
 
 def metadata(path: Path) -> dict[str, Any]:
     """What the header of a safetensors file says besides its tensors; nothing, of any other."""
-    with suppress(OSError, ValueError, TypeError, RecursionError), path.open("rb") as file:
+    with suppress(ValueError, TypeError):
+        return dict(header(path).get("__metadata__", {}))
+    return {}
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, whatever it is called; nothing, of any other."""
+    with suppress(OSError, ValueError, RecursionError), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length)) if length <= HEADER else {}
-        return dict(header.get("__metadata__", {})) if isinstance(header, dict) else {}
+        found = json.loads(file.read(length)) if length <= HEADER else {}
+        return found if isinstance(found, dict) else {}
     return {}

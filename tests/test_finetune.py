@@ -21,7 +21,7 @@ from resnetv2_cli.data.images import digits
 from resnetv2_cli.data.module import view_of
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.export import study
-from resnetv2_cli.finetune import begin
+from resnetv2_cli.finetune import begin, read
 from resnetv2_cli.inference import Picture, network, predict
 from resnetv2_cli.runfolder import RunFolder
 
@@ -142,6 +142,14 @@ def test_plain_safetensors_are_taken_by_name(trained, tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"not one")
     with pytest.raises(UserError, match="cannot read"):
         started(Experiment(**SMALL, weights=str(tmp_path / "broken.safetensors")))
+
+
+@pytest.mark.parametrize("name", ["W.SAFETENSORS", "w.bin"])
+def test_safetensors_are_known_by_what_is_in_them(name, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"head.fc.bias": torch.arange(3.0)}, tmp_path / name)
+    assert read(tmp_path / name)["state_dict"]["net.head.fc.bias"].tolist() == [0, 1, 2]
 
 
 def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(trained, tmp_path):
