@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 import yaml
 
 from resnetv2_cli import plans
-from resnetv2_cli.errors import UserError, unknown
+from resnetv2_cli.errors import UserError, shown, unknown
+from resnetv2_cli.origin import find, sha256
 from resnetv2_cli.settings import renewed
 
 _PACKAGED = Path(__file__).parent / "configs"  # in a wheel; in a checkout they are beside it
@@ -63,7 +64,8 @@ def asked_for(
 
     Raises:
         UserError: the file is missing or no YAML mapping, or holds a key that is no setting; or
-            the length of the training is given twice.
+            the length of the training is given twice; or the weights are not those of the
+            SHA-256 that is asked for.
     """
     given = renewed(read_yaml(Path(path))) if path else {}
     known = ["layout", *known]
@@ -75,13 +77,26 @@ def asked_for(
     for one, other in (("epochs", "steps"), ("steps", "epochs")):
         if one in overrides:
             given.pop(other, None)
-    if "weights" in overrides:
+    if "weights" in overrides and given.get("weights"):  # without, it says what they must be
         given.pop("weights_sha256", None)
     try:
         given = plans.laid_out(given)
     except UserError as error:
         raise UserError(f"{path}: {error}", error.hint) from None
-    return given | plans.laid_out(overrides)
+    asked = given | plans.laid_out(overrides)
+    if "weights" in overrides:
+        refuse_other_weights(asked["weights"], asked.get("weights_sha256"))
+    return asked
+
+
+def refuse_other_weights(weights: object, wanted: object) -> None:
+    """
+    Raises:
+        UserError: the file is missing, or its SHA-256 is not the one that is wanted, if one is.
+    """
+    if wanted and weights and sha256(find(Path(str(weights)).expanduser())) != wanted:
+        hint = f"name the file whose SHA-256 is {shown(wanted)}, or leave weights_sha256 out"
+        raise UserError(f"{weights} is not what weights_sha256 asks for", hint)
 
 
 def made(

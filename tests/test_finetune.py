@@ -219,6 +219,20 @@ def test_an_experiment_is_the_same_by_the_bytes_of_its_weights(trained, tmp_path
         started(Experiment(**SMALL, weights=str(one), weights_sha256=e.weights_sha256))
 
 
+def test_a_recipe_is_taken_with_the_weights_that_it_was_made_with_alone(tmp_path):
+    """It has their SHA-256, and not their name."""
+    for name in ("right", "wrong"):
+        (tmp_path / name).write_bytes(name.encode())
+    right, wrong = str(tmp_path / "right"), str(tmp_path / "wrong")
+    made = Experiment(**SMALL, weights=right)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"dataset: digits\ndepth: 8\nweights_sha256: {made.weights_sha256}\n")
+    assert Experiment.load(recipe, weights=right).weights_sha256 == made.weights_sha256
+    with pytest.raises(UserError, match="wrong is not what weights_sha256 asks for") as caught:
+        Experiment.load(recipe, weights=wrong)
+    assert str(made.weights_sha256) in caught.value.hint
+
+
 @pytest.mark.parametrize(
     "given, error, hint",
     [

@@ -25,7 +25,7 @@ def test_the_manifest_knows_where_values_came_from(tmp_path):
     assert origins(config, {"lr": 0.1, "steps": 3}) == {
         "depth": f"file {config}", "lr": "flag", "steps": "flag"
     }  # fmt: skip
-    config.write_text("layout: timm\ntest_size: 320\nweights_sha256: ab\n")
+    config.write_text("layout: timm\ntest_size: 320\nweights: a.ckpt\nweights_sha256: ab\n")
     keys = ["stride_on", "option", "first_act", "protocol"]
     assert origins(config, {"weights": "mine.ckpt", "pad": "raw"}) == {
         **dict.fromkeys(keys, f"file {config}"), "weights": "flag", "pad": "flag"
