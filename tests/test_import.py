@@ -164,6 +164,11 @@ REFUSED = {
         "timm",
         "GroupNorm and standardized weights",
     ),
+    "group norm": (
+        lambda: state(timm.create_model("resnet50_gn", num_classes=7)),
+        "timm",
+        "it has GroupNorm, where this tool has the paper's BN",
+    ),
     "deep stem": (
         lambda: state(timm.create_model("resnetv2_50d", num_classes=7)),
         "timm",

@@ -185,6 +185,11 @@ SOURCES = {
                 "it is of BiT's kind: GroupNorm and standardized weights, where this tool has the "
                 "paper's BN and plain convolutions; resnetv2_50, resnetv2_101, ... come over",
             ),
+            Refusal(
+                r"^bn1\.weight$",
+                r"\.running_mean$",
+                "it has GroupNorm, where this tool has the paper's BN; resnet18 ... 152 come over",
+            ),
             Refusal(r"^stem\.conv1\.|^conv1\.0\.", "", _DEEP_STEM),
         ),
         "resnetv2_50x3, wide_resnet* and resnext* have other widths or groups",
