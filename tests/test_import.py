@@ -135,9 +135,11 @@ def test_keras(tmp_path, monkeypatch):
                 variable.assign(low + (high - low) * torch.rand(*variable.shape))
     net.save(tmp_path / "old.h5")
     net.save_weights(tmp_path / "new.weights.h5")
-    forms = [tensors(tmp_path / name) for name in ("old.h5", "new.weights.h5")]
-    assert all(torch.equal(value, forms[1].pop(name)) for name, value in forms[0].items())
-    assert not forms[1]
+    net.save(tmp_path / "new.keras")
+    forms = [tensors(tmp_path / name) for name in ("old.h5", "new.weights.h5", "new.keras")]
+    for other in forms[1:]:
+        assert all(torch.equal(value, other.pop(name)) for name, value in forms[0].items())
+        assert not other
     ours, e = here(forms[0], "keras")
     assert (e.depth, e.unit, e.stride_on) == (50, "original", "first")
     images = 255 * torch.rand(2, *shape)
@@ -324,6 +326,7 @@ def test_files_that_are_refused(tmp_path, capsys):
     (tmp_path / "net.t7").write_bytes(b"4")
     (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 7)
     (tmp_path / "cut.h5").write_bytes(b"HDF")
+    (tmp_path / "cut.keras").write_bytes(b"PK")
     torch.save({"epoch": 3}, tmp_path / "none.pth")
     (tmp_path / "README.md").write_text("# weights\n")
     for name, message in [
@@ -331,6 +334,7 @@ def test_files_that_are_refused(tmp_path, capsys):
         ("net.t7", "no maintained reader"),
         ("cut.safetensors", "cannot read"),
         ("cut.h5", "cannot read"),
+        ("cut.keras", "cannot read"),
         ("none.pth", "holds no tensors"),
         ("README.md", "is no file of weights"),
         ("missing.pth", "there is no file"),

@@ -17,7 +17,9 @@ FROM_HELP = "; ".join(f"{name}: {source.doc}" for name, source in SOURCES.items(
 
 @app.command("import", rich_help_panel="Train")
 def import_(
-    file: Annotated[Path, typer.Argument(help="safetensors, .pth or .h5: opened as tensors only.")],
+    file: Annotated[
+        Path, typer.Argument(help="safetensors, .pth, .h5 or .keras: opened as tensors only.")
+    ],
     source: Annotated[
         str, typer.Option("--from", help=f"Whose weights they are. {FROM_HELP}.", metavar="NAME")
     ],

@@ -1,6 +1,8 @@
 """Files of tensors: opened without running anything that is in them."""
 
+import io
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnetv2_cli import form
 from resnetv2_cli.errors import UserError
 
 WRAPPERS = ("state_dict", "model", "net")  # where training scripts keep weights beside the rest
@@ -21,7 +24,7 @@ KERAS = {  # a variable's name in Keras: in PyTorch
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
-KNOWN = "safetensors, .pth or .h5"
+KNOWN = "safetensors, .pth, .h5 or .keras"
 KERAS_ORDER = {1: ("kernel",), 2: ("kernel", "bias"), 4: tuple(KERAS)[1:3] + tuple(KERAS)[4:]}
 
 
@@ -87,15 +90,21 @@ def _torch7(path: Path) -> dict[str, Tensor]:
     )
 
 
-def _keras(path: Path) -> dict[str, Tensor]:
+def _keras_zip(path: Path) -> dict[str, Tensor]:
+    """``.keras``, which has a ``.weights.h5`` in it."""
+    with zipfile.ZipFile(path) as archive:
+        form.refuse_bomb(archive, path)
+        return _keras(io.BytesIO(archive.read("model.weights.h5")))
+
+
+def _keras(file: Path | io.BytesIO) -> dict[str, Tensor]:
     """Both forms: by the names of layers and variables, and Keras 3's ``.weights.h5``, which
     numbers the variables of a layer and keeps its name beside them."""
     try:
         import h5py
     except ModuleNotFoundError:
-        raise UserError(
-            f"{path} needs h5py to be read", "pip install 'resnetv2-cli[import]'"
-        ) from None
+        hint = "pip install 'resnetv2-cli[import]'"
+        raise UserError("files of Keras need h5py to be read", hint) from None
     found: dict[str, Tensor] = {}
 
     def keep(layer: str, variable: str, data: Any) -> None:
@@ -115,8 +124,8 @@ def _keras(path: Path) -> dict[str, Tensor]:
             if int(variable) < len(order):
                 keep(str(node.parent.attrs["name"]), order[int(variable)], node)
 
-    with h5py.File(path) as file:
-        file.visititems(visit)
+    with h5py.File(file) as opened:
+        opened.visititems(visit)
     return found
 
 
@@ -124,6 +133,6 @@ READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     ".safetensors": _safetensors,
     ".h5": _keras,
     ".hdf5": _keras,
-    ".keras": _keras,
+    ".keras": _keras_zip,
     ".t7": _torch7,
 }
