@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from resnetv2_cli.ablation.studies import identity
-from resnetv2_cli.checkpoint import read, write
+from resnetv2_cli.checkpoint import experiment_of, read, write
 from resnetv2_cli.cli import main
 from resnetv2_cli.commands.export import Kind
 from resnetv2_cli.config import Experiment
@@ -26,6 +27,8 @@ from resnetv2_cli.inference import network
 from resnetv2_cli.plans import UNITS, shortcuts
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.runfolder import RunFolder
+
+PACKAGE = Path(card.__file__).parent.parent
 
 
 def net_of(unit: str, shortcut: str, depth=5, block="single", **more) -> ResNet:
@@ -137,7 +140,16 @@ def test_a_file_is_checked_on_the_test_images_and_has_its_card(trained, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == [file.name, f"{file.name}.md"]
     says = {key: json.loads(metadata(format, file)[key]) for key in ("classes", "input", "folded")}
     assert says["classes"] == [str(i) for i in range(10)] and says["folded"] == made["folded"]
+    assert b"site-packages" not in unpacked(file) and str(PACKAGE).encode() not in unpacked(file)
     assert says["input"]["shape"] == ["N", 3, 32, 32] and says["input"]["range"] == [0, 1]
+
+
+def unpacked(file: Path) -> bytes:
+    """All bytes of a file; of a zip those of its members."""
+    if not zipfile.is_zipfile(file):
+        return file.read_bytes()
+    with zipfile.ZipFile(file) as archive:
+        return b"".join(map(archive.read, archive.namelist()))
 
 
 def metadata(format: str, file) -> dict[str, str]:
@@ -268,11 +280,15 @@ def test_the_recipe_of_a_card_makes_the_same_experiment(given, trained, tmp_path
 def test_the_recipe_of_a_run_that_began_with_weights_names_no_place_of_theirs(
     freeze, trained, tmp_path
 ):
+    """Nor does the file, which says of the images' place as little."""
     (tmp_path / "w.safetensors").write_bytes(b"weights")
     file = str(tmp_path / "w.safetensors")
-    e, made = exported_as(trained, tmp_path, weights=file, freeze=freeze)
-    assert str(tmp_path) not in made.card.read_text()
+    e, made = exported_as(trained, tmp_path, weights=file, freeze=freeze, data_dir=str(tmp_path))
+    for written in (made.card, made.file):
+        assert str(tmp_path).encode() not in written.read_bytes()
     assert identity(read_recipe(made, weights=file)) == identity(e)
+    of_file = experiment_of(read_weights(made.file))
+    assert (of_file.weights, of_file.weights_sha256) == ("w.safetensors", e.weights_sha256)
 
 
 def test_a_card_claims_nothing_for_weights_that_were_not_measured(trained, tmp_path):

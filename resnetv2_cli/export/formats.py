@@ -66,6 +66,8 @@ def write_onnx(model: Exported, example: Tensor, path: Path, metadata: Metadata)
         )
     assert program is not None
     graph = program.model_proto
+    for node in graph.graph.node:
+        del node.metadata_props[:]  # which lines of which files made it, on this machine
     onnx.helper.set_model_props(graph, metadata)
     onnx.checker.check_model(graph, full_check=True)
     onnx.save(graph, path)
@@ -84,6 +86,8 @@ def write_torch_export(model: Exported, example: Tensor, path: Path, metadata: M
     shapes = {INPUT: {0: torch.export.Dim("batch")}}
     with quiet():
         program = torch.export.export(model, (example,), dynamic_shapes=shapes)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # of files on this machine
     file = io.BytesIO()  # by its name it would insist on a suffix; a full disk would end it all
     with quiet():
         torch.export.save(program, file, extra_files=metadata)  # type: ignore[arg-type]

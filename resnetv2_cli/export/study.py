@@ -1,7 +1,7 @@
 """One export, from the checkpoint to the card beside the file."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +105,14 @@ def metadata(
     size = view.side
     shape = {"name": INPUT, "shape": ["N", 3, size, size], "colors": "RGB", "range": [0, 1]}
     resize = {"shorter_side": view.shorter, "interpolation": "bicubic", "crop": size}
+    # Where images and weights lay on this machine is for nobody else.
+    weights = Path(trained.weights).name if trained.weights else None
+    told = replace(trained, data_dir=Experiment.data_dir, weights=weights)
     origin = {"imported": json.dumps(saved["imported"])} if "imported" in saved else {}
     return origin | {
         "format": "pt",
         "made_by": f"resnetv2-cli {__version__}",
-        "experiment": json.dumps(asdict(trained)),
+        "experiment": json.dumps(asdict(told)),
         "classes": json.dumps(saved["classes"]),
         "global_step": json.dumps(saved["global_step"]),
         "folded": json.dumps(folded),
