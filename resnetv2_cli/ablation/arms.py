@@ -228,9 +228,9 @@ class Ablation:
 def recorded(file: Path) -> dict[str, list[str]]:
     """The folders of each row's runs in the file of an ablation; nothing if there is none."""
     try:
-        rows = json.loads(file.read_text())["rows"]
+        rows = jsonfile.mapping(file).get("rows", [])
         return {str(row["name"]): [str(place) for place in row["arms"]] for row in rows}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return {}
 
 
