@@ -15,12 +15,12 @@ from test_ablate import names
 from resnetv2_cli.ablation import arms, studies
 
 
-@pytest.mark.parametrize("status, lines", [(0, 2), (2, 2), (3, 1), (143, 1)])
-def test_a_plan_goes_on_behind_a_run_that_crashed_and_behind_nothing_else(tmp_path, status, lines):
-    """The tool here is a script that says what it was called with, and leaves with a status."""
-    tool = tmp_path / "resnetv2"
-    tool.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\nexit {status}\n')
-    tool.chmod(0o755)
+def called(tmp_path, tool: str = "") -> int:
+    """Its exit status, for a plan of two lines; the tool here is a script that says what it was
+    called with, and does as the test has it."""
+    script = tmp_path / "resnetv2"
+    script.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n{tool}\n')
+    script.chmod(0o755)
     (tmp_path / "plan.txt").write_text("# two tables\n--table 1\n--table 2\n")
     place = {"LAB": "lab", "KEPT": "kept", "PLAN": "plan.txt"}
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -29,7 +29,28 @@ def test_a_plan_goes_on_behind_a_run_that_crashed_and_behind_nothing_else(tmp_pa
         env=os.environ | {name: str(tmp_path / file) for name, file in place.items()} | path,
         capture_output=True,
     )
-    assert done.returncode == (0 if status == 2 else status)
+    return done.returncode
+
+
+RECORD = "sleep 0.1; echo > $LAB/ablation-table-1.json"  # an ablation leaves it as it begins
+
+
+@pytest.mark.parametrize(
+    "tool, status, lines",
+    [
+        (RECORD, 0, 2),
+        (f"{RECORD}; exit 2", 0, 2),  # a run crashed
+        ("exit 2", 2, 1),  # a mistake
+        (f"{RECORD}; exit 3", 3, 1),
+        (f"{RECORD}; exit 143", 143, 1),
+    ],
+)
+def test_a_plan_goes_on_behind_a_run_that_crashed_and_behind_nothing_else(
+    tmp_path, tool, status, lines
+):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "ablation-table-1.json").write_text("of another day")
+    assert called(tmp_path, tool) == status
     assert (tmp_path / "calls").read_text().count("ablate --table") == lines
 
 
