@@ -16,11 +16,13 @@ shift
 
 mkdir -p "$kept" "$lab"
 # What LAB has already went on after it was kept, on a machine that was stopped before it could be kept again.
-tar -C "$kept" -cf - . | tar -C "$lab" --skip-old-files -xf -
-find "$lab" -name '*.ckpt.part-aa' | while read -r first; do
-    whole=${first%.part-aa}
-    [ -e "$whole" ] || cat "$whole".part-* >"$whole"
-    rm "$whole".part-*
+tar -C "$kept" --exclude='*.ckpt.part-*' -cf - . | tar -C "$lab" --skip-old-files -xf -
+find "$kept" -name '*.ckpt.part-aa' | while read -r first; do
+    whole=$lab/${first#"$kept"/}
+    whole=${whole%.part-aa}
+    [ ! -e "$whole" ] || continue
+    cat "${first%aa}"* >"$whole.tmp" # there whole or not at all
+    mv "$whole.tmp" "$whole"
 done
 
 keep() { # after each line of the plan: a machine that is taken away loses one line at most

@@ -74,6 +74,19 @@ def test_a_lab_that_went_on_is_kept_and_not_put_back(tmp_path):
     assert (kept / "metrics.csv").read_text() == "new"
 
 
+def test_a_checkpoint_that_is_put_together_is_there_whole_or_not_at_all(tmp_path):
+    """The disk is full in the midst of it, or the machine is stopped."""
+    lab, kept = (tmp_path / name / "row" / "s0" / "checkpoints" for name in ("lab", "kept"))
+    kept.mkdir(parents=True)
+    (kept / "last.ckpt.part-aa").write_text("the one half, ")
+    (kept / "last.ckpt.part-ab").symlink_to("nothing")  # cannot be read, as if that were it
+    assert called(tmp_path) != 0 and not (lab / "last.ckpt").exists()
+    (kept / "last.ckpt.part-ab").unlink()
+    (kept / "last.ckpt.part-ab").write_text("the other")
+    assert called(tmp_path) == 0
+    assert (lab / "last.ckpt").read_text() == "the one half, the other"
+
+
 def test_the_plan_of_the_paper_names_rows_that_exist():
     lines = (REPOSITORY / "results" / "plan.txt").read_text().splitlines()
     calls = [shlex.split(line) for line in lines if line and not line.startswith("#")]
