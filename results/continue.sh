@@ -36,6 +36,9 @@ keep() { # after each line of the plan: a machine that is taken away loses one l
     done
     (cd "$lab" && find . \( -name '*.json' -o -name '*.csv' -o -name '*.yaml' -o -name '*.jsonl' \) -print) |
         tar -C "$lab" -cf - -T - | tar -C "$kept" -xf -
+    find "$kept" -name failed.json | while read -r crash; do # one that was tried again is over
+        [ -e "$lab/${crash#"$kept"/}" ] || rm "$crash"
+    done
 }
 trap keep EXIT
 

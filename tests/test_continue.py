@@ -87,6 +87,14 @@ def test_a_checkpoint_that_is_put_together_is_there_whole_or_not_at_all(tmp_path
     assert (lab / "last.ckpt").read_text() == "the one half, the other"
 
 
+def test_a_crash_that_is_over_is_not_kept(tmp_path):
+    for place in ("over", "not-over"):
+        (tmp_path / "kept" / place / "s0").mkdir(parents=True)
+        (tmp_path / "kept" / place / "s0" / "failed.json").write_text("{}")
+    assert called(tmp_path, "rm -f $LAB/over/s0/failed.json") == 0
+    assert [p.parent.parent.name for p in tmp_path.glob("kept/*/s0/failed.json")] == ["not-over"]
+
+
 def test_the_plan_of_the_paper_names_rows_that_exist():
     lines = (REPOSITORY / "results" / "plan.txt").read_text().splitlines()
     calls = [shlex.split(line) for line in lines if line and not line.startswith("#")]
