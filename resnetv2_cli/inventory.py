@@ -24,7 +24,6 @@ RUNS = Path("runs")  # where runs are, unless another folder is named
 FRESH = 1200.0  # seconds; a run that trains saves every ten minutes
 STATES = ("done", "fail", "crashed", "running", "stopped", "waiting")
 LIST = "resnetv2 runs ls shows what there is"
-OPEN = ("running", "waiting")  # more is to come
 
 
 @dataclass(frozen=True)
@@ -92,9 +91,9 @@ class Run:
             return "done"
         if self.failure:
             return "fail" if self.failure["diverged"] else "crashed"
-        if not self.folder.config.exists():
-            return "waiting"
-        return "running" if alive(self.folder) else "stopped"
+        if alive(self.folder):
+            return "running"
+        return "stopped" if self.folder.config.exists() else "waiting"
 
     @property
     def ended(self) -> dict[str, Any]:
@@ -147,6 +146,15 @@ class Found:
             Run(str(folder.relative_to(folder.parent.parent)), RunFolder(folder)) for folder in arms
         ]
         return told_apart([*ours, *self.runs])
+
+    @property
+    def open(self) -> bool:
+        """Whether more is to come: a run is on its way, or was not long ago and others wait. Where
+        an ablation was stopped these may wait for ever."""
+        runs = self.every
+        states = {run.state for run in runs}
+        latest = max((run.changed for run in runs), default=0.0)
+        return "running" in states or ("waiting" in states and time.time() - latest < FRESH)
 
 
 def newest(folder: RunFolder) -> float:

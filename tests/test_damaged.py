@@ -33,7 +33,7 @@ def planned(tmp_path):
 def states(ablation, to) -> dict[str, int]:
     """What a report counts, which says nothing else than the table."""
     tables.table(ablation, 0.5)
-    return page.write([ablation.root], to, 0.5)
+    return page.write([ablation.root], to, 0.5)[0]
 
 
 @pytest.mark.parametrize("text", [*NONE, '{"test_error": null}', '{"test_error": "low"}'])

@@ -367,6 +367,7 @@ def test_the_mistakes_of_a_page(called, lab, tmp_path):
 def test_watching_ends_with_the_last_open_run(called, lab, tmp_path, monkeypatch):
     """The page asks to be read again while runs are open, and no longer when none is."""
     root = shutil.copytree(lab, tmp_path / "runs")
+    os.utime(root / "alone" / "metrics.csv")
     to, seen = tmp_path / "r.html", []
 
     def meanwhile(seconds):
@@ -379,6 +380,18 @@ def test_watching_ends_with_the_last_open_run(called, lab, tmp_path, monkeypatch
     monkeypatch.setattr("time.sleep", meanwhile)
     page(called, root, "-o", to, "--watch", "30s")
     assert seen == [(30, 30)]
+    assert json.loads(Page(to.read_text()).data)["refresh"] == 0
+
+
+def test_watching_ends_where_an_ablation_was_stopped_long_ago(called, lab, tmp_path, monkeypatch):
+    """Though rows wait. While an ablation has one of them, in a queue say, more is to come."""
+    root, to = shutil.copytree(lab, tmp_path / "runs"), tmp_path / "r.html"
+    for file in root.rglob("*"):
+        os.utime(file, (0, 0))
+    lock = inventory.look([root]).ablations[0].lines[0].arms[1].claim()
+    monkeypatch.setattr("time.sleep", lambda _: os.close(lock))
+    said = page(called, root, "-o", to, "--watch", "30s")
+    assert [line.count("1 running") for line in said.split("r.html: ")[1:]] == [1, 0]
     assert json.loads(Page(to.read_text()).data)["refresh"] == 0
 
 

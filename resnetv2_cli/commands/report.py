@@ -80,14 +80,14 @@ def report(
     every = round(seconds(watch, "--watch")) if watch else 0
     if output.is_dir():
         raise UserError(f"{output} is a folder", "--output names the file, such as report.html")
-    from resnetv2_cli.inventory import OPEN, places
+    from resnetv2_cli.inventory import places
     from resnetv2_cli.report.page import write
 
     folders = places(what)
     while True:
-        states = write(folders, output, detect, every)
+        states, more = write(folders, output, detect, every)
         said = ", ".join(f"{n} {state}" for state, n in states.items()) or "no runs"
         console.note(f"{output}: {said}")
-        if not every or not any(states.get(state) for state in OPEN):
+        if not every or not more:
             return
         time.sleep(every)

@@ -11,7 +11,7 @@ from resnetv2_cli import __version__
 from resnetv2_cli.compare import word
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import write_text
-from resnetv2_cli.inventory import OPEN, Found, look
+from resnetv2_cli.inventory import Found, look
 from resnetv2_cli.jsonfile import finite
 from resnetv2_cli.plot import COLORS
 from resnetv2_cli.report.charts import everything
@@ -25,8 +25,11 @@ DARK = """
 """.split()  # COLORS by night
 
 
-def write(paths: list[Path], to: Path, detect: float, refresh: int = 0) -> dict[str, int]:
-    """Write the page of what is in some folders; how many runs are in each state.
+def write(
+    paths: list[Path], to: Path, detect: float, refresh: int = 0
+) -> tuple[dict[str, int], bool]:
+    """Write the page of what is in some folders; how many runs are in each state, and whether more
+    is to come.
 
     ``detect``: points for which the needed number of seeds is given; ``refresh``: seconds after
     which the page reads itself again while runs are open, 0 for never.
@@ -40,11 +43,10 @@ def write(paths: list[Path], to: Path, detect: float, refresh: int = 0) -> dict[
         named = ", ".join(map(str, paths))
         raise UserError(f"nothing to report in {named}", "no run there has begun")
     states = Counter(run.state for run in found.every)
-    still = any(states[state] for state in OPEN)
-    html = render(found, detect, refresh if still else 0, states)
+    html = render(found, detect, refresh if (more := found.open) else 0, states)
     to.parent.mkdir(parents=True, exist_ok=True)
     write_text(to, html)
-    return dict(states)
+    return dict(states), more
 
 
 def render(found: Found, detect: float, refresh: int, states: Counter[str]) -> str:
