@@ -1,7 +1,8 @@
 """Processes of one run: those started from outside, by torchrun or a cluster's queue, what they may
-share, what they do not wait for, and that they begin together or not at all."""
+share, what they do not wait for, and that they begin together or not at all; and those launched."""
 
 import atexit
+import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -19,11 +20,12 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 
-from resnetv2_cli.errors import UserError, shown
+from resnetv2_cli.errors import SIGNALS, UserError, shown
 
 # As Lightning's Trainer looks for them: torchrun may itself run inside of a queue's job.
 OUTSIDE = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
@@ -230,3 +232,16 @@ class NoHandlers(_SignalConnector):
 
     def register_signal_handlers(self) -> None:
         pass
+
+
+class Launcher(_SubprocessScriptLauncher):
+    """Lightning's launcher of the other processes on this machine, which are born with the signals
+    blocked that ``leaving.Leaver`` handles, and hear of what came once they have its handler: one
+    to the whole group would end them while they start, and Lightning the first one with them."""
+
+    def _call_children_scripts(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            super()._call_children_scripts()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -37,6 +37,7 @@ class Leaver(Callback):
 
     def __enter__(self) -> "Leaver":
         self.before = {number: signal.signal(number, self.handle) for number in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # as ``cluster.Launcher`` left them
         return self
 
     def __exit__(self, *_: object) -> None:

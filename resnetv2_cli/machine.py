@@ -11,10 +11,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.layer_sync import LayerSync
+from lightning.pytorch.strategies import DDPStrategy
 
 from resnetv2_cli import footprint, memory
 from resnetv2_cli.checkpoint import WholeFiles
-from resnetv2_cli.cluster import NoHandlers, Steps, refuse_unfit
+from resnetv2_cli.cluster import Launcher, NoHandlers, Steps, refuse_unfit
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.quantities import size
@@ -106,6 +107,8 @@ def trainer_of(
     steps = trainer.fit_loop.epoch_loop
     trainer.fit_loop.epoch_loop = Steps(trainer, steps.min_steps, steps.max_steps)
     trainer._signal_connector = NoHandlers(trainer)
+    if isinstance(ddp := trainer.strategy, DDPStrategy) and ddp.cluster_environment:
+        ddp._launcher = Launcher(ddp.cluster_environment, ddp.num_processes, ddp.num_nodes)
     return trainer
 
 

@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 import socket
+import sys
+import threading
 import time
 from collections import Counter
 from datetime import timedelta
@@ -14,7 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from test_fused import distance
@@ -26,7 +30,8 @@ from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import cluster, graphs, native, run
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.errors import Stopped
+from resnetv2_cli.errors import SIGNALS, Stopped
+from resnetv2_cli.leaving import Leaver
 from resnetv2_cli.runfolder import RunFolder
 
 STEPS = 23  # an epoch of the digits, and an evaluation after it
@@ -291,6 +296,30 @@ def test_who_is_started_again_meets_those_of_now_in_the_store_of_before(monkeypa
         names = [pool.map(meet, range(size), chunksize=1) for _ in range(3)]
     assert all(len(set(of_one)) == 1 for of_one in names)
     assert len({of_one[0] for of_one in names}) == 3
+
+
+@pytest.fixture
+def launcher(monkeypatch) -> cluster.Launcher:
+    for name in ("NODE_RANK", "LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")  # and put back behind it, which sets them
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    return cluster.Launcher(LightningEnvironment(), num_processes=2, num_nodes=1)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_to_a_process_that_is_being_launched_waits_for_its_handler(
+    launcher, monkeypatch, number
+):
+    born = f"import os; os.kill(os.getpid(), {number}); os._exit(7)"
+    monkeypatch.setattr(
+        subprocess_script, "_basic_subprocess_cmd", lambda: [sys.executable, "-c", born]
+    )
+    launcher._call_children_scripts()
+    assert launcher.procs[0].wait(60) == 7
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [number]) & set(SIGNALS)  # the first hears
+    signal.pthread_kill(threading.get_ident(), number)
+    with Leaver() as leaver:
+        assert leaver.signal == number
 
 
 @pytest.mark.skipif(not native.multiplies(), reason="no products of bf16")
