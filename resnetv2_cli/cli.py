@@ -15,7 +15,7 @@ import typer
 
 from resnetv2_cli import __version__, console, files, threads, trust
 from resnetv2_cli.commands.app import app
-from resnetv2_cli.errors import Stopped, UserError
+from resnetv2_cli.errors import OfAll, Stopped, UserError
 from resnetv2_cli.quantities import size
 
 # isort: off
@@ -101,6 +101,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     except (UserError, OSError) as error:
         if os.environ.get("RESNETV2_DEBUG"):
             raise
+        if child() and isinstance(error, OfAll):
+            sys.exit(0)  # the first says it
         console.fail(of_the_system(error) if isinstance(error, OSError) else error)
         sys.exit(2)
     except Stopped as stopped:

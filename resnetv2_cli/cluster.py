@@ -25,7 +25,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 
-from resnetv2_cli.errors import SIGNALS, UserError, shown
+from resnetv2_cli.errors import SIGNALS, Gone, UserError, shown
 
 # As Lightning's Trainer looks for them: torchrun may itself run inside of a queue's job.
 OUTSIDE = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
@@ -234,10 +234,27 @@ class NoHandlers(_SignalConnector):
         pass
 
 
+GLOO = "gloo/transport"  # in what is said where another process does not answer any more
+
+
 class Launcher(_SubprocessScriptLauncher):
     """Lightning's launcher of the other processes on this machine, which are born with the signals
     blocked that ``leaving.Leaver`` handles, and hear of what came once they have its handler: one
-    to the whole group would end them while they start, and Lightning the first one with them."""
+    to the whole group would end them while they start, and Lightning the first one with them.
+
+    Raises:
+        Gone: one of the others has died; on a GPU NCCL waits, and Lightning ends this one too.
+    """
+
+    def launch(self, function: Callable[..., Any], *given: Any, **more: Any) -> Any:
+        try:
+            return super().launch(function, *given, **more)
+        except Exception as error:
+            self.procs.clear()  # or Lightning, once it sees that they left, kills this one too
+            if GLOO not in str(error):
+                raise
+            hint = "start it again; a training goes on from what it saved, with --resume"
+            raise Gone("another process has died, or is out of reach", hint) from error
 
     def _call_children_scripts(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -27,11 +27,19 @@ class Damaged(UserError):
     """A file that was whole once and is not any more."""
 
 
-class NotSaved(UserError):
+class OfAll(UserError):
+    """What all processes of a run end with; the one that launched others says it for them."""
+
+
+class Gone(OfAll):
+    """Another process of the run does not answer any more."""
+
+
+class NotSaved(OfAll):
     """A checkpoint could not be written; those before it are as they were."""
 
 
-class Diverged(UserError):
+class Diverged(OfAll):
     """The loss is no longer finite; in a table such a run is a ``fail``.
 
     ``iteration``: the first that was not. ``where``: the part of the network where it began.

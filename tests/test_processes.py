@@ -27,10 +27,10 @@ from torch import distributed, multiprocessing
 from torch.profiler import ProfilerActivity, profile
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import cluster, graphs, native, run
+from resnetv2_cli import cli, cluster, graphs, native, run
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.errors import SIGNALS, Stopped
+from resnetv2_cli.errors import SIGNALS, Diverged, Gone, NotSaved, Stopped
 from resnetv2_cli.leaving import Leaver
 from resnetv2_cli.runfolder import RunFolder
 
@@ -303,6 +303,7 @@ def launcher(monkeypatch) -> cluster.Launcher:
     for name in ("NODE_RANK", "LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE"):
         monkeypatch.setenv(name, "0")  # and put back behind it, which sets them
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return cluster.Launcher(LightningEnvironment(), num_processes=2, num_nodes=1)
 
 
@@ -320,6 +321,31 @@ def test_a_signal_to_a_process_that_is_being_launched_waits_for_its_handler(
     signal.pthread_kill(threading.get_ident(), number)
     with Leaver() as leaver:
         assert leaver.signal == number
+
+
+def test_who_loses_another_process_says_so_in_a_line(launcher):
+    def lose():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+    launcher.procs.append(None)  # gone: Lightning's thread would kill this one too
+    with pytest.raises(Gone, match="another process has died"):
+        launcher.launch(lose)
+    assert not launcher.procs
+
+
+@pytest.mark.parametrize("rank, status, said", [(0, 2, True), (1, 0, False)])
+@pytest.mark.parametrize("kind", [Diverged, Gone, NotSaved])
+def test_what_ends_all_processes_is_said_by_the_first(
+    monkeypatch, capsys, rank, status, said, kind
+):
+    def app(_):
+        raise kind("as all of them", "", *([1, "stem"] if kind is Diverged else []))
+
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(SystemExit) as left:
+        main([])
+    assert left.value.code == status and ("as all of them" in capsys.readouterr().err) == said
 
 
 @pytest.mark.skipif(not native.multiplies(), reason="no products of bf16")
