@@ -1,6 +1,7 @@
 """The console script: the commands, and the one place where the mistakes of a user end."""
 
 import errno
+import io
 import os
 import re
 import signal
@@ -95,6 +96,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     given = code_first(given)
     trust.admit(given)
     threads.settle()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with terminating():
             app(given)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, NamedTuple
+from unicodedata import category
 
 import torch
 from PIL import Image
@@ -102,8 +103,8 @@ def images_of(folder: Path, tell: Callable[[str], object]) -> list[Picture]:
 
 
 def from_stdin(content: bytes, scratch: Path) -> list[Picture]:
-    """One picture if the bytes are an image; else one for each line, or each name before a zero
-    byte, as ``find -print0`` writes them.
+    """One picture if the bytes are an image; else one for each line, or before each zero byte, as
+    ``find -print0`` writes them.
 
     Raises:
         UserError: they are neither.
@@ -114,9 +115,14 @@ def from_stdin(content: bytes, scratch: Path) -> list[Picture]:
             return [Picture(STDIN, scratch)]
     except BROKEN:
         pass
-    separator = b"\0" if b"\0" in content else b"\n"
-    names = [os.fsdecode(part.strip(b"\r")) for part in content.split(separator) if part.strip()]
-    if not names or any(not name.isprintable() for name in names):
+    if content.endswith(b"\0"):  # and a name may have anything else
+        names = [os.fsdecode(part) for part in content.split(b"\0") if part]
+    else:
+        lines = content.split(b"\n")
+        names = [os.fsdecode(line.removesuffix(b"\r")) for line in lines if line.strip()]
+        if any(category(c) == "Cc" for name in names for c in name):
+            names = []
+    if not names:
         hint = "for instance: find photos -name '*.jpg' | resnetv2 predict CHECKPOINT -"
         raise UserError("standard input is neither an image nor names of files", hint)
     return [Picture(name, Path(name)) for name in names]

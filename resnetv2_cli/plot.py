@@ -29,6 +29,11 @@ YS = {  # how loss and error are scaled
 }
 
 
+def as_is(name: str) -> str:
+    """A name for a figure, where a dollar would begin a formula; what is no text is a ``?``."""
+    return name.replace("$", r"\$").encode(errors="replace").decode()
+
+
 def curves(runs: Mapping[str, Path], to: Path) -> None:
     """One panel: training loss (dashed) and error (solid) of each run's metrics file."""
     panels({"": runs}, to)
@@ -47,7 +52,7 @@ def panels(groups: Mapping[str, Mapping[str, Path]], to: Path, y: str = "paper")
     for axes in grid.flat[len(groups) :]:
         axes.set_visible(False)
     for axes, (title, runs) in zip(grid.flat, groups.items(), strict=False):
-        axes.set_title(title, fontsize=10, parse_math=False)
+        axes.set_title(as_is(title), fontsize=10)
         panel(axes, runs, y)
     save(figure, to)
 
@@ -69,7 +74,7 @@ def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
             if error := series.get(column):
                 shown.append(what)
                 mark = "o" if len(error) == 1 else None
-                label = f"{name}: {error[-1][1]:.2f} % {what}"
+                label = f"{as_is(name)}: {error[-1][1]:.2f} % {what}"
                 [lines[label]] = right.plot(
                     *zip(*error, strict=True), color=color, lw=1.6, marker=mark
                 )
@@ -86,10 +91,8 @@ def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
     if error_scale == "linear":
         right.set_ylim(bottom=0)
     right.grid(axis="y", alpha=0.3)
-    if lines:  # a name may begin with _, which hides a label, and hold $, which is no formula
-        legend = right.legend(lines.values(), lines.keys(), loc="best", fontsize=8)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+    if lines:  # named here, since a label that begins with _ would be left out
+        right.legend(lines.values(), lines.keys(), loc="best", fontsize=8)
 
 
 def named(errors: Iterable[str]) -> str:
@@ -112,8 +115,9 @@ def confusion(counts: list[list[int]], classes: tuple[str, ...], to: Path) -> No
     figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     if len(classes) <= 20:
-        axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
-        axes.set_yticks(range(len(classes)), classes)
+        places, names = range(len(classes)), [*map(as_is, classes)]
+        axes.set_xticks(places, names, rotation=60, ha="right")
+        axes.set_yticks(places, names)
         for i, row in enumerate(shares):
             for j, share in enumerate(row):
                 ink = "white" if share > 50 else "black"

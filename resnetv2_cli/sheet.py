@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 
 from resnetv2_cli.inference import Prediction
-from resnetv2_cli.plot import save
+from resnetv2_cli.plot import as_is, save
 
 MOST = 60  # pictures on one sheet
 
@@ -24,17 +24,15 @@ def sheet(predictions: Sequence[Prediction], to: Path) -> None:
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, prediction in zip(grid.flat, predictions, strict=False):
-        axes.set_title(short(Path(prediction.name).name), fontsize=6, color="gray")
+        axes.set_title(as_is(short(Path(prediction.name).name)), fontsize=6, color="gray")
         axes.imshow(prediction.pixels.numpy(), interpolation="nearest")
         if prediction.error:
             said, color = "cannot be read", "tab:red"
         else:
             (name, share), color = prediction.top[0], "black"
-            said = f"{short(name, 18)} {100 * share:.0f} %"
+            said = f"{as_is(short(name, 18))} {100 * share:.0f} %"
         where = {"x": 0.5, "y": -0.05, "ha": "center", "va": "top"}
-        axes.text(
-            s=said, color=color, fontsize=7, transform=axes.transAxes, parse_math=False, **where
-        )
+        axes.text(s=said, color=color, fontsize=7, transform=axes.transAxes, **where)
     save(figure, to)
 
 

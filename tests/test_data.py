@@ -1,5 +1,6 @@
 """Batches: images ordered and augmented by (seed, epoch, index) alone."""
 
+import os
 import shutil
 from itertools import combinations
 from pathlib import Path
@@ -295,6 +296,15 @@ def test_files_that_are_taken_for_no_images_are_told(photographs):
     assert len(found.files) == 13
     [line] = told
     assert f"1 files in {photographs / 'train'} are taken for no images: their names" in line
+
+
+def test_names_need_not_be_text(photographs):
+    """And where they are, the digest is as ever, so that runs go on."""
+    known = "a304a839"
+    assert folder.digest(folder.scan(photographs, "train")).startswith(known)
+    where = photographs / "train" / "ant"
+    (where / "0.jpg").rename(os.fsdecode(os.fsencode(where) + b"/\xe9.jpg"))
+    assert not folder.digest(folder.scan(photographs, "train")).startswith(known)
 
 
 def test_who_has_learned_its_classes_needs_the_test_images_alone(photographs):

@@ -3,6 +3,10 @@
 import csv
 import io
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from resnetv2_cli.data import folder, images
 from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.module import view_of
 from resnetv2_cli.data.protocols import PROTOCOLS
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.inference import Picture, from_stdin, images_of, network
 
 
@@ -145,8 +150,21 @@ def test_standard_input_is_an_image_or_names_of_files(tmp_path):
     assert scratch.read_bytes() == content
     lines = from_stdin(b"BMW of mine.png\r\nP3.png\n\n\xc3\xa4.jpg", scratch)
     assert [p.name for p in lines] == ["BMW of mine.png", "P3.png", "ä.jpg"]
-    zeros = from_stdin(b"one of mine.png\0b.png\0", scratch)
-    assert [p.name for p in zeros] == ["one of mine.png", "b.png"]
+    zeros = from_stdin(b"one of mine.png\0b\r\n.png\0", scratch)
+    assert [p.name for p in zeros] == ["one of mine.png", "b\r\n.png"]
+
+
+@pytest.mark.parametrize(
+    "name", ["5.30\u202fPM.png", "a\u00a0b.png", "👩\u200d🔬.png", "\udce9.png"]
+)
+def test_names_on_standard_input_may_have_what_is_not_printed(tmp_path, name):
+    assert from_stdin(os.fsencode(name) + b"\n", tmp_path / "scratch")[0].name == name
+
+
+@pytest.mark.parametrize("content", [b"GIF89a\0\1\2;", b"a\x1b[2J.png\n", b"\n"])
+def test_what_is_neither_an_image_nor_names_is_refused(tmp_path, content):
+    with pytest.raises(UserError, match="neither an image nor names of files"):
+        from_stdin(content, tmp_path / "scratch")
 
 
 def test_names_come_on_standard_input(trained, digits, capsys, monkeypatch):
@@ -166,6 +184,27 @@ def test_a_contact_sheet(trained, digits, tmp_path, capsys):
     assert min(pixels.shape[:2]) > 400
     black, red = (pixels == 0).all(-1), (pixels[..., 0] > 200) & (pixels[..., 1:] < 60).all(-1)
     assert black.mean() > 0.01 and red.any()  # what is written under the broken one is red
+
+
+def test_results_come_at_once_and_their_names_need_not_be_text(trained, digits, tmp_path):
+    name = os.fsencode(tmp_path) + b"/\xe9.png"
+    shutil.copy(sorted(digits[0].iterdir())[0], name)
+    code = """
+import os, sys
+from resnetv2_cli.cli import main
+from resnetv2_cli import inference
+predict = inference.predict
+def stops(*given):
+    yield from predict(*given)
+    os._exit(7)  # nothing is flushed
+inference.predict = stops
+main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", code, "predict", str(trained), os.fsdecode(name)]
+    for form, known in (("csv", "\\udce9.png,,"), ("jsonl", '\\udce9.png", "predictions"')):
+        env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+        done = subprocess.run([*command, "--format", form], capture_output=True, text=True, env=env)
+        assert done.returncode == 7 and known in done.stdout.splitlines()[-1], done.stderr
 
 
 def test_small_images_are_looked_at_whole_whatever_the_protocol(trained):

@@ -9,7 +9,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from resnetv2_cli.plot import COLORS, plt, save
+from resnetv2_cli.plot import COLORS, as_is, plt, save
 
 Measured = Mapping[str, dict[str, Any]]  # by the network's label
 Value = float | None
@@ -85,7 +85,7 @@ class Panels:
         handles = [plt.Line2D([], [], color=c, lw=2) for c in self.colors.values()]
         self.figure.legend(
             handles,
-            list(self.colors),
+            [*map(as_is, self.colors)],
             loc="outside upper left",
             ncols=1 + (len(self.colors) > 4),
             fontsize=8,

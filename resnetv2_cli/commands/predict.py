@@ -92,7 +92,7 @@ def as_lines(predictions: Iterable["Prediction"], top: int) -> None:
     for p in predictions:
         pairs = [{"class": name, "probability": round(share, 6)} for name, share in p.top]
         rest = {"error": p.error} if p.error else {"predictions": pairs}
-        print(json.dumps({"file": p.name, **rest}))
+        print(json.dumps({"file": p.name, **rest}), flush=True)
 
 
 def as_csv(predictions: Iterable["Prediction"], top: int) -> None:
@@ -103,6 +103,7 @@ def as_csv(predictions: Iterable["Prediction"], top: int) -> None:
     for p in predictions:
         cells = [cell for name, share in p.top for cell in (name, f"{share:.6f}")]
         out.writerow([p.name, p.error, *(cells or [""] * len(places))])
+        sys.stdout.flush()
 
 
 SHOW = {"table": as_table, "jsonl": as_lines, "csv": as_csv}

@@ -144,7 +144,8 @@ def digest(*splits: Folder) -> str:
     """Of classes, labels and names of files, not of what is in them: that would read them all."""
     made = hashlib.sha256()
     for split in splits:
-        made.update("\n".join([*split.classes, *(path.name for path in split.files)]).encode())
+        names = "\n".join([*split.classes, *(path.name for path in split.files)])
+        made.update(names.encode(errors="surrogateescape"))  # they may be no text
         made.update(split.labels.numpy().tobytes())
     return made.hexdigest()
 
