@@ -1,5 +1,6 @@
 """Pictures, in the style of the paper's figures."""
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
@@ -109,8 +110,8 @@ def label_numbers(axis: Axis) -> None:
 
 
 def confusion(counts: list[list[int]], classes: tuple[str, ...], to: Path) -> None:
-    """The confusion matrix: a row for each label, in percent of its images."""
-    shares = [[100 * n / max(1, sum(row)) for n in row] for row in counts]
+    """The confusion matrix: a row for each label, in percent of its images, blank without any."""
+    shares = [[100 * n / (sum(row) or math.nan) for n in row] for row in counts]
     size = max(4.0, min(14.0, 0.5 * len(classes) + 2))
     figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
@@ -120,8 +121,9 @@ def confusion(counts: list[list[int]], classes: tuple[str, ...], to: Path) -> No
         axes.set_yticks(places, names)
         for i, row in enumerate(shares):
             for j, share in enumerate(row):
+                said = "" if math.isnan(share) else f"{share:.0f}"
                 ink = "white" if share > 50 else "black"
-                axes.text(j, i, f"{share:.0f}", ha="center", va="center", color=ink, fontsize=8)
+                axes.text(j, i, said, ha="center", va="center", color=ink, fontsize=8)
     axes.set(xlabel="guess", ylabel="label", title="% of each label's images")
     save(figure, to)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import SCRIPT, SMALL, STOPPED, THREADS
 
-from resnetv2_cli import __version__, cli
+from resnetv2_cli import __version__, cli, run
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.flags import seconds
@@ -76,6 +76,21 @@ def test_eval_of_a_checkpoint_and_of_a_run_folder(resnetv2, trained, tmp_path):
         )
         assert wrong == pytest.approx(3.6 * scores["error"])
     assert (tmp_path / "confusion-checkpoint.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_class_without_test_images_has_no_error(trained, tmp_path, capsys, monkeypatch):
+    def without(*given, **more):
+        scores, task = evaluate(*given, **more)
+        scores["confusion"][3] = [0] * 10
+        return scores, task
+
+    evaluate = run.evaluate
+    monkeypatch.setattr(run, "evaluate", without)
+    for more in ([], ["--json"]):
+        with pytest.raises(SystemExit):
+            cli.main(["eval", str(trained), "--output", str(tmp_path), *more])
+        said = capsys.readouterr().out
+        assert ('"3": null' if more else "│ 3     │     — │") in said
 
 
 def test_eval_shows_a_table(resnetv2, trained):

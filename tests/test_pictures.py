@@ -1,4 +1,4 @@
-"""Pictures: names as they stand."""
+"""Pictures: names as they stand, and nothing where there is no number."""
 
 import re
 import warnings
@@ -37,3 +37,8 @@ def test_a_name_is_drawn_as_it_stands(tmp_path, name):
     assert {shown, f"{shown}: 8.00 % test error"} <= set(words(to))
     Panels({name: {}}, "title", over_depth=False).save(to)
     assert shown in words(to)
+
+
+def test_a_class_without_images_has_a_blank_row(tmp_path):
+    plot.confusion([[3, 1], [0, 0]], ("a", "b"), tmp_path / "a.svg")
+    assert [w for w in words(tmp_path / "a.svg") if w.isdigit() or w == "nan"] == ["75", "25"]

@@ -167,7 +167,8 @@ def evaluate(
     to = (output or (mine.path if mine else file.parent)) / f"confusion-{file.stem}.png"
     picture: str | None = str(to)
     per_class = [
-        100 * (sum(row) - row[i]) / max(1, sum(row)) for i, row in enumerate(scores["confusion"])
+        100 * (sum(row) - row[i]) / sum(row) if any(row) else None
+        for i, row in enumerate(scores["confusion"])
     ]
     try:
         confusion(scores["confusion"], task.classes, to)
@@ -191,7 +192,8 @@ def evaluate(
         [[cells[i] for i in kept] for cells in lines],
     )
     if len(named) <= 20:
-        console.table("error by class", ["class", "%"], [(c, f"{e:.2f}") for c, e in named.items()])
+        cells = [(c, "—" if e is None else f"{e:.2f}") for c, e in named.items()]
+        console.table("error by class", ["class", "%"], cells)
     if picture:
         console.note(f"confusion matrix: {picture}")
 
