@@ -1,6 +1,7 @@
 """Pictures, in the style of the paper's figures."""
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
@@ -12,6 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from resnetv2_cli.errors import UserError
@@ -135,11 +137,21 @@ def save(figure: plt.Figure, to: Path) -> None:
         UserError: its suffix is not that of a picture.
         OSError: it cannot be written; what was there is there still.
     """
-    if (kind := to.suffix[1:] or "png") not in (known := figure.canvas.get_supported_filetypes()):
-        hint = f"its name ends in one of {', '.join(f'.{name}' for name in sorted(known))}"
-        raise UserError(f"no picture is called {to}", hint)
+    refuse_suffix(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(to.suffix)
-    with replacing(to) as file:
-        figure.savefig(file, format=kind, dpi=130, metadata=undated)
+    with replacing(to) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a box stands for what the font has not
+        figure.savefig(file, format=to.suffix[1:] or "png", dpi=130, metadata=undated)
     plt.close(figure)
+
+
+def refuse_suffix(to: Path) -> None:
+    """
+    Raises:
+        UserError: a file's suffix is not that of a picture.
+    """
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if to.suffix and to.suffix[1:] not in known:
+        hint = f"its name ends in one of {', '.join(f'.{name}' for name in sorted(known))}"
+        raise UserError(f"no picture is called {to}", hint)

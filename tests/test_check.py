@@ -162,6 +162,13 @@ def test_a_check_that_is_stopped_leaves_the_report_of_before(
     assert list(tmp_path.iterdir()) == [report]
 
 
+def test_a_report_without_a_place_is_refused_before_anything_is_read(tree, tmp_path, capsys):
+    to = tmp_path / "nowhere" / "report.json"
+    out, err = data(capsys, "check", tree, "--output", to, status=2)
+    assert "cannot write" in err and "hint: is its folder there" in err and not out
+    assert list(tmp_path.iterdir()) == []
+
+
 FORMS = {
     "names": "ILSVRC2012_val_00000001.JPEG n2\nILSVRC2012_val_00000002.JPEG n1\n"
     "ILSVRC2012_val_00000003.JPEG n2\n",

@@ -11,7 +11,7 @@ from resnetv2_cli.analysis.draw import Panels
 from resnetv2_cli.inference import Prediction
 from resnetv2_cli.sheet import sheet
 
-NAMES = ["$a_$", r"\$ and $b^$", "\udce9"]  # no formulas, and no text
+NAMES = ["$a_$", r"\$ and $b^$", "\udce9", "猫"]  # no formulas, no text, none of the font's
 
 
 def words(svg) -> list[str]:

@@ -73,6 +73,24 @@ def test_any_size_and_mode(trained, tmp_path, capsys, mode):
     assert len(rows(out)[0]["predictions"]) == 3
 
 
+def test_what_is_odd_but_can_be_read_warns_of_nothing(tmp_path):
+    """A palette with transparency, and more pixels than Pillow likes, which counts to 1000 here."""
+    image = Image.new("P", (40, 30))
+    image.putpalette([200, 100, 50, 1, 2, 3])
+    image.save(tmp_path / "a.png", transparency=b"\x80\xff")
+    code = """
+import sys
+from pathlib import Path
+from PIL import Image
+from resnetv2_cli.data import picture
+Image.MAX_IMAGE_PIXELS = 1000
+print(picture.rgb(Path(sys.argv[1]), "a").getpixel((0, 0)))
+"""
+    command = [sys.executable, "-W", "error", "-c", code, str(tmp_path / "a.png")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "(200, 100, 50)\n" and not done.stderr
+
+
 def test_sixteen_bits_of_grey_are_not_cut_off_at_white(tmp_path):
     """What convert("RGB") gives is white wherever there is more than 0.4 % of the light."""
     from resnetv2_cli.data import picture
@@ -184,6 +202,12 @@ def test_a_contact_sheet(trained, digits, tmp_path, capsys):
     assert min(pixels.shape[:2]) > 400
     black, red = (pixels == 0).all(-1), (pixels[..., 0] > 200) & (pixels[..., 1:] < 60).all(-1)
     assert black.mean() > 0.01 and red.any()  # what is written under the broken one is red
+
+
+def test_a_picture_of_no_kind_is_refused_before_anything_is_predicted(trained, digits, capsys):
+    name = sorted(digits[0].iterdir())[0]
+    out, err = called(capsys, trained, name, "--picture", "seen.xyz", status=2)
+    assert "no picture is called seen.xyz" in err and not out
 
 
 def test_results_come_at_once_and_their_names_need_not_be_text(trained, digits, tmp_path):

@@ -34,6 +34,8 @@ def check(
     """
     from resnetv2_cli.data.survey import FAULTS, serious, survey
 
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"cannot write {output}", "is its folder there, and is it yours?")
     with console.progress() as tick:
         report = survey(folder, workers, tick)
     jsonfile.write(output, report)

@@ -51,8 +51,11 @@ def predict(
     """
     from resnetv2_cli import checkpoint as checkpoints
     from resnetv2_cli import inference
+    from resnetv2_cli.plot import refuse_suffix
     from resnetv2_cli.sheet import MOST, sheet
 
+    if picture:
+        refuse_suffix(picture)
     task = inference.network(checkpoints.find(checkpoint), **flags, devices="1")
     first: list[Prediction] = []
     broken: list[Prediction] = []

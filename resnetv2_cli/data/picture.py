@@ -2,6 +2,7 @@
 one clear error."""
 
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ from resnetv2_cli.errors import UserError
 # By content, whatever a file is called. Pillow knows more, among them EPS, which it hands to an
 # interpreter of PostScript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+
+# Photographs may have so many pixels; Pillow refuses twice as many by itself.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # What decoders raise on bytes that are no image.
 BROKEN = (
@@ -102,6 +106,8 @@ def converted(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits of grey, which convert would cut off at 255
         high = np.asarray(image).clip(0, 2**16 - 1) >> 8
         return Image.fromarray(high.astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:  # of which Pillow would warn
+        image = image.convert("RGBA")
     return image.convert("RGB")
 
 
