@@ -7,14 +7,15 @@ import pytest
 import torch
 from signals import worst
 
-from resnetv2_cli import source
+from resnetv2_cli import checkpoint, source, trust
+from resnetv2_cli.ablation.studies import digest
 from resnetv2_cli.analysis import study, subject
 from resnetv2_cli.analysis.subject import Batch
 from resnetv2_cli.analysis.topics import TOPICS
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.source import Source
+from resnetv2_cli.source import Source, from_checkpoint
 
 
 @pytest.mark.parametrize("topic", TOPICS)
@@ -164,12 +165,52 @@ def test_where_an_analysis_goes(tmp_path):
     e = Experiment(dataset="digits")
     inside = tmp_path / "run" / "checkpoints"
     for of, to in [
-        (Source(e), f"runs/analyze-{e.name}"),
+        (Source(e), f"runs/analyze-{e.name}-{digest(e)}"),
         (Source(e, inside / "last.ckpt"), tmp_path / "run" / "analysis"),
         (Source(e, inside / "best.ckpt"), tmp_path / "run" / "analysis-best"),
         (Source(e, tmp_path / "mine.ckpt"), tmp_path / "analysis-mine"),
     ]:
         assert str(study.folder_of(of)) == str(to)
+
+
+def test_networks_of_one_name_are_analyzed_in_two_places():
+    scaled = [{"shortcut_scale": 0.25}, {"residual_scale": 0.25}]
+    two = [Source(Experiment(depth=8, shortcut="constant-scale", **how)) for how in scaled]
+    assert len({source.experiment.name for source in two}) == 1
+    assert len({study.folder_of(source) for source in two}) == 2
+
+
+OWN = """
+from resnetv2_cli.shortcuts import Shortcut
+class Own(Shortcut):
+    def forward(self, x, residual):
+        return self.carry(x) + residual
+"""
+
+
+def test_topics_of_other_code_do_not_stay(tmp_path, monkeypatch):
+    (tmp_path / "rewritten.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    trust.admit(["--shortcut", "rewritten:Own"])
+    source = Source(Experiment(dataset="digits", depth=8, shortcut="rewritten:Own"), label="own")
+    batch = Batch(2, 2, "float32")
+    study.study([source], ["forward"], batch, tmp_path)
+    again = study.study([source], ["shrink"], batch, tmp_path)
+    assert set(again["topics"]) == {"forward", "shrink"}
+    (tmp_path / "rewritten.py").write_text(OWN + "# in other words\n")
+    assert set(study.study([source], ["shrink"], batch, tmp_path)["topics"]) == {"shrink"}
+
+
+def test_topics_of_other_weights_do_not_stay(trained, tmp_path):
+    file = tmp_path / "last.ckpt"
+    saved = checkpoint.read(trained / "checkpoints" / "last.ckpt")
+    found = []
+    for topic in ("forward", "shrink"):
+        saved["state_dict"]["net.head.fc.weight"] += 1
+        checkpoint.write(saved, file)
+        source = from_checkpoint(file)
+        found.append(study.study([source], [topic], Batch(2, 2, "float32"), tmp_path))
+    assert set(found[1]["topics"]) == {"shrink"}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from resnetv2_cli.ablation.studies import (
     LENGTH,
     SCALES,
     Study,
-    identity,
+    digest,
     length,
     published,
     slug,
@@ -24,7 +24,6 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import taken
-from resnetv2_cli.manifest import own_file
 from resnetv2_cli.paper import FAIL, Row
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.stats import Pairs, Summary
@@ -45,11 +44,7 @@ class Arm:
         cls, row: str, experiment: Experiment, root: Path, origins: Mapping[str, str] | None = None
     ) -> "Arm":
         name = experiment.name.removesuffix(f"-s{experiment.seed}")
-        made = repr(identity(experiment)).encode()
-        if own := own_file(experiment.shortcut):
-            made += own.read_bytes()
-        digest = hashlib.sha256(made).hexdigest()[:6]
-        folder = root / f"{slug(name)}-{digest}" / f"s{experiment.seed}"
+        folder = root / f"{slug(name)}-{digest(experiment)}" / f"s{experiment.seed}"
         return cls(row, experiment, folder, origins or {})
 
     @property

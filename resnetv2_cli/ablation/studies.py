@@ -3,6 +3,7 @@
 To add a budget: one row in SCALES.
 """
 
+import hashlib
 import itertools
 import re
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.flags import parsed
+from resnetv2_cli.manifest import own_file
 from resnetv2_cli.paper import FIGURES, TABLE_1, TABLE_2, TABLES, PaperTable, Row
 
 UNPUBLISHED = float("nan")
@@ -251,6 +253,15 @@ def identity(experiment: Experiment) -> tuple[tuple[str, Any], ...]:
         if not f.metadata["free"] and f.name != "seed" and value != f.default:
             whole.setdefault(f.name, value)
     return tuple(whole.items())
+
+
+def digest(experiment: Experiment) -> str:
+    """Six digits that tell experiments of one name apart: of what makes one what it is, code of
+    one's own with it."""
+    made = repr(identity(experiment)).encode()
+    if own := own_file(experiment.shortcut):
+        made += own.read_bytes()
+    return hashlib.sha256(made).hexdigest()[:6]
 
 
 def unusual(settings: Mapping[str, Any]) -> dict[str, Any]:

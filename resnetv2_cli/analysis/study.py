@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from resnetv2_cli import jsonfile
+from resnetv2_cli.ablation.studies import digest
 from resnetv2_cli.analysis.subject import Batch, subject
 from resnetv2_cli.analysis.topics import TOPICS, Table
 from resnetv2_cli.analysis.trace import trace
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.jsonfile import finite
 from resnetv2_cli.manifest import environment
+from resnetv2_cli.origin import sha256
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.source import Source
 
@@ -43,7 +45,7 @@ def folder_of(main: Source) -> Path:
     into ``runs``."""
     file = main.checkpoint
     if file is None:
-        return Path("runs") / f"analyze-{main.experiment.name}"
+        return Path("runs") / f"analyze-{main.experiment.name}-{digest(main.experiment)}"
     run = RunFolder.of(file)
     name = "analysis" if run and file.stem == "last" else f"analysis-{file.stem}"
     return (run.path if run else file.parent) / name
@@ -73,7 +75,9 @@ def study(
             {
                 "label": s.label,
                 "checkpoint": s.checkpoint and str(s.checkpoint),
+                "checkpoint_sha256": s.checkpoint and sha256(s.checkpoint),
                 "experiment": asdict(s.experiment),
+                "digest": digest(s.experiment),
             }
             for s in sources
         ],
