@@ -1,10 +1,11 @@
 """How two networks differ: in settings, in counts, and in the words of the paper's tables."""
 
+from dataclasses import replace
 from typing import Any
 
 from resnetv2_cli import plans
 from resnetv2_cli.data.catalog import known_classes
-from resnetv2_cli.describe import decided, describe
+from resnetv2_cli.describe import decided, describe, skeleton
 from resnetv2_cli.shortcuts import shortcut_class
 from resnetv2_cli.source import Source
 
@@ -16,12 +17,14 @@ WORDS = {
     "macs": "MACs",
 }
 COUNTED = ("parameters", "macs")  # of each part
+LAID_OUT = plans.LAYOUTS["authors"].settings  # every layout has the same
 
 
 def difference(a: Source, b: Source) -> dict[str, Any]:
-    """``settings`` of the network that differ, as [of a, of b]; ``counts``, as [of a, of b, b - a];
-    ``parts``: stem, stages and head whose parameters or MACs differ, alike; ``words``: a sentence
-    on the unit and on the shortcut, where they differ.
+    """``settings`` of the network that differ, as [of a, of b], but for those of a layout that
+    change neither; ``counts``, as [of a, of b, b - a]; ``parts``: stem, stages and head whose
+    parameters or MACs differ, alike; ``words``: a sentence on the unit and on the shortcut, where
+    they differ.
 
     Parameters are counted in numbers, MACs in multiply-adds of one image.
     """
@@ -34,6 +37,7 @@ def difference(a: Source, b: Source) -> dict[str, Any]:
             k: [ours.get(k), theirs.get(k)]
             for k in {**ours, **theirs}
             if ours.get(k) != theirs.get(k)
+            and (k not in LAID_OUT or acts(a, k, theirs[k]) or acts(b, k, ours[k]))
         },
         "counts": {k: apart(made[0][k], made[1][k]) for k in WORDS},
         "parts": {
@@ -52,6 +56,13 @@ def difference(a: Source, b: Source) -> dict[str, Any]:
 def settings(source: Source) -> dict[str, Any]:
     """What decides a network, with the values that defaults stand for."""
     return decided(source.experiment) | {"classes": classes(source)}
+
+
+def acts(source: Source, name: str, value: Any) -> bool:
+    """Whether a setting of that value makes other layers of a network: where the stride stands is
+    nothing to basic blocks."""
+    other = replace(source.experiment, **{name: value})
+    return str(skeleton(source.experiment)) != str(skeleton(other))
 
 
 def classes(source: Source) -> int:

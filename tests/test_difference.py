@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from resnetv2_cli import checkpoint, describe
+from resnetv2_cli import checkpoint, describe, plans
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 
@@ -81,6 +81,21 @@ def test_what_defaults_stand_for_is_no_difference(called):
     _, out, _ = called("depth=38,shortcut=dropout", "dropout_ratio=0.5,block=basic", "--json")
     made = json.loads(out)
     assert made["settings"] == made["parts"] == {} and made["words"] == []
+
+
+@pytest.mark.parametrize(
+    "a, b, said",
+    [
+        ("depth=8", "stride_on=3x3", {}),
+        ("depth=8,unit=original", "layout=fb,option=A", {}),  # what is padded is activated anyway
+        ("depth=11", "stride_on=3x3", {"stride_on": ["first", "3x3"]}),
+        ("depth=8,option=B", "depth=11,stride_on=3x3", {"stride_on": ["first", "3x3"]}),
+    ],
+)
+def test_a_setting_that_makes_no_other_layers_is_no_difference(called, a, b, said):
+    _, out, _ = called(a, b, "--json")
+    settings = json.loads(out)["settings"]
+    assert {k: v for k, v in settings.items() if k in plans.LAYOUTS["fb"].settings} == said
 
 
 @pytest.mark.parametrize(
