@@ -172,6 +172,12 @@ def experiment_of(checkpoint: dict[str, Any], **overrides: Any) -> Experiment:
     return Experiment(**{**saved, **overrides})
 
 
+def preprocesses(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether it is the mean or std of channels, or a mean image, which may have any size."""
+    square = len(shape) == 3 and shape[0] in (1, 3) and shape[1] == shape[2]
+    return square and (name == "normalize.mean" or (name == "normalize.std" and shape[1] == 1))
+
+
 def load_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: Path) -> None:
     """Put a checkpoint's weights into a module.
 
@@ -180,7 +186,7 @@ def load_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: Path
     """
     own, given = module.state_dict(), checkpoint["state_dict"]
     for name in [*own, *given]:
-        if name in own and name in given and name.startswith("normalize."):
+        if name in own and name in given and preprocesses(name, given[name].shape):
             continue  # it takes the shape of what is given
         if name not in given or name not in own or own[name].shape != given[name].shape:
             here = tuple(own[name].shape) if name in own else "nothing"

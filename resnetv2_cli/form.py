@@ -56,13 +56,15 @@ def refuse_misshapen(checkpoint: Any, path: Path) -> None:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether it is a tensor of numbers that lie in memory one by one."""
+    """Whether it is a tensor of numbers that lie in memory one by one, and are as many as it says:
+    an expanded one has a single number for any shape."""
     return (
         type(value) is torch.Tensor
         and value.layout is torch.strided
         and value.device.type == "cpu"
         and not value.is_quantized
         and not value.is_complex()
+        and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
     )
 
 

@@ -22,6 +22,8 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import archive, images
 from resnetv2_cli.data.catalog import CIFAR10 as CLASSES
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.inference import network
+from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.shortcuts import shortcut_class
 
 
@@ -87,6 +89,57 @@ def test_a_checkpoint_that_would_unpack_to_any_size(tmp_path):
         bomb.writestr("archive/data.pkl", b"\0" * 10**7)
     with pytest.raises(UserError, match="packed as no checkpoint is"):
         checkpoints.read(file)
+
+
+@pytest.fixture
+def whole_network(tmp_path):
+    """A checkpoint of ResNet-8 on the digits, with other means and standard deviations."""
+    net = ResNet(8).state_dict()
+
+    def write(**normalize: torch.Tensor) -> Path:
+        saved = {
+            "state_dict": {f"net.{name}": value for name, value in net.items()}
+            | {f"normalize.{name}": value for name, value in normalize.items()},
+            "experiment": {"depth": 8, "dataset": "digits"},
+            "classes": list("0123456789"),
+            "global_step": 1,
+        }
+        torch.save(saved, tmp_path / "a.ckpt")
+        return tmp_path / "a.ckpt"
+
+    return write
+
+
+ONE = torch.ones(1, 1, 1)
+
+
+def test_a_small_checkpoint_that_would_take_any_memory(whole_network):
+    """A single number, which says that it is an image of any size."""
+    large = torch.zeros(1).expand(3, 10**4, 10**4)
+    with pytest.raises(UserError, match=r"its weight .normalize.mean. is no plain tensor"):
+        network(whole_network(mean=large, std=ONE))
+
+
+@pytest.mark.parametrize(
+    "normalize, said",
+    [
+        ({"mean": torch.zeros(7), "std": ONE}, r"normalize\.mean is \(7,\) there"),
+        ({"mean": torch.zeros(()), "std": ONE}, r"normalize\.mean is \(\) there"),
+        ({"mean": torch.zeros(3, 32, 16), "std": ONE}, r"normalize\.mean is \(3, 32, 16\) there"),
+        ({"mean": ONE, "std": torch.ones(3, 16, 16)}, r"normalize\.std is \(3, 16, 16\) there"),
+        ({"std": ONE}, r"normalize\.mean is nothing there"),
+        ({"mean": torch.zeros(3, 16, 16), "std": ONE}, r"subtracts is 16x16; it sees 32x32"),
+    ],
+)
+def test_a_mean_image_that_fits_no_image(whole_network, normalize, said):
+    with pytest.raises(UserError, match=said):
+        network(whole_network(**normalize))
+
+
+@pytest.mark.parametrize("mean", [(1, 1, 1), (3, 1, 1), (3, 32, 32)])
+def test_a_mean_comes_as_it_is(whole_network, mean):
+    task = network(whole_network(mean=torch.full(mean, 0.5).double(), std=ONE))
+    assert task.normalize.mean.shape == mean and task.normalize.mean.dtype == torch.float32
 
 
 @pytest.mark.parametrize("tag", ["object/apply:os.mkdir", "object/new:os.mkdir", "name:os.mkdir"])

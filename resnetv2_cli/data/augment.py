@@ -27,7 +27,7 @@ def take_shapes(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: An
     """Preprocessing belongs to weights: a mean image, or means of channels, as they come."""
     for name, own in list(module.named_buffers()):
         if (given := state.get(prefix + name)) is not None and given.shape != own.shape:
-            module.register_buffer(name, torch.empty_like(given, device=own.device))
+            module.register_buffer(name, own.new_empty(given.shape))
 
 
 class Normalize(nn.Module):

@@ -33,15 +33,16 @@ def view_of(experiment: Experiment, normalize: Normalize) -> View:
     Raises:
         UserError: they are of another size than the mean image that came with its weights.
     """
-    if DATASETS[experiment.dataset].decoded:
-        return View(SIZE)
     views = {name: row.view(STEMS[experiment.stem_].size) for name, row in PROTOCOLS.items()}
-    view, mean = views[experiment.protocol], normalize.mean.shape[-1]
+    view, by = views[experiment.protocol], f"by --protocol {experiment.protocol} "
+    if DATASETS[experiment.dataset].decoded:
+        views, view, by = {}, View(SIZE), ""
+    mean = normalize.mean.shape[-1]
     if mean not in (1, view.side):
         fit = " or ".join(name for name, other in views.items() if other.side == mean)
         raise UserError(
-            f"the mean image that the network subtracts is {mean}x{mean}; by --protocol "
-            f"{experiment.protocol} it sees {view.side}x{view.side}",
+            f"the mean image that the network subtracts is {mean}x{mean}; {by}it sees "
+            f"{view.side}x{view.side}",
             f"--protocol {fit} fits" if fit else "weights of --normalize channel fit any size",
         )
     return view
