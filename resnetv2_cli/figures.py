@@ -12,15 +12,20 @@ from resnetv2_cli.plot import panels
 TOGETHER = 12  # runs in one panel, as many as there are colours
 
 
+def numbered(name: str, taken: Counter[str]) -> str:
+    """The name, with a number behind it where it is taken."""
+    taken[name] += 1
+    return f"{name}-{n}" if (n := taken[name]) > 1 else name
+
+
 def curves(found: Found, to: Path, suffix: str, y: str) -> Iterator[Path]:
     """A picture of each ablation that has begun, and one of the runs that belong to none."""
     taken: Counter[str] = Counter()
     for ablation in found.ablations:
-        taken[ablation.study.name] += 1
-        again = f"-{n}" if (n := taken[ablation.study.name]) > 1 else ""
+        name = numbered(ablation.study.name, taken)
         groups = {title: runs for title, runs in ablation.curves().items() if runs}
         if groups:
-            file = to / f"{ablation.study.name}{again}.{suffix}"
+            file = to / f"{name}.{suffix}"
             panels(groups, file, y)
             yield file
     begun = {run.name: run.folder.metrics for run in found.runs if run.series}
@@ -36,13 +41,15 @@ def curves(found: Found, to: Path, suffix: str, y: str) -> Iterator[Path]:
         yield file
 
 
-def of_analysis(analysis: Analysis, to: Path, suffix: str) -> Iterator[tuple[str, Path]]:
-    """A picture of each topic of an analysis, with the topic's name."""
+def of_analysis(
+    analysis: Analysis, to: Path, suffix: str, name: str = "analysis"
+) -> Iterator[tuple[str, Path]]:
+    """A picture of each topic of an analysis, with the topic's name; ``name``: of the files."""
     from resnetv2_cli.analysis.study import module  # torch: only where there is an analysis
 
     for topic, measured in analysis.found["topics"].items():
         if topic in TOPICS and measured:
-            file = to / f"{slug(analysis.name)}-{topic}.{suffix}"
+            file = to / f"{name}-{topic}.{suffix}"
             module(topic).draw(measured, file)
             yield topic, file
 
@@ -50,6 +57,8 @@ def of_analysis(analysis: Analysis, to: Path, suffix: str) -> Iterator[tuple[str
 def every(found: Found, to: Path, suffix: str, y: str) -> Iterator[Path]:
     """All of them."""
     yield from curves(found, to, suffix, y)
+    taken: Counter[str] = Counter()
     for analysis in found.analyses:
-        for _, file in of_analysis(analysis, to, suffix):
+        name = numbered(slug(analysis.name), taken)  # a/b and a-b are one
+        for _, file in of_analysis(analysis, to, suffix, name):
             yield file

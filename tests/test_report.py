@@ -298,6 +298,16 @@ def test_each_run_and_analysis_of_one_name_is_drawn(namesakes, tmp_path):
     assert [one["name"] for one in chart["names"]] == [run.name for run in found.runs]
 
 
+def test_analyses_whose_files_would_have_one_name_are_told_apart(tmp_path):
+    measured = {"a": {"factor": [1.0], "change": [[0.2]]}}
+    made = [
+        inventory.Analysis(name, tmp_path, {"topics": {"shrink": measured}})
+        for name in ("a/b", "a-b")
+    ]
+    files = figures.every(inventory.Found(analyses=made), tmp_path, "svg", "paper")
+    assert [file.name for file in files] == ["a-b-shrink.svg", "a-b-2-shrink.svg"]
+
+
 class Page(HTMLParser):
     """The cells of its tables, what it would fetch, and its data."""
 
