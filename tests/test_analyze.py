@@ -84,6 +84,11 @@ def test_images_come_from_all_classes():
     assert one.net.training
 
 
+def test_there_may_be_fewer_images_than_training_would_have_in_a_batch():
+    wide = Experiment(dataset="digits", depth=8, batch_size=10_000, accumulate=2)
+    assert len(subject.subject(Source(wide), Batch(2, 2)).labels) == 2
+
+
 @pytest.fixture
 def called(capsys):
     """The command in this process: ``called(...)`` -> exit status, stdout, stderr."""

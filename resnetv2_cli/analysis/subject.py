@@ -73,7 +73,13 @@ def subject(source: Source, batch: Batch, tell: Callable[[str], object] = str) -
             weights are of another network.
     """
     plain = replace(
-        source.experiment, compile=False, recompute=0, recompute_bn=False, kernels="eager"
+        source.experiment,
+        compile=False,
+        recompute=0,
+        recompute_bn=False,
+        kernels="eager",
+        batch_size=1,  # nothing is trained: there may be fewer images than in a batch
+        accumulate=1,
     )
     if source.checkpoint:
         _, task, data = restore(source.checkpoint, plain)
