@@ -162,7 +162,10 @@ def test_a_check_that_is_stopped_leaves_the_report_of_before(
     assert list(tmp_path.iterdir()) == [report]
 
 
-def test_a_report_without_a_place_is_refused_before_anything_is_read(tree, tmp_path, capsys):
+def test_a_report_without_a_place_is_refused_before_anything_is_read(
+    tree, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(survey, "look", None)
     to = tmp_path / "nowhere" / "report.json"
     out, err = data(capsys, "check", tree, "--output", to, status=2)
     assert "cannot write" in err and "hint: is its folder there" in err and not out
