@@ -137,8 +137,6 @@ class Recorder(Callback):
                 each[0] = self.kept.reshape(-1, 3).sum(0)
             task.sums.copy_(each[trainer.global_rank])
             self.before = float(each[:, 2].sum())
-        for file in (self.csv, self.speed):
-            file.start(trainer.global_step)
         self.mark = time.perf_counter()  # a run continued within an epoch starts none
 
     def on_train_batch_start(

@@ -173,6 +173,8 @@ def _train(
         else:
             folder.create(e, begun(experiment, e, origins, data.facts))
     meeting.agree(dict)
+    for file in write[:2]:  # also where no iteration is left: a line may be cut
+        file.start(step)  # type: ignore[attr-defined]
     with leaver:
         task.engage(trainer.strategy.root_device, tell)
         _fit(trainer, task, data, folder, last)

@@ -22,7 +22,7 @@ from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import jsonfile, run
 from resnetv2_cli.errors import Damaged, NotSaved, Stopped, UserError
 from resnetv2_cli.files import taken
-from resnetv2_cli.runfolder import RunFolder
+from resnetv2_cli.runfolder import RunFolder, read_metrics
 from resnetv2_cli.verify import difference, differences
 
 # Checkpoints.
@@ -196,6 +196,22 @@ def test_a_line_cut_by_a_power_failure_is_written_again(whole, tmp_path):
     with folder.metrics.open("a") as file:
         file.write("1")  # of 12,...
     assert same(trained_as(folder.path, resume={}), whole)
+
+
+def test_a_line_cut_after_the_last_iteration_is_written_again(whole, tmp_path):
+    folder = RunFolder(shutil.copytree(whole.path, tmp_path / "run"))
+    folder.result.unlink()
+    folder.metrics.write_bytes(whole.metrics.read_bytes()[:-8])
+    trained_as(folder.path, resume={})
+    assert folder.metrics.read_bytes() == whole.metrics.read_bytes() and folder.result.exists()
+
+
+def test_what_is_read_of_metrics_is_whole_lines(tmp_path):
+    file = tmp_path / "metrics.csv"
+    file.write_text("step,epoch,lr\n1,0.5,0.1\n2,0.6\n3,1,0.1,4,2,0.1\n4,1.5,0.")
+    assert read_metrics(file) == {"epoch": [(1, 0.5)], "lr": [(1, 0.1)]}
+    file.write_text("")
+    assert read_metrics(file) == {}
 
 
 # Bits.
