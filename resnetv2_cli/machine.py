@@ -138,6 +138,11 @@ def devices_here(experiment: Experiment) -> int:
     return min(max(1, number), most)
 
 
+def processes(experiment: Experiment) -> int:
+    """How many share its batch, on all its machines."""
+    return devices_here(experiment) * experiment.nodes
+
+
 def free_each(experiment: Experiment) -> int | None:
     """Bytes that each process can take: those on a CPU share its memory."""
     device = device_of(experiment)
@@ -151,9 +156,9 @@ def in_parts(experiment: Experiment, micro_batch: str) -> Experiment:
     Raises:
         UserError: there is no such size.
     """
-    device, devices = device_of(experiment).type, devices_here(experiment) * experiment.nodes
+    device, shares = device_of(experiment).type, processes(experiment)
     arithmetic, free = precision(experiment), free_each(experiment)
-    return footprint.split(experiment, micro_batch, arithmetic, free, device, devices)
+    return footprint.split(experiment, micro_batch, arithmetic, free, device, shares)
 
 
 def memory_line(experiment: Experiment) -> str:
@@ -163,7 +168,7 @@ def memory_line(experiment: Experiment) -> str:
         UserError: it needs so much that the system would kill the process; names what would fit.
     """
     devices = devices_here(experiment)
-    images = footprint.part_size(experiment, devices * experiment.nodes)
+    images = footprint.part_size(experiment, processes(experiment))
     device, free = device_of(experiment), free_each(experiment)
     needed = footprint.step_bytes(experiment, precision(experiment), images, device.type)
     parts = f", {experiment.accumulate} parts" if experiment.accumulate > 1 else ""
@@ -186,6 +191,6 @@ def fitting(experiment: Experiment) -> str:
         parts = in_parts(experiment, "auto")
     except UserError as error:  # not even one image does
         return error.hint
-    fit = footprint.part_size(parts, devices_here(experiment) * experiment.nodes)
+    fit = footprint.part_size(parts, processes(experiment))
     hint = f"--micro-batch {fit} would fit, which --micro-batch auto finds"
     return hint if experiment.recompute_bn else f"{hint}; or try --recompute-bn"

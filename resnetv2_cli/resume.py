@@ -8,6 +8,7 @@ from typing import Any
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.machine import processes
 from resnetv2_cli.optim import lr_factor
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.settings import checked
@@ -84,7 +85,7 @@ def longer(saved: Experiment, wished: dict[str, Any]) -> int:
     """
     steps = wished.get("steps", saved.steps)
     if "epochs" in wished:
-        data = ImageData(saved)
+        data = ImageData(saved, processes=processes(saved))
         data.setup()
         steps = replace(saved, epochs=wished["epochs"]).settle(data.steps_per_epoch).steps
     if steps < saved.steps:

@@ -23,7 +23,7 @@ from resnetv2_cli.errors import Diverged, UserError
 from resnetv2_cli.files import seal_of
 from resnetv2_cli.finetune import begin, refuse_another_architecture
 from resnetv2_cli.leaving import Leaver
-from resnetv2_cli.machine import precision, trainer_of
+from resnetv2_cli.machine import precision, processes, trainer_of
 from resnetv2_cli.manifest import READINGS, Manifest, begun, environment
 from resnetv2_cli.plot import curves
 from resnetv2_cli.resume import extend, finished, same_run
@@ -49,7 +49,7 @@ def build(
 ) -> tuple[Classification, ImageData]:
     """Network and images; the weights follow from the seed. The others: as of ``ImageData``."""
     shortcut_class(experiment.shortcut)  # a mistake in it shows before images are read
-    data = ImageData(experiment, learned, tell)
+    data = ImageData(experiment, learned, tell, processes(experiment))
     data.setup()
     settled = experiment if learned else experiment.settle(data.steps_per_epoch)
     settled = replace(settled, precision=precision(settled))  # type: ignore[arg-type]

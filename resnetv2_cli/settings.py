@@ -16,7 +16,10 @@ RENEWED: dict[str, list[tuple[Any, dict[str, Any]]]] = {
 
 # What a setting that may change does to a run that is continued.
 BITS = "other kernels round otherwise: it will not end with the same bits"
-PARTS = "BN sees parts of another size from here on: it will not end with the same bits"
+PARTS = (
+    "BN sees parts of another size from here on, and an epoch may end with another batch: it will "
+    "not end with the same bits"
+)
 LATER = "it counts from here on"
 SAME = "the images are the same, wherever they are and whoever reads them"
 

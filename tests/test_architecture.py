@@ -27,7 +27,7 @@ ORDER = """
     foreign.names foreign.sources foreign.files foreign.convert
     iteration task finetune callbacks leaving
     plot blueprint
-    resume cluster syncbn machine run verify
+    cluster syncbn machine resume run verify
     stats
     ablation.studies ablation.arms ablation.launch ablation.record
     ablation.sweep ablation.progress ablation.tables ablation.probe

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from trainings import TINY, At, trained_as
 
 from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli import run
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.resume import continued, extend, finished, same_run
@@ -157,6 +158,18 @@ def test_a_run_is_continued_with_the_images_it_learned_from(whole):
     held = checkpoints.read(whole.last)
     with pytest.raises(UserError, match="the images are not those"):
         same_run(whole.last, held, whole.experiment(), "0" * 64, [])
+
+
+def test_epochs_are_counted_as_so_many_processes_share_them(tmp_path):
+    """Of the digits one image is left beside 4 batches: two processes put it to the fourth."""
+    few = {"dataset": "digits", "depth": 8, "batch_size": 359, "accelerator": "cpu"}
+    task, data = run.build(Experiment(**few, devices="2", epochs=2))
+    assert task.experiment.steps == 8 and data.facts["steps_per_epoch"] == 4
+    (tmp_path / "run").mkdir()
+    folder = RunFolder(tmp_path / "run")
+    folder.create(task.experiment, {})
+    assert continued(folder, {"epochs": 3})[0].steps == 12
+    assert continued(folder, {"epochs": 3, "devices": "1"})[0].steps == 15
 
 
 def test_longer_training_counts_epochs_of_the_images_where_they_are_now(tree, tmp_path):

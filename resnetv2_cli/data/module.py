@@ -167,7 +167,8 @@ class ImageData(L.LightningDataModule):
 
     ``classes`` are known after ``setup``; ``normalize`` is made from the training images alone.
     With those that a checkpoint has ``learned``, files are looked for of the test images alone.
-    ``tell``: hears of what takes a while.
+    ``tell``: hears of what takes a while. ``processes``: will share each batch, which tells how
+    many make an epoch before there is a trainer.
     """
 
     classes: tuple[str, ...]
@@ -182,9 +183,11 @@ class ImageData(L.LightningDataModule):
         experiment: Experiment,
         learned: tuple[str, ...] = (),
         tell: Callable[[str], object] = str,
+        processes: int = 1,
     ) -> None:
         super().__init__()
         self.experiment, self.learned, self.tell = experiment, learned, tell
+        self.processes = processes
         self.dataset = DATASETS[experiment.dataset]
         self.root = Path(experiment.data_dir).expanduser()
         self._ready = False
@@ -302,9 +305,10 @@ class ImageData(L.LightningDataModule):
 
     def _schedule(self) -> Schedule:
         trainer = self.trainer
-        return self._shared(trainer.global_rank, trainer.world_size) if trainer else self._shared()
+        ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, self.processes)
+        return self._shared(*ranks)
 
-    def _shared(self, rank: int = 0, ranks: int = 1) -> Schedule:
+    def _shared(self, rank: int, ranks: int) -> Schedule:
         e = self.experiment
         if e.batch_size < e.accumulate * ranks:
             raise UserError(
