@@ -20,7 +20,6 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.iteration import Iteration
 from resnetv2_cli.paper import TABLE_1
-from resnetv2_cli.stats import Pairs, Summary, power, seeds_needed
 
 TINY = ["--dataset", "digits", "--depth", 8, "--batch-size", 128, "--steps", 4, "--log-every", 2]
 
@@ -75,41 +74,6 @@ def test_the_laptop_scale_has_one_recipe_whatever_the_row_has(tmp_path):
     e = arms.plan(few, 1, {}, tmp_path, "laptop").lines[0].arms[0].experiment
     assert (e.depth, e.batch_size, e.steps, e.epochs) == (65, 64, 400, None)
     assert (e.lr, e.warmup, e.drops) == (0.05, 40, "0.5,0.75")
-
-
-def test_statistics():
-    """Worked by hand: t of two degrees of freedom is 4.3027."""
-    low, high = Summary((6.0, 7.0, 8.0)).interval
-    assert (low, high) == pytest.approx((7 - 4.3027 / 3**0.5, 7 + 4.3027 / 3**0.5), rel=1e-4)
-    pairs = Pairs.of({0: 7.0, 1: 9.0, 2: 8.0}, {0: 6.0, 1: 7.0, 2: 7.0})
-    assert pairs.differences == (1.0, 2.0, 1.0)
-    assert pairs.p == pytest.approx(0.0572, abs=1e-3)
-    assert seeds_needed(1.0, 1.0) == 10  # the textbook's n for an effect of one std
-    assert seeds_needed(16.5, 0.5) == 8550  # by the normal's n: (1.96 + 0.8416)^2 (16.5 / 0.5)^2
-    assert seeds_needed(20.0, 0.5) is None
-
-
-@pytest.mark.parametrize("std, n, seen", [(0.085, 2, 0.486), (0.089, 3, 0.991), (0.01, 2, 1.0)])
-def test_the_power_of_few_seeds_and_a_large_difference(std, n, seen):
-    """By the integral over the chi distribution, where SciPy's noncentral t gives no number."""
-    assert power(n, std, 0.5) == pytest.approx(seen, abs=1e-3)
-    assert power(n, std, -0.5) == power(n, std, 0.5)
-
-
-def test_more_seeds_than_anybody_runs_are_not_counted(tmp_path):
-    planned = two_rows(tmp_path, 2)
-    ended(planned, (6.0, 7.0), (6.0, 47.0))
-    columns, [_, conv1x1] = tables.table(planned, 0.5)
-    assert dict(zip(columns, conv1x1, strict=True))["seeds for 0.5"] == ">10,000"
-    assert tables.as_json(planned, 0.5)["rows"][1]["seeds_for"]["seeds"] is None
-
-
-def test_differences_that_are_all_the_same_say_nothing_of_chance():
-    """Of 360 images one is 0.28 points: two seeds often differ by the same number of them."""
-    pairs = Pairs.of({0: 100 * 4 / 360, 1: 100 * 5 / 360}, {0: 100 * 5 / 360, 1: 100 * 6 / 360})
-    assert pairs.mean == pytest.approx(-100 / 360)
-    assert (pairs.std, pairs.p) == (None, None)
-    assert Pairs.of({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}).p is None
 
 
 def test_an_ablation_runs_and_never_runs_a_row_again(resnetv2, tmp_path):

@@ -1,7 +1,5 @@
-"""What is on disk, found again: names, states, comparisons, figures and the page."""
+"""What is on disk, drawn and written down: figures, and the page."""
 
-import fcntl
-import io
 import json
 import os
 import re
@@ -13,10 +11,7 @@ from conftest import LAB, two_rows
 
 from resnetv2_cli import figures, inventory, plot
 from resnetv2_cli.ablation import record, tables
-from resnetv2_cli.commands.runs import percent
-from resnetv2_cli.compare import agreement, notes
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.manifest import environment, environment_in
 from resnetv2_cli.plot import COLORS, plt, save
 from resnetv2_cli.report import charts, pictures
 from resnetv2_cli.report.page import DARK, MOST_BYTES
@@ -39,147 +34,6 @@ def test_an_ablation_is_read_as_it_was_written(lab):
     assert found.title.endswith("here with dataset digits, depth 8, batch_size 128, steps 6")
 
 
-def test_every_state_is_told_apart(lab):
-    found = inventory.look([lab])
-    states = {r.name.split("/")[-1] if "/" in r.name else r.name: r.state for r in found.runs}
-    assert states == {"alone": "fail"}
-    assert [r.state for r in found.every] == ["done", "waiting", "stopped", "waiting", "fail"]
-    killed = found.ablations[0].lines[1].arms[0]
-    lock = os.open(killed.folder.with_suffix(".lock"), os.O_RDWR)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    assert [r.state for r in inventory.look([lab]).every][2] == "running"
-    os.close(lock)
-
-
-def test_a_run_by_itself_is_running_as_long_as_its_process_holds_it(lab, tmp_path, monkeypatch):
-    folder = RunFolder(shutil.copytree(lab / "alone", tmp_path / "run.2"))
-    folder.failed.unlink()
-    assert inventory.Run("run", folder).state == "stopped"
-    with folder.claimed():
-        assert inventory.Run("run", folder).state == "running"
-        with pytest.raises(UserError, match="is in use by process"), folder.claimed():
-            pass
-    assert inventory.Run("run", folder).state == "stopped"
-    folder.lock.write_text("of one that was killed")
-    assert inventory.Run("run", folder).state == "stopped"
-    monkeypatch.setattr(inventory, "taken", lambda lock: None)  # a filesystem without locks
-    assert inventory.Run("run", folder).state == "running"
-    for file in folder.path.rglob("*"):
-        os.utime(file, (0, 0))
-    assert inventory.Run("run", folder).state == "stopped"
-    os.utime(folder.metrics)
-    assert inventory.Run("run", folder).state == "running"
-
-
-def test_runs_are_named_by_any_beginning_that_only_one_has(lab):
-    runs = inventory.runs_in(lab)
-    names = [r.name for r in runs]
-    assert inventory.choose("al", runs).name == "alone"
-    assert inventory.choose("digits-resnet8-basic-original-conv", runs).name in names
-    assert inventory.choose("last", runs).name in names
-    assert inventory.choose(str(lab / "alone"), []).folder.path == lab / "alone"
-
-
-def test_last_is_the_run_that_was_begun_last(lab, tmp_path):
-    found = inventory.runs_in(shutil.copytree(lab, tmp_path / "runs"))
-    for begun in (found, found[::-1]):
-        for time, run in enumerate(begun):
-            os.utime(run.folder.config, (time, time))
-        assert inventory.choose("last", found).name == begun[-1].name
-
-
-def test_show_counts_the_readings_that_came_after_the_result(called, lab, tmp_path):
-    shutil.copytree(lab / "lab", tmp_path / "lab")
-    [done] = [run for run in inventory.runs_in(tmp_path) if run.state == "done"]
-    before = done.result["test_set_readings"]
-    done.folder.manifest.count_reading()
-    _, out, _ = called("runs", "show", done.folder.path, "--format", "json")
-    assert json.loads(out)["result"]["test_set_readings"] == before + 1
-
-
-@pytest.mark.parametrize(
-    "word, error, hint",
-    [
-        ("alnoe", "unknown run 'alnoe'", "did you mean 'alone'?"),
-        ("zzz", "unknown run 'zzz'", "resnetv2 runs ls"),
-        ("digits", "2 runs begin with 'digits'", "one of lab/digits"),
-    ],
-)
-def test_names_that_mean_no_run(called, lab, word, error, hint):
-    status, _, said = called("runs", "show", word, "--root", lab)
-    assert status == 2 and error in said and hint in said
-
-
-def test_ls_lists_what_became_of_each(called, lab):
-    _, out, _ = called("runs", "ls", "--root", lab, "--format", "json")
-    made = {r["name"].split("/")[-2:][0]: r for r in json.loads(out)}
-    assert {r["state"] for r in made.values()} == {"done", "stopped", "fail"}
-    assert made["alone"]["test_error"] is None and made["alone"]["step"] == 6
-    _, out, _ = called("runs", "ls", "--root", lab, "--format", "csv", "--state", "fail")
-    assert [line.split(",")[:2] for line in out.splitlines()[1:]] == [["alone", "fail"]]
-    status, _, said = called("runs", "ls", "--root", lab, "--state", "dead")
-    assert status == 2 and "no run is ever 'dead'" in said
-
-
-def test_an_open_run_is_listed_with_the_last_error_it_saw(tmp_path):
-    run = RunFolder(tmp_path)
-    run.metrics.write_text("step,test_error\n5,80\n10,40\n")
-    assert percent(inventory.Run("a", run)) == "(40.00 % test)"
-
-
-def test_compare_says_what_differs_and_by_how_much(called, lab):
-    names = ("digits-resnet8-basic-original-conv1x1", "alone", "--root", lab)
-    _, out, _ = called("runs", "compare", *names, "--format", "json")
-    made = json.loads(out)
-    assert made["settings"] == {"shortcut": ["conv1x1", "identity"]}
-    a, b = (
-        read_metrics(inventory.choose(n, inventory.runs_in(lab)).folder.metrics) for n in names[:2]
-    )
-    ours, theirs = dict(a["train_loss"]), dict(b["train_loss"])
-    apart = {step: theirs[step] - ours[step] for step in ours}
-    largest = max(apart.values(), key=abs)
-    assert made["curves"]["train_loss"]["largest"] == pytest.approx(largest)
-    assert made["curves"]["train_loss"]["first"] == min(s for s, d in apart.items() if d)
-    _, out, _ = called("runs", "compare", "alone", "alone", "--root", lab)
-    assert "train_loss: the same at all 3 iterations" in out
-
-
-def test_compare_takes_the_first_from_the_second(called, lab, tmp_path):
-    for name, error in (("a", 8.0), ("b", 6.5)):
-        run = RunFolder(shutil.copytree(lab / "alone", tmp_path / name))
-        run.result.write_text(json.dumps({"test_error": error}))
-    _, out, _ = called("runs", "compare", "a", "b", "--root", tmp_path, "--format", "json")
-    assert json.loads(out)["results"]["test_error"] == [8.0, 6.5, -1.5]
-
-
-NAN = float("nan")
-
-
-@pytest.mark.parametrize(
-    "theirs, said",
-    [
-        ([3.0, NAN, NAN], "the same at all 3 iterations that both have"),
-        ([3.0, NAN, 1.0], "the same at the first 2 of 3 iterations, apart from 30 on"),
-        ([5.0, NAN, 1.0], "apart from 10 on; most by +2, at 10"),
-    ],
-)
-def test_what_is_not_a_number_in_both_runs_agrees(theirs, said):
-    ours = [(10, 3.0), (20, NAN), (30, NAN)]
-    curve = agreement(ours, list(zip((10, 20, 30), theirs, strict=True)))
-    assert notes({"curves": {"train_loss": curve}}) == [f"train_loss: {said}"]
-
-
-def test_rm_asks_first_and_leaves_nothing_behind(called, lab, tmp_path, monkeypatch):
-    root = shutil.copytree(lab, tmp_path / "runs")
-    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
-    status, _, _ = called("runs", "rm", "alone", "--root", root)
-    assert status != 0 and (root / "alone").exists()
-    [folder] = (root / "lab").glob("digits*conv1x1*")
-    assert called("runs", "rm", "alone", f"{folder.name}/s0", "--yes", "--root", root)[0] == 0
-    assert not (root / "alone").exists() and not list(folder.iterdir())
-    assert len(inventory.runs_in(root)) == 1
-
-
 def test_numbers_of_a_logarithmic_axis_stand_apart():
     axes = plt.figure().subplots()
     axes.set(yscale="log", ylim=(0.009, 120))
@@ -191,38 +45,9 @@ def test_numbers_of_a_logarithmic_axis_stand_apart():
     plt.close(axes.figure)
 
 
-def test_nobody_to_ask_removes_nothing(called, lab, tmp_path, monkeypatch):
-    root = shutil.copytree(lab, tmp_path / "runs")
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    status, _, said = called("runs", "rm", "alone", "--root", root)
-    assert status == 2 and "--yes removes without asking" in said and (root / "alone").exists()
-
-
-def test_what_is_shown_of_a_run_that_has_not_ended_is_no_more_than_of_one_that_has(
-    called, lab, tmp_path
-):
-    folder = RunFolder(shutil.copytree(lab / "alone", tmp_path / "runs" / "open"))
-    folder.failed.unlink()
-    begun = json.loads(folder.manifest.path.read_text())
-    folder.manifest.path.write_text(json.dumps(begun | {"code": {"diff": "a long one"}}))
-    _, out, _ = called("runs", "show", "open", "--root", tmp_path / "runs", "--format", "json")
-    assert json.loads(out)["environment"] == environment_in(begun)
-    assert set(environment_in(begun)) == set(environment())
-    _, out, _ = called("runs", "show", "open", "--root", tmp_path / "runs")
-    assert "a long one" not in out and "torchvision" in out
-
-
 def test_where_nothing_is_there_is_no_report(called, tmp_path):
     status, _, said = called("report", tmp_path, "--output", tmp_path / "report.html")
     assert status == 2 and "nothing to report in" in said and not list(tmp_path.iterdir())
-
-
-def test_a_run_that_trains_is_not_removed(called, lab, tmp_path):
-    root = shutil.copytree(lab, tmp_path / "runs")
-    (root / "alone" / "failed.json").unlink()
-    with RunFolder(root / "alone").claimed():
-        status, _, said = called("runs", "rm", "alone", "--yes", "--root", root)
-    assert status == 2 and "alone is running" in said and (root / "alone").exists()
 
 
 def test_a_picture_has_the_suffix_of_one(tmp_path):

@@ -1,0 +1,42 @@
+"""Means, spreads and tests over seeds."""
+
+import pytest
+from conftest import ended, two_rows
+
+from resnetv2_cli.ablation import tables
+from resnetv2_cli.stats import Pairs, Summary, power, seeds_needed
+
+
+def test_statistics():
+    """Worked by hand: t of two degrees of freedom is 4.3027."""
+    low, high = Summary((6.0, 7.0, 8.0)).interval
+    assert (low, high) == pytest.approx((7 - 4.3027 / 3**0.5, 7 + 4.3027 / 3**0.5), rel=1e-4)
+    pairs = Pairs.of({0: 7.0, 1: 9.0, 2: 8.0}, {0: 6.0, 1: 7.0, 2: 7.0})
+    assert pairs.differences == (1.0, 2.0, 1.0)
+    assert pairs.p == pytest.approx(0.0572, abs=1e-3)
+    assert seeds_needed(1.0, 1.0) == 10  # the textbook's n for an effect of one std
+    assert seeds_needed(16.5, 0.5) == 8550  # by the normal's n: (1.96 + 0.8416)^2 (16.5 / 0.5)^2
+    assert seeds_needed(20.0, 0.5) is None
+
+
+@pytest.mark.parametrize("std, n, seen", [(0.085, 2, 0.486), (0.089, 3, 0.991), (0.01, 2, 1.0)])
+def test_the_power_of_few_seeds_and_a_large_difference(std, n, seen):
+    """By the integral over the chi distribution, where SciPy's noncentral t gives no number."""
+    assert power(n, std, 0.5) == pytest.approx(seen, abs=1e-3)
+    assert power(n, std, -0.5) == power(n, std, 0.5)
+
+
+def test_more_seeds_than_anybody_runs_are_not_counted(tmp_path):
+    planned = two_rows(tmp_path, 2)
+    ended(planned, (6.0, 7.0), (6.0, 47.0))
+    columns, [_, conv1x1] = tables.table(planned, 0.5)
+    assert dict(zip(columns, conv1x1, strict=True))["seeds for 0.5"] == ">10,000"
+    assert tables.as_json(planned, 0.5)["rows"][1]["seeds_for"]["seeds"] is None
+
+
+def test_differences_that_are_all_the_same_say_nothing_of_chance():
+    """Of 360 images one is 0.28 points: two seeds often differ by the same number of them."""
+    pairs = Pairs.of({0: 100 * 4 / 360, 1: 100 * 5 / 360}, {0: 100 * 5 / 360, 1: 100 * 6 / 360})
+    assert pairs.mean == pytest.approx(-100 / 360)
+    assert (pairs.std, pairs.p) == (None, None)
+    assert Pairs.of({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}).p is None
