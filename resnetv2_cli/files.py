@@ -131,7 +131,7 @@ def _locked(lock: Path, hint: str) -> TextIO:
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = lock.open("a+")
         except OSError as error:
-            hint = "a folder is needed that can be written"
+            hint = "it must be possible to write there; what is new goes where --output says"
             raise UserError(f"cannot write {lock.parent}: {error.strerror}", hint) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,8 +10,8 @@ from torch import nn
 from resnetv2_cli.analysis import backward, forward, paths, shrink
 from resnetv2_cli.analysis.subject import Subject
 from resnetv2_cli.analysis.trace import Trace, size, trace
-from resnetv2_cli.console import finite
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.jsonfile import finite
 from resnetv2_cli.plans import UNITS
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.shortcuts import SHORTCUTS
