@@ -72,6 +72,33 @@ def resnetv2(tmp_path_factory):
     return call
 
 
+@pytest.fixture
+def here(capsys, monkeypatch):
+    """The same in this process, which has imported all that it needs: for what is no matter of
+    signals, of the environment or of the script itself."""
+    from resnetv2_cli import console
+    from resnetv2_cli.cli import main
+
+    def call(*arguments, status: int | None = 0, cwd=None):
+        command = [*map(str, arguments)]
+        for side in (console.out, console.err):
+            monkeypatch.setattr(side, "_width", 200)
+        if cwd:
+            monkeypatch.chdir(cwd)
+        capsys.readouterr()
+        try:
+            main(command)
+            left = 0
+        except SystemExit as exit:
+            left = exit.code or 0
+        done = subprocess.CompletedProcess(command, left, *capsys.readouterr())
+        if status is not None:
+            assert done.returncode == status, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return call
+
+
 SMALL = ["--dataset", "digits", "--depth", 8, "--batch-size", 64, "--log-every", 5]
 
 

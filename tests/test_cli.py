@@ -29,23 +29,23 @@ def test_help_names_every_choice(resnetv2):
         assert name in text, name
 
 
-def test_list_names_everything_with_its_published_error(resnetv2):
-    text = resnetv2("list").stdout
+def test_list_names_everything_with_its_published_error(here):
+    text = here("list").stdout
     for name in [*UNITS, *shortcuts(), *DATASETS, "cifar10_resnet20_quick"]:
         assert name in text, name
     for error in ("6.61", "8.17", "5.46", "12.35 (0.5/0.5)", "8.70 (b=-6)", "fail (0.5)"):
         assert error in text, error
 
 
-def test_show_prints_the_settled_experiment(resnetv2):
-    text = resnetv2("show", "--config", "cifar10_resnet20_quick", "--lr", 0.3).stdout
+def test_show_prints_the_settled_experiment(here):
+    text = here("show", "--config", "cifar10_resnet20_quick", "--lr", 0.3).stdout
     file = "  # file cifar10_resnet20_quick\n"
     assert f"depth: 20{file}" in text and f"schedule: one-cycle{file}" in text
     assert "lr: 0.3  # flag\n" in text and "momentum: 0.9\n" in text
 
 
-def test_describe_as_json(resnetv2):
-    done = resnetv2("describe", "--depth", 1001, "--unit", "full-preact", "--json")
+def test_describe_as_json(here):
+    done = here("describe", "--depth", 1001, "--unit", "full-preact", "--json")
     described = json.loads(done.stdout)
     assert described["parameters"] == 10_327_706
     assert described["macs"] == pytest.approx(1487.9e6, rel=1e-3)
@@ -55,8 +55,8 @@ def test_describe_as_json(resnetv2):
     assert described["parts"][-2]["output"] == [256, 8, 8]
 
 
-def test_describe_as_a_table(resnetv2):
-    text = resnetv2("describe", "--depth", 20).stdout
+def test_describe_as_a_table(here):
+    text = here("describe", "--depth", 20).stdout
     assert "stage3.unit3" in text and "269,722" in text and "40,551,040" in text
 
 
@@ -93,8 +93,8 @@ def test_a_class_without_test_images_has_no_error(trained, tmp_path, capsys, mon
         assert ('"3": null' if more else "│ 3     │     — │") in said
 
 
-def test_eval_shows_a_table(resnetv2, trained):
-    done = resnetv2("eval", trained)
+def test_eval_shows_a_table(here, trained):
+    done = here("eval", trained)
     assert "digits-resnet8-basic-full-preact-s0" in done.stdout
     assert "error by class" in done.stdout and "confusion matrix:" in done.stderr
 
@@ -164,17 +164,17 @@ FOUR = ["--dataset", "digits", "--devices", 4, "--accelerator", "cpu"]
         (["eval", "nothing.ckpt"], "there is no checkpoint nothing.ckpt", "a run folder"),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_line_and_a_hint(resnetv2, tmp_path, arguments, error, hint):
-    said, hinted = mistake(resnetv2(*arguments, status=None, cwd=tmp_path))
+def test_mistakes_are_one_line_and_a_hint(here, tmp_path, arguments, error, hint):
+    said, hinted = mistake(here(*arguments, status=None, cwd=tmp_path))
     assert error in said and hint in hinted
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mistaken_flag_exits_with_2(resnetv2):
-    done = resnetv2("train", "--dept", 20, status=2)
+def test_a_mistaken_flag_exits_with_2(here):
+    done = here("train", "--dept", 20, status=2)
     assert "--depth" in done.stderr and "Traceback" not in done.stderr
     for flag in ("--lr", "--batch-size", "--accumulate"):  # no part of it
-        assert f"No such option: {flag}" in resnetv2("eval", "x.ckpt", flag, 1, status=2).stderr
+        assert f"No such option: {flag}" in here("eval", "x.ckpt", flag, 1, status=2).stderr
 
 
 def test_cifar_that_is_not_there_and_no_network(resnetv2, tmp_path):
@@ -187,17 +187,17 @@ def test_cifar_that_is_not_there_and_no_network(resnetv2, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_used_folder_is_left_alone(resnetv2, trained):
+def test_a_used_folder_is_left_alone(here, trained):
     before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
-    said, hint = mistake(resnetv2("train", *SMALL, "--output", trained, status=None))
+    said, hint = mistake(here("train", *SMALL, "--output", trained, status=None))
     assert "is not empty" in said and "--resume" in hint
     assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
 
 
-def test_a_folder_that_cannot_be_written(resnetv2, tmp_path):
+def test_a_folder_that_cannot_be_written(here, tmp_path):
     (tmp_path / "file").write_text("mine")
     flags = [*SMALL, "--steps", 2, "--output", tmp_path / "file" / "run"]
-    said, hint = mistake(resnetv2("train", *flags, status=None))
+    said, hint = mistake(here("train", *flags, status=None))
     assert "cannot write" in said and "--output" in hint
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -232,33 +232,33 @@ def broken(kind: str, good, to) -> None:
         ("harmful", "holds more than tensors"),
     ],
 )
-def test_checkpoints_that_are_none(resnetv2, trained, tmp_path, kind, error):
+def test_checkpoints_that_are_none(here, trained, tmp_path, kind, error):
     file = tmp_path / "bad.ckpt"
     broken(kind, trained / "checkpoints" / "last.ckpt", file)
-    said, _ = mistake(resnetv2("eval", file, status=None, cwd=tmp_path))
+    said, _ = mistake(here("eval", file, status=None, cwd=tmp_path))
     assert error in said
     assert not (tmp_path / "harmed").exists()
 
 
-def test_a_checkpoint_of_another_architecture(resnetv2, trained):
-    said, hint = mistake(resnetv2("eval", trained, "--depth", 14, status=None))
+def test_a_checkpoint_of_another_architecture(here, trained):
+    said, hint = mistake(here("eval", trained, "--depth", 14, status=None))
     assert said.endswith("is of another architecture: depth 8 there, depth 14 here")
     assert hint == "it is that of --depth 8"
 
 
-def test_a_checkpoint_of_other_classes(resnetv2, trained, shared_data):
+def test_a_checkpoint_of_other_classes(here, trained, shared_data):
     flags = ["--dataset", "cifar10", "--data-dir", shared_data]
-    said, _ = mistake(resnetv2("eval", trained, *flags, status=None))
+    said, _ = mistake(here("eval", trained, *flags, status=None))
     assert "knows other classes (0, 1, 2, ...) than the images have (airplane" in said
 
 
-def test_a_run_folder_that_became_read_only(resnetv2, trained, tmp_path):
+def test_a_run_folder_that_became_read_only(here, trained, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     (copy / "result.json").unlink()
     (copy / "metrics.csv").unlink()
     (copy / "metrics.csv").mkdir()  # no file can be written there, whoever one is
-    done = resnetv2("train", "--resume", copy, status=2)
+    done = here("train", "--resume", copy, status=2)
     assert "metrics.csv" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -269,8 +269,8 @@ def test_debug_shows_the_traceback(resnetv2, where):
     assert "Traceback" in done.stderr and "no network has 111 layers" in done.stderr
 
 
-def test_where_nothing_can_be_written_the_file_is_named(resnetv2):
-    done = resnetv2("describe", "--depth", 8, "--picture", "/proc/q.svg", status=2)
+def test_where_nothing_can_be_written_the_file_is_named(here):
+    done = here("describe", "--depth", 8, "--picture", "/proc/q.svg", status=2)
     *_, what, hint = done.stderr.splitlines()
     assert what.startswith("error: cannot write /proc/q.svg: ") and "yours" in hint
 

@@ -133,27 +133,27 @@ def test_a_stopped_run_continues_as_if_it_had_not(
     assert a == b
 
 
-def test_a_time_budget_saves_and_leaves_cleanly(resnetv2, tmp_path):
+def test_a_time_budget_saves_and_leaves_cleanly(here, tmp_path):
     folder = tmp_path / "run"
-    done = resnetv2("train", *SMALL, "--steps", 5000, "--time", "1s", "--output", folder)
+    done = here("train", *SMALL, "--steps", 5000, "--time", "1s", "--output", folder)
     assert "continue with: resnetv2 train --resume" in done.stderr
     assert 0 < last(folder)["global_step"] < 5000
 
 
-def test_resuming_a_finished_run_changes_nothing(resnetv2, trained):
+def test_resuming_a_finished_run_changes_nothing(here, trained):
     before = {p: p.read_bytes() for p in (trained / "metrics.csv", trained / "config.yaml")}
-    resnetv2("train", "--resume", trained)
+    here("train", "--resume", trained)
     for path, content in before.items():
         assert path.read_bytes() == content
 
 
-def test_resume_refuses_what_would_make_it_another_experiment(resnetv2, trained):
-    done = resnetv2("train", "--resume", trained, "--lr", 0.2, status=2)
+def test_resume_refuses_what_would_make_it_another_experiment(here, trained):
+    done = here("train", "--resume", trained, "--lr", 0.2, status=2)
     assert "--lr 0.2 would make this another experiment" in done.stderr
 
 
-def test_resume_says_what_it_changes(resnetv2, never_stopped):
-    done = resnetv2("train", "--resume", never_stopped, "--workers", 1)
+def test_resume_says_what_it_changes(here, never_stopped):
+    done = here("train", "--resume", never_stopped, "--workers", 1)
     assert "--workers: 2 -> 1" in done.stderr
 
 
@@ -251,9 +251,9 @@ def test_same_seed_same_run(resnetv2, tmp_path):
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
 
 
-def test_a_validation_split_chooses_the_best(resnetv2, tmp_path):
+def test_a_validation_split_chooses_the_best(here, tmp_path):
     flags = ["--val", 200, "--epochs", 3, "--save-every", 10, "--output", tmp_path / "run"]
-    said = resnetv2("train", *SMALL, *flags).stdout
+    said = here("train", *SMALL, *flags).stdout
     header, *lines = metrics(tmp_path / "run").splitlines()
     assert header.endswith("val_loss,val_error")
     errors = [float(line.split(",")[-1]) for line in lines if line.split(",")[-1]]
@@ -269,18 +269,18 @@ def test_a_validation_split_chooses_the_best(resnetv2, tmp_path):
     ]  # fmt: skip
 
 
-def test_a_checkpoint_is_never_replaced_by_one_that_is_not_finite(resnetv2, tmp_path):
+def test_a_checkpoint_is_never_replaced_by_one_that_is_not_finite(here, tmp_path):
     """The evaluation at 23 would save it; the loss is only looked at every 1000 iterations."""
     flags = ["--lr", 1e30, "--warmup", 0, "--precision", "32-true", "--steps", 40]
     folder = tmp_path / "run"
-    resnetv2("train", *SMALL, *flags, "--log-every", 1000, "--output", folder, status=2)
+    here("train", *SMALL, *flags, "--log-every", 1000, "--output", folder, status=2)
     assert not (folder / "checkpoints" / "last.ckpt").exists()
 
 
-def test_a_diverging_run_says_so_and_keeps_its_last_checkpoint(resnetv2, tmp_path):
+def test_a_diverging_run_says_so_and_keeps_its_last_checkpoint(here, tmp_path):
     flags = ["--lr", 1e30, "--warmup", 0, "--precision", "32-true", "--steps", 40]
     folder = tmp_path / "run"
-    done = resnetv2("train", *SMALL, *flags, "--output", folder, status=2)
+    done = here("train", *SMALL, *flags, "--output", folder, status=2)
     assert "error: the loss is not finite at iteration" in done.stderr
     assert "Traceback" not in done.stderr
     assert (folder / "failed.json").exists() and not (folder / "result.json").exists()
