@@ -21,9 +21,8 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.plans import STEMS
 
 EVAL_BATCH = {True: 250, False: 64}  # images at a time in evaluation, when decoded, and from files
-GPU_EVAL_BATCH = (
-    1000  # of decoded ones: a GPU waits for launches, of which there are a quarter then
-)
+# Of decoded ones on a GPU, which waits for launches: there are a quarter of them then.
+GPU_EVAL_BATCH = 1000
 
 
 def view_of(experiment: Experiment, normalize: Normalize) -> View:

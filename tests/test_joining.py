@@ -1,0 +1,256 @@
+"""Where a network has BN, ReLU and a convolution as one operation, and where PyTorch's own."""
+
+import copy
+
+import pytest
+import torch
+from test_fused import distance, trained_step
+from test_joined import BOUND, LAST, NEEDED, bf16
+from torch import nn
+from torch.nn import functional as F
+
+from resnetv2_cli import native
+from resnetv2_cli.joined import bn_relu_conv, joins
+from resnetv2_cli.layers import Branch, activation, conv
+from resnetv2_cli.plans import UNITS
+from resnetv2_cli.resnet import ResNet
+from resnetv2_cli.shortcuts import SHORTCUTS
+
+pytestmark = NEEDED
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The functions of the library that ran."""
+    names, call = [], native.call
+    monkeypatch.setattr(native, "call", lambda name, *rest: (names.append(name), call(name, *rest)))
+    return names
+
+
+@pytest.mark.parametrize("depth, block", [(14, "basic"), (20, "bottleneck")])
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize("unit", UNITS)
+def test_every_unit_and_shortcut_against_float64(unit, shortcut, depth, block, called):
+    """In bf16 no farther from float64 than eager bf16 is, with room for the chance in it; BN counts
+    a batch once."""
+    settings = {"dropout_ratio": 0.0} if shortcut == "dropout" else {}  # it draws by the type
+    net = ResNet(depth, block, unit, shortcut, settings=settings)
+    exact = trained_step(copy.deepcopy(net).double(), "eager")
+    eager = trained_step(net, "eager", mixed=True)
+    assert not called
+    found = trained_step(net, "compiled", mixed=True)
+    name = "pointwise" if block == "bottleneck" else "conv3x3"
+    assert called.count(f"{name}_forward") == called.count(f"{name}_backward") >= 6
+    for i in (0, 1):
+        assert distance(found[i], exact[i]) < 1.3 * distance(eager[i], exact[i]) + 1e-3
+    for name, value in exact[2].items():
+        torch.testing.assert_close(found[2][name].double(), value.double(), rtol=0.1, atol=0.02)
+    assert all(int(v) == 1 for k, v in found[2].items() if k.endswith("tracked"))
+
+
+@pytest.mark.parametrize("depth, block", [(14, "basic"), (20, "bottleneck")])
+@pytest.mark.parametrize("shortcut", ["identity", "exclusive-gate"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_an_evaluation_is_joined_too(unit, shortcut, depth, block, called):
+    """By running statistics, which stay as they are; no farther from float64 than eager bf16."""
+    torch.manual_seed(0)
+    net = ResNet(depth, block, unit, shortcut).eval().to(memory_format=LAST)
+    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.normal_(norm.running_mean, 0, 0.3)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.normal_(norm.weight, 1, 0.3)
+        nn.init.normal_(norm.bias)
+    x, found = torch.randn(8, 3, 32, 32).to(memory_format=LAST), {}
+    state = copy.deepcopy(net.state_dict())
+    exact = copy.deepcopy(net).double()(x.double()).detach()
+    for compiled in (False, True):
+        net.activate(compiled, False)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found[compiled] = distance(net(x).double(), exact)
+        assert bool(called) == compiled
+    assert found[True] < 1.3 * found[False] + 1e-3
+    torch.testing.assert_close(net.state_dict(), state, rtol=0, atol=0)
+    called.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        net(x)  # somebody may want gradients
+    assert not called
+
+
+@pytest.mark.parametrize("each", [2, 8])
+@pytest.mark.parametrize("shortcut", ["identity", "dropout"])
+@pytest.mark.parametrize("segments, mode", [(0, "forget"), (2, "compiled"), (2, "forget")])
+def test_what_is_computed_again_is_what_was(segments, mode, shortcut, each, called, monkeypatch):
+    monkeypatch.setattr("resnetv2_cli.joined.EACH", each)
+    net = ResNet(29, "bottleneck", shortcut=shortcut)
+    kept = trained_step(net, "compiled", mixed=True)
+    net.segments = segments
+    again = trained_step(net, mode, mixed=True)
+    assert "pointwise_backward" in called
+    assert torch.equal(kept[0], again[0]) and torch.equal(kept[1], again[1])
+    torch.testing.assert_close(kept[2], again[2])
+
+
+@pytest.mark.parametrize("each, made", [(1, 0), (2, 3), (3, 6), (8, 6)])
+def test_sums_are_made_again_once_each_from_those_that_are_kept(each, made, called, monkeypatch):
+    """Of three stages of three units; the sum of a stage's last is kept, for what is behind it is
+    not joined."""
+    monkeypatch.setattr("resnetv2_cli.joined.EACH", each)
+    trained_step(ResNet(29, "bottleneck"), "forget", mixed=True)
+    assert called.count("pointwise_forward") - called.count("pointwise_backward") == made
+
+
+def test_the_addition_is_its_last_layers(called):
+    """A unit of full pre-activation is as many operations as it has weight layers."""
+    unit = ResNet(20, "bottleneck").units[1].train().to(memory_format=LAST)
+    for module in unit.modules():
+        module.compiled = True
+    x = bf16(2, 64, 8, 8).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = unit(x)
+    assert called == ["pointwise_forward", "conv3x3_forward", "pointwise_forward"]
+    assert y.grad_fn.name() == "_JoinedBackward"
+    nodes, seen = [y.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        seen.add(node.name())
+        nodes += [n for n, _ in node.next_functions if n is not None]
+    assert not any("Add" in name for name in seen)
+
+
+@pytest.mark.parametrize("unit", ["original", "relu-before-add", "relu-only-preact"])
+def test_bn_behind_the_weights_adds_as_it_writes(unit, called):
+    """Of fp32 networks too; ReLU behind the addition is in it."""
+    made = ResNet(20, unit=unit).units[1].train().to(memory_format=LAST)
+    for module in made.modules():
+        module.compiled = True
+    y = made(torch.randn(2, 16, 8, 8).relu().to(memory_format=LAST).requires_grad_())
+    assert called.count("forward_float") == 2
+    assert y.grad_fn.name() == "_CompiledBackward"
+
+
+@pytest.mark.parametrize("part", ["residual", "shortcut", "after", "after.relu", "residual.last"])
+def test_who_watches_what_is_behind_the_weights_sees_it(part):
+    unit = ResNet(14, unit="original").units[1].train().to(memory_format=LAST)
+    for module in unit.modules():
+        module.compiled = True
+    x, seen = torch.randn(2, 16, 8, 8).to(memory_format=LAST), []
+    whole = unit(x)
+    unit.get_submodule(part).register_forward_hook(lambda _, given, y: seen.append(y.clone()))
+    torch.testing.assert_close(unit(x), whole)
+    if part.startswith("after"):
+        torch.testing.assert_close(seen[0], whole)
+    elif part == "shortcut":
+        torch.testing.assert_close(F.relu(seen[0]), whole)
+    else:
+        torch.testing.assert_close(F.relu(seen[0] + x), whole)
+
+
+@pytest.mark.parametrize("part", ["residual", "shortcut"])
+@pytest.mark.parametrize("training", [False, True])
+def test_who_watches_a_side_of_the_addition_sees_it(part, training):
+    unit = ResNet(14).units[1].train(training)
+    x, seen = torch.randn(2, 16, 8, 8), {}
+    whole = unit(x)
+    unit.get_submodule(part).register_forward_hook(lambda _, given, y: seen.update({part: y}))
+    assert torch.equal(unit(x), whole)
+    torch.testing.assert_close(seen[part], whole - x if part == "residual" else whole)
+
+
+def unfit(name):
+    """x, a BN and a layer that are not for this operation, each for one reason."""
+    norm, layer, x = nn.BatchNorm2d(32), conv(32, 16, 1), bf16(2, 32, 4, 4)
+    if name == "float32":
+        x = x.float()
+    elif name == "channels first":
+        x = x.contiguous()
+    elif name == "strided":
+        layer = conv(32, 16, 1, stride=2)
+    elif name == "5x5":
+        layer = conv(32, 16, 5)
+    elif name == "a 3x3 on a width of 4":
+        layer = conv(32, 16, 3)
+    elif name == "without a border":
+        layer, x = nn.Conv2d(32, 16, 3, bias=False), bf16(2, 32, 8, 8)
+    elif name == "an image too large":
+        layer, x = conv(32, 16, 3), bf16(1, 32, 64, 64)
+    elif name == "with a bias":
+        layer = nn.Conv2d(32, 16, 1)
+    elif name == "odd outputs":
+        layer = conv(32, 24, 1)
+    elif name == "grouped":
+        layer = nn.Conv2d(32, 32, 1, groups=2, bias=False)
+    elif name == "weights of bf16":
+        layer = layer.bfloat16()
+    elif name == "too many weights":
+        layer = conv(32, 8192, 1)
+    return x, norm, layer
+
+
+@pytest.mark.parametrize("name", [
+    "float32", "channels first", "strided", "5x5", "with a bias",
+    "a 3x3 on a width of 4", "without a border", "an image too large", "odd outputs", "grouped",
+    "weights of bf16", "too many weights",
+])  # fmt: skip
+def test_what_does_not_fit(name):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert joins(*unfit("nothing"))
+        assert not joins(*unfit(name))
+    assert not joins(*unfit("nothing"))  # without autocast a convolution would refuse x
+
+
+def branch():
+    made = Branch(activation("bn relu", 32), conv(32, 16, 1)).to(memory_format=LAST).train()
+    made.compiled = True
+    return made
+
+
+@pytest.mark.parametrize("change", [
+    lambda b: b.eval(), lambda b: setattr(b, "compiled", False),
+    lambda b: b[1].register_forward_hook(lambda *_: None),
+    lambda b: b[1].register_full_backward_hook(lambda *_: None),
+    lambda b: b[1].register_full_backward_pre_hook(lambda *_: None),
+])  # fmt: skip
+def test_who_watches_a_convolution_has_pytorchs(change, called):
+    x = bf16(2, 32, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        branch()(x)
+        assert called == ["pointwise_forward"]
+        plain = branch()
+        change(plain)
+        plain(x)
+    assert called.count("pointwise_forward") == 1
+
+
+@pytest.mark.parametrize("change", [
+    lambda b: b[0].bn.eval(), lambda b: setattr(b[0].bn, "momentum", None),
+    lambda b: b[0].register_forward_hook(lambda *_: None),
+    lambda b: b[0].relu.register_forward_pre_hook(lambda *_: None),
+])  # fmt: skip
+def test_who_watches_or_freezes_bn_has_pytorchs_before_the_convolution(change, called):
+    plain, x = branch(), bf16(2, 32, 4, 4)
+    change(plain)
+    want = plain[1](plain[0](x.float())).detach()
+    plain[0].bn.reset_running_stats()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = plain(x)
+    assert called == ["pointwise_forward"]
+    assert distance(y.detach().double(), want.double()) < 2 * BOUND
+
+
+def test_a_unit_without_bn_before_its_weights_is_operations_too(called):
+    unit = ResNet(14, unit="original").units[1].train().to(memory_format=LAST)
+    for module in unit.modules():
+        module.compiled = True
+    x = bf16(2, 16, 8, 8).relu().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        unit(x).sum().backward()
+    assert called == ["conv3x3_forward", "conv3x3_forward", "forward_bf16",
+                      "backward_bf16", "conv3x3_backward", "conv3x3_backward"]  # fmt: skip
+
+
+def test_what_was_looked_at_without_gradients_can_be_trained():
+    layer, x = conv(48, 16, 1), bf16(2, 48, 4, 4)
+    with torch.inference_mode():
+        bn_relu_conv(x, None, None, True, layer)
+    bn_relu_conv(x, None, None, True, layer)[0].sum().backward()
+    assert layer.weight.grad is not None
