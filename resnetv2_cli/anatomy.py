@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from resnetv2_cli.layers import ZeroPad
+from resnetv2_cli.layers import SEQUENCES, ZeroPad
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.units import ResidualUnit
 
@@ -75,7 +75,8 @@ def anatomy(unit: ResidualUnit) -> Anatomy:
 
 
 def layers(module: nn.Module) -> Iterator[str]:
-    """What a signal meets in a module, with the paper's names: weight, BN, ReLU."""
+    """What a signal meets in a module, with the paper's names: weight, BN, ReLU; and with that of
+    its class, of one's own."""
     if isinstance(module, nn.Conv2d):
         kernel, strided = "x".join(map(str, module.kernel_size)), f", /{module.stride[0]}"
         yield f"weight {kernel}, {module.out_channels}{strided if module.stride != (1, 1) else ''}"
@@ -85,9 +86,11 @@ def layers(module: nn.Module) -> Iterator[str]:
         yield "ReLU"
     elif isinstance(module, ZeroPad):
         yield f"zero-pad +{module.extra}, /{module.stride}"
-    else:
+    elif type(module) in SEQUENCES:
         for child in module.children():
             yield from layers(child)
+    elif not isinstance(module, nn.Identity):
+        yield type(module).__name__
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from resnetv2_cli.settings import BITS, LATER, PARTS, SAME, checked, rows, setti
 PAPER_STEPS, PAPER_WARMUP = 64_000, 400  # iterations
 
 Block = rows(plans.BLOCKS)
-Unit = rows(plans.UNITS)
 Stem = rows(plans.STEMS)
 Protocol = rows(PROTOCOLS)
 
@@ -37,8 +36,10 @@ class Experiment:
         "both is basic below 164.",
         "Network",
     )
-    unit: Unit = setting(  # type: ignore[valid-type]
-        "full-preact", "Where BN and ReLU stand (Fig. 4).", "Network"
+    unit: str = setting(
+        "full-preact",
+        "Where BN and ReLU stand (Fig. 4); or your own, as 'bn + | bn relu' or module:Class.",
+        "Network",
     )
     shortcut: str = setting(
         "identity", "What carries x past F (Fig. 2); or your own, as module:Class.", "Network"
@@ -258,6 +259,7 @@ class Experiment:
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, checked(f, getattr(self, f.name)))
+        object.__setattr__(self, "unit", plans.unit_type(self.unit))
         plans.check_shortcut(self.shortcut, self.settings)
         if self.batch_size < self.accumulate:
             raise UserError(
@@ -277,9 +279,8 @@ class Experiment:
     def _check_start(self) -> None:
         if self.weights and not self.weights_sha256:
             # What is learned depends on the bytes, wherever they lie.
-            object.__setattr__(
-                self, "weights_sha256", sha256(find(Path(self.weights).expanduser()))
-            )
+            digits = sha256(find(Path(self.weights).expanduser()))
+            object.__setattr__(self, "weights_sha256", digits)
         known = plans.parts(self.stem_)
         for part in self.freeze_:
             if part not in known:
@@ -314,10 +315,14 @@ class Experiment:
         return {name: value for name, value in given.items() if value is not None}
 
     @property
+    def own(self) -> dict[str, str]:
+        """Code of the user's own, ``module:Class``: the unit, the shortcut, or neither."""
+        return {n: name for n in ("unit", "shortcut") if ":" in (name := getattr(self, n))}
+
+    @property
     def architecture(self) -> dict[str, Any]:
         """The arguments of ``ResNet``, all but ``classes``."""
-        names = ["depth", "unit", "shortcut", "option", "pad", "stride_on", "first_act", "init"]
-        names.append("settings")
+        names = "depth unit shortcut option pad stride_on first_act init settings".split()
         return {n: getattr(self, n) for n in names} | {"block": self.block_, "stem": self.stem_}
 
     def fuses(self, device: str) -> bool:
@@ -329,7 +334,7 @@ class Experiment:
     def replays(self, device: str, processes: int = 1) -> bool:
         """Whether CUDA graphs are to be replayed on a type of device. They have not run on several
         GPUs, which have them where they were asked for."""
-        by_itself = device == "cuda" and processes == 1 and ":" not in self.shortcut
+        by_itself = device == "cuda" and processes == 1 and not self.own
         return by_itself if self.graphs is None else self.graphs
 
     @property
@@ -349,9 +354,9 @@ class Experiment:
     def name(self) -> str:
         """``cifar10-resnet110-basic-full-preact-s0``: depth, and always the block with it."""
         given = [f"{v:g}" for v in self.settings.values()]
-        parts = [self.dataset, f"resnet{self.depth}", self.block_, self.unit]
+        parts = [self.dataset, f"resnet{self.depth}", self.block_, plans.in_names(self.unit)]
         if self.shortcut != "identity":
-            parts.append(self.shortcut.replace(":", "."))
+            parts.append(plans.in_names(self.shortcut))
         return "-".join([*parts, *given, f"s{self.seed}"])
 
     @property
@@ -373,10 +378,8 @@ class Experiment:
         if self.epochs is not None:
             steps = max(1, round(self.epochs * steps_per_epoch))
         if (self.warmup or 0) > steps:
-            hint = "give a shorter --warmup with shorter training"
-            raise UserError(
-                f"the warm-up of {self.warmup} is longer than the {steps} iterations", hint
-            )
+            said = f"the warm-up of {self.warmup} is longer than the {steps} iterations"
+            raise UserError(said, "give a shorter --warmup with shorter training")
         return replace(self, steps=steps, epochs=None)
 
     @classmethod

@@ -8,6 +8,7 @@ from resnetv2_cli.data.catalog import known_classes
 from resnetv2_cli.describe import decided, describe, skeleton
 from resnetv2_cli.shortcuts import shortcut_class
 from resnetv2_cli.source import Source
+from resnetv2_cli.units import standing_between
 
 WORDS = {
     "layers": "layers",
@@ -93,11 +94,12 @@ def apart(a: int, b: int) -> list[int]:
 
 
 def unit(source: Source) -> str:
-    """Its name, its row of UNITS, and what stands at the three places of Fig. 4."""
-    name = source.experiment.unit
-    last, after, before = (spoken(place) for place in plans.places(name))
+    """Its name, what stands between two of it, and at the three places of Fig. 4."""
+    name, between = source.experiment.unit, standing_between(source.experiment.unit)
+    last, after, before = (spoken(place) for place in plans.places(between))
+    called = ", ".join(dict.fromkeys([name, between]))
     return (
-        f"{name}, {plans.UNITS[name]}: before F's first weights {before}, "
+        f"{called}: before F's first weights {before}, "
         f"after its last {last}, after the addition {after}"
     )
 

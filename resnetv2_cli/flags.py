@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
 from inspect import Parameter
 from typing import Annotated, Any
@@ -14,13 +14,19 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError, unknown
 from resnetv2_cli.settings import checked, kinds
 
+# Names that there are, of what may be one's own too.
+NAMES: dict[str, Callable[[], Iterable[str]]] = {
+    "unit": lambda: plans.UNITS,
+    "shortcut": plans.shortcuts,
+}
+
 
 def flag(f: Field) -> Parameter:
     """A field of Experiment as a flag; not given, it stays None."""
     kind, choices, _ = kinds(f)
     help_ = f.metadata["doc"]
-    if f.name == "shortcut":
-        choices = tuple(plans.shortcuts())
+    if f.name in NAMES:
+        choices = tuple(NAMES[f.name]())
     if choices:
         help_ += f" One of {', '.join(choices)}."
     default = "" if f.default is None else f" [dim](default: {f.default})[/]"

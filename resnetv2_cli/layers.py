@@ -31,7 +31,7 @@ class Activation(nn.Sequential):
     forget = False
 
     def forward(self, x: Tensor) -> Tensor:
-        norm: Any = getattr(self, "bn", None)
+        norm = self.norm
         if not self.training or not (self.compiled or self.forget) or not plain(norm):
             return super().forward(x)
         compiled = self.compiled and fits(x, norm)
@@ -41,9 +41,14 @@ class Activation(nn.Sequential):
 
     def adds(self, x: Tensor) -> Any:
         """The BN, where it can add something as it writes; else None."""
-        norm: Any = getattr(self, "bn", None)
+        norm = self.norm
         one = self.training and self.compiled and plain(norm) and fits(x, norm)
         return norm if one and not watched(self, *self) else None
+
+    @property
+    def norm(self) -> Any:
+        """The BN, where nothing stands before it: with the ReLU behind it, it is one operation."""
+        return self._modules.get("bn") if next(iter(self._modules), "") == "bn" else None
 
     @property
     def bare(self) -> bool:
@@ -90,10 +95,13 @@ class Branch(nn.Sequential):
         if there is one, whether there is a ReLU, and the convolution."""
         acts = type(layers[0]) is Activation and len(layers) > 1
         act, conv = layers[:2] if acts else (None, layers[0])
-        norm: Any = getattr(act, "bn", None)
-        relu = hasattr(act, "relu")
+        order = [*act._modules] if act else []
+        norm, relu = act.norm if act else None, "relu" in order
         evaluates = still(norm) and not torch.is_grad_enabled()
-        known = norm is None or (relu and (plain(norm) or evaluates))
+        orders: list[list[str]] = [[], ["relu"]]
+        if plain(norm) or evaluates:
+            orders.append(["bn", "relu"])
+        known = order in orders
         compiled = self.compiled and (self.training or not torch.is_grad_enabled())
         parts = [act, *act, conv] if act else [conv]
         if compiled and known and joins(x, norm, conv) and not watched(*parts):
@@ -144,6 +152,10 @@ def activation(order: str, channels: int) -> Activation:
         fresh = "bn" in layers
         layers[name] = nn.ReLU(inplace=fresh) if name == "relu" else nn.BatchNorm2d(channels)
     return Activation(layers)
+
+
+# Whose parts act one after the other, in evaluation.
+SEQUENCES = (nn.Sequential, Activation, Branch)
 
 
 class _KeepLayout(torch.autograd.Function):

@@ -177,7 +177,7 @@ def command() -> str:
 
 def code(experiment: Experiment) -> dict[str, Any]:
     """The version; commit and changes since, of a checkout; a digest of the source that ran, and of
-    the file of a shortcut of one's own."""
+    the files of code of one's own."""
     digest = hashlib.sha256()
     for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in SOURCE):
         digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
@@ -189,19 +189,23 @@ def code(experiment: Experiment) -> dict[str, Any]:
         "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
         "diff": diff if len(diff) <= LONGEST_DIFF else f"{len(diff)} characters, not kept",
     }
-    if file := own_file(experiment.shortcut):
+    for what, file in own_files(experiment).items():
         own = hashlib.sha256(file.read_bytes()).hexdigest()
-        made["shortcut"] = {"file": str(file), "sha256": own, "source": file.read_text()}
+        made[what] = {"file": str(file), "sha256": own, "source": file.read_text()}
     return made
 
 
-def own_file(shortcut: str) -> Path | None:
-    """Where a shortcut of one's own, ``module:Class``, is written; None for those of the tool."""
-    if ":" not in shortcut:
-        return None
+def own_files(experiment: Experiment) -> dict[str, Path]:
+    """Where the unit and the shortcut are written, where they are of one's own."""
+    if not experiment.own:
+        return {}
     from resnetv2_cli.shortcuts import shortcut_class
+    from resnetv2_cli.units import unit_class
 
-    return Path(inspect.getfile(shortcut_class(shortcut)))
+    classes = {"unit": unit_class, "shortcut": shortcut_class}
+    return {
+        what: Path(inspect.getfile(classes[what](name))) for what, name in experiment.own.items()
+    }
 
 
 def environment(accelerator: str = "auto") -> dict[str, Any]:

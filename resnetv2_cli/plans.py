@@ -20,6 +20,7 @@ UNITS = {  # what stands between two units: + ends one, | begins the next (Fig. 
     "relu-only-preact": "bn + | relu",
     "full-preact": "+ | bn relu",
 }
+MARKS = {"+", "|"}  # a unit type that is written so is one of one's own
 
 
 class Block(NamedTuple):
@@ -100,11 +101,60 @@ def parts(stem: str) -> tuple[str, ...]:
     return ("stem", *(f"stage{i + 1}" for i in range(len(STEMS[stem].widths))), "head")
 
 
+def between(unit: str) -> str:
+    """What stands between two units of a type: its row of UNITS, or itself, of one's own."""
+    return UNITS.get(unit, unit)
+
+
 def places(unit: str) -> tuple[str, str, str]:
     """A unit type cut at its marks: what ends F, what follows the addition (f), what opens F."""
-    last, rest = UNITS[unit].split("+")
+    last, rest = between(unit).split("+")
     after, before = rest.split("|")
-    return last, after, before
+    return last.strip(), after.strip(), before.strip()
+
+
+def unit_type(text: str) -> str:
+    """A unit type by its name: ``bn+|bn`` is ``bn + | bn``, and ``+ | bn relu`` is full-preact.
+
+    A class of the user's own is looked at when it is imported; here only its name is.
+
+    Raises:
+        UserError: it is no row of UNITS, no module:Class, nor what can stand between two units.
+    """
+    if ":" in text:
+        check_own(text, "mine:MyUnit")
+        return text
+    return unit_between(text)
+
+
+def unit_between(text: str) -> str:
+    """A unit type by its row's name, or by what stands between two of it.
+
+    Raises:
+        UserError: it is no row of UNITS, nor what can stand between two units.
+    """
+    if not MARKS & {*text}:
+        if text not in UNITS:
+            raise unknown("unit", text, UNITS)
+        return text
+    words = re.findall(r"\w+|\S", text.lower())
+    hint = "such as 'bn + | bn relu': BN and ReLU, where + adds x and | behind it splits"
+    if other := [word for word in words if word not in {"bn", "relu", *MARKS}]:
+        raise UserError(f"unit {shown(text)}: what is {other[0]!r}?", hint)
+    if [word for word in words if word in MARKS] != ["+", "|"]:
+        raise UserError(f"unit {shown(text)} has not one + and behind it one |", hint)
+    whole = " ".join(words)
+    for place in map(str.split, places(whole)):
+        if len({*place}) < len(place):
+            raise UserError(f"unit {shown(text)} has {place[0]} twice in one place", hint)
+    return next((name for name, row in UNITS.items() if row == whole), whole)
+
+
+def in_names(text: str) -> str:
+    """A unit or a shortcut as part of a file's name: ``bn + | bn`` -> ``bn-add-split-bn``."""
+    for sign, word in {"+": "add", "|": "split", " ": "-", ":": "."}.items():
+        text = text.replace(sign, word)
+    return text
 
 
 def laid_out(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,11 +298,21 @@ def check_shortcut(name: str, given: Iterable[str]) -> None:
     Raises:
         UserError: names what there is.
     """
-    if ":" not in name:
-        known = shortcuts()
-        if name not in known:
-            raise unknown("shortcut", name, known)
-        check_settings(name, given, known[name].settings)
-    elif not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
-        hint = "a class of your own is named as mine:LearnedScale"
+    if ":" in name:
+        check_own(name, "mine:LearnedScale")
+        return
+    known = shortcuts()
+    if name not in known:
+        raise unknown("shortcut", name, known)
+    check_settings(name, given, known[name].settings)
+
+
+def check_own(name: str, example: str) -> None:
+    """Refuse what cannot be the name of a class of the user's own.
+
+    Raises:
+        UserError: it is no module:Class.
+    """
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+        hint = f"a class of your own is named as {example}"
         raise UserError(f"{shown(name)} is no module:Class", hint)

@@ -21,7 +21,7 @@ from resnetv2_cli.plans import (
     units_per_stage,
 )
 from resnetv2_cli.shortcuts import settings_of, shortcut_class
-from resnetv2_cli.units import Kind, residual_unit
+from resnetv2_cli.units import Kind, refuse_broken, residual_unit, standing_between
 
 
 def default_option(block: str, stem: str) -> str:
@@ -68,8 +68,9 @@ class ResNet(nn.Module):
         start, c = STEMS[stem], STEMS[stem].channels
         self.forget = False
         self.segments = 0  # of the body whose activations are recomputed in backward; 0: none
-        last, after, before = places(unit)
-        begun = "bn relu" if first_act == "stem" else last + after  # of the stem's activation
+        refuse_broken(unit)
+        last, after, before = places(standing_between(unit))
+        begun = "bn relu" if first_act == "stem" else f"{last} {after}"  # of the stem's activation
         layers = OrderedDict[str, nn.Module](
             conv=conv(3, c, start.kernel, start.stride), act=activation(begun, c)
         )
@@ -158,20 +159,23 @@ def _uncounted(segment: nn.Module) -> Iterator[None]:
             norm.num_batches_tracked.copy_(tracked)  # type: ignore[union-attr]
 
 
+def weight_layer(name: str) -> bool:
+    """Whether a convolution of that name in a unit is one of F's or carries x to the addition, and
+    not a part of a shortcut, or of what somebody put into F as a module of its own."""
+    part, *inside = name.split(".")
+    return (part == "residual" and len(inside) == 1) or f"{name}.".startswith("shortcut.carry.")
+
+
 def initialize(net: ResNet, mode: str) -> None:
-    """He initialization of weight layers ("[23]"); BN keeps scale 1 and shift 0, and a shortcut all
-    that it has beside ``carry``: gates their b_g, a convolution of one's own its zeros.
+    """He initialization of weight layers ("[23]"); BN keeps scale 1 and shift 0, and what is of
+    one's own how it was made, as a shortcut all that it has beside ``carry``: gates their b_g, a
+    convolution its zeros.
 
     ``fan_out`` as in the authors' Torch code, where others take ``fan_in``: they differ by 4 in
     the variance of a bottleneck's 1x1 convolutions. The classifier's bias starts at 0, and its
     weights as PyTorch draws them.
     """
-    own = {
-        module
-        for unit in net.units
-        for name, module in unit.shortcut.named_modules()  # type: ignore[union-attr, operator]
-        if name.partition(".")[0] != "carry"
-    }
+    own = {m for unit in net.units for name, m in unit.named_modules() if not weight_layer(name)}
     for module in net.modules():
         if isinstance(module, nn.Conv2d) and module not in own:
             nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")  # type: ignore

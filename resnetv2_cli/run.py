@@ -30,6 +30,7 @@ from resnetv2_cli.resume import extend, finished, same_run
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 from resnetv2_cli.shortcuts import shortcut_class
 from resnetv2_cli.task import Classification
+from resnetv2_cli.units import refuse_broken
 
 OF_EACH = ("data_dir", "workers", "weights")  # what processes of one run need not share
 FOLDER = "RESNETV2_RUN_FOLDER"  # tells those that the first process launches where the run is
@@ -49,6 +50,7 @@ def build(
 ) -> tuple[Classification, ImageData]:
     """Network and images; the weights follow from the seed. The others: as of ``ImageData``."""
     shortcut_class(experiment.shortcut)  # a mistake in it shows before images are read
+    refuse_broken(experiment.unit)
     data = ImageData(experiment, learned, tell, processes(experiment))
     data.setup()
     settled = experiment if learned else experiment.settle(data.steps_per_epoch)

@@ -4,18 +4,14 @@ To add one: write a class whose ``forward(x, residual)`` is its formula, and giv
 SHORTCUTS. A class of your own needs no row: ``--shortcut my_module:MyShortcut``.
 """
 
-import importlib
 import inspect
-import sys
-import traceback
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from resnetv2_cli import trust
-from resnetv2_cli.errors import UserError, unknown
+from resnetv2_cli import own, trust
+from resnetv2_cli.errors import unknown
 from resnetv2_cli.layers import Branch, watched
 
 
@@ -183,28 +179,18 @@ def shortcut_class(name: str) -> type[Shortcut]:
         if name not in SHORTCUTS:
             raise unknown("shortcut", name, SHORTCUTS)
         return SHORTCUTS[name]
-    trust.refuse_strange(name)
+    trust.refuse_strange(name)  # each time: what one command admitted, the next does not
     return _own(name)
 
 
 @cache
 def _own(name: str) -> type[Shortcut]:
-    """The class of ``module:Class``, looked for in the current folder too.
+    """The class of ``module:Class``.
 
     Raises:
         UserError: there is no such module or class, or the class is no ``Shortcut``, or fails.
     """
-    module, _, cls = name.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module), cls)
-    except Exception as error:  # importing runs the user's file, which may fail in any way
-        hint = "write it as module:Class, importable from here"
-        raise UserError(f"cannot import shortcut {name!r}: {error}", hint) from None
-    if not (isinstance(found, type) and issubclass(found, Shortcut)):
-        hint = "derive it from resnetv2_cli.shortcuts.Shortcut"
-        raise UserError(f"{name!r} is not a Shortcut", hint)
+    found = own.imported("shortcut", name, Shortcut)
     refuse_broken(found, name)
     return found
 
@@ -215,29 +201,14 @@ def refuse_broken(cls: type[Shortcut], name: str) -> None:
     Raises:
         UserError: it fails, or what it gives has another shape than F(x).
     """
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    made = "it is made with (c_in, c_out, stride, carry), called with (x, residual)"
+    hint = "x and what it is carried to differ where a stage begins: see self.carry"
+    with own.tried("shortcut", name, cls, made) as gives:
         for c, stride, carry in ((64, 1, nn.Identity()), (128, 2, nn.Conv2d(64, 128, 1, 2))):
             x, residual = torch.randn(2, 64, 8, 8), torch.randn(2, c, 8 // stride, 8 // stride)
-            try:
-                shortcut = cls(64, c, stride, carry)
-                shortcut.place(1, 2)
-                y = shortcut(x, residual)
-            except Exception as error:  # it is the user's code
-                said = f"{type(error).__name__}: {error}".partition("\n")[0]
-                calls = traceback.extract_tb(error.__traceback__)
-                own = [call for call in calls if call.filename == inspect.getfile(cls)]
-                place = (own or calls)[-1]
-                hint = f"{place.filename}, line {place.lineno}: {place.line}"
-                if not own and isinstance(error, TypeError):  # it was not called as it is written
-                    hint = "it is made with (c_in, c_out, stride, carry), called with (x, residual)"
-                raise UserError(f"shortcut {name!r} fails: {said}", hint) from error
-            shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            if shape != residual.shape:
-                hint = "x and what it is carried to differ where a stage begins: see self.carry"
-                if not isinstance(y, Tensor):
-                    hint = "its forward returns what the next unit takes"
-                wanted = tuple(residual.shape)
-                raise UserError(f"shortcut {name!r} gives {shape} where F(x) is {wanted}", hint)
+            shortcut = cls(64, c, stride, carry)
+            shortcut.place(1, 2)
+            gives(shortcut(x, residual), residual, "F(x)", hint)
 
 
 def settings_of(cls: type[Shortcut]) -> dict[str, object]:

@@ -24,7 +24,7 @@ from resnetv2_cli.optim import lr_factor, schedule, sgd
 from resnetv2_cli.resnet import ResNet
 
 OWN = "BN and ReLU are PyTorch's own, which are slower: {}"  # and why
-OWN_CODE = "{} runs call by call; --graphs is faster, and runs it once"  # a shortcut of one's own
+OWN_CODE = "{} runs call by call; --graphs is faster, and runs it once"  # of the user's
 CALLS = "iterations run call by call; --graphs is faster, but untried on several GPUs"
 
 
@@ -137,7 +137,7 @@ class Classification(L.LightningModule):
         e, kind = self.experiment, self.device.type
         if not e.replays(kind, processes):
             if e.graphs is None and kind == "cuda":
-                self.tell(CALLS if processes > 1 else OWN_CODE.format(e.shortcut))
+                self.tell(CALLS if processes > 1 else OWN_CODE.format(" and ".join(e.own.values())))
             return
         if why := graphs.why_not(
             self.device,

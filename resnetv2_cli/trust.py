@@ -33,9 +33,9 @@ def refuse_strange(name: str) -> None:
         )
 
 
-def flags(name: str) -> list[str]:
-    """What another command line needs to be given for this shortcut: nothing for one of SHORTCUTS.
+def flags(names: Iterable[str]) -> list[str]:
+    """What another command line needs to be given for code of one's own.
 
     The command that is told to continue a run, or that an ablation starts, runs what this may.
     """
-    return ["--allow-code", name] if ":" in name else []
+    return [word for name in names for word in ("--allow-code", name)]

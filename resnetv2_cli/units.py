@@ -1,42 +1,18 @@
 """The Residual Unit, x_{l+1} = f(h(x_l) + F(x_l, W_l)), and how one is filled from the tables."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
 
+import torch
 from torch import Tensor, nn
 
+from resnetv2_cli import own, trust
 from resnetv2_cli.layers import Branch, ZeroPad, activation, conv
-from resnetv2_cli.plans import BLOCKS, places
+from resnetv2_cli.plans import BLOCKS, UNITS, between, places, unit_between
 from resnetv2_cli.shortcuts import Shortcut, shortcut_class
-
-
-class ResidualUnit(nn.Module):
-    """x_{l+1} = f(h(x_l) + F(x_l, W_l)).
-
-    Shape: (N, c_in, H, W) -> (N, c_out, H/stride, W/stride).
-    Source: Eqns. 1 and 2; ``shared`` acts "before splitting into two paths" (appendix).
-    """
-
-    def __init__(
-        self, shared: nn.Module, residual: Branch, shortcut: Shortcut, after: nn.Module
-    ) -> None:
-        super().__init__()
-        self.shared, self.residual, self.shortcut, self.after = shared, residual, shortcut, after
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.shared(x)  # the identity in most units
-        # y_l = h(x_l) + F(x_l, W_l)   (1)
-        # x_{l+1} = f(y_l)             (2)
-        return self.shortcut.join(x, self.residual, self.after)
-
-
-# Whether a unit projects, by the option of [1], from whether it changes the shape.
-PROJECTS: dict[str, Callable[[bool], bool]] = {
-    "A": lambda changes: False,
-    "B": lambda changes: changes,
-    "C": lambda changes: True,
-}
 
 
 @dataclass(frozen=True)
@@ -52,24 +28,58 @@ class Kind:
     stride_on: str = "first"  # which weight layer of F has the stride: the first, or the 3x3
 
 
-def residual_branch(
-    kind: Kind, before: str, last: str, c_in: int, width: int, stride: int
-) -> Branch:
-    """F: before, weight, (bn relu, weight) ..., last.
+class ResidualUnit(nn.Module):
+    """x_{l+1} = f(h(x_l) + F(x_l, W_l)).
 
-    Shape: (N, c_in, H, W) -> (N, width * expansion, H/stride, W/stride).
+    A unit of one's own is a class derived from this one, with its own ``between`` or ``weights``:
+    ``--unit my_module:MyUnit``.
+
+    Shape: (N, c_in, H, W) -> (N, c_out, H/stride, W/stride).
+    Source: Eqns. 1 and 2; ``shared`` acts "before splitting into two paths" (appendix).
     """
-    block = BLOCKS[kind.block]
-    # The first 1x1, as in the authors' Caffe models and Torch code; fb.resnet.torch has the 3x3.
-    strided = block.kernels.index(3) if kind.stride_on == "3x3" else 0
-    layers, act = OrderedDict[str, nn.Module](), before
-    c_outs = [width] * (len(block.kernels) - 1) + [width * block.expansion]
-    for k, (kernel, c_out) in enumerate(zip(block.kernels, c_outs, strict=True)):
-        layers[f"act{k + 1}"] = activation(act, c_in)
-        layers[f"conv{k + 1}"] = conv(c_in, c_out, kernel, stride if k == strided else 1)
-        c_in, act = c_out, "bn relu"
-    layers["last"] = activation(last, c_in)
-    return Branch(layers)
+
+    between = UNITS["full-preact"]  # two units, where their type is a class of one's own
+
+    def __init__(
+        self, shared: nn.Module, residual: Branch, shortcut: Shortcut, after: nn.Module
+    ) -> None:
+        super().__init__()
+        self.shared, self.residual, self.shortcut, self.after = shared, residual, shortcut, after
+
+    @classmethod
+    def weights(
+        cls, kind: Kind, c_in: int, width: int, c_out: int, stride: int
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """F from its first weight layer to its last, with their names: weight, (bn relu, weight)...
+
+        What ``between`` has before and behind them is not among them. Convolutions have the
+        network's initialization; what is inside of a module of one's own starts as that leaves it.
+
+        Shape: (N, c_in, H, W) -> (N, c_out, H/stride, W/stride).
+        """
+        kernels = BLOCKS[kind.block].kernels
+        # The first 1x1, as in the authors' Caffe and Torch code; fb.resnet.torch has the 3x3.
+        strided = kernels.index(3) if kind.stride_on == "3x3" else 0
+        c_outs = [width] * (len(kernels) - 1) + [c_out]
+        for k, (kernel, c) in enumerate(zip(kernels, c_outs, strict=True)):
+            if k:
+                yield f"act{k + 1}", activation("bn relu", c_in)
+            yield f"conv{k + 1}", conv(c_in, c, kernel, stride if k == strided else 1)
+            c_in = c
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shared(x)  # the identity in most units
+        # y_l = h(x_l) + F(x_l, W_l)   (1)
+        # x_{l+1} = f(y_l)             (2)
+        return self.shortcut.join(x, self.residual, self.after)
+
+
+# Whether a unit projects, by the option of [1], from whether it changes the shape.
+PROJECTS: dict[str, Callable[[bool], bool]] = {
+    "A": lambda changes: False,
+    "B": lambda changes: changes,
+    "C": lambda changes: True,
+}
 
 
 def carry(
@@ -92,13 +102,38 @@ def weighted(module: nn.Module) -> bool:
     return any(isinstance(m, nn.Conv2d) for m in module.modules())
 
 
+def unit_class(name: str) -> type[ResidualUnit]:
+    """The class of a unit type: one of the user's own, ``module:Class``, or the paper's.
+
+    Raises:
+        UserError: there is no such module or class, the class is none that can be used, or only a
+            file asks for it (``trust``).
+    """
+    if ":" not in name:
+        return ResidualUnit
+    trust.refuse_strange(name)  # each time: what one command admitted, the next does not
+    return _own(name)
+
+
+@cache
+def _own(name: str) -> type[ResidualUnit]:
+    found = own.imported("unit", name, ResidualUnit)
+    unit_between(str(found.between))  # refuses what cannot stand there
+    return found
+
+
+def standing_between(unit: str) -> str:
+    """What stands between two units of a type; of one's own its class says it."""
+    return unit_class(unit).between if ":" in unit else between(unit)
+
+
 def residual_unit(
     kind: Kind, c_in: int, width: int, stride: int = 1, activated: bool = False
 ) -> ResidualUnit:
     """Fill one unit from the tables; ``activated``: x comes activated, as it does from the stem."""
-    last, after, before = places(kind.unit)
+    last, after, before = places(standing_between(kind.unit))
+    unit, cls = unit_class(kind.unit), shortcut_class(kind.shortcut)
     c_out = width * BLOCKS[kind.block].expansion
-    cls = shortcut_class(kind.shortcut)
 
     carried = carry(kind, cls, last, c_in, c_out, stride)
     # "these projection shortcuts are also with pre-activation" (appendix). Option A has no weights,
@@ -107,9 +142,31 @@ def residual_unit(
     before = "" if activated else before
     shared, before = (before, "") if both else ("", before)
 
-    return ResidualUnit(
+    weights = unit.weights(kind, c_in, width, c_out, stride)
+    residual = OrderedDict(act1=activation(before, c_in)) | OrderedDict(weights)
+    return unit(
         shared=activation(shared, c_in),
-        residual=residual_branch(kind, before, last, c_in, width, stride),
+        residual=Branch(residual | OrderedDict(last=activation(last, c_out))),
         shortcut=cls(c_in, c_out, stride, carried, **kind.settings),
         after=activation(after, c_out),
     )
+
+
+@cache
+def refuse_broken(name: str) -> None:
+    """Have a unit of one's own compute something small, in every block, before a network has it.
+
+    Raises:
+        UserError: it fails, or what it gives has another shape than x_{l+1}.
+    """
+    if ":" not in name:
+        return
+    made = "its weights are pairs of a name and a layer, given (kind, c_in, width, c_out, stride)"
+    hint = "its weights lead from c_in channels to c_out, with this stride in all"
+    with own.tried("unit", name, unit_class(name), made) as gives:
+        for block, stride in product(BLOCKS, (1, 2)):
+            width = 64 * stride // BLOCKS[block].expansion
+            unit = residual_unit(Kind(name, block, option="B"), 64, width, stride)
+            x, y = torch.randn(2, 64, 8, 8), torch.empty(2, 64 * stride, 8 // stride, 8 // stride)
+            gives(unit.residual(unit.shared(x)), y, "F(x)", hint)
+            gives(unit(x), y, "x_l+1", "its forward returns what the next unit takes")

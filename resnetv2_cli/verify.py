@@ -215,7 +215,7 @@ def verify(
     Raises:
         UserError: a run failed for another reason.
     """
-    trial = Trial(experiment, root, trust.flags(experiment.shortcut), seed, tell)
+    trial = Trial(experiment, root, trust.flags(experiment.own.values()), seed, tell)
     tell("a run that is never stopped")
     began = time.monotonic()
     whole = trial.whole("whole")

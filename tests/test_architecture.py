@@ -14,7 +14,7 @@ ORDER = """
     errors quantities trust threads memory files jsonfile
     plans paper
     native fused triton_joined joined triton_augment
-    layers shortcuts units resnet compiling graphs
+    own layers shortcuts units resnet compiling graphs
     data.catalog data.protocols
     settings origin recipes config flags
     data.picture data.archive data.images

@@ -32,7 +32,7 @@ def order(net: nn.Module, size: int = 32) -> str:
 
 
 def test_fig_4():
-    assert {unit: " / ".join(place.strip() for place in places(unit)) for unit in UNITS} == {
+    assert {unit: " / ".join(places(unit)) for unit in UNITS} == {
         # end of F / after the addition / start of F
         "original": "bn / relu / ",
         "bn-after-add": " / bn relu / ",
@@ -146,9 +146,9 @@ def test_where_the_first_activation_stands_changes_no_chain(unit):
     net = ResNet(8, unit=unit, first_act="unit")
     assert order(net) == "conv bn relu " * 7 + "pool fc"
     last, after, before = places(unit)
-    assert order(net.stem) == " ".join(["conv", *(last + after).split()])
+    assert order(net.stem) == " ".join(["conv", *last.split(), *after.split()])
     assert "conv1" in dict(net.units[0].residual.named_children())
-    assert f"{last}{after}{before}".split() == ["bn", "relu"]
+    assert f"{last} {after} {before}".split() == ["bn", "relu"]
 
 
 LAID_OUT = {  # layout: stem and first unit of ResNet-50, then which convolution halves

@@ -41,7 +41,7 @@ def command(arm: Arm) -> list[str]:
         "-m",
         "resnetv2_cli",
         "train",
-        *trust.flags(arm.experiment.shortcut),
+        *trust.flags(arm.experiment.own.values()),
     ]
     if arm.begun:
         return [*tool, "--resume", str(arm.folder)]

@@ -17,12 +17,13 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.flags import parsed
-from resnetv2_cli.manifest import own_file
+from resnetv2_cli.manifest import own_files
 from resnetv2_cli.paper import FIGURES, TABLE_1, TABLE_2, TABLES, PaperTable, Row
 
 UNPUBLISHED = float("nan")
 LENGTH = {"steps", "epochs"}  # of training, which an experiment has in one of them
 LISTS = {"drops", "freeze", "devices"}  # settings of which one value may hold commas
+BASELINE = "original"  # the unit that others are compared with
 ILSVRC = 1_281_167  # training images of ImageNet, where it is not there to be counted
 
 
@@ -127,7 +128,7 @@ def studies(
     if shortcut:
         return [Study(f"shortcut-{slug(shortcut)}", of_shortcut(shortcut))]
     if unit:
-        return [Study(f"unit-{unit}", around(TABLE_2, TABLE_2.of(unit="original"), unit=unit))]
+        return [Study(f"unit-{slug(plans.in_names(unit))}", of_unit(unit))]
     if grid:
         return [of_grid(grid)]
     kind, known, numbers = ("table", TABLES, tables) if tables else ("figure", FIGURES, figures)
@@ -158,6 +159,23 @@ def of_shortcut(shortcut: str) -> PaperTable:
         baseline="identity",
     )
     return replace(TABLE_1, rows=(*baseline, own))
+
+
+def of_unit(unit: str) -> PaperTable:
+    """The rows of Table 2 with a unit, after the original ones; of one that it does not have a row
+    at the first of its depths, after the original unit and full pre-activation."""
+    baseline = TABLE_2.of(unit=BASELINE)
+    if TABLE_2.of(unit=unit):
+        return around(TABLE_2, baseline, unit=unit)
+    depth = baseline[0].settings["depth"]
+    known = {n: TABLE_2.of(unit=n, depth=depth)[0].published for n in (BASELINE, "full-preact")}
+    own = Row(unit, UNPUBLISHED, {"unit": unit}, note="not in the paper", baseline=BASELINE)
+    rows = [
+        Row(name, error, {"unit": name}, baseline=BASELINE if name != BASELINE else "")
+        for name, error in known.items()
+    ]
+    title = f"Table 2: units, ResNet-{depth} on CIFAR-10"
+    return PaperTable(title, TABLE_2.base | {"depth": depth}, (*rows, own))
 
 
 def of_grid(axes: list[str]) -> Study:
@@ -259,7 +277,7 @@ def digest(experiment: Experiment) -> str:
     """Six digits that tell experiments of one name apart: of what makes one what it is, code of
     one's own with it."""
     made = repr(identity(experiment)).encode()
-    if own := own_file(experiment.shortcut):
+    for own in own_files(experiment).values():
         made += own.read_bytes()
     return hashlib.sha256(made).hexdigest()[:6]
 

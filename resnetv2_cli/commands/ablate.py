@@ -23,7 +23,10 @@ def ablate(
     shortcut: Annotated[
         str | None, typer.Option(help="Rows of Table 1 with this shortcut; or module:Class.")
     ] = None,
-    unit: Annotated[str | None, typer.Option(help="Rows of Table 2 with this unit.")] = None,
+    unit: Annotated[
+        str | None,
+        typer.Option(help="Rows of Table 2 with this unit; or 'bn + | bn', or module:Class."),
+    ] = None,
     table: Annotated[
         list[int] | None, typer.Option(help="All rows of a table, 1 to 5; may be given often.")
     ] = None,
@@ -82,8 +85,8 @@ def ablate(
     from resnetv2_cli.ablation import arms, studies
 
     budget = seconds(time) if time else math.inf
-    if unit is not None and unit not in plans.UNITS:
-        raise unknown("unit", unit, plans.UNITS)
+    if unit is not None:
+        unit = plans.unit_type(unit)
     if shortcut and ":" not in shortcut and shortcut not in plans.shortcuts():
         raise unknown("shortcut", shortcut, plans.shortcuts())
     if scale not in studies.SCALES:

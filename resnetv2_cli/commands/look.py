@@ -134,7 +134,9 @@ def list_(picture: Picture = None) -> None:
         drawn(figures_2_and_4(), picture)
     units = [(u, cut, paper.published("unit", u)) for u, cut in plans.UNITS.items()]
     columns = ["--unit", "between two units", "paper, %"]
-    console.table("Units: + ends one, | begins the next (Fig. 4)", columns, units)
+    console.table(
+        "Units: + ends one, | begins the next (Fig. 4); or yours, written so", columns, units
+    )
     shortcuts = [
         (s, row.formula, paper.published("shortcut", s)) for s, row in plans.shortcuts().items()
     ]

@@ -108,7 +108,7 @@ def train(
         except Stopped as stopped:
             if run.first_process():
                 words = ["resnetv2", "train", "--resume", str(folder.path)]
-                again = shlex.join([*words, *trust.flags(experiment.shortcut)])
+                again = shlex.join([*words, *trust.flags(experiment.own.values())])
                 console.note(f"{stopped}: saved; continue with: {again}")
             raise
         finally:
@@ -127,7 +127,7 @@ def train(
         after = f"{result.get('test_step', steps):,} iterations, chosen by --val, of {steps:,}"
     console.out.print(f"test error {error} of {images:,} images after {after}")
     console.note(f"curves:   {folder.curves}")
-    words = ["resnetv2", "eval", str(folder.path), *trust.flags(experiment.shortcut)]
+    words = ["resnetv2", "eval", str(folder.path), *trust.flags(experiment.own.values())]
     console.note(f"evaluate: {shlex.join(words)}")
 
 

@@ -9,11 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from resnetv2_cli.data.augment import Normalize
-from resnetv2_cli.layers import Activation, Branch
+from resnetv2_cli.layers import SEQUENCES
 from resnetv2_cli.task import Classification
-
-# Whose parts act one after the other, in evaluation.
-SEQUENCES = (nn.Sequential, Activation, Branch)
 
 
 class Exported(nn.Module):

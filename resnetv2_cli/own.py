@@ -1,0 +1,77 @@
+"""Classes of the user's own, ``module:Class``: imported, and tried on something small before they
+stand in a network."""
+
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from resnetv2_cli.errors import UserError
+
+Class = TypeVar("Class")
+
+
+def imported(kind: str, name: str, base: type[Class]) -> type[Class]:
+    """The class of ``module:Class``, looked for in the current folder too.
+
+    Raises:
+        UserError: there is no such module or class, or the class is no ``base``.
+    """
+    module, _, cls = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), cls)
+    except Exception as error:  # importing runs the user's file, which may fail in any way
+        hint = "write it as module:Class, importable from here"
+        raise UserError(f"cannot import {kind} {name!r}: {error}", hint) from None
+    if not (isinstance(found, type) and issubclass(found, base)):
+        article = "an" if base.__name__[0] in "AEIOU" else "a"
+        hint = f"derive it from {base.__module__}.{base.__name__}"
+        raise UserError(f"{name!r} is not {article} {base.__name__}", hint)
+    return found
+
+
+Gives = Callable[[Any, Tensor, str, str], None]
+
+
+@contextmanager
+def tried(kind: str, name: str, cls: type, made: str) -> Iterator[Gives]:
+    """Something small is made of the class and run; no random number is drawn for it.
+
+    ``made``: how it is made and called, for one that is written otherwise. What comes is a function
+    for what the class gives, a tensor shaped as it must be, what that is, and a hint.
+
+    Raises:
+        UserError: it fails, and where in the user's file; or it gives another shape.
+    """
+
+    def gives(y: Any, wanted: Tensor, what: str, hint: str) -> None:
+        shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        if shape != tuple(wanted.shape):
+            if not isinstance(y, Tensor):
+                hint = "its forward returns what the next unit takes"
+            said = f"{shape} where {what} is {tuple(wanted.shape)}"
+            raise UserError(f"{kind} {name!r} gives {said}", hint)
+
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        try:
+            yield gives
+        except UserError:
+            raise
+        except Exception as error:  # it is the user's code
+            said = f"{type(error).__name__}: {error}".partition("\n")[0]
+            calls = traceback.extract_tb(error.__traceback__)
+            own = [call for call in calls if call.filename == inspect.getfile(cls)]
+            place = (own or calls)[-1]
+            hint = f"{place.filename}, line {place.lineno}: {place.line}"
+            if not own and isinstance(error, TypeError):  # it was not called as it is written
+                hint = made
+            raise UserError(f"{kind} {name!r} fails: {said}", hint) from error
