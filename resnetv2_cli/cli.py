@@ -64,7 +64,7 @@ def options(
         typer.Option(
             "--allow-code",
             metavar="MODULE:CLASS",
-            help="Import this shortcut of your own, which a checkpoint or a config asks for.",
+            help="Import this code of your own, which a checkpoint or a config asks for.",
         ),
     ] = None,
     _: Annotated[

@@ -40,6 +40,7 @@ class Experiment:
         "full-preact",
         "Where BN and ReLU stand (Fig. 4); or your own, as 'bn + | bn relu' or module:Class.",
         "Network",
+        form=plans.unit_type,
     )
     shortcut: str = setting(
         "identity", "What carries x past F (Fig. 2); or your own, as module:Class.", "Network"
@@ -202,7 +203,7 @@ class Experiment:
     graphs: bool | None = setting(
         None,
         "Launch each iteration as one CUDA graph, once it agrees with what it stands for. By "
-        "itself on one GPU, but for a shortcut of your own, whose Python would run only once.",
+        "itself on one GPU, but for code of your own, which would run only once.",
         "Engine",
         free=BITS,
     )
@@ -259,7 +260,6 @@ class Experiment:
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, checked(f, getattr(self, f.name)))
-        object.__setattr__(self, "unit", plans.unit_type(self.unit))
         plans.check_shortcut(self.shortcut, self.settings)
         if self.batch_size < self.accumulate:
             raise UserError(

@@ -1,7 +1,7 @@
 """CUDA graphs: a whole iteration as one, or the forward and the backward pass as two.
 
 A deep network of narrow layers keeps a GPU waiting for the launches of its kernels, some ten a
-layer. Recorded once, they are replayed. What a shortcut of one's own decides in Python is decided
+layer. Recorded once, they are replayed. What code of one's own decides in Python is decided
 once, when it is recorded.
 """
 

@@ -1,6 +1,7 @@
 """How one option is declared, once: its default, type, limits and words; and how it is checked."""
 
 import types
+from collections.abc import Callable
 from dataclasses import field
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -32,14 +33,16 @@ def setting(
     least: float | None = None,
     most: float | None = None,
     free: str = "",
+    form: Callable[[str], str] = str,
 ) -> Any:
     """A field that is also a config file's key, a flag of the command line and a line of help.
 
     ``least``, ``most``: the values accepted. ``free``: it may change when a run is resumed, because
-    it is no part of what is learned, with this effect.
+    it is no part of what is learned, with this effect. ``form``: makes one text of all that mean
+    the same, and refuses others.
     """
-    metadata = {"doc": doc, "panel": panel, "least": least, "most": most, "free": free}
-    return field(default=default, metadata=metadata)
+    limits = {"least": least, "most": most, "form": form}
+    return field(default=default, metadata={"doc": doc, "panel": panel, "free": free, **limits})
 
 
 def rows(table: dict[str, Any]) -> Any:
@@ -96,7 +99,7 @@ def checked(f: Any, value: Any) -> Any:
         raise wrong
     if kind is str:
         if isinstance(value, str) and is_text(value):
-            return value
+            return f.metadata["form"](value)
         if isinstance(value, int) and value.bit_length() <= 64:  # devices: 2
             return str(value)
         raise wrong

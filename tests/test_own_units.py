@@ -48,6 +48,13 @@ def test_a_unit_has_one_name_however_it_is_written(text, name):
     assert unit_type(text) == Experiment(unit=text).unit == name
 
 
+def test_a_grid_has_each_of_them_once():
+    grid = ["unit=original,+|bn relu,bn+|bn"]
+    [study] = studies.studies(grid=grid)
+    names = ["unit=original", "unit=full-preact", "unit=bn + | bn"]
+    assert [row.name for row in study.table.rows] == names
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
