@@ -111,20 +111,17 @@ def unit_class(name: str) -> type[ResidualUnit]:
     """
     if ":" not in name:
         return ResidualUnit
-    trust.refuse_strange(name)  # each time: what one command admitted, the next does not
-    return _own(name)
-
-
-@cache
-def _own(name: str) -> type[ResidualUnit]:
-    found = own.imported("unit", name, ResidualUnit)
-    unit_between(str(found.between))  # refuses what cannot stand there
-    return found
+    trust.refuse_strange(name)
+    return own.imported("unit", name, ResidualUnit)
 
 
 def standing_between(unit: str) -> str:
-    """What stands between two units of a type; of one's own its class says it."""
-    return unit_class(unit).between if ":" in unit else between(unit)
+    """What stands between two units of a type; of one's own its class says it.
+
+    Raises:
+        UserError: nothing can stand there that is written so.
+    """
+    return between(unit_between(str(unit_class(unit).between)) if ":" in unit else unit)
 
 
 def residual_unit(
