@@ -101,7 +101,7 @@ def checked(f: Any, value: Any) -> Any:
         if isinstance(value, str) and is_text(value):
             return f.metadata["form"](value)
         if isinstance(value, int) and value.bit_length() <= 64:  # devices: 2
-            return str(value)
+            return f.metadata["form"](str(value))
         raise wrong
     try:
         number = kind(value)
