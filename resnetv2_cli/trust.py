@@ -10,14 +10,22 @@ from collections.abc import Iterable
 
 from resnetv2_cli.errors import UserError
 
+FLAGS = ("--unit", "--shortcut", "--allow-code")  # whose value is such a name
+SETTING = re.compile(r"(^|[\s,=]|--)(unit|shortcut|allow-code)\s*=")  # and words that hold some
+
 _admitted: set[str] = set()
 
 
 def admit(words: Iterable[str]) -> None:
-    """Take the command line's words, and what stands in them between ``=`` and commas: the names
-    that the user knows of. They replace those of an earlier command in the same process."""
+    """Take what the command line gives as a unit, as a shortcut or as code to allow: the value of
+    such a flag, and what is in an axis or a list of settings. These names replace those of an
+    earlier command in the same process. The name of a file or a folder admits nothing."""
     _admitted.clear()
-    _admitted.update(part for word in words for part in re.split(r"[=,\s]", word))
+    flag = ""
+    for word in words:
+        if flag in FLAGS or SETTING.search(word):
+            _admitted.update(re.split(r"[=,\s]", word))
+        flag = word
 
 
 def refuse_strange(name: str) -> None:
