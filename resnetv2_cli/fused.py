@@ -18,7 +18,7 @@ from resnetv2_cli import native
 
 LANES, MOST = 16, 4096  # channels: a multiple of the first, at most the second (kernels.c)
 BEFORE, AFTER = 1, 2  # the addition: where ReLU is (kernels.c)
-_AGAIN = "_resnetv2_again"  # on a tensor: the function that makes it again
+_AGAIN = "_resnetv2_again"  # on a tensor: the function that makes it again, and its version
 Kept = Tensor | Callable[[], Tensor]
 
 
@@ -42,14 +42,16 @@ def _call(name: str, dtype: torch.dtype, tensors: list[Tensor], *numbers: float)
 
 
 def made_again(tensor: Tensor) -> Callable[[], Tensor] | None:
-    """The function that makes this tensor again; None for one that nobody remembers how."""
-    return getattr(tensor, _AGAIN, None)
+    """The function that makes this tensor again; None for one that nobody remembers how, or that
+    somebody has written into since."""
+    again, version = getattr(tensor, _AGAIN, (None, None))
+    return again if again is not None and tensor._version == version else None
 
 
 def remember(tensor: Tensor, again: Callable[[], Tensor] | None) -> Tensor:
     """The tensor, which knows from now on how it is made again."""
     if again is not None:
-        setattr(tensor, _AGAIN, again)
+        setattr(tensor, _AGAIN, (again, tensor._version))
     return tensor
 
 

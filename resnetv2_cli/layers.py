@@ -47,13 +47,16 @@ class Activation(nn.Sequential):
 
     @property
     def norm(self) -> Any:
-        """The BN, where nothing stands before it: with the ReLU behind it, it is one operation."""
-        return self._modules.get("bn") if next(iter(self._modules), "") == "bn" else None
+        """The BN, where there is nothing else but a ReLU behind it: the two are one operation."""
+        names = [*self._modules]
+        one = names == ["bn"] or (names == ["bn", "relu"] and type(self.relu) is nn.ReLU)
+        return self.bn if one else None
 
     @property
     def bare(self) -> bool:
         """Whether it is ReLU and nothing else, which nobody watches."""
-        return list(self._modules) == ["relu"] and not watched(self, *self)
+        alone = [*self._modules] == ["relu"] and type(self.relu) is nn.ReLU
+        return alone and not watched(self, *self)
 
 
 def plain(norm: nn.Module | None) -> bool:
@@ -95,13 +98,9 @@ class Branch(nn.Sequential):
         if there is one, whether there is a ReLU, and the convolution."""
         acts = type(layers[0]) is Activation and len(layers) > 1
         act, conv = layers[:2] if acts else (None, layers[0])
-        order = [*act._modules] if act else []
-        norm, relu = act.norm if act else None, "relu" in order
+        norm, relu = act.norm if act else None, act is not None and "relu" in act._modules
         evaluates = still(norm) and not torch.is_grad_enabled()
-        orders: list[list[str]] = [[], ["relu"]]
-        if plain(norm) or evaluates:
-            orders.append(["bn", "relu"])
-        known = order in orders
+        known = act is None or act.bare or (relu and (plain(norm) or evaluates))
         compiled = self.compiled and (self.training or not torch.is_grad_enabled())
         parts = [act, *act, conv] if act else [conv]
         if compiled and known and joins(x, norm, conv) and not watched(*parts):
