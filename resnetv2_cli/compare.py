@@ -23,7 +23,7 @@ def compare(a: Run, b: Run) -> dict[str, Any]:
         "states": [a.state, b.state],
         "settings": differing(a.settings, b.settings),
         "environment": differing(flat(a.environment), flat(b.environment)),
-        "facts": differing(*({k: r.result.get(k) for k in FACTS} for r in (a, b))),
+        "facts": differing(*({k: r.result.get(k) for k in FACTS} | r.own_code for r in (a, b))),
         "results": results(a, b),
         "curves": {
             name: agreement(a.series[name], b.series[name])

@@ -317,7 +317,7 @@ class Experiment:
     @property
     def own(self) -> dict[str, str]:
         """Code of the user's own, ``module:Class``: the unit, the shortcut, or neither."""
-        return {n: name for n in ("unit", "shortcut") if ":" in (name := getattr(self, n))}
+        return {n: name for n in plans.OWN if ":" in (name := getattr(self, n))}
 
     @property
     def architecture(self) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """What a network is made of, layer by layer, counted without computing anything."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,11 +10,35 @@ from torch import Tensor, nn
 from resnetv2_cli.anatomy import kinds
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import side
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.paper import TABLES, percent, published
 from resnetv2_cli.resnet import ResNet, default_option
 from resnetv2_cli.shortcuts import settings_of, shortcut_class
 
+GLOBAL = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)  # what sees the whole image
+COUNTED = "describe, --dry-run and --micro-batch auto count; train, eval and analyze do without"
 CLASSES = 10  # of a described network, unless its dataset is known to have others
+
+
+class Uncounted(UserError):
+    """A network of which layers and memory cannot be counted without computing."""
+
+
+@contextmanager
+def counting(experiment: Experiment) -> Iterator[None]:
+    """Code of one's own may look at numbers, of which there are none on the meta device.
+
+    Raises:
+        Uncounted: it does, or fails there for another reason.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not experiment.own:
+            raise
+        said = str(error).partition("\n")[0]
+        names = " and ".join(experiment.own.values())
+        raise Uncounted(f"{names} cannot be counted without computing: {said}", COUNTED) from error
 
 
 def skeleton(experiment: Experiment, classes: int = CLASSES) -> ResNet:
@@ -35,25 +61,30 @@ def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
     macs: dict[nn.Module, int] = {}
     shapes: dict[nn.Module, tuple[int, ...]] = {}
 
-    def note(module: nn.Module, _: Any, out: Tensor) -> None:
-        shapes[module] = tuple(out.shape[1:])
+    def note(module: nn.Module, _: Any, out: Any) -> None:
+        if isinstance(out, Tensor):  # a module of one's own may give anything
+            shapes[module] = tuple(out.shape[1:])
         if isinstance(module, nn.Conv2d):
             macs[module] = module.weight.numel() * out.shape[-2] * out.shape[-1]
         elif isinstance(module, nn.Linear):
-            macs[module] = module.weight.numel()
+            macs[module] = module.weight.numel() * out.numel() // module.out_features
 
     for module in net.modules():
         module.register_forward_hook(note)
     size = side(experiment.dataset, experiment.stem_)
-    with torch.no_grad():
+    with torch.no_grad(), counting(experiment):
         net(torch.empty(1, 3, size, size, device="meta"))
 
-    field, step = 1, 1  # what one value sees, and how far apart two neighbours look, in pixels
+    # What one value sees (None: all), and how far apart two neighbours look, in pixels.
+    field: int | None = 1
+    step = 1
 
     def part(name: str, module: nn.Module, path: nn.Module | None = None) -> dict[str, Any]:
         nonlocal field, step
         for kernel, stride in windows(path) if path else ():
-            field, step = field + (kernel - 1) * step, step * stride
+            field, step = field + (kernel - 1) * step if field else None, step * stride
+        if path and any(isinstance(m, GLOBAL) for m in path.modules()):
+            field = None
         return {
             "name": name,
             "output": list(shapes[module]),
@@ -118,8 +149,11 @@ def errors(experiment: Experiment) -> dict[str, str]:
 def windows(path: nn.Module) -> list[tuple[int, int]]:
     """Kernel and stride, in pixels, of all that looks at more than one place or skips some."""
     layers = [m for m in path.modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d)]
-    sizes = [(m.kernel_size, m.stride) for m in layers]
-    return [tuple(s[0] if isinstance(s, tuple) else s for s in pair) for pair in sizes]  # type: ignore
+    sizes = [
+        [s[0] if isinstance(s, tuple) else s for s in (m.kernel_size, m.dilation, m.stride)]
+        for m in layers
+    ]
+    return [((kernel - 1) * apart + 1, stride) for kernel, apart, stride in sizes]
 
 
 def parameters(module: nn.Module) -> int:

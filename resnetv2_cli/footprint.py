@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import side
-from resnetv2_cli.describe import parameters, skeleton
+from resnetv2_cli.describe import counting, parameters, skeleton
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.fused import made_again
 from resnetv2_cli.joined import EACH
@@ -74,10 +74,14 @@ def activation_bytes(experiment: Experiment, precision: str, device: str = "cpu"
     Counted on the meta device, with everything in 16 bits where the precision is a mixed one. Of
     segments that are computed again it is their inputs, and all of the largest. ``device``: the
     type of the one it trains on, whose compiled operations keep less.
+
+    Raises:
+        Uncounted: code of one's own does not run on the meta device.
     """
-    if experiment.recompute:
-        return _segmented(experiment, precision, device)
-    return along_depth(experiment, lambda e: _whole(e, precision, device))
+    with counting(experiment):
+        if experiment.recompute:
+            return _segmented(experiment, precision, device)
+        return along_depth(experiment, lambda e: _whole(e, precision, device))
 
 
 def _network(experiment: Experiment, precision: str, device: str) -> tuple[ResNet, Tensor]:

@@ -15,7 +15,7 @@ from resnetv2_cli.ablation.record import read
 from resnetv2_cli.errors import UserError, unknown
 from resnetv2_cli.files import taken
 from resnetv2_cli.jsonfile import mapping
-from resnetv2_cli.manifest import ORIGINS, READINGS, environment_in
+from resnetv2_cli.manifest import ORIGINS, READINGS, environment_in, own_code
 from resnetv2_cli.paper import FAIL
 from resnetv2_cli.recipes import read_yaml
 from resnetv2_cli.runfolder import RunFolder, read_metrics
@@ -57,6 +57,12 @@ class Run:
     def environment(self) -> dict[str, Any]:
         """Command, versions and hardware: of its end, or of its beginning before that."""
         return self.result.get("environment") or environment_in(mapping(self.folder.manifest.path))
+
+    @cached_property
+    def own_code(self) -> dict[str, str]:
+        """Digests of code of one's own, by what it is."""
+        said = own_code(mapping(self.folder.manifest.path))
+        return {f"code of the {what}": str(code.get("sha256"))[:12] for what, code in said.items()}
 
     @cached_property
     def series(self) -> dict[str, list[tuple[int, float]]]:

@@ -17,6 +17,7 @@ from resnetv2_cli import footprint, memory
 from resnetv2_cli.checkpoint import WholeFiles
 from resnetv2_cli.cluster import Launcher, NoHandlers, Steps, refuse_unfit
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.describe import Uncounted
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.quantities import size
 from resnetv2_cli.syncbn import FirstAverages, OverProcesses
@@ -170,7 +171,10 @@ def memory_line(experiment: Experiment) -> str:
     devices = devices_here(experiment)
     images = footprint.part_size(experiment, processes(experiment))
     device, free = device_of(experiment), free_each(experiment)
-    needed = footprint.step_bytes(experiment, precision(experiment), images, device.type)
+    try:
+        needed = footprint.step_bytes(experiment, precision(experiment), images, device.type)
+    except Uncounted as error:
+        return f"what a step needs is not known: {error}"
     parts = f", {experiment.accumulate} parts" if experiment.accumulate > 1 else ""
     line = f"a step needs about {size(needed)} ({images:,} images{parts})"
     if free is None:

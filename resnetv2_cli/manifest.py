@@ -3,7 +3,6 @@ seeds, how often the test set was read, and every time it was continued."""
 
 import fcntl
 import hashlib
-import inspect
 import json
 import os
 import platform
@@ -11,6 +10,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
@@ -22,6 +22,7 @@ from typing import Any
 from resnetv2_cli import __version__, jsonfile
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.plans import OWN
 from resnetv2_cli.recipes import asked_for
 
 PACKAGES = ["resnetv2-cli", "torch", "torchvision", "lightning", "torchmetrics", "numpy"]
@@ -189,23 +190,52 @@ def code(experiment: Experiment) -> dict[str, Any]:
         "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
         "diff": diff if len(diff) <= LONGEST_DIFF else f"{len(diff)} characters, not kept",
     }
-    for what, file in own_files(experiment).items():
-        own = hashlib.sha256(file.read_bytes()).hexdigest()
-        made[what] = {"file": str(file), "sha256": own, "source": file.read_text()}
+    for what, files in own_files(experiment).items():
+        with tokenize.open(files[0]) as source:
+            text = source.read()
+        made[what] = {"file": str(files[0]), "sha256": digest_of(files), "source": text}
+        made[what] |= {"with": [str(file) for file in files[1:]]} if files[1:] else {}
     return made
 
 
-def own_files(experiment: Experiment) -> dict[str, Path]:
-    """Where the unit and the shortcut are written, where they are of one's own."""
+def own_files(experiment: Experiment) -> dict[str, list[Path]]:
+    """Where the unit and the shortcut are written, where they are of one's own: the file of the
+    class, and those beside it that it imports.
+
+    Raises:
+        UserError: there is no such class, or it cannot be used.
+    """
     if not experiment.own:
         return {}
+    from resnetv2_cli.own import files
     from resnetv2_cli.shortcuts import shortcut_class
-    from resnetv2_cli.units import unit_class
+    from resnetv2_cli.units import refuse_broken, unit_class
 
+    refuse_broken(experiment.unit, experiment.block_, experiment.stem_)
     classes = {"unit": unit_class, "shortcut": shortcut_class}
-    return {
-        what: Path(inspect.getfile(classes[what](name))) for what, name in experiment.own.items()
-    }
+    return {what: files(classes[what](name)) for what, name in experiment.own.items()}
+
+
+def digest_of(files: list[Path]) -> str:
+    """SHA-256 of files, one behind the other."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def own_code(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a manifest says of code of one's own: of the unit, of the shortcut."""
+    said = manifest.get("code")
+    code = said if isinstance(said, dict) else {}
+    return {what: code[what] for what in OWN if isinstance(code.get(what), dict)}
+
+
+def rewritten(experiment: Experiment, manifest: Mapping[str, Any]) -> list[str]:
+    """The code of one's own, ``module:Class``, that is another now than when a run began."""
+    before, changed = own_code(manifest), []
+    for what, files in own_files(experiment).items():
+        if said := before.get(what):
+            now = digest_of(files if "with" in said else files[:1])
+            changed += [experiment.own[what]] if said.get("sha256") != now else []
+    return changed
 
 
 def environment(accelerator: str = "auto") -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Classes of the user's own, ``module:Class``: imported, and tried on something small before they
 stand in a network."""
 
+import ast
 import importlib
 import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from resnetv2_cli.errors import UserError
 
+HERE = Path(__file__).resolve().parent  # the tool, whose own commit and digest are kept
 Class = TypeVar("Class")
 
 
@@ -61,7 +64,7 @@ def tried(kind: str, name: str, cls: type, made: str) -> Iterator[Gives]:
             said = f"{shape} where {what} is {tuple(wanted.shape)}"
             raise UserError(f"{kind} {name!r} gives {said}", hint)
 
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
         try:
             yield gives
         except UserError:
@@ -70,8 +73,39 @@ def tried(kind: str, name: str, cls: type, made: str) -> Iterator[Gives]:
             said = f"{type(error).__name__}: {error}".partition("\n")[0]
             calls = traceback.extract_tb(error.__traceback__)
             own = [call for call in calls if call.filename == inspect.getfile(cls)]
-            place = (own or calls)[-1]
-            hint = f"{place.filename}, line {place.lineno}: {place.line}"
-            if not own and isinstance(error, TypeError):  # it was not called as it is written
-                hint = made
+            places = [f"{call.filename}, line {call.lineno}: {call.line}" for call in own]
+            hint = [made, *places][-1]
             raise UserError(f"{kind} {name!r} fails: {said}", hint) from error
+
+
+def files(cls: type) -> list[Path]:
+    """The file of a class, and then those beside it, in its folder or its package, that it is made
+    with: what it imports, and what they do."""
+    module = sys.modules[cls.__module__]
+    first = Path(inspect.getfile(cls)).resolve()
+    root = first.parents[module.__name__.count(".") + (first.stem == "__init__")]
+    found = {first: module}
+    for path in (waiting := [first]):
+        for name in _imports(path, found[path].__package__ or ""):
+            other = sys.modules.get(name)
+            place = Path(getattr(other, "__file__", None) or "/").resolve()
+            beside = root in place.parents and "site-packages" not in place.parts
+            if other and beside and place not in found and HERE not in place.parents:
+                found[place] = other
+                waiting.append(place)
+    return [first, *sorted(found.keys() - {first})]
+
+
+def _imports(path: Path, package: str) -> Iterator[str]:
+    """The modules that a file of a package may import, by their whole names, and the package."""
+    yield package
+    if path.suffix != ".py":
+        return
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            base = resolve_name(base, package) if node.level else base
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)

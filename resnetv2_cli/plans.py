@@ -20,6 +20,7 @@ UNITS = {  # what stands between two units: + ends one, | begins the next (Fig. 
     "relu-only-preact": "bn + | relu",
     "full-preact": "+ | bn relu",
 }
+OWN = ("unit", "shortcut")  # settings that may name code of one's own, module:Class
 MARKS = {"+", "|"}  # a unit type that is written so is one of one's own
 
 

@@ -68,7 +68,7 @@ class ResNet(nn.Module):
         start, c = STEMS[stem], STEMS[stem].channels
         self.forget = False
         self.segments = 0  # of the body whose activations are recomputed in backward; 0: none
-        refuse_broken(unit)
+        refuse_broken(unit, block, stem)
         last, after, before = places(standing_between(unit))
         begun = "bn relu" if first_act == "stem" else f"{last} {after}"  # of the stem's activation
         layers = OrderedDict[str, nn.Module](
@@ -147,7 +147,8 @@ def _second_pass(segment: nn.Module) -> tuple[Any, Any]:
 def _uncounted(segment: nn.Module) -> Iterator[None]:
     """BN's running statistics have counted this batch already: leave them as they are."""
     # SyncBatchNorm is one too.
-    norms = [m for m in segment.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in segment.modules() if isinstance(m, kind) and m.track_running_stats]
     before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]  # type: ignore
     for norm in norms:
         norm.momentum = 0.0
@@ -179,4 +180,6 @@ def initialize(net: ResNet, mode: str) -> None:
     for module in net.modules():
         if isinstance(module, nn.Conv2d) and module not in own:
             nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")  # type: ignore
+            if mode == "fan_out":  # of which PyTorch counts every group's
+                module.weight.data.mul_(module.groups**0.5)
     nn.init.zeros_(net.head.fc.bias)  # type: ignore[union-attr, arg-type]

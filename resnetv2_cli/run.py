@@ -24,7 +24,7 @@ from resnetv2_cli.files import seal_of
 from resnetv2_cli.finetune import begin, refuse_another_architecture
 from resnetv2_cli.leaving import Leaver
 from resnetv2_cli.machine import precision, processes, trainer_of
-from resnetv2_cli.manifest import READINGS, Manifest, begun, environment
+from resnetv2_cli.manifest import READINGS, Manifest, begun, environment, rewritten
 from resnetv2_cli.plot import curves
 from resnetv2_cli.resume import extend, finished, same_run
 from resnetv2_cli.runfolder import RunFolder, read_metrics
@@ -50,7 +50,7 @@ def build(
 ) -> tuple[Classification, ImageData]:
     """Network and images; the weights follow from the seed. The others: as of ``ImageData``."""
     shortcut_class(experiment.shortcut)  # a mistake in it shows before images are read
-    refuse_broken(experiment.unit)
+    refuse_broken(experiment.unit, experiment.block_, experiment.stem_)
     data = ImageData(experiment, learned, tell, processes(experiment))
     data.setup()
     settled = experiment if learned else experiment.settle(data.steps_per_epoch)
@@ -221,6 +221,9 @@ def _found(
         tell("there is no checkpoint yet: it begins again")
         return None, 0
     path, held = found
+    for name in rewritten(task.experiment, folder.manifest.read()):
+        hint = f"{folder.manifest.path} has what it was; or begin a new run"
+        raise UserError(f"{name} has changed since the run began", hint)
     planned = replace(task.experiment, steps=folder.experiment().steps)
     same_run(path, held, planned, data.digest, folder.manifest.lengths())
     checkpoints.load_weights(task, held, path)

@@ -32,21 +32,22 @@ class SyncBN(nn.BatchNorm2d):
         n = sums[-1].detach()
         mean = sums[:c] / n
         variance = sums[c:-1] / n - mean**2
-        self._count(mean.detach(), variance.detach() * n / (n - 1))
-        scale = self.weight.double() * torch.rsqrt(variance + self.eps)
-        shift = self.bias.double() - mean * scale
+        if self.track_running_stats:
+            self._count(mean.detach(), variance.detach() * n / (n - 1))
+        weight, bias = (self.weight.double(), self.bias.double()) if self.affine else (1.0, 0.0)
+        scale = weight * torch.rsqrt(variance + self.eps)
+        shift = bias - mean * scale
         kind = torch.promote_types(x.dtype, torch.float32)
         scale, shift = (v.to(kind)[:, None, None] for v in (scale, shift))
         return (x * scale + shift).to(x.dtype)
 
     @torch.no_grad()
     def _count(self, mean: Tensor, variance: Tensor) -> None:
-        """Into the moving averages, with the momentum that BN has."""
-        cast(Tensor, self.num_batches_tracked).add_(1)
+        """Into the moving averages, with the momentum that BN has; without one all weigh alike."""
+        tracked = cast(Tensor, self.num_batches_tracked).add_(1)
+        new = 1 / int(tracked) if self.momentum is None else self.momentum
         for average, value in ((self.running_mean, mean), (self.running_var, variance)):
-            cast(Tensor, average).lerp_(
-                value.to(cast(Tensor, average).dtype), cast(float, self.momentum)
-            )
+            cast(Tensor, average).lerp_(value.to(cast(Tensor, average).dtype), new)
 
 
 class OverProcesses(LayerSync):
@@ -64,7 +65,8 @@ def exchange(model: nn.Module, old: type[nn.BatchNorm2d], new: type[nn.BatchNorm
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is old:
-                made = new(child.num_features, child.eps, child.momentum, device="meta")
+                how = (child.eps, child.momentum, child.affine, child.track_running_stats)
+                made = new(child.num_features, *how, device="meta")
                 made._parameters, made._buffers = child._parameters, child._buffers
                 made.train(child.training)
                 setattr(parent, name, made)

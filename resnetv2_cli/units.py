@@ -4,14 +4,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import product
 
 import torch
 from torch import Tensor, nn
 
 from resnetv2_cli import own, trust
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.layers import Branch, ZeroPad, activation, conv
-from resnetv2_cli.plans import BLOCKS, UNITS, between, places, unit_between
+from resnetv2_cli.plans import BLOCKS, STEMS, UNITS, between, places, unit_between
 from resnetv2_cli.shortcuts import Shortcut, shortcut_class
 
 
@@ -52,8 +52,9 @@ class ResidualUnit(nn.Module):
     ) -> Iterator[tuple[str, nn.Module]]:
         """F from its first weight layer to its last, with their names: weight, (bn relu, weight)...
 
-        What ``between`` has before and behind them is not among them. Convolutions have the
-        network's initialization; what is inside of a module of one's own starts as that leaves it.
+        What ``between`` has before and behind them, ``act1`` and ``last``, is not among them. Of
+        these layers convolutions have the network's initialization; what is inside of a module of
+        one's own starts as that leaves it.
 
         Shape: (N, c_in, H, W) -> (N, c_out, H/stride, W/stride).
         """
@@ -140,18 +141,22 @@ def residual_unit(
     shared, before = (before, "") if both else ("", before)
 
     weights = unit.weights(kind, c_in, width, c_out, stride)
-    residual = OrderedDict(act1=activation(before, c_in)) | OrderedDict(weights)
+    layers = [("act1", activation(before, c_in)), *weights, ("last", activation(last, c_out))]
+    names = [name for name, _ in layers]
+    if twice := [name for name in names if names.count(name) > 1]:
+        hint = "each has a name of its own; act1 is what opens F, and last what ends it"
+        raise UserError(f"unit {kind.unit!r} has two layers called {twice[0]!r}", hint)
     return unit(
         shared=activation(shared, c_in),
-        residual=Branch(residual | OrderedDict(last=activation(last, c_out))),
+        residual=Branch(OrderedDict(layers)),
         shortcut=cls(c_in, c_out, stride, carried, **kind.settings),
         after=activation(after, c_out),
     )
 
 
 @cache
-def refuse_broken(name: str) -> None:
-    """Have a unit of one's own compute something small, in every block, before a network has it.
+def refuse_broken(name: str, block: str, stem: str) -> None:
+    """Have a unit of one's own compute something small, in every shape that a network has it in.
 
     Raises:
         UserError: it fails, or what it gives has another shape than x_{l+1}.
@@ -160,10 +165,13 @@ def refuse_broken(name: str) -> None:
         return
     made = "its weights are pairs of a name and a layer, given (kind, c_in, width, c_out, stride)"
     hint = "its weights lead from c_in channels to c_out, with this stride in all"
+    kind, c = Kind(name, block, option="B"), STEMS[stem].channels
     with own.tried("unit", name, unit_class(name), made) as gives:
-        for block, stride in product(BLOCKS, (1, 2)):
-            width = 64 * stride // BLOCKS[block].expansion
-            unit = residual_unit(Kind(name, block, option="B"), 64, width, stride)
-            x, y = torch.randn(2, 64, 8, 8), torch.empty(2, 64 * stride, 8 // stride, 8 // stride)
-            gives(unit.residual(unit.shared(x)), y, "F(x)", hint)
-            gives(unit(x), y, "x_l+1", "its forward returns what the next unit takes")
+        for stage, width in enumerate(STEMS[stem].widths):
+            c_out = width * BLOCKS[block].expansion
+            for c_in, stride in ((c, 1 if stage == 0 else 2), (c_out, 1)):
+                unit = residual_unit(kind, c_in, width, stride)
+                x, y = torch.randn(2, c_in, 8, 8), torch.empty(2, c_out, 8 // stride, 8 // stride)
+                gives(unit.residual(unit.shared(x)), y, "F(x)", hint)
+                gives(unit(x), y, "x_l+1", "its forward returns what the next unit takes")
+            c = c_out

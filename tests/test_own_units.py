@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 
 import pytest
@@ -200,7 +201,7 @@ def mine(tmp_path, monkeypatch):
     name = f"own{abs(hash(tmp_path))}"
     (tmp_path / f"{name}.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
-    trust.admit([f"{name}:Own", f"{name}:Other", f"{name}:Missing", f"{name}:Broken"])
+    trust.admit(f"--unit={name}:{cls}" for cls in ("Own", "Other", "Missing"))
     return name
 
 
@@ -233,7 +234,10 @@ BROKEN = {
     'between = "bn |"': ("'bn |' has not one +", "such as"),
     'between = "mine:Own"': ("unknown unit 'mine:Own'", "original"),
     "weights = lambda kind, c_in: []": ("fails: TypeError", "given (kind, c_in, width"),
-    "weights = lambda *_: [('conv1', nn.Conv2d(64, 64, 1))]": ("gives .* where F.x. is", "c_out"),
+    "weights = lambda kind, c, w, c_out, s: [('conv1', nn.Conv2d(c, c_out, 1))]": (
+        "gives .* where F.x. is",
+        "c_out",
+    ),
     "def forward(self, x): return x.nothing": ("fails: AttributeError", "line 5: def forward"),
     "def forward(self, x): pass": ("gives NoneType where x_l.1 is", "its forward returns"),
 }
@@ -282,7 +286,7 @@ def test_an_ablation_of_it_has_the_original_units_beside_it(unit, mine, tmp_path
     [study] = studies.studies(unit=unit)
     rows = study.table.rows
     assert [row.name for row in rows] == ["original", "full-preact", unit]
-    assert [row.published for row in rows[:2]] == [6.61, 6.37] and rows[2].published != 0
+    assert [row.published for row in rows[:2]] == [6.61, 6.37] and math.isnan(rows[2].published)
     assert [row.baseline for row in rows] == ["", "original", "original"]
     made = plan(study, 1, {"depth": 20}, tmp_path, "laptop")
     assert {line.arms[0].experiment.depth for line in made.lines} == {20}
@@ -302,7 +306,7 @@ def test_the_unit_of_the_readme_is_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     [name] = set(re.findall(r"--unit (\w+:\w+)", text))
     assert name.partition(":")[0] == file.removesuffix(".py")
-    trust.admit([name])
+    trust.admit(["--unit", name])
     net = ResNet(8, unit=name)
     assert anatomy(net.units[1]).residual[-1] == "Excite"
     gates = []

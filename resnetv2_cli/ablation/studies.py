@@ -277,8 +277,8 @@ def digest(experiment: Experiment) -> str:
     """Six digits that tell experiments of one name apart: of what makes one what it is, code of
     one's own with it."""
     made = repr(identity(experiment)).encode()
-    for own in own_files(experiment).values():
-        made += own.read_bytes()
+    for files in own_files(experiment).values():
+        made += b"".join(file.read_bytes() for file in files)
     return hashlib.sha256(made).hexdigest()[:6]
 
 

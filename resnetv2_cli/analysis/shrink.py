@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from resnetv2_cli.analysis.backward import gradients
 from resnetv2_cli.analysis.draw import Measured, Panels, named, of, short
@@ -18,19 +18,23 @@ from resnetv2_cli.resnet import ResNet
 FACTORS = (1.0, 0.1, 0.01, 1e-4)
 
 
-@torch.no_grad()
-def shrunk(net: ResNet, factor: float) -> ResNet:
-    """A copy in which every F is ``factor`` times what it was.
+class Times(nn.Module):
+    """A multiple of what comes in; shaped as that."""
 
-    What is scaled is F's last layer with parameters: its last convolution, or the BN behind that,
-    which would take any scale of the convolution away again.
-    """
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+def shrunk(net: ResNet, factor: float) -> ResNet:
+    """A copy in which every F is ``factor`` times what it was, as if its last weights, or the BN
+    behind them, were."""
     net = deepcopy(net)
     for unit in net.units:
-        inside = unit.residual.modules()  # type: ignore[union-attr, operator]
-        last = [m for m in inside if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))][-1]
-        for parameter in last.parameters():
-            parameter.mul_(factor)
+        unit.residual.add_module("shrunk", Times(factor))  # type: ignore[union-attr, operator]
     return net
 
 

@@ -128,6 +128,9 @@ class _Watcher:
         self.unit.gate = torch.sigmoid(out.detach())
 
     def leaves(self, _: nn.Module, args: Any, out: Tensor) -> None:
+        if "y" not in self.versions:
+            hint = "h and F are looked at where self.shortcut(x, residual) has them meet"
+            raise UserError(f"{self.unit.name} has a forward of its own, without that", hint)
         self.refuse_if_rewritten()
         self.keep("out", out)
 

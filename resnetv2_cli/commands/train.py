@@ -150,6 +150,7 @@ def evaluate(
     """Evaluate a checkpoint on its test images; it names network and data by itself."""
     from resnetv2_cli import checkpoint as checkpoints
     from resnetv2_cli import cluster, run
+    from resnetv2_cli.manifest import rewritten
     from resnetv2_cli.plot import confusion
     from resnetv2_cli.runfolder import RunFolder
 
@@ -163,6 +164,9 @@ def evaluate(
             raise
     if not run.first_process():
         return
+    if manifest := run.manifest_of(file):
+        for name in rewritten(task.experiment, manifest.read()):
+            console.note(f"{name} has changed since this was trained")
     mine = RunFolder.of(file)
     to = (output or (mine.path if mine else file.parent)) / f"confusion-{file.stem}.png"
     picture: str | None = str(to)

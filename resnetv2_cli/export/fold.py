@@ -64,7 +64,9 @@ def pairs(net: nn.Module) -> list[tuple[str, str]]:
             continue  # a part of a longer sequence, which is gone through as a whole
         layers = list(chain(module, name))
         for (first, conv), (second, bn) in pairwise(layers):
-            if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
+            # Others, derived from these, may compute something else with their weights.
+            plain = type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d
+            if plain and bn.track_running_stats:
                 found.append((first, second))
     return found
 
