@@ -170,17 +170,18 @@ class Ablation:
         return Pairs.of(line.errors, baseline.errors if baseline else {})
 
     def curves(self) -> dict[str, dict[str, Path]]:
-        """Metrics files of each panel's rows, first seed; all rows in one if it has no panels."""
-        panels = self.study.table.panels or {
-            self.study.table.title: tuple(line.row.name for line in self.lines)
-        }
+        """Metrics files of each panel's rows, first seed; all rows in one if it has no panels. A
+        panel's title says all that differs from the paper's recipe, too."""
+        table = self.study.table
+        panels = table.panels or {table.title: tuple(line.row.name for line in self.lines)}
+        differing = self.title.removeprefix(table.title)
         drawn = {
             line.row.name: RunFolder(line.arms[0].folder).metrics
             for line in self.lines
             if RunFolder(line.arms[0].folder).metrics.exists()
         }
         return {
-            panel: {name: drawn[name] for name in names if name in drawn}
+            panel + differing: {name: drawn[name] for name in names if name in drawn}
             for panel, names in panels.items()
         }
 
