@@ -99,6 +99,24 @@ def here(capsys, monkeypatch):
     return call
 
 
+@pytest.fixture
+def refused(tmp_path, monkeypatch, here):
+    """What is said of a class ``Own`` of one's own that fails: ``refused("unit", module, text)`` ->
+    the error and the hint, of ``train`` as of ``describe``; no random number is drawn for it."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(kind: str, module: str, text: str) -> list[str]:
+        (tmp_path / f"{module}.py").write_text(text)
+        drawn = torch.get_rng_state()
+        flags = [f"--{kind}", f"{module}:Own", "--dataset", "digits", "--depth", 8]
+        said = [here(c, *flags, status=2).stderr.splitlines()[-2:] for c in ("train", "describe")]
+        assert said[0] == said[1] and torch.equal(torch.get_rng_state(), drawn)
+        assert [p.name for p in tmp_path.iterdir() if p.suffix] == [f"{module}.py"]
+        return said[0]
+
+    return call
+
+
 SMALL = ["--dataset", "digits", "--depth", 8, "--batch-size", 64, "--log-every", 5]
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from resnetv2_cli import trust
-from resnetv2_cli.cli import main
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.plans import BLOCKS, UNITS
 from resnetv2_cli.resnet import ResNet
@@ -181,39 +180,27 @@ def test_a_shortcut_of_ones_own(tmp_path, monkeypatch):
         ("self.last = residual", "gives NoneType where"),
     ],
 )
-def test_a_shortcut_of_ones_own_that_fails_is_one_line(
-    tmp_path, monkeypatch, capsys, request, body, message
-):
+def test_a_shortcut_of_ones_own_that_fails_is_one_line(refused, request, body, message):
     name = f"failing{request.node.callspec.indices['body']}"
-    (tmp_path / f"{name}.py").write_text(
+    text = (
         "import torch\nfrom resnetv2_cli.shortcuts import Shortcut\n\nclass Own(Shortcut):\n"
         f"    def forward(self, x, residual):\n        {body}\n"
     )
-    monkeypatch.chdir(tmp_path)
-    drawn = torch.get_rng_state()
-    for command in ("train", "describe"):
-        with pytest.raises(SystemExit, match="2"):
-            main([command, "--shortcut", f"{name}:Own", "--dataset", "digits", "--depth", "8"])
-        *_, error, hint = capsys.readouterr().err.splitlines()
-        assert re.search(f"shortcut '{name}:Own' {message}", error)
-        assert (
-            f"{name}.py, line 6: {body}" in hint
-            or "see self.carry" in hint
-            or (body.startswith("self.last") and "its forward returns" in hint)
-        )
-    assert torch.equal(torch.get_rng_state(), drawn)
-    assert [p.name for p in tmp_path.iterdir() if p.suffix] == [f"{name}.py"]
+    error, hint = refused("shortcut", name, text)
+    assert re.search(f"shortcut '{name}:Own' {message}", error)
+    assert (
+        f"{name}.py, line 6: {body}" in hint
+        or "see self.carry" in hint
+        or (body.startswith("self.last") and "its forward returns" in hint)
+    )
 
 
-def test_a_shortcut_made_otherwise_is_told_how_it_is_made(tmp_path, monkeypatch, capsys):
-    (tmp_path / "otherwise.py").write_text(
+def test_a_shortcut_made_otherwise_is_told_how_it_is_made(refused):
+    text = (
         "from resnetv2_cli.shortcuts import Shortcut\n\nclass Own(Shortcut):\n"
         "    def __init__(self):\n        super().__init__()\n"
     )
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="2"):
-        main(["describe", "--shortcut", "otherwise:Own", "--depth", "8"])
-    error, hint = capsys.readouterr().err.splitlines()
+    error, hint = refused("shortcut", "otherwise", text)
     assert "'otherwise:Own' fails: TypeError: Own.__init__()" in error
     assert "(c_in, c_out, stride, carry)" in hint
 
