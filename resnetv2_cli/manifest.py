@@ -216,9 +216,14 @@ def own_files(experiment: Experiment) -> dict[str, list[Path]]:
     return {what: files(classes[what](name)) for what, name in experiment.own.items()}
 
 
+def content(files: list[Path]) -> bytes:
+    """What files have in them, one behind the other."""
+    return b"".join(file.read_bytes() for file in files)
+
+
 def digest_of(files: list[Path]) -> str:
-    """SHA-256 of files, one behind the other."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    """SHA-256 of what files have in them."""
+    return hashlib.sha256(content(files)).hexdigest()
 
 
 def own_code(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -7,8 +7,9 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.util import resolve_name
+from contextlib import contextmanager, suppress
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,20 +81,32 @@ def tried(kind: str, name: str, cls: type, made: str) -> Iterator[Gives]:
 
 def files(cls: type) -> list[Path]:
     """The file of a class, and then those beside it, in its folder or its package, that it is made
-    with: what it imports, and what they do."""
+    with: what it imports, and what they do, whether or not that has happened yet."""
     module = sys.modules[cls.__module__]
     first = Path(inspect.getfile(cls)).resolve()
     root = first.parents[module.__name__.count(".") + (first.stem == "__init__")]
-    found = {first: module}
-    for path in (waiting := [first]):
-        for name in _imports(path, found[path].__package__ or ""):
-            other = sys.modules.get(name)
-            place = Path(getattr(other, "__file__", None) or "/").resolve()
-            beside = root in place.parents and "site-packages" not in place.parts
-            if other and beside and place not in found and HERE not in place.parents:
-                found[place] = other
-                waiting.append(place)
-    return [first, *sorted(found.keys() - {first})]
+    found = [first]
+    packages = {first: module.__package__ or ""}
+    for path in found:
+        for name in _imports(path, packages[path]):
+            spec = _beside(name, root)
+            if spec and (place := Path(str(spec.origin)).resolve()) not in found:
+                packages[place] = spec.parent or ""
+                found.append(place)
+    return [first, *sorted(found[1:])]
+
+
+def _beside(name: str, root: Path) -> ModuleSpec | None:
+    """Where a module is, if it lies under a folder and is neither installed nor of this tool; only
+    what does is imported to find it."""
+    with suppress(ImportError, ValueError, AttributeError):
+        for part in dict.fromkeys((name.partition(".")[0], name)):
+            spec = find_spec(part)
+            places = Path(str(spec.origin)).resolve().parents if spec and spec.has_location else []
+            if root not in places or HERE in places or "site-packages" in [p.name for p in places]:
+                return None
+        return spec
+    return None
 
 
 def _imports(path: Path, package: str) -> Iterator[str]:

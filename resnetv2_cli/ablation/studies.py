@@ -17,7 +17,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.flags import parsed
-from resnetv2_cli.manifest import own_files
+from resnetv2_cli.manifest import content, own_files
 from resnetv2_cli.paper import FIGURES, TABLE_1, TABLE_2, TABLES, PaperTable, Row
 
 UNPUBLISHED = float("nan")
@@ -278,7 +278,7 @@ def digest(experiment: Experiment) -> str:
     one's own with it."""
     made = repr(identity(experiment)).encode()
     for files in own_files(experiment).values():
-        made += b"".join(file.read_bytes() for file in files)
+        made += content(files)
     return hashlib.sha256(made).hexdigest()[:6]
 
 
