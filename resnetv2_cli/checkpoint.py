@@ -152,6 +152,8 @@ def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
             raise UserError(
                 f"the checkpoint has an unknown setting {shown(name)}", "of another version?"
             )
+    if not written.get("weights"):  # as older exports left it
+        written.pop("weights_sha256", None)
     return written
 
 

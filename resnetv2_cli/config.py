@@ -190,9 +190,7 @@ class Experiment:
         None, "SHA-256 that the weights must have; found by itself.", "Fine-tuning"
     )
     freeze: str = setting(
-        "",
-        "Parts that stay as they come, BN's statistics too: stem,stage1,stage2.",
-        "Fine-tuning",
+        "", "Parts that stay as they come, BN's statistics too: stem,stage1,stage2.", "Fine-tuning"
     )
 
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = setting(
@@ -281,6 +279,9 @@ class Experiment:
             # What is learned depends on the bytes, wherever they lie.
             digits = sha256(find(Path(self.weights).expanduser()))
             object.__setattr__(self, "weights_sha256", digits)
+        if self.weights_sha256 and not self.weights:
+            hint = "--weights names the file with this SHA-256"
+            raise UserError("weights_sha256 is given, and no weights are", hint)
         known = plans.parts(self.stem_)
         for part in self.freeze_:
             if part not in known:

@@ -13,7 +13,7 @@ from PIL import Image
 from test_data import FakeTrainer
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import resume, run
+from resnetv2_cli import form, resume, run
 from resnetv2_cli.ablation.studies import identity
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
@@ -117,6 +117,20 @@ def test_as_many_classes_in_another_order_get_a_new_classifier_too(trained, tmp_
     fresh, lines, now = started(Experiment(**SMALL, weights=str(tmp_path / "other.ckpt")))
     torch.testing.assert_close(now["net.head.fc.weight"], fresh["net.head.fc.weight"])
     assert lines[1] == "the classifier is new: 10 classes there, 10 here"
+
+
+def test_an_older_export_has_the_digest_of_the_weights_it_began_with_and_not_their_name(
+    trained, tmp_path
+):
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "a.safetensors"
+    study.export(trained / "checkpoints" / "last.ckpt", "safetensors", file, None, None)
+    about = form.metadata(file)
+    said = json.loads(about["experiment"]) | {"weights_sha256": 64 * "a"}
+    save_file(load_file(file), file, about | {"experiment": json.dumps(said)})
+    _, [line], _ = started(Experiment(**SMALL, weights=str(file)))
+    assert line.startswith("weights: ")
 
 
 def test_another_architecture_is_explained(trained):
@@ -228,6 +242,9 @@ def test_a_recipe_is_taken_with_the_weights_that_it_was_made_with_alone(tmp_path
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"dataset: digits\ndepth: 8\nweights_sha256: {made.weights_sha256}\n")
     assert Experiment.load(recipe, weights=right).weights_sha256 == made.weights_sha256
+    with pytest.raises(UserError, match="weights_sha256 is given, and no weights") as caught:
+        Experiment.load(recipe)
+    assert caught.value.hint == "--weights names the file with this SHA-256"
     with pytest.raises(UserError, match="wrong is not what weights_sha256 asks for") as caught:
         Experiment.load(recipe, weights=wrong)
     assert str(made.weights_sha256) in caught.value.hint

@@ -156,7 +156,7 @@ def test_a_shortcut_whose_file_has_changed_is_another_run(tmp_path, monkeypatch)
         (("unit=original", "shortcut=identity,dropout"), {"gate_bias": -7.0}, [6.61, "fail"]),
         (("unit=original", "shortcut=constant-scale"), {}, ["fail"]),  # 0.5 and 1
         (("unit=original", "drops=0.5,0.75/0.5"), {}, [6.61, None]),
-        (("unit=original", "weights_sha256=" + 64 * "a"), {}, []),
+        (("unit=original", "weights=a.ckpt", "weights_sha256=" + 64 * "a"), {}, []),
     ],
 )
 def test_the_papers_error_stands_beside_its_own_settings_alone(tmp_path, axes, given, expected):
