@@ -10,6 +10,7 @@ from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import form
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.flags import typed
 from resnetv2_cli.origin import sha256
 from resnetv2_cli.resnet import default_option
 from resnetv2_cli.task import Classification
@@ -99,9 +100,7 @@ def refuse_another_architecture(saved: dict[str, Any], here: Experiment, path: P
         return
     there = ", ".join(f"{name} {theirs.get(name)}" for name in differing)
     this = ", ".join(f"{name} {ours.get(name)}" for name in differing)
-    flags = " ".join(
-        f"--{name.replace('_', '-')} {theirs[name]}" for name in differing if name in theirs
-    )
+    flags = " ".join(typed(name, theirs[name]) for name in differing if name in theirs)
     message = f"{path} is of another architecture: {there} there, {this} here"
     raise UserError(message, f"it is that of {flags}" if flags else "leave these flags out")
 

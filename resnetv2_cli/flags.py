@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
 from inspect import Parameter
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -102,6 +103,14 @@ def parsed(name: str, text: str) -> Any:
     words: dict[str, Any] = {"true": True, "false": False} if kind is bool else {}
     words |= {"none": None} if optional else {}
     return checked(known[name], words.get(text, text))
+
+
+def typed(name: str, value: Any) -> str:
+    """A setting as the command line takes it."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {quote(str(value))}"
 
 
 def seconds(text: str, flag: str = "--time") -> float:

@@ -21,7 +21,7 @@ from resnetv2_cli.data.images import digits
 from resnetv2_cli.data.module import view_of
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.export import study
-from resnetv2_cli.finetune import begin, read
+from resnetv2_cli.finetune import begin, read, refuse_another_architecture
 from resnetv2_cli.inference import Picture, network, predict
 from resnetv2_cli.runfolder import RunFolder
 
@@ -140,6 +140,16 @@ def test_another_architecture_is_explained(trained):
     said = "depth 8, unit full-preact, shortcut identity, dropout_ratio None there, depth 14"
     assert said in str(caught.value)
     assert caught.value.hint == "it is that of --depth 8 --unit full-preact --shortcut identity"
+
+
+def test_the_flags_of_another_architecture_can_be_typed(trained):
+    saved = read(trained / "checkpoints" / "last.ckpt")
+    other = {"unit": "bn + | bn relu", "shortcut": "dropout", "dropout_inverted": False}
+    saved["experiment"] |= other
+    with pytest.raises(UserError) as caught:
+        refuse_another_architecture(saved, Experiment(**SMALL), trained)
+    flags = shlex.split(caught.value.hint.removeprefix("it is that of "))
+    assert flags == ["--unit", "bn + | bn relu", "--shortcut", "dropout", "--no-dropout-inverted"]
 
 
 def test_plain_safetensors_are_taken_by_name(trained, tmp_path):
