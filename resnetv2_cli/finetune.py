@@ -26,7 +26,8 @@ def begin(task: Classification) -> list[str]:
     were learned behind it.
 
     Raises:
-        UserError: the file is another one than the run began with, or of another architecture.
+        UserError: the file is another one than the run began with, or of another architecture; or
+            a classifier would be frozen that is new.
     """
     e = task.experiment
     if not e.weights:
@@ -46,9 +47,15 @@ def begin(task: Classification) -> list[str]:
     state = given | {name: own[name] for name in new}
     checkpoints.load_weights(task, {"state_dict": state}, path)
     lines = [f"weights: {len(own) - len(new)} of {len(own)} tensors are those of {path}"]
+    if known and not classes:
+        lines.append("the classifier is taken as it is: the file names no classes")
     if not known:
         there = len(classes) if classes else int(shape[0]) if shape else 0
         lines.append(f"the classifier is new: {there} classes there, {len(task.classes)} here")
+        if "head" in e.freeze_:
+            raise UserError(
+                f"{lines[-1]}; frozen, it would stay at random", "--freeze without head"
+            )
     if e.freeze_:
         lines.append(f"frozen: {', '.join(e.freeze_)}")
     return lines
@@ -71,10 +78,11 @@ def read(path: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
-        known = {key: json.loads(metadata[key]) for key in KEYS if key in metadata}
+        ours = metadata if "experiment" in metadata else {}  # in another's, names mean anything
+        known = {key: json.loads(ours[key]) for key in KEYS if key in ours}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}", "copy it again") from None
-    if "experiment" in known:
+    if known:
         form.refuse_misshapen({"state_dict": state, **known}, path)
     if known.get("folded"):
         hint = "resnetv2 export --no-fold keeps it"

@@ -117,6 +117,8 @@ def test_as_many_classes_in_another_order_get_a_new_classifier_too(trained, tmp_
     fresh, lines, now = started(Experiment(**SMALL, weights=str(tmp_path / "other.ckpt")))
     torch.testing.assert_close(now["net.head.fc.weight"], fresh["net.head.fc.weight"])
     assert lines[1] == "the classifier is new: 10 classes there, 10 here"
+    with pytest.raises(UserError, match="; frozen, it would stay at random"):
+        started(Experiment(**SMALL, weights=str(tmp_path / "other.ckpt"), freeze="stem,head"))
 
 
 def test_an_older_export_has_the_digest_of_the_weights_it_began_with_and_not_their_name(
@@ -157,9 +159,10 @@ def test_plain_safetensors_are_taken_by_name(trained, tmp_path):
 
     given = weights_of(trained)
     plain = {n.removeprefix("net."): v.contiguous() for n, v in given.items() if "net." in n}
-    save_file(plain, tmp_path / "plain.safetensors")
+    save_file(plain, tmp_path / "plain.safetensors", {"classes": "2", "folded": "fc"})  # whose?
     file = str(tmp_path / "plain.safetensors")
-    _, _, now = started(Experiment(**SMALL, weights=file))
+    _, lines, now = started(Experiment(**SMALL, weights=file))
+    assert lines[1] == "the classifier is taken as it is: the file names no classes"
     torch.testing.assert_close(now, given, rtol=0, atol=0)  # the same data, so the same mean image
     with pytest.raises(UserError, match="another architecture: net.body.stage1.unit1.*conv1"):
         started(Experiment(**{**SMALL, "block": "bottleneck", "depth": 11}, weights=file))
