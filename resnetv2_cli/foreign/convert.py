@@ -41,7 +41,7 @@ def imported(given: Mapping[str, Tensor], source: str, file: str = "the file") -
         UserError: it is none of this tool's; says what differs.
     """
     row = SOURCES[source]
-    network = recognized(given, row, f"{file}, from {source}")
+    network = recognized(given, row, Path(file).name, f"{file}, from {source}")
     key = head(given, network, file)
     experiment = experiment_of(given, network, file)
     classes = len(given[key])
@@ -49,7 +49,7 @@ def imported(given: Mapping[str, Tensor], source: str, file: str = "the file") -
     return Imported(experiment, weights, classes, network)
 
 
-def recognized(names: Iterable[str], source: Source, where: str) -> Network:
+def recognized(names: Iterable[str], source: Source, file: str, where: str) -> Network:
     """
     Raises:
         UserError: the source's network has no counterpart here, with the reason; or it is unknown.
@@ -61,7 +61,7 @@ def recognized(names: Iterable[str], source: Source, where: str) -> Network:
         return there and not (lacks and any(re.search(lacks, name) for name in names))
 
     for refusal in source.refusals:
-        if like(refusal.has, refusal.lacks):
+        if like(refusal.has, refusal.lacks) and re.search(refusal.file, file):
             raise UserError(f"{where}, cannot be imported: {refusal.why}", source.doc)
     for network in source.networks:
         if like(network.has, network.lacks):

@@ -15,11 +15,13 @@ CIFAR_FB = ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66
 
 
 class Refusal(NamedTuple):
-    """A file with a name like ``has`` and none like ``lacks`` (regular expressions) cannot come."""
+    """A file with a name like ``has`` and none like ``lacks`` (regular expressions) cannot come;
+    where these are also names of one that can, if it is itself called like ``file``."""
 
     has: str
     lacks: str
     why: str
+    file: str = ""
 
 
 class Network(NamedTuple):
@@ -191,6 +193,12 @@ SOURCES = {
                 "it has GroupNorm, where this tool has the paper's BN; resnet18 ... 152 come over",
             ),
             Refusal(r"^stem\.conv1\.|^conv1\.0\.", "", _DEEP_STEM),
+            Refusal(
+                r"^layer4\.",
+                "",
+                "its pools blur, which no tensor tells (resnetaa*, resnetblur*); here strides skip",
+                r"resnet(aa|blur)",
+            ),
         ),
         "resnetv2_50x3, wide_resnet* and resnext* have other widths or groups",
     ),
