@@ -78,7 +78,7 @@ def pictures(
         for name in names:
             if name == STDIN:
                 found += from_stdin(stdin.read(), Path(scratch) / "stdin")
-            elif Path(name).is_dir():
+            elif os.path.isdir(name):  # Path's own would fail on a name that cannot be one
                 found += images_of(Path(name), tell)
             else:
                 found.append(Picture(name, Path(name)))

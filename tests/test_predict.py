@@ -107,14 +107,17 @@ def test_a_broken_file_is_a_row_and_the_others_are_as_without_it(trained, digits
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "cut.png").write_bytes(whole[0].read_bytes()[:-40])
     mixed = [whole[0], tmp_path / "text.png", whole[1], tmp_path / "cut.png", "nowhere.png"]
+    mixed.append("a" * 300 + ".png")  # longer than the system allows
     out, err = called(capsys, trained, *mixed, "--format", "jsonl")
     found = rows(out)
     assert [row["file"] for row in found] == [str(name) for name in mixed]
     assert [("error" in row, "predictions" in row) for row in found] == [
         (False, True), (True, False), (False, True), (True, False), (True, False),
+        (True, False),
     ]  # fmt: skip
     assert "cannot identify" in found[1]["error"] and "is no file" in found[4]["error"]
-    assert "3 of 5 files cannot be read" in err
+    assert "too long" in found[5]["error"]
+    assert "4 of 6 files cannot be read" in err
     alone, _ = called(capsys, trained, *whole, "--format", "jsonl")
     assert rows(alone) == [found[0], found[2]]
 

@@ -64,8 +64,12 @@ def unreadable(name: str, error: Exception) -> UserError:
 
 
 def refuse_pipe(path: Path, name: str) -> None:
-    """Raises UserError: it is no plain file; a pipe would never end."""
-    if not path.is_file():
+    """Raises UserError: it is no plain file, as a pipe, which would never end; or cannot be one."""
+    try:
+        plain = path.is_file()
+    except OSError as error:  # a name longer than the system allows
+        raise unreadable(name, error) from None
+    if not plain:
         raise UserError(f"{name} is no file", "images are plain files")
 
 
