@@ -194,6 +194,24 @@ def test_a_failed_check_leaves_no_file_and_the_one_before(trained, tmp_path):
     assert to.read_text() == "what was there before"
 
 
+class Untraceable(nn.Module):
+    """Code of one's own that looks at what it computes."""
+
+    def forward(self, images):
+        return images.mean((2, 3)) * (2 if images.mean() > 0 else 1)
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+def test_a_network_that_a_format_cannot_follow_is_one_line(trained, tmp_path, capfd, format):
+    task = network(trained / "checkpoints" / "last.ckpt", precision="32-true")
+    model = fold.Exported(task.normalize, Untraceable()).eval()
+    message = f"^--format {format} cannot follow this network: .*data-dependent.*$"
+    with pytest.raises(UserError, match=message) as caught:
+        check.written(task, model, format, View(32), tmp_path / "net", {})
+    assert caught.value.hint == "--format safetensors keeps the weights alone"
+    assert list(tmp_path.iterdir()) == [] and capfd.readouterr() == ("", "")
+
+
 class Constant(nn.Module):
     """The same logits for every image."""
 

@@ -97,8 +97,8 @@ def written(
     """Write a file under another name, check it, and give it its name.
 
     Raises:
-        UserError: the check fails, or it cannot be written; no file is left, and one that was there
-            before stays.
+        UserError: the check fails, the format cannot have the network, or it cannot be written; no
+            file is left, and one that was there before stays.
     """
     row = FORMATS[format]
     pixels, source = test_images(task, view)
@@ -108,10 +108,18 @@ def written(
         row.write(model, torch.zeros(2, 3, view.side, view.side), partial, metadata)
         made = compare(task, row.read(model, partial), pixels, source)
         os.replace(partial, to)
+    except UserError:
+        raise
     except OSError as error:
         said = error.strerror or error
         raise UserError(
             f"cannot write {to}: {said}", "make room, or name another --output"
+        ) from None
+    except Exception as error:  # of an exporter, or a runtime, with code of one's own: any
+        said = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"--format {format} cannot follow this network: {said}",
+            "--format safetensors keeps the weights alone",
         ) from None
     finally:
         partial.unlink(missing_ok=True)
