@@ -343,6 +343,13 @@ def test_a_checkpoint_is_in_its_run_from_wherever_it_is_called(trained, tmp_path
     assert RunFolder.of(Path("run/last.ckpt")) is RunFolder.of(Path("last.ckpt")) is None
 
 
+def test_a_card_has_classes_whose_names_are_no_text(trained, tmp_path):
+    saved = read(trained / "checkpoints" / "last.ckpt")
+    write(saved | {"classes": ["caf\udce9", *saved["classes"][1:]]}, tmp_path / "a.ckpt")
+    made = study.export(tmp_path / "a.ckpt", "safetensors", None, None, None)
+    assert "10 classes: caf\\udce9, 1," in made.card.read_text()
+
+
 def test_a_card_claims_no_recipe_for_imported_weights(trained, tmp_path):
     saved = read(trained / "checkpoints" / "last.ckpt")
     imported = {"from": "timm", "network": "ResNetV2", "file": "t.pth", "sha256": "0" * 64}

@@ -86,7 +86,8 @@ def card(facts: Facts) -> str:
         "## Trained with",
         made_by(run.environment if run else {}),
     ]
-    return "\n\n".join(parts) + "\n"
+    page = "\n\n".join(parts) + "\n"
+    return page.encode(errors="backslashreplace").decode()  # names of classes may be no text
 
 
 def outcome(facts: Facts, result: dict[str, Any]) -> str:
