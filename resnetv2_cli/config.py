@@ -113,7 +113,7 @@ class Experiment:
     val: int = setting(
         0, "Training images held out for choosing; 5000 as in [1], of 50,000.", "Data", least=0
     )
-    augment: bool = setting(True, "Pad by 4, crop at random and flip (CIFAR).", "Data")
+    augment: bool = setting(True, "Crop at random and flip; small images are padded by 4.", "Data")
     normalize: Literal["pixel-mean", "channel"] = setting(
         "pixel-mean",
         "Minus each pixel's mean, as [1], or by channels' mean and std; photographs: ImageNet's.",
@@ -126,7 +126,7 @@ class Experiment:
         "224", "How photographs are evaluated: one crop of 224 or 320, or ten.", "Data"
     )
     workers: int = setting(
-        2, "Processes that decode images (folders only).", "Data", least=0, most=1024, free=SAME
+        2, "Processes that decode image files.", "Data", least=0, most=1024, free=SAME
     )
 
     lr: float = setting(0.1, "Learning rate, before warm-up and drops.", "Optimization", least=0)
@@ -214,13 +214,13 @@ class Experiment:
     )
     recompute_bn: bool = setting(
         False,
-        "Make again in backward what BN and ReLU make, and most additions: half the memory.",
+        "Make again in backward what BN and ReLU make, and most additions: some half the memory.",
         "Engine",
         free="memory against time",
     )
     kernels: Literal["auto", "eager"] = setting(
         "auto",
-        "BN, ReLU and the convolution behind them in training: auto has one compiled operation for "
+        "BN, ReLU and the convolution behind them: auto has one compiled operation for "
         "them, on a CPU with gcc and in CUDA graphs; eager has PyTorch's.",
         "Engine",
         free=BITS,

@@ -276,7 +276,8 @@ def runs_in(root: Path) -> list[Run]:
 
 def choose(word: str, runs: list[Run]) -> Run:
     """The run that is meant: by its folder, its name, the only beginning that fits, or ``last``,
-    the one that was begun last. A beginning may leave out the folders that the run is in.
+    the one that was begun last, or continued with a change. A beginning may leave out the folders
+    that the run is in.
 
     Raises:
         UserError: there is none, or several begin like that.

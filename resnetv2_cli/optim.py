@@ -11,7 +11,7 @@ from resnetv2_cli.config import Experiment
 def lr_factor(experiment: Experiment, step: int) -> float:
     """What multiplies the learning rate at iteration ``step``, counted from 0.
 
-    ``steps``: 0.1 in warm-up, then 1, then a tenth less at each drop (appendix). ``cosine``: a
+    ``steps``: 0.1 in warm-up, then 1, and a tenth of that after each drop (appendix). ``cosine``: a
     linear rise, then half a cosine to 0. ``one-cycle``: a rise from 1/25, then the same to 1/10^4.
     """
     steps, warmup = experiment.steps, experiment.warmup_

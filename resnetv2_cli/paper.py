@@ -190,7 +190,8 @@ def _imagenet(
 ) -> Row:
     name = f"ResNet-{depth} {unit}, test {protocol}" + (", scale + aspect" if more else "")
     settings = {"depth": depth, "block": "bottleneck", "unit": unit, "protocol": protocol} | more
-    return Row(name, published, settings, note=f"top-5 {top5}", top5=top5, source=source)
+    note = f"top-5 {top5}" + (", with augmentation of colors too" if more else "")
+    return Row(name, published, settings, note=note, top5=top5, source=source)
 
 
 _FB = "fb.resnet.torch"

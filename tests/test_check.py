@@ -97,6 +97,16 @@ def test_check_says_when_half_is_missing(tree, tmp_path, capsys, split, said):
     assert said in err and "hint: train and val hold one folder for each class" in err
 
 
+def test_a_flat_test_folder_beside_val_is_not_read_and_that_is_told(tree, tmp_path, capsys):
+    root = shutil.copytree(tree, tmp_path / "tree")
+    shutil.copytree(root / "val" / "ant", root / "test")
+    out, err = data(capsys, "check", root, "--output", tmp_path / "report.json")
+    line = f"{root / 'test'} is not read: {root / 'val'} is there"
+    assert line in err and "nothing" not in out  # its pictures are there twice, which is told
+    told = []
+    assert len(folder.scan(root, "test", tell=told.append).files) == 2 and told == [line]
+
+
 def test_check_reads_what_lies_behind_links(tree, tmp_path, capsys):
     """As training does; a link to a folder that it is in would never end."""
     for split in ("train", "val"):

@@ -242,6 +242,18 @@ def test_without_test_images_it_is_compared_on_noise(trained, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nothing_is_downloaded_over_an_archive_that_was_cut_off(trained, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "torchvision.datasets.utils.download_url", lambda url, *_: asked.append(url)
+    )
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cifar-10-python.tar.gz").write_bytes(b"cut")
+    monkeypatch.chdir(tmp_path)
+    task = network(trained / "checkpoints" / "last.ckpt", dataset="cifar10")
+    assert check.test_images(task, View(32))[1] == "images of noise" and not asked
+
+
 def test_a_card_has_the_spread_over_the_seeds_beside_the_run(trained, tmp_path):
     """Runs of the same experiment count, each seed once; another experiment's do not."""
     for seed, error, lr in ((0, 19.0, "0.1"), (1, 21.0, "0.1"), (2, 24.0, "0.1"), (3, 1.0, "0.2")):

@@ -119,6 +119,14 @@ def test_shards_of_other_pictures_of_the_same_names_are_not_taken(tree, tmp_path
         assert path.read_bytes() == (to / path.name).read_bytes()
 
 
+def test_a_picture_that_no_jpeg_can_be_is_named(tmp_path):
+    wide = tmp_path / "wide.png"
+    Image.new("RGB", (70_000, 40)).save(wide)
+    with pytest.raises(UserError, match="wide.png cannot be a JPEG"):
+        prepare.encoded(wide, prepare.Form())
+    assert prepare.encoded(wide, prepare.Form(raw=True))
+
+
 def test_a_picture_mended_on_the_way_costs_no_shard(tree, tmp_path, capsys):
     root, to = shutil.copytree(tree, tmp_path / "tree"), tmp_path / "s"
     picture = root / "val" / "bee" / "0.JPEG"

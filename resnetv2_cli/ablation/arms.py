@@ -238,7 +238,7 @@ def number(error: float | None) -> float | str | None:
 
 
 PROTOCOLS = {
-    "paper": {},  # 50k training images, test error of the last iteration, read once
+    "paper": {},  # 50k training images, test error of the last iteration
     "val": {"val": 5000},  # 45k/5k: the checkpoint is chosen on the 5k, and tested once
 }
 

@@ -50,8 +50,8 @@ def ablate(
     protocol: Annotated[
         Literal["paper", "val"],
         typer.Option(
-            help="paper: 50k training images, last iteration; val: 45k/5k, the checkpoint chosen "
-            "on the 5k. Either way the test images are read once for the headline."
+            help="paper: 50k training images, last iteration, test images seen at every "
+            "evaluation; val: 45k/5k, the checkpoint chosen on the 5k, test images read once."
         ),
     ] = "paper",
     jobs: Annotated[int, typer.Option(help="Runs at the same time.", min=1)] = 1,

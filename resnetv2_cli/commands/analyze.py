@@ -41,7 +41,9 @@ def analyze(
     test_images: Annotated[
         int, typer.Option(help="Test images that lesions are judged on.", min=1)
     ] = 250,
-    pairs: Annotated[int, typer.Option(help="At most so many pairs are deleted.", min=1)] = 100,
+    pairs: Annotated[
+        int, typer.Option(help="Pairs of units deleted together, at most.", min=1)
+    ] = 100,
     bn: Annotated[
         Literal["batch", "kept"],
         typer.Option(help="BN's statistics: the batch's, as in training, or those it kept."),

@@ -46,6 +46,8 @@ def check(
         said = show(report, {kind: fault.doc for kind, fault in FAULTS.items()})
         if not said and not found:
             console.out.print("nothing is wrong")
+        for split in report["unread"]:
+            console.note(f"{folder / split} is not read: {folder / 'val'} is there")
         console.note(f"report: {output}")
     if found:
         raise UserError(f"{folder}: {', '.join(found)}", remedy(report, folder, output))
@@ -53,10 +55,12 @@ def check(
 
 def remedy(report: dict[str, Any], folder: Path, output: Path) -> str:
     """What to do about what is serious in a report."""
+    from resnetv2_cli.data.survey import without_images
+
     flat, splits = report["flat"], report["splits"]
     if flat and "train" not in flat:
         return f"resnetv2 data sort-val {quote(str(folder))} --labels FILE"
-    if bare := [*flat, *(split for split in splits if not splits[split]["images"])]:
+    if bare := [*flat, *without_images(report)]:
         return f"images go into one folder a class, such as {folder / bare[0] / 'CLASS'}"
     if "train" not in splits or not splits.keys() & {"val", "test"}:
         return "train and val hold one folder for each class"

@@ -67,6 +67,18 @@ def read(name: str, root: Path) -> list[tuple[NDArray[np.uint8], NDArray[np.int6
     return halves
 
 
+def whole(name: str, root: Path) -> bool:
+    """Whether the official archive is there, unpacked or whole, so that nothing is downloaded."""
+    from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
+
+    official = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}.get(name)
+    if official is None:
+        return False
+    folder, file = root / official.base_folder, root / official.filename
+    return folder.is_dir() or check_integrity(file, official.tgz_md5)
+
+
 def unpacked(folder: Path) -> dict[str, bytes]:
     """What the files of a folder hold."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}

@@ -103,7 +103,7 @@ def scan(
     tell: Callable[[str], object] = str,
 ) -> Folder:
     """The images of ``root/split/<class>/``, or of prepared shards; ``classes``: those that the
-    other split has, or whoever ``of`` names. ``tell``: hears how many files are left out.
+    other split has, or whoever ``of`` names. ``tell``: hears what is left out.
 
     Raises:
         UserError: there is no such folder, no image in it, some outside of class folders, a class
@@ -117,6 +117,8 @@ def scan(
             raise UserError(f"{root} is not wholly prepared", "call resnetv2 data prepare again")
         wanted = " or ".join(str(root / n) for n in names)
         raise UserError(f"there is no folder {wanted}", "it holds one folder for each class")
+    if place == root / "val" and (root / "test").is_dir():
+        tell(f"{root / 'test'} is not read: {place} is there")
     found: Mapping[str, Sequence[Path | Member]]
     found = read_index(place) if index else loose(place, split, tell)
     if index and classes:  # it names all classes that train
@@ -154,7 +156,8 @@ def random_box(width: int, height: int, crop: str, draws: Sequence[float]) -> Re
     """Left, top, right, bottom, in pixels, of a training crop before it is resized.
     ``draws``: DRAWS numbers, uniform from 0 to 1.
 
-    ``scale``: a size x size crop of the image whose shorter side is drawn from 256..480 ([1]).
+    ``scale``: a square whose side is 224/480 to 224/256 of the shorter side: the crop of 224 x 224
+    from the image whose shorter side is drawn from 256..480 ([1]).
     ``scale-aspect``: 8 to 100 % of the area, aspect 3/4 to 4/3 (fb.resnet.torch).
     """
     if crop == "scale-aspect":

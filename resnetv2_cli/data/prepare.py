@@ -35,7 +35,7 @@ def encoded(path: Path, form: Form) -> bytes:
     """A photograph in the form.
 
     Raises:
-        UserError: it cannot be read; says which.
+        UserError: it cannot be read, or cannot be a JPEG; says which.
     """
     image = picture.rgb(path, str(path))
     share = form.side / min(image.size)
@@ -46,7 +46,10 @@ def encoded(path: Path, form: Form) -> bytes:
     if form.raw:
         np.save(out, np.asarray(image))
     else:
-        image.save(out, "JPEG", quality=form.quality)
+        try:
+            image.save(out, "JPEG", quality=form.quality)
+        except OSError as error:  # a side of more pixels than JPEG can have
+            raise UserError(f"{path} cannot be a JPEG: {error}", "leave it out, or --raw") from None
     return out.getvalue()
 
 

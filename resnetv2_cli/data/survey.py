@@ -121,6 +121,8 @@ def survey(root: Path, workers: int, tick: Callable[[int, int], None]) -> dict[s
             seen.append(found)
             tick(len(seen), len(every))
     places = [split for split in SPLITS if (root / split).is_dir()]
+    unread = ["test"] if {"val", "test"} <= set(places) else []  # by training, nor by evaluation
+    read = [split for split in places if split not in unread]
     images = [s for s in seen if "ignored" not in s.faults]
     faults = {
         kind: [{"file": str(s.entry.path), "why": s.faults[kind]} for s in seen if kind in s.faults]
@@ -130,9 +132,10 @@ def survey(root: Path, workers: int, tick: Callable[[int, int], None]) -> dict[s
         "folder": str(root),
         "splits": {split: counted(root / split, images) for split in places},
         "faults": faults,
-        "classes": mismatches(root, places),
+        "unread": unread,
+        "classes": mismatches(root, read),
         "duplicates": duplicates(images),
-        "flat": [split for split in places if flat(root / split)],
+        "flat": [split for split in read if flat(root / split)],
     }
 
 
@@ -183,6 +186,12 @@ def flat(place: Path) -> bool:
     return any(map(is_image, files_in(place)))
 
 
+def without_images(report: dict[str, Any]) -> list[str]:
+    """The splits that are read, and have none in class folders."""
+    splits = report["splits"]
+    return [name for name in splits if name not in report["unread"] and not splits[name]["images"]]
+
+
 def serious(report: dict[str, Any]) -> list[str]:
     """What stops training, or makes its result worthless, each in a few words."""
     said = [
@@ -194,7 +203,7 @@ def serious(report: dict[str, Any]) -> list[str]:
     said += [] if "train" in there else ["no folder train"]
     said += [] if there & {"val", "test"} else ["no folder val or test"]
     said += [f"{split} has its images in no class folder" for split in report["flat"]]
-    empty = [split for split, s in report["splits"].items() if not s["images"]]
+    empty = without_images(report)
     said += [f"no images in {split}" for split in empty if split not in report["flat"]]
     if "train" not in empty and (bare := report["splits"].get("train", {}).get("empty")):
         said.append(f"{len(bare):,} classes of train without images")

@@ -143,7 +143,9 @@ def recipe(e: Experiment) -> str:
     for f in fields(e):
         panel, value = f.metadata["panel"], getattr(e, f.name)
         told = panel in panels or (panel == "Engine" and value != f.default)
-        if told and not f.metadata["free"] and value not in (None, ""):
+        # Photographs are normalized by ImageNet's mean and std, whatever it says.
+        fixed = f.name == "normalize" and not DATASETS[e.dataset].decoded
+        if told and not fixed and not f.metadata["free"] and value not in (None, ""):
             given[f.name] = value
     text = f"```yaml\n{yaml.safe_dump(given, sort_keys=False)}```"
     if e.weights_sha256:

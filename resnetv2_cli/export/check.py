@@ -58,7 +58,7 @@ def test_images(task: Classification, view: View) -> tuple[Tensor, str]:
 
 def of_memory(e: Experiment, n: int) -> Tensor | None:
     root = Path(e.data_dir).expanduser()
-    official = [p for pattern in archive.PLACES.get(e.dataset, ()) for p in root.glob(pattern)]
+    official = archive.whole(e.dataset, root)
     if e.dataset != "digits" and not official and not images.folder_copy(e.dataset, root):
         return None
     test = images.load(e.dataset, root).test.images
