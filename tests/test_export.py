@@ -254,6 +254,11 @@ def test_nothing_is_downloaded_over_an_archive_that_was_cut_off(trained, tmp_pat
     assert check.test_images(task, View(32))[1] == "images of noise" and not asked
 
 
+def test_a_recipe_for_photographs_has_no_normalization_that_they_do_not_have():
+    assert "normalize: pixel-mean" in card.recipe(Experiment())
+    assert "normalize" not in card.recipe(Experiment(dataset="folder", depth=18))
+
+
 def test_a_card_has_the_spread_over_the_seeds_beside_the_run(trained, tmp_path):
     """Runs of the same experiment count, each seed once; another experiment's do not."""
     for seed, error, lr in ((0, 19.0, "0.1"), (1, 21.0, "0.1"), (2, 24.0, "0.1"), (3, 1.0, "0.2")):
@@ -271,6 +276,10 @@ def test_a_card_has_the_spread_over_the_seeds_beside_the_run(trained, tmp_path):
     assert "21.00 (21.33±2.52) %, median (mean±std), n = 3 (0: 19.00, 1: 21.00, 2: 24.00)" in (
         made.card.read_text()
     )
+    other = RunFolder(tmp_path / "s2").manifest  # the same settings, and other code behind them
+    with other.change() as said:
+        said["code"]["unit"] = {"sha256": "0" * 64}
+    assert card.seeds(tmp_path / "s1") == {0: 19.0, 1: 21.0}
 
 
 def exported_as(trained, to: Path, **given) -> tuple[Experiment, study.Export]:

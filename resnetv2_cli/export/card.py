@@ -33,17 +33,22 @@ class Facts:
     use: str
 
 
+def made_of(folder: RunFolder) -> tuple[Any, dict[str, str]]:
+    """What makes a run what it is, but for its seed: its settings, and code of one's own."""
+    return identity(folder.experiment()), Run("", folder).own_code
+
+
 def seeds(run: Path) -> dict[int, float]:
     """Seed: test error in percent, of the run and of those beside it that are the same experiment
     but for their seed."""
-    wanted, found = identity(RunFolder(run).experiment()), {}
+    wanted, found = made_of(RunFolder(run)), {}
     for other in sorted(run.absolute().parent.iterdir()):
         folder = RunFolder(other)
         result = folder.read_result()
         if not result or not folder.begun:
             continue
         try:
-            same = identity(folder.experiment()) == wanted
+            same = made_of(folder) == wanted
         except UserError:  # of another version
             continue
         if same:
