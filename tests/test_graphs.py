@@ -214,7 +214,7 @@ def test_the_reason_is_what_broke_a_recording_off_not_that_it_broke_off():
 def test_a_shortcut_that_no_recording_can_have_trains_as_without(tmp_path, monkeypatch):
     (tmp_path / "waits.py").write_text(WAITS)
     monkeypatch.chdir(tmp_path)
-    trust.admit(["waits:Waits"])
+    trust.admit(["--shortcut", "waits:Waits"])
     told: list[str] = []
     e = Experiment(dataset="digits", depth=8, shortcut="waits:Waits", batch_size=64, steps=30)
     result = run.train(replace(e, graphs=True), RunFolder(tmp_path / "run"), tell=told.append)

@@ -129,7 +129,7 @@ def test_other_images_are_another_run(tmp_path):
 
 def test_a_shortcut_whose_file_has_changed_is_another_run(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    trust.admit(["own_of_a_grid:Mine"])
+    trust.admit(["--shortcut", "own_of_a_grid:Mine"])
     file = tmp_path / "own_of_a_grid.py"
     experiment = Experiment(shortcut="own_of_a_grid:Mine")
 
