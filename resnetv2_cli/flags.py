@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
+from functools import cache
 from inspect import Parameter
 from shlex import quote
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ NAMES: dict[str, Callable[[], Iterable[str]]] = {
 }
 
 
+@cache
 def flag(f: Field) -> Parameter:
     """A field of Experiment as a flag; not given, it stays None."""
     kind, choices, _ = kinds(f)
