@@ -129,7 +129,7 @@ def decided(experiment: Experiment) -> dict[str, Any]:
 
 def errors(experiment: Experiment) -> dict[str, str]:
     """What the paper publishes for this network, and on CIFAR-10 for its unit and its shortcut in
-    Tables 1 and 2, each with where it stands."""
+    Tables 1 and 2, each with where it stands and what is said of it there."""
 
     def seen(e: Experiment) -> dict[str, Any]:
         return decided(e) | {"dataset": e.dataset, "protocol": e.protocol}
@@ -138,7 +138,8 @@ def errors(experiment: Experiment) -> dict[str, str]:
     for number, table in TABLES.items():
         for row in table.rows:
             if seen(Experiment(**table.base | row.settings)) == seen(experiment):
-                found.setdefault(percent(row.published), []).append(str(number))
+                told = ", ".join(filter(None, [str(number), row.note]))
+                found.setdefault(percent(row.published), []).append(told)
     own = [f"{e} (Table{'s' * (len(n) > 1)} {', '.join(n)})" for e, n in found.items()]
     made = {"network": ", ".join(own)} if own else {}
     if experiment.dataset == "cifar10":

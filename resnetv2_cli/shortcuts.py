@@ -89,8 +89,8 @@ class ExclusiveGate(ShortcutOnlyGate):
 class Conv1x1(Shortcut):
     """W_s x + F(x): a 1x1 convolution in every unit, option C of [1] (Fig. 2e).
 
-    It is the projection of option B, with BN behind it where F ends in BN: "BN layers are right
-    after the weight layers for all units here" (caption of Fig. 2).
+    It is the projection of option B, with BN behind it where BN stands behind the last layer
+    of F: "BN layers are right after the weight layers for all units here" (caption of Fig. 2).
     """
 
     projects = True

@@ -11,7 +11,7 @@ from torch import nn
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.cli import main
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.foreign.convert import class_names, imported
+from resnetv2_cli.foreign.convert import checkpoint, class_names, imported
 from resnetv2_cli.foreign.files import READERS, tensors
 from resnetv2_cli.foreign.names import filled, numbers
 from resnetv2_cli.foreign.sources import SOURCES
@@ -116,6 +116,28 @@ def test_the_normalization_of_a_source_is_its_own():
     }
     for name, std in deviations.items():
         assert {network.normalize[1] for network in SOURCES[name].networks} == {std}
+
+
+@pytest.mark.parametrize(
+    "source, net, mean, std",
+    [
+        ("hysts", lambda: Cifar(2, 2, True, HYSTS), [0.5071, 0.4865, 0.4409], 0.2673),
+        ("fb", lambda: torch7("cifar", 2, (1, 1, 1), True, "A"), [129.3, 124.1, 112.4], 68.2),
+    ],
+)
+def test_100_classes_are_normalized_as_cifar100_is(tmp_path, source, net, mean, std):
+    """Where the code base has numbers of its own for it; PAPER 4.2's are of 0 to 255."""
+    weights = net().state_dict()
+    wide = {
+        k: v.repeat(10, *[1] * (v.dim() - 1)) for k, v in weights.items() if v.shape[:1] == (10,)
+    }
+    (tmp_path / "net.pth").touch()
+    saved = checkpoint(imported(weights | wide, source), source, tmp_path / "net.pth", None)
+    assert saved["experiment"]["dataset"] == "cifar100"
+    scale = 255 if source == "fb" else 1
+    found = {k: saved["state_dict"][f"normalize.{k}"].flatten() * scale for k in ("mean", "std")}
+    torch.testing.assert_close(found["mean"], torch.tensor(mean))
+    torch.testing.assert_close(found["std"][0], torch.tensor(std))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Keras's own

@@ -8,6 +8,7 @@ from conftest import SMALL
 
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.optim import lr_factor, sgd
+from resnetv2_cli.paper import TABLE_5
 from resnetv2_cli.resnet import ResNet
 
 
@@ -41,9 +42,12 @@ def test_a_shorter_run_scales_the_schedule_with_it():
 
 
 def test_drops_where_the_paper_has_them_on_imagenet():
-    e = Experiment(steps=90, warmup=0, drops="0.3333,0.6667")
-    applied = [round(e.lr * lr_factor(e, step), 9) for step in range(90)]
-    assert applied == [0.1] * 30 + [0.01] * 30 + [0.001] * 30
+    """At the ends of epochs 30 and 60 of 90, of 5,005 iterations of 256 images each."""
+    e = Experiment(steps=90 * 5005, warmup=0, drops=TABLE_5.base["drops"])
+    first, second = 30 * 5005, 60 * 5005
+    steps = (0, first - 1, first, second - 1, second, 90 * 5005 - 1)
+    applied = [round(e.lr * lr_factor(e, step), 9) for step in steps]
+    assert applied == [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
 
 
 @pytest.mark.parametrize("name, first", [("cosine", 1 / 100), ("one-cycle", 1 / 25 + 0.96 / 100)])

@@ -24,7 +24,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import taken
-from resnetv2_cli.paper import FAIL, Row
+from resnetv2_cli.paper import FAIL, PaperTable, Row
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.stats import Pairs, Summary
 
@@ -299,7 +299,7 @@ def plan(
         lines.append(Line(row, arms))
     refuse_twins(lines)
     comparable = scale == protocol == "paper" and not changed
-    title = titled(study.table.title, scale, protocol, changed)
+    title = titled(study.table, scale, protocol, changed)
     study = replace(study, name=named(study.name, lines, root))
     return Ablation(study, lines, root, title, scale, protocol, comparable)
 
@@ -357,9 +357,9 @@ RECIPE = {f.name for f in fields(Experiment) if f.metadata["panel"] != "Network"
 RECIPE -= HARMLESS | {"dataset"}
 
 
-def titled(table: str, scale: str, protocol: str, changed: Mapping[str, Any]) -> str:
+def titled(table: PaperTable, scale: str, protocol: str, changed: Mapping[str, Any]) -> str:
     """A table's title, with a line for each thing that differs from the paper's recipe."""
-    parts = [table]
+    parts = [table.title, *filter(None, [table.unlike])]
     if scale != "paper":
         parts.append(f"{scale} scale, not the paper's recipe")
     if protocol != "paper":

@@ -49,7 +49,7 @@ def train(
     json: Json = False,
     **flags: Any,
 ) -> None:
-    """Train a network; the defaults are the paper's.
+    """Train a network; the defaults are the paper's on CIFAR.
 
     For instance: resnetv2 train --depth 1001 --unit full-preact
     """

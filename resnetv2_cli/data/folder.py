@@ -158,7 +158,8 @@ def random_box(width: int, height: int, crop: str, draws: Sequence[float]) -> Re
 
     ``scale``: a square whose side is 224/480 to 224/256 of the shorter side: the crop of 224 x 224
     from the image whose shorter side is drawn from 256..480 ([1]).
-    ``scale-aspect``: 8 to 100 % of the area, aspect 3/4 to 4/3 (fb.resnet.torch).
+    ``scale-aspect``: 8 to 100 % of the area, aspect 3/4 to 4/3, its logarithm uniform
+    as torchvision's is (fb.resnet.torch: the aspect itself).
     """
     if crop == "scale-aspect":
         for i in range(0, DRAWS, 4):

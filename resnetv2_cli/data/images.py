@@ -71,7 +71,7 @@ def load(name: str, root: Path, tell: Callable[[str], object] = str) -> Images:
 
 
 def digits() -> Images:
-    """scikit-learn's digits (1,797 of 8x8, 16 greys) at 32x32 RGB; every fifth is a test image."""
+    """scikit-learn's digits (1,797 of 8x8, 17 greys) at 32x32 RGB; every fifth is a test image."""
     from sklearn.datasets import load_digits
 
     small = load_digits()

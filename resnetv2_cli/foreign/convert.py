@@ -248,7 +248,8 @@ def checkpoint(
         f"net.{name}": value if value.dtype == torch.int64 else value.float()
         for name, value in made.weights.items()
     }
-    for name, values in zip(("mean", "std"), normalize or made.network.normalize, strict=True):
+    normalize = normalize or made.network.normalization(made.classes)
+    for name, values in zip(("mean", "std"), normalize, strict=True):
         weights[f"normalize.{name}"] = torch.tensor(values)[:, None, None]
     return {
         "state_dict": weights,

@@ -6,12 +6,16 @@ unit in it and k the weight layer of F, all from 1; K is how many weight layers 
 
 from typing import NamedTuple
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std of channels, of 0..1
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean, std of channels, of 0..1
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 INCEPTION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CAFFE = ((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255, 1 / 255, 1 / 255))
 CIFAR_HYSTS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 CIFAR_BEARPAW = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 CIFAR_FB = ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255))
+CIFAR100_HYSTS = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+CIFAR100_FB = ((129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255))
 
 
 class Refusal(NamedTuple):
@@ -32,10 +36,15 @@ class Network(NamedTuple):
     lacks: str  # and one that none does; empty: all may
     settings: dict[str, str]  # of the experiment that builds it here
     keys: dict[str, str]  # our name: its name there; the first pattern that fits counts
-    normalize: tuple[tuple[float, ...], tuple[float, ...]]
+    normalize: Normalization
     biased: bool = False  # whether convolutions have biases, which BN behind them takes up
     epsilon: float = 1e-5  # of BN; another one is added to the variance
     bgr: bool = False  # whether images come as blue, green, red
+    normalize_100: Normalization | None = None  # with 100 classes, where it is another
+
+    def normalization(self, classes: int) -> Normalization:
+        """What a network of so many classes was trained with: its data set has that many."""
+        return self.normalize_100 if self.normalize_100 and classes == 100 else self.normalize
 
 
 class Source(NamedTuple):
@@ -220,6 +229,7 @@ SOURCES = {
                 PRE | IN_CIFAR | {"pad": "activated"},
                 _torch7_pre(0, "4", "8.1", {"stem.act.bn": "1.0.0"}),
                 CIFAR_FB,
+                normalize_100=CIFAR100_FB,
             ),
             Network(
                 "resnet.lua on ImageNet",
@@ -236,6 +246,7 @@ SOURCES = {
                 POST | IN_CIFAR,
                 _torch7(2, "8.1"),
                 CIFAR_FB,
+                normalize_100=CIFAR100_FB,
             ),
         ),
         (Refusal(r"^[3-7]\.0\.0\.1\.1\.running_mean$", r"^10\.1\.|^8\.1\.", _EARLY_FB),),
@@ -296,6 +307,7 @@ SOURCES = {
                 POST | ON_3X3 | IN_CIFAR,
                 _HYSTS_POST,
                 CIFAR_HYSTS,
+                normalize_100=CIFAR100_HYSTS,
             ),
             Network(
                 "resnet_preact",
@@ -304,6 +316,7 @@ SOURCES = {
                 PRE | ON_3X3 | IN_CIFAR,
                 _HYSTS_PRE,
                 CIFAR_HYSTS,
+                normalize_100=CIFAR100_HYSTS,
             ),
         ),
         (
