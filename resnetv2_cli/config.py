@@ -11,10 +11,10 @@ import yaml
 
 from resnetv2_cli import plans
 from resnetv2_cli.data.protocols import PROTOCOLS
-from resnetv2_cli.errors import UserError, shown, unknown
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.origin import find, sha256
 from resnetv2_cli.recipes import made
-from resnetv2_cli.settings import BITS, LATER, PARTS, SAME, checked, rows, setting
+from resnetv2_cli.settings import BITS, LATER, PARTS, SAME, checked, rows, setting, shares
 
 PAPER_STEPS, PAPER_WARMUP = 64_000, 400  # iterations
 
@@ -264,14 +264,11 @@ class Experiment:
                 f"the batch of {self.batch_size} cannot be split into {self.accumulate} parts",
                 "--accumulate says how many micro-batches make a batch",
             )
-        drops = self.drops_  # their form is checked by reading them
-        if list(drops) != sorted(drops) or not all(0 <= drop <= 1 for drop in drops):
-            raise UserError(
-                f"drops must rise from 0 to 1, not {shown(self.drops)}", "the paper's: 0.5,0.75"
-            )
+        shares("drops", self.drops)
         if self.nesterov and not self.momentum:
             raise UserError("Nesterov's momentum needs a momentum", "--momentum 0.9")
         plans.units_per_stage(self.depth, self.block_, self.stem_)
+        plans.check_frozen(self.freeze_, self.stem_)
         self._check_start()
 
     def _check_start(self) -> None:
@@ -282,15 +279,9 @@ class Experiment:
         if self.weights_sha256 and not self.weights:
             hint = "--weights names the file with this SHA-256"
             raise UserError("weights_sha256 is given, and no weights are", hint)
-        known = plans.parts(self.stem_)
-        for part in self.freeze_:
-            if part not in known:
-                raise unknown("part", part, known, where="freeze: ")
         if self.freeze_ and not self.weights:
             hint = "--weights says where its weights come from"
             raise UserError("what is frozen would stay at random", hint)
-        if set(self.freeze_) == set(known):
-            raise UserError("nothing is left to train", f"freeze some of {', '.join(known)}")
 
     @property
     def freeze_(self) -> tuple[str, ...]:
@@ -326,30 +317,10 @@ class Experiment:
         names = "depth unit shortcut option pad stride_on first_act init settings".split()
         return {n: getattr(self, n) for n in names} | {"block": self.block_, "stem": self.stem_}
 
-    def fuses(self, device: str) -> bool:
-        """Whether BN, ReLU and convolutions, where no compiler of PyTorch's has them, are the
-        compiled operations on a type of device whatever is computed; on a GPU replays alone have
-        them, where they were measured."""
-        return self.kernels == "auto" and device == "cpu"
-
-    def replays(self, device: str, processes: int = 1) -> bool:
-        """Whether CUDA graphs are to be replayed on a type of device. They have not run on several
-        GPUs, which have them where they were asked for."""
-        by_itself = device == "cuda" and processes == 1 and not self.own
-        return by_itself if self.graphs is None else self.graphs
-
     @property
     def drops_(self) -> tuple[float, ...]:
-        """The shares of the training at which the learning rate drops.
-
-        Raises:
-            UserError: they are not numbers with commas between.
-        """
-        try:
-            return tuple(float(share) for share in self.drops.split(",") if share.strip())
-        except ValueError:
-            message = f"drops {shown(self.drops)} are no numbers"
-            raise UserError(message, "such as 0.5,0.75") from None
+        """The shares of the training at which the learning rate drops."""
+        return shares("drops", self.drops)
 
     @property
     def name(self) -> str:

@@ -11,7 +11,7 @@ from resnetv2_cli.data.catalog import side
 from resnetv2_cli.describe import counting, parameters, skeleton
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.fused import made_again
-from resnetv2_cli.joined import EACH
+from resnetv2_cli.joined import EACH, by_itself
 from resnetv2_cli.plans import BLOCKS, STEMS, units_per_stage
 from resnetv2_cli.quantities import size
 from resnetv2_cli.resnet import ResNet
@@ -87,7 +87,7 @@ def activation_bytes(experiment: Experiment, precision: str, device: str = "cpu"
 def _network(experiment: Experiment, precision: str, device: str) -> tuple[ResNet, Tensor]:
     """On the meta device, as it trains; and its input."""
     net = skeleton(experiment).to(_type(precision)).train()
-    fused = device == "cpu" and not experiment.compile and experiment.fuses(device)
+    fused = not experiment.compile and by_itself(experiment.kernels, device)
     net.activate(fused, experiment.recompute_bn)
     across = side(experiment.dataset, experiment.stem_)
     return net, torch.empty(IMAGES, 3, across, across, device="meta", dtype=_type(precision))

@@ -30,6 +30,13 @@ def arithmetic(device: torch.device, precision: str) -> AbstractContextManager[N
     return torch.autocast(device.type, DTYPES[precision], cache_enabled=False)
 
 
+def wanted(asked: bool | None, device: str, processes: int, own: bool) -> bool:
+    """Whether they are to be replayed on a type of device: by themselves not with code of one's
+    ``own``, nor on several GPUs, where they have not run."""
+    by_itself = device == "cuda" and processes == 1 and not own
+    return by_itself if asked is None else asked
+
+
 def why_not(
     device: torch.device, *, micro_batches: int = 1, segments: int = 0, sync_bn: bool = False
 ) -> str:

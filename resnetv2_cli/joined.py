@@ -65,6 +65,12 @@ def _on_gpu() -> Any:
     return triton_joined
 
 
+def by_itself(kernels: str, device: str) -> bool:
+    """Whether a type of device has these operations whatever is computed, where no compiler of
+    PyTorch's has them; on a GPU replays alone have them, where they were measured."""
+    return kernels == "auto" and device == "cpu"
+
+
 def why_not(device: torch.device) -> str:
     """Why a device has none of these operations; empty where it has."""
     if device.type == "cuda":

@@ -6,7 +6,7 @@ LAYOUTS. Nothing here needs torch, so that help and error messages come at once.
 
 import ast
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,6 +100,20 @@ FIRST_BOTTLENECK = 164  # of the depths that fit both blocks, from here on: as t
 def parts(stem: str) -> tuple[str, ...]:
     """What a network consists of, from the image to the classes."""
     return ("stem", *(f"stage{i + 1}" for i in range(len(STEMS[stem].widths))), "head")
+
+
+def check_frozen(frozen: Collection[str], stem: str) -> None:
+    """Refuse to freeze what no network has, or all of it.
+
+    Raises:
+        UserError: names the parts.
+    """
+    known = parts(stem)
+    for part in frozen:
+        if part not in known:
+            raise unknown("part", part, known, where="freeze: ")
+    if {*frozen} == {*known}:
+        raise UserError("nothing is left to train", f"freeze some of {', '.join(known)}")
 
 
 def between(unit: str) -> str:

@@ -120,6 +120,21 @@ def checked(f: Any, value: Any) -> Any:
     return number
 
 
+def shares(name: str, text: str) -> tuple[float, ...]:
+    """The shares of a training that a setting names, with commas between.
+
+    Raises:
+        UserError: they are no numbers, or do not rise from 0 to 1.
+    """
+    try:
+        found = tuple(float(share) for share in text.split(",") if share.strip())
+    except ValueError:
+        raise UserError(f"{name} {shown(text)} are no numbers", "such as 0.5,0.75") from None
+    if list(found) != sorted(found) or not all(0 <= share <= 1 for share in found):
+        raise UserError(f"{name} must rise from 0 to 1, not {shown(text)}", "the paper's: 0.5,0.75")
+    return found
+
+
 def is_text(value: str) -> bool:
     """Whether it can be written to a file and be the name of one."""
     try:

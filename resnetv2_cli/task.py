@@ -126,7 +126,7 @@ class Classification(L.LightningModule):
     def fuse(self, device: torch.device) -> bool:
         """Switch on the compiled operations, where the device and the experiment have them, and
         say whether they do."""
-        fit = self.experiment.fuses(device.type)
+        fit = joined.by_itself(self.experiment.kernels, device.type)
         self.net.activate(fit, self.experiment.recompute_bn)
         return fit
 
@@ -135,7 +135,7 @@ class Classification(L.LightningModule):
         network alone where that cannot be had. It is where it trains by now, with the momentum that
         it continues with. What cannot be had is told."""
         e, kind = self.experiment, self.device.type
-        if not e.replays(kind, processes):
+        if not graphs.wanted(e.graphs, kind, processes, bool(e.own)):
             if e.graphs is None and kind == "cuda":
                 self.tell(CALLS if processes > 1 else OWN_CODE.format(" and ".join(e.own.values())))
             return

@@ -68,11 +68,13 @@ def test_where_replays_would_be_wrong_there_are_none(device, given, word):
 
 def test_by_itself_a_gpu_has_them_and_code_of_ones_own_does_not():
     """What a shortcut of one's own does in Python a recording does once."""
-    assert Experiment().replays("cuda") and not Experiment().replays("cpu")
-    own = Experiment(shortcut="mine:Learned")
-    assert not own.replays("cuda") and replace(own, graphs=True).replays("cuda")
-    assert not Experiment().replays("cuda", 2) and Experiment(graphs=True).replays("cuda", 2)
-    assert not Experiment(graphs=False).replays("cuda") and Experiment(graphs=True).replays("cpu")
+    assert graphs.wanted(None, "cuda", 1, own=False)
+    assert not graphs.wanted(None, "cpu", 1, own=False)
+    for processes, own in ((1, True), (2, False)):
+        assert not graphs.wanted(None, "cuda", processes, own)
+        assert graphs.wanted(True, "cuda", processes, own)
+    assert not graphs.wanted(False, "cuda", 1, own=False)
+    assert graphs.wanted(True, "cpu", 1, own=False)
 
 
 @pytest.mark.parametrize(
