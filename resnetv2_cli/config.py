@@ -307,6 +307,13 @@ class Experiment:
         return {name: value for name, value in given.items() if value is not None}
 
     @property
+    def shortcut_settings(self) -> dict[str, Any]:
+        """The shortcut's settings, with what defaults stand for; of one of the user's own, which is
+        not imported for them, those that were given."""
+        row = plans.shortcuts().get(self.shortcut)
+        return (row.settings if row else {}) | self.settings
+
+    @property
     def own(self) -> dict[str, str]:
         """Code of the user's own, ``module:Class``: the unit, the shortcut, or neither."""
         return {n: name for n in plans.OWN if ":" in (name := getattr(self, n))}

@@ -114,9 +114,8 @@ def refuse_another_architecture(saved: dict[str, Any], here: Experiment, path: P
 
 
 def plain(experiment: Experiment) -> dict[str, Any]:
-    """What a network is, setting by setting, but for how it was initialized."""
-    whole = dict(experiment.architecture)
-    whole.pop("init")
-    settings = whole.pop("settings")
+    """What a network is, setting by setting, with what defaults stand for, but for how it was
+    initialized."""
+    whole = {k: v for k, v in experiment.architecture.items() if k not in ("init", "settings")}
     whole["option"] = whole["option"] or default_option(whole["block"], whole["stem"])
-    return whole | settings
+    return whole | experiment.shortcut_settings

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import zipfile
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from PIL import Image
 from test_data import FakeTrainer
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import form, resume, run
+from resnetv2_cli import form, plans, resume, run
 from resnetv2_cli.ablation.studies import identity
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
@@ -139,19 +140,31 @@ def test_another_architecture_is_explained(trained):
     wrong = {**SMALL, "depth": 14, "unit": "original", "shortcut": "dropout", "dropout_ratio": 0.3}
     with pytest.raises(UserError) as caught:
         started(Experiment(**wrong, weights=str(trained)))
-    said = "depth 8, unit full-preact, shortcut identity, dropout_ratio None there, depth 14"
-    assert said in str(caught.value)
+    said = "shortcut identity, dropout_ratio None, dropout_inverted None there, depth 14"
+    assert f"depth 8, unit full-preact, {said}" in str(caught.value)
     assert caught.value.hint == "it is that of --depth 8 --unit full-preact --shortcut identity"
 
 
 def test_the_flags_of_another_architecture_can_be_typed(trained):
     saved = read(trained / "checkpoints" / "last.ckpt")
-    other = {"unit": "bn + | bn relu", "shortcut": "dropout", "dropout_inverted": False}
+    other = {"unit": "bn + | bn relu", "shortcut": "dropout", "dropout_ratio": 0.3}
     saved["experiment"] |= other
     with pytest.raises(UserError) as caught:
         refuse_another_architecture(saved, Experiment(**SMALL), trained)
     flags = shlex.split(caught.value.hint.removeprefix("it is that of "))
-    assert flags == ["--unit", "bn + | bn relu", "--shortcut", "dropout", "--no-dropout-inverted"]
+    of_shortcut = ["--dropout-ratio", "0.3", "--dropout-inverted"]
+    assert flags == ["--unit", "bn + | bn relu", "--shortcut", "dropout", *of_shortcut]
+
+
+@pytest.mark.parametrize(
+    "shortcut, name", [(s, n) for s, row in plans.shortcuts().items() for n in row.settings]
+)
+def test_a_default_of_a_shortcut_is_the_same_architecture_given_or_not(shortcut, name, tmp_path):
+    left, default = {**SMALL, "shortcut": shortcut}, plans.shortcuts()[shortcut].settings[name]
+    given = left | {name: default}
+    for there, here in ((left, given), (given, left)):
+        saved = {"experiment": asdict(Experiment(**there))}
+        refuse_another_architecture(saved, Experiment(**here), tmp_path)
 
 
 def test_plain_safetensors_are_taken_by_name(trained, tmp_path):

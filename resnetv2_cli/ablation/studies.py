@@ -228,8 +228,8 @@ def published(settings: Mapping[str, Any]) -> float:
 
 def spelled_out(settings: Mapping[str, Any]) -> dict[str, Any]:
     """``identity`` with the shortcut's own settings as they are where none was given."""
-    row = plans.shortcuts().get(settings.get("shortcut", "identity"))
-    return (dict(row.settings) if row else {}) | dict(identity(Experiment(**settings)))
+    experiment = Experiment(**settings)
+    return experiment.shortcut_settings | dict(identity(experiment))
 
 
 def length(experiment: Experiment) -> int | None:
