@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import yaml
 
 from resnetv2_cli import plans
+from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.origin import find, sha256
@@ -20,6 +21,7 @@ PAPER_STEPS, PAPER_WARMUP = 64_000, 400  # iterations
 
 Block = rows(plans.BLOCKS)
 Stem = rows(plans.STEMS)
+Dataset = rows(DATASETS)
 Protocol = rows(PROTOCOLS)
 
 
@@ -93,7 +95,7 @@ class Experiment:
         None, "3x3 (cifar) or 7x7 and pooling (imagenet). By itself as the dataset.", "Network"
     )
 
-    dataset: Literal["cifar10", "cifar100", "digits", "imagenet", "folder"] = setting(
+    dataset: Dataset = setting(  # type: ignore[valid-type]
         "cifar10", "Images to learn from.", "Data"
     )
     data_dir: str = setting("data", "Where images are, or are downloaded to.", "Data", free=SAME)
@@ -291,7 +293,7 @@ class Experiment:
     @property
     def stem_(self) -> str:
         """The stem: as given, or as the dataset has it."""
-        return self.stem or ("imagenet" if self.dataset in ("imagenet", "folder") else "cifar")
+        return self.stem or ("cifar" if DATASETS[self.dataset].decoded else "imagenet")
 
     @property
     def block_(self) -> str:

@@ -1,6 +1,7 @@
 """Experiments: the file, the flags, and every mistake's message."""
 
 import math
+import runpy
 from dataclasses import fields
 
 import pytest
@@ -9,8 +10,9 @@ from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resnetv2_cli import plans
+from resnetv2_cli import config, plans
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.catalog import DATASETS, Dataset
 from resnetv2_cli.describe import describe
 from resnetv2_cli.errors import UserError
 
@@ -119,6 +121,13 @@ def test_a_mistaken_flag_is_no_mistake_of_the_file(tmp_path, flags, names_the_fi
     with pytest.raises(UserError) as raised:
         Experiment.load(file, **flags)
     assert ("a.yaml" in str(raised.value)) == names_the_file
+
+
+@pytest.mark.parametrize("decoded, stem", [(True, "cifar"), (False, "imagenet")])
+def test_a_dataset_is_one_row(monkeypatch, decoded, stem):
+    monkeypatch.setitem(DATASETS, "svhn", Dataset("house numbers", decoded=decoded))
+    anew = runpy.run_path(config.__file__)["Experiment"]
+    assert anew(dataset="svhn", depth=50).stem_ == stem
 
 
 def test_a_missing_file_names_the_nearest():
