@@ -183,6 +183,14 @@ def called(capsys, *arguments) -> tuple[int, str, str]:
     return left.value.code or 0, *capsys.readouterr()
 
 
+def test_a_plan_says_the_seeds_for_the_difference_that_is_asked_for(tmp_path, capsys):
+    command = ["--shortcut", "conv1x1", "--depth", 8, "--detect", 0.1, "--output", tmp_path]
+    status, out, _ = called(capsys, *command, "--dry-run", "--no-probe", "--format", "json")
+    [planned] = json.loads(out)
+    assert status == 0 and [row["seeds_for"]["difference"] for row in planned["rows"]] == [0.1, 0.1]
+    assert all(row["parameters"] > 0 for row in planned["rows"])
+
+
 MISSING = ["--dataset", "folder", "--data-dir", "nowhere", "--depth", 18]
 
 
@@ -284,7 +292,7 @@ def test_a_plan_says_how_long_what_is_left_takes(
     monkeypatch.setattr(probe, "step_seconds", lambda e: 0.5)
     planned = two_rows(tmp_path, 1, {"depth": 8, "steps": 100})
     ended(planned, errors[:1], errors[1:])
-    plan([planned], 1, probes, "csv")
+    plan([planned], 1, probes, 0.5, "csv")
     said = capsys.readouterr().err
     assert said.startswith(says) and bool(said) == bool(says)
 
@@ -297,7 +305,7 @@ def test_a_plan_of_two_tables_counts_a_run_that_both_have_once(tmp_path, monkeyp
             studies.studies(tables=[1, 2]), ("identity", "ResNet-110 original"), strict=True
         )
     ]
-    plan(made, 1, True, "csv")
+    plan(made, 1, True, 0.5, "csv")
     assert capsys.readouterr().err.count("about 50 s of") == 1
     assert probe.total([(one, probe.forecast(one, True)) for one in made], 1) == 50.0
 

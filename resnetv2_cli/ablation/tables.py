@@ -1,5 +1,6 @@
 """An ablation's results as rows of a table and as plain values, with their statistics."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import median
 from typing import Any
@@ -136,14 +137,18 @@ def seeds(ablation: Ablation, line: Line, detect: float) -> str:
     return f">{MOST_SEEDS:,}" if needed is None else f"{needed:,}"
 
 
-def as_json(ablation: Ablation, detect: float) -> dict[str, Any]:
-    """Everything that the table says, and the settings, as plain values."""
+def as_json(
+    ablation: Ablation, detect: float, counts: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """Everything that the table says, and the settings, as plain values; ``counts``: what each row
+    has beside."""
+    rows = [row_as_json(ablation, line, detect) for line in ablation.lines]
     return {
         "title": ablation.title,
         "scale": ablation.scale,
         "protocol": ablation.protocol,
         "comparable": ablation.comparable,
-        "rows": [row_as_json(ablation, line, detect) for line in ablation.lines],
+        "rows": [row | of_it for row, of_it in zip(rows, counts, strict=True)] if counts else rows,
     }
 
 

@@ -105,7 +105,7 @@ def ablate(
         if study.table.rows
     ]
     if dry_run:
-        plan(made, jobs, probe, format)
+        plan(made, jobs, probe, detect, format)
         return
     try:
         run(made, jobs, launcher, hours, budget)
@@ -164,7 +164,7 @@ def show(made: list, detect: float, format: str) -> None:
         console.SHOW[format](ablation.title, columns, rows)
 
 
-def plan(made: list, jobs: int, probe: bool, format: str) -> None:
+def plan(made: list, jobs: int, probe: bool, detect: float, format: str) -> None:
     """What an ablation would run, and for how long."""
     from resnetv2_cli.ablation import tables
     from resnetv2_cli.ablation.probe import forecast, total
@@ -173,14 +173,8 @@ def plan(made: list, jobs: int, probe: bool, format: str) -> None:
     if format == "json":
         console.as_json(
             [
-                {
-                    **tables.as_json(ablation, 0.5),
-                    "rows": [
-                        tables.row_as_json(ablation, line, 0.5) | counts
-                        for line, counts in zip(ablation.lines, lines, strict=True)
-                    ],
-                    "seconds": total([(ablation, lines)], jobs),
-                }
+                tables.as_json(ablation, detect, lines)
+                | {"seconds": total([(ablation, lines)], jobs)}
                 for ablation, lines in zip(made, counted, strict=True)
             ]
         )
