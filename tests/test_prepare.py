@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+import tarfile
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from PIL import Image
 from test_data import FakeTrainer
 
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.data import folder, prepare
+from resnetv2_cli.data import folder, prepare, shards
 from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError
@@ -261,6 +262,18 @@ def test_killed_while_it_writes_the_second_call_goes_on(tree, tmp_path, capsys):
     os.truncate(to / "train-000000.tar", 3000)
     _, err = data(capsys, "prepare", tree, "--output", to, "--shard", 3, status=2)
     assert "train-000000.tar is damaged" in err and "remove it" in err
+
+
+def test_a_shard_that_begins_with_a_label_is_damaged(tmp_path):
+    """Also where Python leaves assertions out (-O)."""
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        label = tarfile.TarInfo("0.cls")
+        label.size = 1
+        tar.addfile(label, io.BytesIO(b"1"))
+    optimized = {"__name__": "optimized"}
+    exec(compile(Path(shards.__file__).read_text(), shards.__file__, "exec", optimize=1), optimized)
+    with pytest.raises(UserError, match="s.tar is damaged"):
+        optimized["members"](tmp_path / "s.tar")
 
 
 def test_where_nothing_can_be_written_it_says_so(tree, tmp_path, capsys, full):

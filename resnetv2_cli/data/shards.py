@@ -73,12 +73,13 @@ def members(shard: Path) -> list[tuple[Member, int]]:
             image = None
             for info in tar:
                 if info.name.endswith(".cls"):
-                    assert image is not None
+                    if image is None:
+                        raise ValueError("a label before its image")
                     label = tar.extractfile(info).read()  # type: ignore[union-attr]
                     made.append((image, int(label)))
                 else:
                     image = Member(shard, info.offset_data, info.size, info.name)
-    except (tarfile.TarError, OSError, AssertionError, ValueError):
+    except (tarfile.TarError, OSError, ValueError):
         raise UserError(f"{shard} is damaged", f"remove it: {AGAIN}") from None
     return made
 
