@@ -1,6 +1,5 @@
 """The figures of whatever is found on disk: curves of ablations and runs, and analyses."""
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,15 +11,19 @@ from resnetv2_cli.plot import panels
 TOGETHER = 12  # runs in one panel, as many as there are colours
 
 
-def numbered(name: str, taken: Counter[str]) -> str:
-    """The name, with a number behind it where it is taken."""
-    taken[name] += 1
-    return f"{name}-{n}" if (n := taken[name]) > 1 else name
+def numbered(name: str, taken: set[str]) -> str:
+    """The name, with a number behind it where it is taken; from now on it is."""
+    made, n = name, 1
+    while made in taken:
+        n += 1
+        made = f"{name}-{n}"
+    taken.add(made)
+    return made
 
 
 def curves(found: Found, to: Path, suffix: str, y: str) -> Iterator[Path]:
     """A picture of each ablation that has begun, and one of the runs that belong to none."""
-    taken: Counter[str] = Counter()
+    taken: set[str] = set()
     for ablation in found.ablations:
         name = numbered(ablation.study.name, taken)
         groups = {title: runs for title, runs in ablation.curves().items() if runs}
@@ -57,7 +60,7 @@ def of_analysis(
 def every(found: Found, to: Path, suffix: str, y: str) -> Iterator[Path]:
     """All of them."""
     yield from curves(found, to, suffix, y)
-    taken: Counter[str] = Counter()
+    taken: set[str] = set()
     for analysis in found.analyses:
         name = numbered(slug(analysis.name), taken)  # a/b and a-b are one
         for _, file in of_analysis(analysis, to, suffix, name):
