@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import form
@@ -16,7 +17,6 @@ from resnetv2_cli.resnet import default_option
 from resnetv2_cli.task import Classification
 
 HEAD = "net.head.fc."
-EXTRA = "pip install 'resnetv2-cli[export]'"
 
 
 def begin(task: Classification) -> list[str]:
@@ -70,10 +70,6 @@ def read(path: Path) -> dict[str, Any]:
     """
     if path.suffix.lower() != ".safetensors" and not form.header(path):
         return checkpoints.read(path)
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ModuleNotFoundError:
-        raise UserError(f"{path} needs the package safetensors", EXTRA) from None
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tomllib
 import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from typing import get_args
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from torch import nn
 
 from resnetv2_cli.ablation.studies import identity
@@ -121,6 +123,13 @@ def called(*arguments) -> int:
 
 def test_the_command_offers_the_formats_that_there_are():
     assert set(get_args(Kind)) == set(formats.FORMATS)
+
+
+@pytest.mark.parametrize("format", formats.FORMATS)
+def test_the_extra_that_is_named_has_what_a_format_needs(format):
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extra = {re.match(r"\w+", p)[0] for p in project["optional-dependencies"]["export"]}
+    assert extra >= {*formats.FORMATS[format].needs}
 
 
 @pytest.mark.parametrize("format", formats.FORMATS)

@@ -104,7 +104,7 @@ FORMATS = {
         "the weights alone, which --weights reads",
         ".safetensors",
         False,
-        ("safetensors",),
+        (),
         write_safetensors,
         read_safetensors,
     ),
