@@ -104,8 +104,3 @@ def map_large() -> None:
         return
     mallopt(MAP, LARGE)
     mallopt(TRIM, 4 * LARGE)  # what it would come to by itself, if the first had not been set
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -142,7 +142,6 @@ class Queue:
         except ModuleNotFoundError:
             hint = "pip install 'resnetv2-cli[slurm]'"
             raise UserError(f"--launcher {cluster} needs submitit", hint) from None
-        self.submitit = submitit
         try:
             self.executor = submitit.AutoExecutor(folder=root / "jobs", cluster=cluster)
         except RuntimeError as error:
