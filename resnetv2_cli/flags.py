@@ -14,7 +14,7 @@ import typer
 from resnetv2_cli import plans
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError, unknown
-from resnetv2_cli.settings import checked, kinds
+from resnetv2_cli.settings import checked, flag_name, kinds
 
 # Names that there are, of what may be one's own too.
 NAMES: dict[str, Callable[[], Iterable[str]]] = {
@@ -33,7 +33,7 @@ def flag(f: Field) -> Parameter:
     if choices:
         help_ += f" One of {', '.join(choices)}."
     default = "" if f.default is None else f" [dim](default: {f.default})[/]"
-    name = "--" + f.name.replace("_", "-")
+    name = flag_name(f.name)
     option = typer.Option(
         f"{name}/--no-{name[2:]}" if kind is bool else name,
         help=re.sub(r"\[(\d)\]", r"\\[\1]", help_) + default,
@@ -109,10 +109,10 @@ def parsed(name: str, text: str) -> Any:
 
 def typed(name: str, value: Any) -> str:
     """A setting as the command line takes it."""
-    flag = name.replace("_", "-")
+    flag = flag_name(name)
     if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {quote(str(value))}"
+        return flag if value else f"--no-{flag[2:]}"
+    return f"{flag} {quote(str(value))}"
 
 
 def seconds(text: str, flag: str = "--time") -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from resnetv2_cli.errors import UserError, shown, unknown
+from resnetv2_cli.settings import flag_name
 
 UNITS = {  # what stands between two units: + ends one, | begins the next (Fig. 4)
     "original": "bn + relu |",
@@ -299,7 +300,7 @@ def check_settings(shortcut: str, given: Iterable[str], known: Iterable[str]) ->
     known = list(known)
     for name in given:
         if name not in known:
-            flags = ", ".join("--" + k.replace("_", "-") for k in known) or "none"
+            flags = ", ".join(map(flag_name, known)) or "none"
             raise UserError(
                 f"shortcut {shortcut} has no setting {name!r}", f"its settings: {flags}"
             )

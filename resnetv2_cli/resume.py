@@ -11,7 +11,7 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.machine import processes
 from resnetv2_cli.optim import lr_factor
 from resnetv2_cli.runfolder import RunFolder
-from resnetv2_cli.settings import checked
+from resnetv2_cli.settings import checked, flag_name
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Change:
     effect: str
 
     def __str__(self) -> str:
-        return f"--{self.name.replace('_', '-')}: {self.before} -> {self.after}: {self.effect}"
+        return f"{flag_name(self.name)}: {self.before} -> {self.after}: {self.effect}"
 
 
 def continued(folder: RunFolder, given: dict[str, Any]) -> tuple[Experiment, list[Change]]:
@@ -48,7 +48,7 @@ def continued(folder: RunFolder, given: dict[str, Any]) -> tuple[Experiment, lis
             continue
         effect = known[name].metadata["free"]
         if not effect or (name == "weights" and not same_weights(saved, value)):
-            flag = "--" + name.replace("_", "-")
+            flag = flag_name(name)
             raise UserError(
                 f"{flag} {value} would make this another experiment: "
                 f"it was begun with {getattr(saved, name)}",

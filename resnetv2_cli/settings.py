@@ -45,6 +45,11 @@ def setting(
     return field(default=default, metadata={"doc": doc, "panel": panel, "free": free, **limits})
 
 
+def flag_name(name: str) -> str:
+    """A setting as it is given on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 def rows(table: dict[str, Any]) -> Any:
     """The names of a table as a type."""
     return Literal[tuple(table)]  # type: ignore[valid-type]

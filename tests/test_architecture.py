@@ -12,11 +12,11 @@ import resnetv2_cli
 
 ORDER = """
     errors quantities trust threads memory files jsonfile
-    plans paper
+    settings plans paper
     native fused triton_joined joined triton_augment
     own layers shortcuts units resnet compiling graphs
     data.catalog data.protocols
-    settings origin recipes config flags
+    origin recipes config flags
     data.picture data.archive data.images
     data.turbo data.crop data.order data.augment data.shards data.folder
     data.prepare data.survey data.sortval data.module

@@ -9,6 +9,7 @@ import typer
 from resnetv2_cli import console, quantities
 from resnetv2_cli.commands.app import Format, app
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.settings import flag_name
 
 if TYPE_CHECKING:
     from resnetv2_cli.inventory import Run
@@ -105,7 +106,7 @@ def show(name: Name, root: Root = RUNS, format: Format = "table") -> None:
             rows.append([f"{key}, {RESULTS[key]}", number(value)])
         elif key not in ("environment", "name", "steps") and value != []:
             rows.append([key, f"{value:,}" if type(value) is int else word(value)])
-    rows += [[f"--{k.replace('_', '-')}", word(v)] for k, v in unusual(run.settings).items()]
+    rows += [[flag_name(k), word(v)] for k, v in unusual(run.settings).items()]
     for key, value in run.environment.items():
         several = isinstance(value, dict)
         words = ", ".join(f"{k} {v}" for k, v in value.items()) if several else word(value)

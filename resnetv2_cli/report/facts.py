@@ -8,6 +8,7 @@ from resnetv2_cli.inventory import Run
 from resnetv2_cli.paper import FAIL
 from resnetv2_cli.report.rows import STATES
 from resnetv2_cli.runfolder import read_metrics
+from resnetv2_cli.settings import flag_name
 
 
 def in_common(runs: list[Run]) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def described(run: Run, shared: dict[str, Any]) -> dict[str, Any]:
         "steps": run.steps,
         "error": "" if error is None or error == FAIL else f"{error:.2f} %",
         "reason": run.failure.get("reason", ""),
-        "settings": [(flag(k), word(v)) for k, v in own.items()],
+        "settings": [(flag_name(k), word(v)) for k, v in own.items()],
         "results": results,
         "environment": places,
     }
@@ -48,8 +49,3 @@ def rate_of(run: Run) -> float | None:
     """Training images a second, the median of what was logged."""
     points = read_metrics(run.folder.speed).get("images_per_second")
     return median(rate for _, rate in points) if points else None
-
-
-def flag(name: str) -> str:
-    """A setting as it is given on the command line."""
-    return "--" + name.replace("_", "-")

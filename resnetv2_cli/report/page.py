@@ -15,9 +15,10 @@ from resnetv2_cli.inventory import Found, look
 from resnetv2_cli.jsonfile import finite
 from resnetv2_cli.plot import COLORS
 from resnetv2_cli.report.charts import everything
-from resnetv2_cli.report.facts import described, flag, in_common
+from resnetv2_cli.report.facts import described, in_common
 from resnetv2_cli.report.pictures import embedded
 from resnetv2_cli.report.rows import STATES, study
+from resnetv2_cli.settings import flag_name
 
 MOST_BYTES = 2_000_000
 DARK = """
@@ -74,7 +75,7 @@ def render(found: Found, detect: float, refresh: int, states: Counter[str]) -> s
             for ablation, drawn in zip(found.ablations, of_ablations, strict=True)
         ],
         "loose": of_runs,
-        "shared": [(flag(k), word(v)) for k, v in shared.items()],
+        "shared": [(flag_name(k), word(v)) for k, v in shared.items()],
         "runs": [described(run, shared) for run in runs if run.state != "waiting"],
         "hardware": sorted(
             {r.environment["hardware"] for r in runs if "hardware" in r.environment}
