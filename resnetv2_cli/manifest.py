@@ -115,9 +115,9 @@ def origins(path: Path | str | None, overrides: Mapping[str, Any]) -> dict[str, 
     beside = Path(path).with_suffix(ORIGINS) if path else None
     if beside and beside.is_file():
         given = json.loads(beside.read_text())
-    for one, other in (("epochs", "steps"), ("steps", "epochs")):
-        if one in overrides:
-            given.pop(other, None)
+        for one, other in (("epochs", "steps"), ("steps", "epochs")):
+            if one in overrides:
+                given.pop(other, None)
     return given | dict.fromkeys(overrides, "flag")
 
 
@@ -253,7 +253,7 @@ def environment(accelerator: str = "auto") -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    told = {
+    return {
         "command": command(),
         "python": platform.python_version(),
         "versions": versions,
@@ -262,7 +262,6 @@ def environment(accelerator: str = "auto") -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "system": platform.platform(),
     }
-    return {key: told[key] for key in ENVIRONMENT}
 
 
 def hardware(accelerator: str = "auto") -> str:

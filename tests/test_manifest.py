@@ -74,6 +74,11 @@ def test_a_manifest_that_a_run_cannot_read_any_more_is_named(whole, tmp_path, te
         trained_as(folder.path, resume={})
 
 
+def test_a_manifest_keeps_all_that_is_said_of_an_environment():
+    said = manifest.environment()
+    assert manifest.environment_in(said) == said
+
+
 def test_a_checkout_that_was_changed_says_so_and_how(monkeypatch):
     says = {"ls-files": "__init__.py", "status": " M a.py", "rev-parse": "abc1234\n"}
     diffs = {("diff", "HEAD", "--", "."): "+ one line"}  # what is staged too
