@@ -71,6 +71,14 @@ class Scores(Metric):
         }
 
 
+def class_errors(confusion: list[list[int]]) -> list[float | None]:
+    """Errors class by class, in percent; None for one without images."""
+    return [
+        100 * (sum(row) - row[i]) / sum(row) if any(row) else None
+        for i, row in enumerate(confusion)
+    ]
+
+
 class Classification(L.LightningModule):
     """Learns to name images.
 

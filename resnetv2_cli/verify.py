@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from resnetv2_cli.manifest import READINGS
 from resnetv2_cli.quantities import duration
 from resnetv2_cli.runfolder import RunFolder
 
+STEPS = 20  # unless given
 TRIES = 10  # runs more than signals, as one may end before the moment that was drawn
 POLL = 0.005  # seconds between looks at a child
 # What may differ between two runs that are the same: where, when and how often they were begun.
@@ -200,6 +201,22 @@ class Trial:
             self.tell(f"{signal.Signals(number).name}: it goes on after iteration {steps[-1]}")
         self.to_its_end(folder)
         return folder, steps
+
+
+def short(config: Path | None, flags: dict[str, Any]) -> Experiment:
+    """The training that a file and flags describe, of STEPS iterations if the flags do not say how
+    long, with checkpoints between which the moments fall.
+
+    Raises:
+        UserError: there is no such training.
+    """
+    brief = {} if "steps" in flags or "epochs" in flags else {"steps": STEPS}
+    often = max(1, {**flags, **brief}.get("steps", STEPS) // 6)
+    settings = {"log_every": often, "save_every": often} | flags | brief
+    experiment = Experiment.load(config, **settings)
+    if "warmup" not in flags and (experiment.warmup or 0) > experiment.steps:
+        return replace(experiment, warmup=None)  # the config's is of a longer training
+    return experiment
 
 
 def verify(

@@ -163,7 +163,9 @@ PATHS = {
 }
 
 
-def prepared_arms(experiment: Experiment, folders: list[Path], device: torch.device) -> dict:
+def prepared_arms(
+    experiment: Experiment, folders: list[Path], device: torch.device
+) -> dict[str, Arm]:
     """What ``train`` does with the same photographs prepared (``data prepare``), by folder."""
     arms = {}
     names = apart([place.resolve().name for place in folders], folders)

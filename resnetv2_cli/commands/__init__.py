@@ -1,1 +1,1 @@
-"""The commands: parse, call, show. They decide nothing."""
+"""The commands: parse, call, show."""

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -10,6 +10,9 @@ from resnetv2_cli import console, plans, quantities
 from resnetv2_cli.commands.app import Format, app
 from resnetv2_cli.errors import Stopped, UserError, unknown
 from resnetv2_cli.flags import seconds, with_flags
+
+if TYPE_CHECKING:
+    from resnetv2_cli.ablation.arms import Ablation, Arm
 
 LAB = Path("runs/lab")
 
@@ -123,13 +126,13 @@ def ablate(
         raise UserError(f"{len(left)} of {len(every(made))} runs were stopped", hint)
 
 
-def every(made: list) -> list:
+def every(made: "list[Ablation]") -> "list[Arm]":
     """The runs of all rows, each once."""
     arms = {arm.folder: arm for ablation in made for line in ablation.lines for arm in line.arms}
     return list(arms.values())
 
 
-def run(made: list, jobs: int, launcher: str, hours: float, budget: float) -> None:
+def run(made: "list[Ablation]", jobs: int, launcher: str, hours: float, budget: float) -> None:
     """Run what has no result yet, for ``budget`` seconds, and draw what has curves to show."""
     from resnetv2_cli.ablation.launch import LAUNCHERS
     from resnetv2_cli.ablation.progress import Progress
@@ -152,7 +155,7 @@ def run(made: list, jobs: int, launcher: str, hours: float, budget: float) -> No
             console.note(f"curves: {picture}")
 
 
-def show(made: list, detect: float, format: str) -> None:
+def show(made: "list[Ablation]", detect: float, format: str) -> None:
     """The results, in one of the formats."""
     from resnetv2_cli.ablation import tables
 
@@ -164,7 +167,7 @@ def show(made: list, detect: float, format: str) -> None:
         console.SHOW[format](ablation.title, columns, rows)
 
 
-def plan(made: list, jobs: int, probe: bool, detect: float, format: str) -> None:
+def plan(made: "list[Ablation]", jobs: int, probe: bool, detect: float, format: str) -> None:
     """What an ablation would run, and for how long."""
     from resnetv2_cli.ablation import tables
     from resnetv2_cli.ablation.probe import forecast, total

@@ -153,6 +153,7 @@ def evaluate(
     from resnetv2_cli.manifest import rewritten
     from resnetv2_cli.plot import confusion
     from resnetv2_cli.runfolder import RunFolder
+    from resnetv2_cli.task import class_errors
 
     with cluster.Meeting() as meeting:
         file = checkpoints.find(checkpoint)
@@ -170,17 +171,13 @@ def evaluate(
     mine = RunFolder.of(file)
     to = (output or (mine.path if mine else file.parent)) / f"confusion-{file.stem}.png"
     picture: str | None = str(to)
-    per_class = [
-        100 * (sum(row) - row[i]) / sum(row) if any(row) else None
-        for i, row in enumerate(scores["confusion"])
-    ]
     try:
         confusion(scores["confusion"], task.classes, to)
     except OSError as error:
         picture = None
         console.note(f"no picture: cannot write {to}: {error.strerror}")
     rows = paper.evaluated(task.experiment)
-    named = dict(zip(task.classes, per_class, strict=True))
+    named = dict(zip(task.classes, class_errors(scores["confusion"]), strict=True))
     if json:
         known = [{"name": r.name, "error": r.published, "top5_error": r.top5} for r in rows]
         extra = {"protocol": task.experiment.protocol, "published": known}

@@ -1,7 +1,6 @@
 """``verify-resume``."""
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,10 +8,7 @@ import typer
 
 from resnetv2_cli import console
 from resnetv2_cli.commands.app import Config, Json, app
-from resnetv2_cli.config import Experiment
 from resnetv2_cli.flags import with_flags
-
-STEPS = 20  # unless given
 
 
 @app.command("verify-resume", rich_help_panel="Train")
@@ -32,14 +28,9 @@ def verify_resume(
 
     For instance: resnetv2 verify-resume --dataset digits --depth 20
     """
-    from resnetv2_cli.verify import verify
+    from resnetv2_cli.verify import short, verify
 
-    short = {} if "steps" in flags or "epochs" in flags else {"steps": STEPS}
-    often = max(1, {**flags, **short}.get("steps", STEPS) // 6)  # moments fall between checkpoints
-    settings = {"log_every": often, "save_every": often} | flags | short
-    experiment = Experiment.load(config, **settings)
-    if "warmup" not in flags and (experiment.warmup or 0) > experiment.steps:
-        experiment = replace(experiment, warmup=None)  # the config's is of a longer training
+    experiment = short(config, flags)
     with tempfile.TemporaryDirectory(prefix="resnetv2-verify-") as root:
         made = verify(experiment, Path(root), kills, console.note, moments)
     exact = all(not row[part] for row in made for part in row if part not in WORDS)

@@ -228,7 +228,7 @@ class ImageData(L.LightningDataModule):
             )
         self._ready = True
 
-    def _setup_images(self) -> tuple:
+    def _setup_images(self) -> tuple[images.Split, images.Split, images.Split]:
         loaded = images.load(self.experiment.dataset, self.root, self.tell)
         self.digest = loaded.digest
         kept, held = self._hold_out(len(loaded.train.labels))
@@ -236,7 +236,7 @@ class ImageData(L.LightningDataModule):
         val = images.Split(loaded.train.images[held], loaded.train.labels[held])
         return train, val, loaded.test
 
-    def _setup_folder(self) -> tuple:
+    def _setup_folder(self) -> tuple[folder.Folder, folder.Folder, folder.Folder]:
         if self.learned:
             nothing = folder.Folder([], torch.zeros(0, dtype=torch.int64), self.learned)
             test = folder.scan(self.root, "test", self.learned, "the checkpoint", self.tell)
