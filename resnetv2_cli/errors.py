@@ -1,4 +1,7 @@
-"""Errors the user can fix. Everything else is a bug and keeps its traceback."""
+"""Errors the user can fix, with how their messages show values; and signals, on which a run leaves.
+
+Everything else is a bug and keeps its traceback.
+"""
 
 import signal
 from collections.abc import Iterable

@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import nn, optim
 
 from resnetv2_cli.config import Experiment
@@ -49,4 +48,4 @@ def sgd(net: nn.Module, experiment: Experiment) -> optim.SGD:
 
 def schedule(optimizer: optim.Optimizer, experiment: Experiment) -> optim.lr_scheduler.LambdaLR:
     """The schedule, stepping with the optimizer once an iteration."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(experiment, step))
+    return optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(experiment, step))

@@ -86,7 +86,8 @@ def checked(f: Any, value: Any) -> Any:
     """The value of a field, of the field's type; 1e-4, which YAML reads as text, becomes a number.
 
     Raises:
-        UserError: the value has another type, is none of the choices, or is too small.
+        UserError: the value has another type, is none of the choices, or is not finite, too
+            small or too large.
     """
     kind, choices, optional = kinds(f)
     if value is None and optional:

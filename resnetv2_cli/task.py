@@ -275,6 +275,7 @@ class Classification(L.LightningModule):
 
     def draw(self, step: int, micro: int) -> None:
         """What a step draws follows from the seed and the step: no generator's state to save."""
+        # Without a salt, as of all tuples of ints: every run's bits hang on CPython's hash of them.
         numbers = (self.experiment.seed, step, micro, self.global_rank)
         seed = hash(numbers) % 2**63
         # torch.manual_seed does the same, and writes down its whole stack for each kind of device

@@ -34,7 +34,7 @@ def _augmented(
 
 
 def augmented(images: Tensor, views: Tensor, mean: Tensor, std: Tensor, pad: int) -> Tensor:
-    """As ``augment.augmented``, by the mean and std of ``Normalize`` (3, H, W) or (3, 1, 1)."""
+    """As ``augment.in_one``, by the mean and std of ``Normalize`` (3, H, W) or (3, 1, 1)."""
     n, h, w, c = images.shape
     x = torch.empty(n, h, w, c, device=images.device)
     mean, std = mean.expand(c, h, w), std.expand(c, h, w)

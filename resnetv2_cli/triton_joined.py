@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 128  # that share the rows of a sum, about one for each multiprocessor of an H100
-NUMBERS = 4096  # in a block of rows; half of it for the gradient: both measured on an H200
+NUMBERS = 4096  # in a block; half of it for the gradient: both measured on an H200
+SUMS = 8192  # numbers that one program adds up at a time
 LARGEST = 2**31  # numbers of a tensor, whose places are 32 bits
 # Triton's interpreter, which has no GPU, multiplies the bits of bf16 as integers.
 DOT = tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16
@@ -261,8 +262,8 @@ def forward(
     c, rows = s["C"], s["N_ROWS"]
     if not again:
         parts = torch.empty(PROGRAMS, 2, c, device=x.device)
-        _moments[(PROGRAMS,)](x, parts, rows, c, max(16, 4096 // c), PROGRAMS)
-        room = min(PROGRAMS, max(16, 8192 // c))
+        _moments[(PROGRAMS,)](x, parts, rows, c, max(16, NUMBERS // c), PROGRAMS)
+        room = min(PROGRAMS, max(16, SUMS // c))
         _statistics[(1,)](parts, x, *own, saved, rows, *numbers, c, PROGRAMS, room, num_warps=8)
     y = torch.empty_like(x[:, :1].expand(-1, s["N"], -1, -1), memory_format=torch.channels_last)
     grid = (triton.cdiv(rows, s["BLOCK"]), s["N"] // s["BN"])
@@ -282,11 +283,11 @@ def backward(
     _gradient[(blocks, c // s["BC"])](dy, w, x, dx, parts, saved, **s)
     of_bn = torch.empty(4, c, device=x.device)  # slope and offset, dgamma and dbeta
     if not alone:
-        room = max(16, 8192 // c)
+        room = max(16, SUMS // c)
         _slopes[(1,)](parts, saved, of_bn, of_bn[2], of_bn[3], blocks, rows, c, room, num_warps=8)
     if not alone or plus is not None:
-        _normalized[(triton.cdiv(numbers, 4096),)](
-            dx, x, dx if plus is None else plus, saved, of_bn, numbers, c, 4096,
+        _normalized[(triton.cdiv(numbers, NUMBERS),)](
+            dx, x, dx if plus is None else plus, saved, of_bn, numbers, c, NUMBERS,
             ADDS=plus is not None, ALONE=alone, num_warps=8,
         )  # fmt: skip
     tiles, groups = (c // s["BC"]) * (n // s["BN"]), 3 if taps == 9 else 1

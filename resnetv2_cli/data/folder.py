@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from resnetv2_cli.data import picture
 from resnetv2_cli.data.crop import Choose, Rectangle, crops
-from resnetv2_cli.data.order import STREAMS, generator
+from resnetv2_cli.data.order import FILES, STREAMS, generator
 from resnetv2_cli.data.protocols import TRAINED, View
 from resnetv2_cli.data.shards import BEGUN, Member, index_of, read_index
 from resnetv2_cli.errors import UserError
@@ -215,7 +215,7 @@ class FolderImages(Dataset):
         if epoch < 0:
             found = self._crops(index, lambda w, h: boxes(w, h, self.view), self.view.side)
             return torch.cat([found, found.flip(2)]) if self.view.ten else found[0], label
-        g = generator((self.seed * STREAMS + epoch) * 2**21 + index)
+        g = generator((self.seed * STREAMS + epoch) * FILES + index)
         flip, *draws = torch.rand(1 + DRAWS, generator=g, dtype=torch.float64).tolist()
         [image] = self._crops(index, lambda w, h: [random_box(w, h, self.crop, draws)], self.size)
         return image.flip(1) if flip < 0.5 else image, label

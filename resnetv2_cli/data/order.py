@@ -11,6 +11,7 @@ from torch import Tensor
 
 PAD = 4  # pixels on each side, before the random crop (appendix)
 STREAMS = 2**20  # seeds drawn from one another are kept apart by their epoch below this
+FILES = 2**21  # and by the image; of more, some would draw what others do in the next epoch
 BITS = 32  # of a seed that PyTorch's generator looks at; the others change nothing
 
 
