@@ -45,9 +45,13 @@ def test_every_flag_of_a_command_exists(command, resnetv2):
 
 
 def test_the_defaults_it_names_are_the_defaults():
-    e = Experiment()
+    e, said = Experiment(), " ".join(README.split())
+    [decay] = re.findall(r"weight decay (\S+),", said)
+    assert float(decay) == e.weight_decay
+    drops = " and ".join(f"{share * e.steps / 1000:.0f}k" for share in e.drops_)
     for text in (
-        f"momentum {e.momentum}", "weight decay 1e-4", f"batch {e.batch_size}",
-        f"{e.warmup_} iterations", "64k iterations", f"--drops {e.drops}",
+        f"momentum {e.momentum}", f"batch {e.batch_size}", f"learning rate {e.lr} ",
+        f"first {e.warmup_} iterations", f"at {drops} of {e.steps // 1000}k iterations",
+        f"--drops {e.drops}",
     ):  # fmt: skip
-        assert text in README, text
+        assert text in said, text
