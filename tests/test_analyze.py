@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from signals import worst
+from networks import worst
 
 from resnetv2_cli import checkpoint, source, trust
 from resnetv2_cli.ablation.studies import digest

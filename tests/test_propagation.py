@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from signals import BROKEN, EXACT, batch, cells, looked_at, measured, network, traced, worst
+from networks import BROKEN, EXACT, batch, cells, looked_at, measured, network, traced, worst
 from torch import nn
 
 from resnetv2_cli.analysis import backward, forward, paths, shrink

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from signals import batch, cells, measured, network, traced
+from networks import batch, cells, measured, network, traced
 from torch import nn
 
 from resnetv2_cli.analysis import backward, lesion, paths, shrink
