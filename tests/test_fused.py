@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from compiled import LAST, MODES, distance, needs_gcc, trained_step
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,11 +13,6 @@ from resnetv2_cli.layers import activation
 from resnetv2_cli.plans import UNITS
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.shortcuts import SHORTCUTS
-
-LAST = torch.channels_last
-needs_gcc = pytest.mark.skipif(native.library() is None, reason=f"no kernels: {native.why_not()}")
-MODES = {"eager": (False, False), "compiled": (True, False), "forget": (True, True)}
-MODES |= {"plain-forget": (False, True)}
 
 
 def pass_of(act, x, gradient, mode):
@@ -90,26 +86,6 @@ def test_a_sum_is_float64s(dtype, bound, shape, relu, threads):
     assert torch.equal(found[2], dy.double() * (found[0] > 0 if relu == fused.AFTER else 1))
     for got, right in zip(found, want, strict=True):
         torch.testing.assert_close(got, right, rtol=0, atol=bound * max(1.0, right.abs().max()))
-
-
-def trained_step(net, mode, mixed=False, seed=3):
-    """Logits and gradients of one training step; float64 unless the network has another type."""
-    net = copy.deepcopy(net).train()
-    net.activate(*MODES[mode])
-    net.to(memory_format=LAST)
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(8, 3, 32, 32, generator=g).to(net.head.fc.weight.dtype)
-    torch.manual_seed(seed)
-    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        logits = net(x.contiguous(memory_format=LAST))
-        loss = F.cross_entropy(logits, torch.arange(8))
-    loss.backward()
-    gradient = torch.cat([p.grad.double().flatten() for p in net.parameters()])
-    return logits.detach().double(), gradient, dict(net.named_buffers())
-
-
-def distance(a, b):
-    return float((a - b).norm() / b.norm())
 
 
 @needs_gcc

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from test_fused import distance
+from compiled import BOUND, LAST, bf16, distance, needs_products
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,16 +13,7 @@ from resnetv2_cli import native
 from resnetv2_cli.joined import bn_relu_conv
 from resnetv2_cli.layers import conv
 
-LAST = torch.channels_last
-NEEDED = pytest.mark.skipif(
-    not native.multiplies(), reason=f"no products of bf16: {native.why_not() or 'the processor'}"
-)
-pytestmark = NEEDED
-BOUND = 2**-8  # of the norm: half a unit in bf16's last place, for what is rounded to bf16
-
-
-def bf16(*shape):
-    return torch.randn(shape).bfloat16().to(memory_format=LAST)
+pytestmark = needs_products
 
 
 def example(c, n, shape, added, kernel=1):

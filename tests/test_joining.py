@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_fused import distance, trained_step
-from test_joined import BOUND, LAST, NEEDED, bf16
+from compiled import BOUND, LAST, bf16, distance, needs_products, trained_step
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,7 +15,7 @@ from resnetv2_cli.plans import UNITS
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.shortcuts import SHORTCUTS
 
-pytestmark = NEEDED
+pytestmark = needs_products
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from compiled import distance, needs_gcc, trained_step
 from conftest import SMALL
-from test_fused import distance, needs_gcc, trained_step
 from torch import nn
 
 from resnetv2_cli import trust

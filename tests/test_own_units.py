@@ -7,9 +7,8 @@ import re
 
 import pytest
 import torch
+from compiled import distance, needs_gcc, needs_products, trained_step
 from conftest import REPOSITORY
-from test_fused import distance, needs_gcc, trained_step
-from test_joined import NEEDED
 from torch import nn
 from torch.nn import functional as F
 
@@ -133,7 +132,7 @@ def test_compiled_operations_compute_them(between):
     assert distance(compiled[1], exact[1]) < 2 * distance(eager[1], exact[1]) + 1e-3
 
 
-@NEEDED
+@needs_products
 @pytest.mark.parametrize("depth, block", [(14, "basic"), (20, "bottleneck")])
 @pytest.mark.parametrize("between", OWN)
 def test_joined_operations_compute_them(between, depth, block, monkeypatch):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_fused import distance
+from compiled import LAST, distance
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,7 +15,6 @@ from resnetv2_cli.data.augment import Normalize, augmented, in_one
 from resnetv2_cli.joined import bn_relu_conv, joins
 
 triton = pytest.importorskip("triton")
-LAST = torch.channels_last
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CASES = [  # images, height, width, c, n, kernel, whether something is added, whether there is BN
     (3, 8, 8, 16, 32, 3, True, True),
@@ -34,7 +33,7 @@ from torch.nn import functional as F
 from resnetv2_cli import triton_joined
 sys.path.insert(0, sys.argv[1])
 from test_triton import CASES, drawn, exact
-from test_fused import distance
+from compiled import distance
 for case in CASES:
     norm, conv, x, plus, dy, dx = drawn(case, "cpu")
     w, bn, found = conv.weight.detach().bfloat16(), case[-1], {}

@@ -1,0 +1,43 @@
+"""Compiled operations: what they need, and how far what they compute is from float64."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from resnetv2_cli import native
+
+LAST = torch.channels_last
+MODES = {"eager": (False, False), "compiled": (True, False), "forget": (True, True)}
+MODES |= {"plain-forget": (False, True)}
+BOUND = 2**-8  # of the norm: half a unit in bf16's last place, for what is rounded to bf16
+
+needs_gcc = pytest.mark.skipif(native.library() is None, reason=f"no kernels: {native.why_not()}")
+needs_products = pytest.mark.skipif(
+    not native.multiplies(), reason=f"no products of bf16: {native.why_not() or 'the processor'}"
+)
+
+
+def bf16(*shape):
+    return torch.randn(shape).bfloat16().to(memory_format=LAST)
+
+
+def trained_step(net, mode, mixed=False, seed=3):
+    """Logits and gradients of one training step; float64 unless the network has another type."""
+    net = copy.deepcopy(net).train()
+    net.activate(*MODES[mode])
+    net.to(memory_format=LAST)
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(8, 3, 32, 32, generator=g).to(net.head.fc.weight.dtype)
+    torch.manual_seed(seed)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        logits = net(x.contiguous(memory_format=LAST))
+        loss = F.cross_entropy(logits, torch.arange(8))
+    loss.backward()
+    gradient = torch.cat([p.grad.double().flatten() for p in net.parameters()])
+    return logits.detach().double(), gradient, dict(net.named_buffers())
+
+
+def distance(a, b):
+    return float((a - b).norm() / b.norm())
