@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import encoded
-from hypothesis import given, settings
+from fuzzing import cases, mutated
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_fuzz import MUCH, mutated
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
 
@@ -163,7 +163,7 @@ SMALL = [PIXELS, *(encoded(30, 22, **how) for how in KINDS.values())]
 
 
 @needs_turbo
-@settings(max_examples=400 * MUCH)
+@cases(400)
 @given(content=mutated(SMALL), kind=st.sampled_from(["scale", "scale-aspect"]))
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of images that it can still read
 def test_crops_of_random_bytes(content, kind):

@@ -5,7 +5,6 @@ Thousands of cases here; ``RESNETV2_FUZZ=50 pytest tests/test_fuzz.py`` tries fi
 
 import contextlib
 import io
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from fuzzing import cases, mutated
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -25,37 +25,14 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.recipes import CONFIGS
 from resnetv2_cli.resnet import ResNet
 
-MUCH = int(os.environ.get("RESNETV2_FUZZ", "1"))
 DOCUMENTED = (0, 2)  # exit statuses of commands that do not train
 
 SETTINGS = [f.name for f in fields(Experiment)]
 
 
-def cases(n: int):
-    return settings(max_examples=n * MUCH)
-
-
 def one_line(error: UserError) -> None:
     """What the command line would print: never empty, and short enough to be read."""
     assert 0 < len(str(error)) < 2000
-
-
-@st.composite
-def mutated(draw, contents: list[bytes]) -> bytes:
-    """One of the contents with bytes changed, cut out or put in, in a few places."""
-    content = bytearray(draw(st.sampled_from(contents)))
-    for _ in range(draw(st.integers(0, 8))):
-        place = draw(st.integers(0, len(content)))
-        what = draw(st.sampled_from(["flip", "cut", "insert", "end"]))
-        if what == "flip" and place < len(content):
-            content[place] ^= 1 << draw(st.integers(0, 7))
-        elif what == "cut":
-            del content[place : place + draw(st.integers(1, 64))]
-        elif what == "insert":
-            content[place:place] = draw(st.binary(max_size=16))
-        elif what == "end":
-            del content[place:]
-    return bytes(content)
 
 
 # Configs.
