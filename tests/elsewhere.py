@@ -1,11 +1,14 @@
 """Networks as other code bases build and name them, written anew for the tests: those of the
-libraries that can be installed are taken from them instead."""
+libraries that can be installed are taken from them instead. And their logits beside those here."""
 
 from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from resnetv2_cli.foreign.convert import imported
+from resnetv2_cli.resnet import ResNet
 
 
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -149,3 +152,31 @@ def torch7(stem: str, deep: int, stages: tuple[int, ...], pre: bool, option: str
     for layer in [*([bn(c), relu()] if pre else []), Mean(), nn.Identity()]:
         top.append(layer)
     return top.append(nn.Sequential(nn.Identity(), nn.Linear(c, 10)))
+
+
+def shaken(net: nn.Module) -> nn.Module:
+    """Random BN: scales, shifts, means and variances that no two layers share."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.2, 0.8)
+            nn.init.normal_(module.bias, 0, 0.1)
+            nn.init.normal_(module.running_mean, 0, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return net.double().eval()
+
+
+def converted(given: dict, source: str) -> tuple[nn.Module, object]:
+    made = imported(given, source)
+    e = made.experiment
+    net = ResNet(**e.architecture, classes=made.classes).double().eval()
+    net.load_state_dict(made.weights)
+    return net, e
+
+
+def parity(net: nn.Module, source: str, size: int = 64) -> tuple[float, float, object]:
+    """Largest difference between the logits of both, their largest size, and the experiment."""
+    ours, experiment = converted(net.state_dict(), source)
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    with torch.no_grad():
+        theirs = net(x)
+        return (ours(x) - theirs).abs().max().item(), theirs.abs().max().item(), experiment

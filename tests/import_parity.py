@@ -4,7 +4,7 @@ share with this tool, random weights and random BN, logits in float64 of two ima
 import timm
 import torch
 import torchvision
-from test_import import parity, shaken
+from elsewhere import parity, shaken
 
 NETWORKS = [
     *(("torchvision", f"resnet{d}") for d in (18, 34, 50, 101, 152)),

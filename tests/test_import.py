@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from elsewhere import BEARPAW, HYSTS, KUANGLIU, Cifar, torch7
+from elsewhere import BEARPAW, HYSTS, KUANGLIU, Cifar, converted, parity, shaken, torch7
 from torch import nn
 
 from resnetv2_cli import checkpoint as checkpoints
@@ -15,38 +15,9 @@ from resnetv2_cli.foreign.convert import checkpoint, class_names, imported
 from resnetv2_cli.foreign.files import READERS, tensors
 from resnetv2_cli.foreign.names import filled, numbers
 from resnetv2_cli.foreign.sources import SOURCES
-from resnetv2_cli.resnet import ResNet
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
-
-
-def shaken(net: nn.Module) -> nn.Module:
-    """Random BN: scales, shifts, means and variances that no two layers share."""
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.2, 0.8)
-            nn.init.normal_(module.bias, 0, 0.1)
-            nn.init.normal_(module.running_mean, 0, 0.2)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    return net.double().eval()
-
-
-def here(given: dict, source: str) -> tuple[nn.Module, object]:
-    made = imported(given, source)
-    e = made.experiment
-    net = ResNet(**e.architecture, classes=made.classes).double().eval()
-    net.load_state_dict(made.weights)
-    return net, e
-
-
-def parity(net: nn.Module, source: str, size: int = 64) -> tuple[float, float, object]:
-    """Largest difference between the logits of both, their largest size, and the experiment."""
-    ours, experiment = here(net.state_dict(), source)
-    x = torch.randn(2, 3, size, size, dtype=torch.float64)
-    with torch.no_grad():
-        theirs = net(x)
-        return (ours(x) - theirs).abs().max().item(), theirs.abs().max().item(), experiment
 
 
 @pytest.mark.parametrize("name, depth", [("resnet18", 18), ("resnet50", 50)])
@@ -162,7 +133,7 @@ def test_keras(tmp_path, monkeypatch):
     for other in forms[1:]:
         assert all(torch.equal(value, other.pop(name)) for name, value in forms[0].items())
         assert not other
-    ours, e = here(forms[0], "keras")
+    ours, e = converted(forms[0], "keras")
     assert (e.depth, e.unit, e.stride_on) == (50, "original", "first")
     images = 255 * torch.rand(2, *shape)
     with torch.no_grad():
@@ -279,7 +250,7 @@ def called(capsys):
     return call
 
 
-def tree(root, classes):
+def noise(root, classes):
     """Six images of noise in each class of train/ and val/."""
     import numpy as np
     from PIL import Image
@@ -300,7 +271,7 @@ def test_an_imported_file_evaluates(tmp_path, monkeypatch, called):
     net = shaken(torchvision.models.resnet18(num_classes=2)).float()
     wrapped = {"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}, "epoch": 3}
     torch.save(wrapped, "theirs.pth")
-    data = tree(tmp_path / "images", ["cat", "dog"])
+    data = noise(tmp_path / "images", ["cat", "dog"])
     arguments = ["import", "theirs.pth", "--from", "torchvision", "--classes", data, "-o", "a.ckpt"]
     status, out, _ = called(*arguments, "--json")
     assert status == 0
