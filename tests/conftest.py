@@ -43,6 +43,12 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def no_cache(tmp_path, monkeypatch):
+    """What is cached is the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real images; tests that need it say so when it is not there."""
@@ -145,6 +151,13 @@ def two_rows(root: Path, runs: int = 1, given: dict | None = None, **how):
 
     [study] = studies.studies(shortcut="conv1x1")
     return arms.plan(study, runs, given or {}, root, **how)
+
+
+def names(**given) -> list[str]:
+    """The rows of an ablation."""
+    from resnetv2_cli.ablation import studies
+
+    return [row.name for study in studies.studies(**given) for row in study.table.rows]
 
 
 def ended(ablation, *errors: tuple[float, ...]) -> None:

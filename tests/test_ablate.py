@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ended, two_rows
+from conftest import ended, names, two_rows
 from rich.console import Console
 
 from resnetv2_cli.ablation import arms, launch, probe, studies, tables
@@ -22,10 +22,6 @@ from resnetv2_cli.iteration import Iteration
 from resnetv2_cli.paper import TABLE_1
 
 TINY = ["--dataset", "digits", "--depth", 8, "--batch-size", 128, "--steps", 4, "--log-every", 2]
-
-
-def names(**given) -> list[str]:
-    return [row.name for study in studies.studies(**given) for row in study.table.rows]
 
 
 def test_the_rows_that_concern_it_and_the_baseline():

@@ -9,8 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, THREADS
-from test_ablate import names
+from conftest import REPOSITORY, THREADS, names
 
 from resnetv2_cli.ablation import arms, studies
 

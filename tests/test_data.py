@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from iterations import FakeTrainer
 from PIL import Image
 from torch.nn import functional as F
 
@@ -19,11 +20,7 @@ from resnetv2_cli.data.order import Schedule, epoch_order, share
 from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def no_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
+pytestmark = pytest.mark.usefixtures("no_cache")
 
 # The order.
 
@@ -115,14 +112,6 @@ def test_normalization_scales_to_0_to_1_and_lays_channels_last():
 # The DataModule.
 
 
-class FakeTrainer:
-    """What the DataModule asks of a trainer."""
-
-    def __init__(self, rank: int = 0, ranks: int = 1, step: int = 0) -> None:
-        self.global_rank, self.world_size, self.global_step = rank, ranks, step
-        self.strategy = type("Strategy", (), {"root_device": torch.device("cpu")})()
-
-
 def data(rank: int = 0, ranks: int = 1, step: int = 0, **given) -> ImageData:
     module = ImageData(Experiment(**{"dataset": "digits", "batch_size": 128, "steps": 36, **given}))
     module.trainer = FakeTrainer(rank, ranks, step)
@@ -196,7 +185,7 @@ def test_settings_that_do_not_fit_the_images(given, message):
 
 
 @pytest.fixture
-def photographs(tmp_path) -> Path:
+def class_folders(tmp_path) -> Path:
     rng = np.random.default_rng(0)
     for split, n in [("train", 6), ("val", 3)]:
         for c in ("ant", "bee"):
@@ -208,8 +197,8 @@ def photographs(tmp_path) -> Path:
     return tmp_path
 
 
-def test_photographs_of_any_mode_and_size_become_batches(photographs):
-    given = {"dataset": "folder", "data_dir": str(photographs), "depth": 18, "batch_size": 4}
+def test_photographs_of_any_mode_and_size_become_batches(class_folders):
+    given = {"dataset": "folder", "data_dir": str(class_folders), "depth": 18, "batch_size": 4}
     module = ImageData(Experiment(**given, steps=3, workers=0))
     module.trainer = FakeTrainer()
     module.setup()
@@ -225,20 +214,20 @@ def test_photographs_of_any_mode_and_size_become_batches(photographs):
 
 
 @pytest.mark.parametrize("augment", [True, False])
-def test_photographs_are_the_same_in_every_epoch_unless_augmented(photographs, augment):
-    given = {"dataset": "folder", "data_dir": str(photographs), "depth": 18, "batch_size": 12}
+def test_photographs_are_the_same_in_every_epoch_unless_augmented(class_folders, augment):
+    given = {"dataset": "folder", "data_dir": str(class_folders), "depth": 18, "batch_size": 12}
     batches = data(**given, augment=augment, steps=2, workers=0).train_dataloader()
     first, second = (sorted(b.images.sum((1, 2, 3)).tolist()) for b in batches)
     assert (first == second) is not augment
 
 
-def test_every_seed_and_epoch_draws_crops_of_its_own(photographs, monkeypatch):
+def test_every_seed_and_epoch_draws_crops_of_its_own(class_folders, monkeypatch):
     """PyTorch's generator looks at 32 bits of a seed: all these had the crops of the first."""
     drawn, box = [], folder.random_box
     monkeypatch.setattr(folder, "random_box", lambda *g: drawn.append(g[3][0]) or box(*g))
     view = PROTOCOLS["224"].view(32)
     for seed, epoch in ((0, 0), (0, 2048), (1, 0), (20240101, 0), (2**31 - 1, 0)):
-        views = folder.FolderImages(folder.scan(photographs, "train"), 32, "scale", seed, view)
+        views = folder.FolderImages(folder.scan(class_folders, "train"), 32, "scale", seed, view)
         pixels, _ = views[3, epoch]
         torch.testing.assert_close(pixels, views[3, epoch][0])
     assert drawn[::2] == drawn[1::2] and len(set(drawn)) == 5
@@ -272,46 +261,46 @@ def test_training_crops_lie_inside_the_photograph_and_are_as_large_as_the_source
         (lambda r: [p.unlink() for p in (r / "val").glob("*/*")], "no images in .*val"),
     ],
 )
-def test_a_folder_that_is_not_right(photographs, damage, message):
-    damage(photographs)
+def test_a_folder_that_is_not_right(class_folders, damage, message):
+    damage(class_folders)
     with pytest.raises(UserError, match=message):
-        train = folder.scan(photographs, "train")
-        folder.scan(photographs, "test", train.classes)
+        train = folder.scan(class_folders, "train")
+        folder.scan(class_folders, "test", train.classes)
 
 
-def test_hidden_names_and_folders_are_no_images(photographs):
-    before = folder.scan(photographs, "train")
-    (photographs / "train" / ".ipynb_checkpoints").mkdir()
-    (photographs / "train" / "ant" / "album.jpg").mkdir()
-    (photographs / "train" / "ant" / "._0.jpg").write_bytes(b"of a Mac")
-    after = folder.scan(photographs, "train")
+def test_hidden_names_and_folders_are_no_images(class_folders):
+    before = folder.scan(class_folders, "train")
+    (class_folders / "train" / ".ipynb_checkpoints").mkdir()
+    (class_folders / "train" / "ant" / "album.jpg").mkdir()
+    (class_folders / "train" / "ant" / "._0.jpg").write_bytes(b"of a Mac")
+    after = folder.scan(class_folders, "train")
     assert (after.files, after.classes) == (before.files, before.classes)
 
 
-def test_files_that_are_taken_for_no_images_are_told(photographs):
+def test_files_that_are_taken_for_no_images_are_told(class_folders):
     told: list[str] = []
     for name in ("a.gif", "b.jfif"):  # the latter is JPEG, as browsers save it
-        (photographs / "train" / "ant" / name).write_bytes(b"")
-    found = folder.scan(photographs, "train", tell=told.append)
+        (class_folders / "train" / "ant" / name).write_bytes(b"")
+    found = folder.scan(class_folders, "train", tell=told.append)
     assert len(found.files) == 13
     [line] = told
-    assert f"1 files in {photographs / 'train'} are taken for no images: their names" in line
+    assert f"1 files in {class_folders / 'train'} are taken for no images: their names" in line
 
 
-def test_names_need_not_be_text(photographs):
+def test_names_need_not_be_text(class_folders):
     """And where they are, the digest is as ever, so that runs go on."""
     known = "a304a839"
-    assert folder.digest(folder.scan(photographs, "train")).startswith(known)
-    where = photographs / "train" / "ant"
+    assert folder.digest(folder.scan(class_folders, "train")).startswith(known)
+    where = class_folders / "train" / "ant"
     (where / "0.jpg").rename(os.fsdecode(os.fsencode(where) + b"/\xe9.jpg"))
-    assert not folder.digest(folder.scan(photographs, "train")).startswith(known)
+    assert not folder.digest(folder.scan(class_folders, "train")).startswith(known)
 
 
-def test_who_has_learned_its_classes_needs_the_test_images_alone(photographs):
-    given = {"dataset": "folder", "data_dir": str(photographs), "depth": 18, "batch_size": 12}
+def test_who_has_learned_its_classes_needs_the_test_images_alone(class_folders):
+    given = {"dataset": "folder", "data_dir": str(class_folders), "depth": 18, "batch_size": 12}
     both = ImageData(Experiment(**given))
     both.setup()
-    shutil.rmtree(photographs / "train")
+    shutil.rmtree(class_folders / "train")
     alone = ImageData(Experiment(**given), both.classes)
     alone.setup()
     assert alone.test.files == both.test.files and torch.equal(alone.test.labels, both.test.labels)
@@ -321,9 +310,9 @@ def test_who_has_learned_its_classes_needs_the_test_images_alone(photographs):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_photograph_is_named(photographs, workers):
-    (photographs / "train" / "ant" / "0.jpg").write_bytes(b"nothing")
-    given = {"dataset": "folder", "data_dir": str(photographs), "depth": 18, "batch_size": 12}
+def test_an_unreadable_photograph_is_named(class_folders, workers):
+    (class_folders / "train" / "ant" / "0.jpg").write_bytes(b"nothing")
+    given = {"dataset": "folder", "data_dir": str(class_folders), "depth": 18, "batch_size": 12}
     module = ImageData(Experiment(**given, steps=1, workers=workers))
     module.trainer = FakeTrainer()
     module.setup()

@@ -10,8 +10,8 @@ from dataclasses import asdict
 import pytest
 import torch
 from conftest import REPOSITORY, SHARED
+from iterations import FakeTrainer
 from PIL import Image
-from test_data import FakeTrainer
 
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import form, plans, resume, run

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_iteration import Tapes
-from test_task import task
+from iterations import Tapes, task
 
 from resnetv2_cli import graphs, joined, run, trust
 from resnetv2_cli.config import Experiment

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_images import write_archive
+from layouts import write_archive
 from torchvision.datasets import CIFAR10
 
 from resnetv2_cli import checkpoint as checkpoints

@@ -1,16 +1,11 @@
-"""A whole iteration as one recording: bit for bit what its calls are, or not used at all.
-
-A GPU's recorder is not here. The one below keeps each operation with the very tensors it ran on; a
-replay runs them again, without any Python of the iteration, as a CUDA graph does.
-"""
+"""A whole iteration as one recording: bit for bit what its calls are, or not used at all."""
 
 import os
 import signal
 
 import pytest
 import torch
-from test_task import batch, task
-from torch.utils._python_dispatch import TorchDispatchMode
+from iterations import Tape, batch, on_tape, task
 from trainings import At, same, trained_as
 
 from resnetv2_cli import graphs, native
@@ -22,77 +17,6 @@ from resnetv2_cli.task import OWN
 
 SMALL = {"batch_size": 200, "kernels": "eager"}  # the last batch of an epoch has 37 images
 SAYS = "iterations are replayed, each as one CUDA graph"
-
-
-class Tape(TorchDispatchMode):
-    """Every operation, with its tensors and what it gave."""
-
-    def __init__(self):
-        super().__init__()
-        self.done = []
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        given = operation(*args, **(kwargs or {}))
-        self.done.append((operation, args, kwargs or {}, given))
-        return given
-
-    @torch.no_grad()
-    def replay(self):
-        for operation, args, kwargs, before in self.done:
-            if operation.is_view:
-                continue
-            now = operation(*args, **kwargs)
-            for place, value in zip(tensors(before), tensors(now), strict=True):
-                if place.data_ptr() != value.data_ptr():
-                    place.copy_(value)
-
-
-def tensors(given):
-    if isinstance(given, torch.Tensor):
-        return [given]
-    return [t for each in given for t in tensors(each)] if isinstance(given, (list, tuple)) else []
-
-
-def on_tape(step):
-    step()
-    with Tape() as tape:
-        step()
-    return tape.replay
-
-
-class Tapes:
-    """A network's forward and backward pass, each on a tape, on weights at one place and batches of
-    one shape."""
-
-    ran = 0  # times, of all of them
-
-    def __init__(self, call, samples, pool):
-        x, *weights = samples
-        self.x = x.clone()
-        with Tape() as self.ahead:
-            self.y = call(self.x, *weights)
-        self.dy = torch.zeros_like(self.y)
-        with Tape() as self.back:
-            self.gradients = torch.autograd.grad(self.y, weights, self.dy)
-
-    def __call__(self, x, *weights):
-        return Replayed.apply(self, x, *weights)
-
-
-class Replayed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tapes, x, *weights):
-        ctx.tapes = tapes
-        tapes.x.copy_(x)
-        tapes.ahead.replay()
-        Tapes.ran += 1
-        return tapes.y.detach().clone()
-
-    @staticmethod
-    def backward(ctx, dy):
-        ctx.tapes.dy.copy_(dy)
-        ctx.tapes.back.replay()
-        return None, None, *(g.clone() for g in ctx.tapes.gradients)
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import pytest
 import torch
 import webdataset
 from conftest import STOPPED, data, encoded
+from iterations import FakeTrainer
 from PIL import Image
-from test_data import FakeTrainer
 
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import folder, prepare, shards

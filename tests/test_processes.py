@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 from compiled import distance
+from iterations import Tapes
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
-from test_iteration import Tapes
 from torch import distributed, multiprocessing
 from torch.profiler import ProfilerActivity, profile
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from iterations import FakeTrainer
 from PIL import Image
-from test_data import FakeTrainer
 from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import (

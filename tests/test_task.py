@@ -5,34 +5,18 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from iterations import batch, task
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
-from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.module import Batch, EpochMaker, Parts, Sequence, Stream
 from resnetv2_cli.data.order import Schedule
 from resnetv2_cli.iteration import Iteration
 from resnetv2_cli.nonfinite import began, prepare
 from resnetv2_cli.optim import sgd
-from resnetv2_cli.task import Classification, Scores
-
-
-def task(**given) -> Classification:
-    torch.manual_seed(given.get("seed", 0))
-    experiment = Experiment(**{"dataset": "digits", "depth": 8, **given})
-    return Classification(
-        experiment, tuple("0123456789"), Normalize(torch.zeros(3, 1, 1), torch.ones(1))
-    )
-
-
-def batch(n: int = 16, weight: float = 1.0) -> Batch:
-    g = torch.Generator().manual_seed(5)
-    pixels = torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8, generator=g)
-    views = torch.tensor([[4, 4, 0]] * n)
-    return Batch(pixels, torch.arange(n) % 10, views, weight)
+from resnetv2_cli.task import Scores
 
 
 def test_scores_of_uneven_batches_count_every_image_once():
