@@ -18,6 +18,7 @@ from resnetv2_cli import __version__, console, files, threads, trust
 from resnetv2_cli.commands.app import app
 from resnetv2_cli.errors import OfAll, Stopped, UserError
 from resnetv2_cli.quantities import size
+from resnetv2_cli.signals import SIGNALS
 
 # isort: off
 # They join the app, and help lists them in this order.
@@ -31,7 +32,7 @@ class Terminated(SystemExit):
 
 
 def terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated(128 + number)
+    raise Terminated(SIGNALS[number])
 
 
 @contextmanager
@@ -111,7 +112,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     except Stopped as stopped:
         sys.exit(0 if child() else stopped.status)
     except BaseException as left:
-        for kind, word, status in SIGNALS:
+        for kind, word, status in ENDS:
             if began_with(left, kind):
                 console.note(word)
                 sys.exit(status)
@@ -156,7 +157,10 @@ def more(error: BaseException) -> str:
     return f": {asked[1] if asked[2] else size(int(asked[1]))} more were asked for"
 
 
-SIGNALS = ((KeyboardInterrupt, "interrupted", 130), (Terminated, "terminated", 143))
+ENDS = (
+    (KeyboardInterrupt, "interrupted", SIGNALS[signal.SIGINT]),
+    (Terminated, "terminated", SIGNALS[signal.SIGTERM]),
+)
 
 
 def began_with(error: BaseException | None, kind: type[BaseException]) -> bool:

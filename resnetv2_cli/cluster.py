@@ -25,7 +25,8 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 
-from resnetv2_cli.errors import SIGNALS, Gone, UserError, shown
+from resnetv2_cli.errors import Gone, UserError, shown
+from resnetv2_cli.signals import SIGNALS
 
 # As Lightning's Trainer looks for them: torchrun may itself run inside of a queue's job.
 OUTSIDE = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)

@@ -3,17 +3,10 @@
 Everything else is a bug and keeps its traceback.
 """
 
-import signal
 from collections.abc import Iterable
 from difflib import get_close_matches
 from reprlib import Repr
 
-SIGNALS = {  # on which a run saves and leaves, with what exit status
-    signal.SIGINT: 130,
-    signal.SIGTERM: 143,
-    signal.SIGUSR1: 138,
-    signal.SIGUSR2: 140,
-}
 _brief = Repr()
 _brief.maxlevel, _brief.maxstring, _brief.maxother = 2, 80, 80
 

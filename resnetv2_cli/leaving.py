@@ -12,7 +12,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from resnetv2_cli.callbacks import AGREE_EVERY, Keeper, agreed, evaluates, stepped
-from resnetv2_cli.errors import SIGNALS, Stopped
+from resnetv2_cli.errors import Stopped
+from resnetv2_cli.signals import SIGNALS
 from resnetv2_cli.task import Classification
 
 TIME_OVER = 1000  # beside the numbers of signals
@@ -111,4 +112,4 @@ def stopped(wish: int) -> Stopped:
     """What a signal, or the time, ends the command with."""
     if wish == TIME_OVER:
         return Stopped("the time is over", 0)
-    return Stopped(signal.Signals(wish).name, SIGNALS[signal.Signals(wish)])
+    return Stopped(signal.Signals(wish).name, SIGNALS[wish])

@@ -30,9 +30,10 @@ from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import cli, cluster, graphs, native, run
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.errors import SIGNALS, Diverged, Gone, NotSaved, Stopped
+from resnetv2_cli.errors import Diverged, Gone, NotSaved, Stopped
 from resnetv2_cli.leaving import Leaver
 from resnetv2_cli.runfolder import RunFolder
+from resnetv2_cli.signals import SIGNALS
 
 STEPS = 23  # an epoch of the digits, and an evaluation after it
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from resnetv2_cli.ablation.arms import Arm
 from resnetv2_cli.ablation.launch import Launcher, Started
-from resnetv2_cli.errors import SIGNALS, Stopped, UserError
+from resnetv2_cli.errors import Stopped, UserError
+from resnetv2_cli.signals import SIGNALS
 
 POLL = 0.2  # seconds between looks at what runs
 PATIENCE = 120.0  # seconds that runs are left to save when the ablation is stopped
@@ -74,7 +75,7 @@ class Sweep:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self.signal:
-            raise Stopped(signal.Signals(self.signal).name, 128 + self.signal)
+            raise Stopped(signal.Signals(self.signal).name, SIGNALS[self.signal])
         if self.over:
             raise Stopped("the time is over", 0)
 

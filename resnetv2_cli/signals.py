@@ -1,0 +1,10 @@
+"""On which signals a run saves and leaves, and with what exit status."""
+
+import signal
+
+SIGNALS: dict[int, int] = {
+    signal.SIGINT: 130,
+    signal.SIGTERM: 143,
+    signal.SIGUSR1: 138,
+    signal.SIGUSR2: 140,
+}
