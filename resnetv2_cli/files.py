@@ -4,18 +4,13 @@ by which one that was damaged since is known.
 A seal is the SHA-256 of a zip file, written into it as its comment: any zip reader opens the file.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
-import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TextIO
-
-from resnetv2_cli.errors import UserError
+from typing import BinaryIO
 
 MARK = b"resnetv2 sha256 "
 SEAL = 2 + len(MARK) + 64  # bytes at the end: the comment's length, and the comment
@@ -72,111 +67,6 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file by a text, wholly or not at all."""
     with replacing(path) as file:
         file.write(text.encode())
-
-
-_held: set[TextIO] = set()  # the locks of this process, open
-
-
-def _let_go() -> None:
-    """In a process that was forked: the workers of one that is killed live on for some seconds, and
-    would hold its locks."""
-    for file in _held:
-        file.close()
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_let_go)
-
-
-@contextmanager
-def held(lock: Path, hint: str) -> Iterator[None]:
-    """Hold a folder by a lock in it, so that no other process works in it meanwhile. It is free
-    again when this one has gone, however it went.
-
-    The folder is made where there is none. The lock goes with its holder, and with it whatever was
-    made for it and has nothing else in it: who is refused in between leaves what was there before.
-
-    Raises:
-        UserError: another process has it (``hint``: what to do then), or it cannot be written.
-    """
-    with left_as_it_was(lock.parent), _locked(lock, hint) as file:
-        _held.add(file)
-        try:
-            yield
-        finally:
-            _held.discard(file)
-            with suppress(OSError):
-                lock.unlink()
-
-
-@contextmanager
-def left_as_it_was(folder: Path) -> Iterator[None]:
-    """A folder that is made meanwhile, and those above it, go again if nothing stays in them."""
-    made = [f for f in (folder, *folder.parents) if not f.exists()]
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            for each in made:
-                each.rmdir()
-
-
-TRIES = 10  # a lock may go just when it is opened, or be ``taken`` for the moment of a look
-PAUSE = 0.02  # seconds
-
-
-def _locked(lock: Path, hint: str) -> TextIO:
-    for left in reversed(range(TRIES)):
-        try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            file = lock.open("a+")
-        except OSError as error:
-            hint = "it must be possible to write there; what is new goes where --output says"
-            raise UserError(f"cannot write {lock.parent}: {error.strerror}", hint) from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            if not left:
-                raise UserError(f"{lock.parent} is in use by {holder}", hint) from None
-            time.sleep(PAUSE)
-            continue
-        except OSError:  # a filesystem without locks
-            pass
-        if _is(lock, file):
-            break
-        file.close()  # who held it took it away in between, and there may be another by now
-    with suppress(OSError):  # on a full disk it is held all the same, and closes without an error
-        file.truncate(0)
-        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return file
-
-
-def _is(path: Path, file: TextIO) -> bool:
-    """Whether a path names the file that is open."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
-
-
-def taken(lock: Path) -> bool | None:
-    """Whether a process holds a lock; None where the filesystem has none, and nobody can say."""
-    try:
-        file = os.open(lock, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return None
-    finally:
-        os.close(file)
-    return False
 
 
 def name_too(path: Path, other: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from resnetv2_cli.ablation.arms import Ablation
 from resnetv2_cli.ablation.record import read
 from resnetv2_cli.errors import UserError, unknown
-from resnetv2_cli.files import taken
 from resnetv2_cli.jsonfile import mapping
+from resnetv2_cli.locks import taken
 from resnetv2_cli.manifest import ORIGINS, READINGS, environment_in, own_code
 from resnetv2_cli.paper import FAIL
 from resnetv2_cli.recipes import read_yaml

@@ -1,7 +1,6 @@
 """What a run was made by and of: code, versions, hardware, settings and where each came from, data,
 seeds, how often the test set was read, and every time it was continued."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +21,7 @@ from typing import Any
 from resnetv2_cli import __version__, jsonfile
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.locks import in_turn
 from resnetv2_cli.plans import OWN
 from resnetv2_cli.recipes import asked_for
 
@@ -68,15 +68,10 @@ class Manifest:
         Raises:
             OSError: it cannot be written.
         """
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            with suppress(OSError):  # a filesystem without locks
-                fcntl.flock(folder, fcntl.LOCK_EX)
+        with in_turn(self.path.parent):
             said = self.read()
             yield said
             jsonfile.write(self.path, said)
-        finally:
-            os.close(folder)
 
     def count_reading(self) -> None:
         """The test set was read once more.

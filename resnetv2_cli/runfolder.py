@@ -8,7 +8,8 @@ from typing import Any
 from resnetv2_cli import jsonfile
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.files import held, write_text
+from resnetv2_cli.files import write_text
+from resnetv2_cli.locks import held
 from resnetv2_cli.manifest import Manifest
 
 

@@ -23,7 +23,7 @@ from resnetv2_cli.data import folder, prepare, shards
 from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.files import held
+from resnetv2_cli.locks import held
 
 
 def prepared(tree: Path, to: Path, capsys, *more) -> Path:

@@ -21,7 +21,7 @@ from trainings import At, same, trained_as
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import jsonfile, run
 from resnetv2_cli.errors import Damaged, NotSaved, Stopped, UserError
-from resnetv2_cli.files import taken
+from resnetv2_cli.locks import taken
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 from resnetv2_cli.verify import difference, differences
 

@@ -1,10 +1,8 @@
 """One run of one row, its folder and what became of it; and the rows of a study with their runs."""
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from resnetv2_cli.ablation.studies import (
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.files import taken
+from resnetv2_cli.locks import inherited, taken
 from resnetv2_cli.paper import FAIL, PaperTable, Row
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.stats import Pairs, Summary
@@ -94,20 +92,13 @@ class Arm:
         return bool(taken(RunFolder(self.folder).lock))
 
     def claim(self) -> int | None:
-        """A lock, open as a file, that the run's process inherits; None while another has it, or a
-        job of a queue, which inherits nothing, trains on behind its ablation.
-
-        It is free again when all who hold it have gone, however they went.
-        """
-        path = self.folder.with_suffix(".lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT)
-        with suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not self.busy:
-                return lock
-        os.close(lock)
-        return None
+        """A lock that the run's process inherits; None while another has it, or a job of a queue,
+        which inherits nothing, trains on behind its ablation."""
+        lock = inherited(self.folder.with_suffix(".lock"))
+        if lock is not None and self.busy:
+            os.close(lock)
+            return None
+        return lock
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.files import left_as_it_was
+from resnetv2_cli.locks import left_as_it_was
 
 PLACES = {  # what the official archives look like in a folder: unpacked, or as downloaded
     "cifar10": ("cifar-10-batches-py/*_batch*", "cifar-10-python.tar.gz"),

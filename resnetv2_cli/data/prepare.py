@@ -16,7 +16,8 @@ from PIL import Image
 
 from resnetv2_cli.data import folder, picture, shards
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.files import held, replacing, write_text
+from resnetv2_cli.files import replacing, write_text
+from resnetv2_cli.locks import held
 
 LOCK = "prepare.lock"
 
