@@ -1,5 +1,5 @@
-"""Files that are there whole or not at all, whenever the process or the machine stops; and seals,
-by which one that was damaged since is known.
+"""Files that are there whole or not at all, whenever the process or the machine stops; seals, by
+which one that was damaged since is known; and where those are kept that can be made anew.
 
 A seal is the SHA-256 of a zip file, written into it as its comment: any zip reader opens the file.
 """
@@ -39,6 +39,11 @@ def flush(file: BinaryIO) -> None:
 def partial(path: Path) -> Path:
     """The name of a file that is not whole yet."""
     return path.with_name(path.name + PARTIAL)
+
+
+def cache() -> Path:
+    """The user's cache folder; whatever is in it can be made anew."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnetv2"
 
 
 @contextmanager

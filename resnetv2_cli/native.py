@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnetv2_cli import files
+
 HERE = Path(__file__).parent
 HEADERS = [HERE / "vectors.h", HERE / "products.h"]
 SOURCES = [HERE / "kernels.c", HERE / "pointwise.c", HERE / "conv3x3.c"]
@@ -71,11 +73,11 @@ def _built() -> Path:
     texts = [file.read_text() for file in (*HEADERS, *SOURCES)]
     parts = [*texts, *FLAGS, version, _processor()]
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnetv2"
+    folder = files.cache()
     file = folder / f"kernels-{name}.so"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.tmp")
+        partial = file.with_suffix(f".{os.getpid()}{files.PARTIAL}")
         command = [compiler, *FLAGS, *map(str, SOURCES), "-o", str(partial), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         if done.returncode:

@@ -8,7 +8,7 @@ from typing import Any
 from resnetv2_cli import jsonfile
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.files import write_text
+from resnetv2_cli.files import PARTIAL, write_text
 from resnetv2_cli.locks import held
 from resnetv2_cli.manifest import Manifest
 
@@ -59,7 +59,8 @@ class RunFolder:
         """
         begun = {self.lock.name, self.manifest.path.name, self.checkpoints.name}
         if self.path.is_dir():
-            inside = [p for p in self.path.iterdir() if p.suffix != ".tmp" and p.name not in begun]
+            whole = [p for p in self.path.iterdir() if p.suffix != PARTIAL]
+            inside = [p for p in whole if p.name not in begun]
             free = not inside and not any(self.checkpoints.glob("*"))
         else:
             free = not self.path.exists()

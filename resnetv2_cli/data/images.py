@@ -19,6 +19,7 @@ from PIL import Image
 from resnetv2_cli.data import archive, picture
 from resnetv2_cli.data.catalog import DATASETS, SIZE, Dataset
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.files import PARTIAL, cache
 
 LARGEST = 2**20  # bytes of one image file: a member of an archive may claim to unpack to any size
 SPLITS = ("train", "test")
@@ -206,7 +207,7 @@ def cached(
     for path in sources:
         stat = path.stat()
         stamp.update(f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnetv2"
+    folder = cache()
     file = folder / f"{name}-{stamp.hexdigest()[:16]}.npz"
     try:
         with np.load(file, allow_pickle=False) as kept:
@@ -215,7 +216,7 @@ def cached(
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         tell(f"{name} is decoded, once: it is kept in {folder}")
     images = finished(*read())
-    partial = file.with_suffix(f".{os.getpid()}.tmp")
+    partial = file.with_suffix(f".{os.getpid()}{PARTIAL}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as out:

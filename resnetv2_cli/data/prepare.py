@@ -16,7 +16,7 @@ from PIL import Image
 
 from resnetv2_cli.data import folder, picture, shards
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.files import replacing, write_text
+from resnetv2_cli.files import PARTIAL, replacing, write_text
 from resnetv2_cli.locks import held
 
 LOCK = "prepare.lock"
@@ -74,7 +74,7 @@ def prepare(
     plan = {"form": form._asdict(), "digest": folder.digest(*splits.values())}
     begun = output / shards.BEGUN
     if output.is_dir() and not begun.exists():
-        left = {p.name for p in output.iterdir() if p.suffix != ".tmp"}
+        left = {p.name for p in output.iterdir() if p.suffix != PARTIAL}
         if left - {LOCK}:
             raise UserError(f"{output} is not empty", "name a new folder")
     with held(output / LOCK, "wait for it, or stop it"):

@@ -14,6 +14,7 @@ from resnetv2_cli.data.protocols import View
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.export.fold import Exported
 from resnetv2_cli.export.formats import FORMATS, Metadata
+from resnetv2_cli.files import partial
 from resnetv2_cli.inference import Picture, Views
 from resnetv2_cli.task import Classification
 
@@ -102,12 +103,12 @@ def written(
     """
     row = FORMATS[format]
     pixels, source = test_images(task, view)
-    partial = to.with_name(to.name + ".tmp")
+    beside = partial(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     try:
-        row.write(model, torch.zeros(2, 3, view.side, view.side), partial, metadata)
-        made = compare(task, row.read(model, partial), pixels, source)
-        os.replace(partial, to)
+        row.write(model, torch.zeros(2, 3, view.side, view.side), beside, metadata)
+        made = compare(task, row.read(model, beside), pixels, source)
+        os.replace(beside, to)
     except UserError:
         raise
     except OSError as error:
@@ -122,5 +123,5 @@ def written(
             "--format safetensors keeps the weights alone",
         ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
     return made
