@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from resnetv2_cli import jsonfile
 from resnetv2_cli.data import folder, picture, shards
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import PARTIAL, replacing, write_text
@@ -79,7 +80,7 @@ def prepare(
             raise UserError(f"{output} is not empty", "name a new folder")
     with held(output / LOCK, "wait for it, or stop it"):
         if begun.exists():
-            refuse_others(output, said(begun), plan, stamps)
+            refuse_others(output, jsonfile.mapping(begun), plan, stamps)
         try:
             write_text(begun, json.dumps(plan | {"shards": stamps}))
             return _prepared(splits, output, form, workers, tick)
@@ -88,14 +89,6 @@ def prepare(
                 f"cannot write {output}: {error.strerror or error}",
                 "shards that are whole are kept: make room, and call it again",
             ) from None
-
-
-def said(begun: Path) -> dict[str, Any]:
-    """What a folder was begun with."""
-    try:
-        return dict(json.loads(begun.read_text()))
-    except (ValueError, TypeError):
-        return {}
 
 
 def stamp(files: Iterable[object]) -> str:
