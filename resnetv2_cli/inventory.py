@@ -18,9 +18,8 @@ from resnetv2_cli.locks import taken
 from resnetv2_cli.manifest import ORIGINS, READINGS, environment_in, own_code
 from resnetv2_cli.paper import FAIL
 from resnetv2_cli.recipes import read_yaml
-from resnetv2_cli.runfolder import RunFolder, read_metrics
+from resnetv2_cli.runfolder import RUNS, RunFolder, read_metrics
 
-RUNS = Path("runs")  # where runs are, unless another folder is named
 FRESH = 1200.0  # seconds; a run that trains saves every ten minutes
 STATES = ("done", "fail", "crashed", "running", "stopped", "waiting")
 LIST = "resnetv2 runs ls shows what there is"
@@ -99,7 +98,7 @@ class Run:
             return "fail" if self.failure["diverged"] else "crashed"
         if alive(self.folder):
             return "running"
-        return "stopped" if self.folder.config.exists() else "waiting"
+        return "stopped" if self.folder.begun else "waiting"
 
     @property
     def ended(self) -> dict[str, Any]:
@@ -149,7 +148,8 @@ class Found:
         """All runs, each once: those of ablations first, in the order of their rows."""
         arms = {arm.folder: arm for a in self.ablations for line in a.lines for arm in line.arms}
         ours = [
-            Run(str(folder.relative_to(folder.parent.parent)), RunFolder(folder)) for folder in arms
+            Run(str(folder.relative_to(folder.parent.parent)), arm.run)
+            for folder, arm in arms.items()
         ]
         return told_apart([*ours, *self.runs])
 
@@ -232,13 +232,13 @@ def folders(path: Path, seen: set[Path] | None = None) -> Iterable[Path]:
     is followed once all that lies here itself has been seen."""
     seen = set() if seen is None else seen
     links: list[Path] = []
-    for here, below, files in os.walk(path):
+    for here, below, _ in os.walk(path):
         place = Path(here)
         if place.resolve() in seen:
             below.clear()
             continue
         seen.add(place.resolve())
-        if "config.yaml" in files:
+        if RunFolder(place).begun:
             below[:] = [name for name in below if name.startswith("analysis")]
         below.sort()
         links += [place / name for name in below if (place / name).is_symlink()]
@@ -251,8 +251,8 @@ def add(found: Found, folder: Path, root: Path) -> None:
     """What one folder itself is or holds."""
     name = str(folder.relative_to(root)) if folder != root else folder.resolve().name
     found.ablations += [read(file) for file in sorted(folder.glob("ablation-*.json"))]
-    if (folder / "config.yaml").is_file():
-        found.runs.append(Run(name, RunFolder(folder)))
+    if (run := RunFolder(folder)).begun:
+        found.runs.append(Run(name, run))
     if made := mapping(folder / "analysis.json"):
         if not {"networks", "topics"} <= set(made):
             raise UserError(f"{folder / 'analysis.json'} is not what an analysis leaves")
@@ -268,9 +268,9 @@ def runs_in(root: Path) -> list[Run]:
     if not root.is_dir():
         raise UserError(f"there is no folder {root}", "--root names the one that holds runs")
     return [
-        Run(str(folder.relative_to(root)), RunFolder(folder))
+        Run(str(folder.relative_to(root)), run)
         for folder in folders(root)
-        if folder != root and (folder / "config.yaml").is_file()
+        if folder != root and (run := RunFolder(folder)).begun
     ]
 
 
@@ -282,9 +282,8 @@ def choose(word: str, runs: list[Run]) -> Run:
     Raises:
         UserError: there is none, or several begin like that.
     """
-    path = Path(word)
-    if (path / "config.yaml").is_file():
-        return Run(str(path), RunFolder(path))
+    if (named := RunFolder(Path(word))).begun:
+        return Run(str(named.path), named)
     if word == "last" and runs:
         return max(runs, key=lambda run: run.folder.config.stat().st_mtime)
     exact = [run for run in runs if run.name == word]

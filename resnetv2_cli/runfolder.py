@@ -12,6 +12,8 @@ from resnetv2_cli.files import PARTIAL, write_text
 from resnetv2_cli.locks import held
 from resnetv2_cli.manifest import Manifest
 
+RUNS = Path("runs")  # where runs are, unless another folder is named
+
 
 class RunFolder:
     """``config.yaml``, ``manifest.json``, ``metrics.csv``, ``speed.csv``, ``checkpoints/``, and at
@@ -43,12 +45,12 @@ class RunFolder:
         return folder if inside == folder.checkpoints else None
 
     @classmethod
-    def free(cls, experiment: Experiment, root: Path = Path("runs")) -> "RunFolder":
+    def free(cls, experiment: Experiment) -> "RunFolder":
         """The folder for a run that was given none: ``runs/NAME``, numbered if that is taken."""
-        path, n = root / experiment.name, 1
+        path, n = RUNS / experiment.name, 1
         while path.exists():
             n += 1
-            path = root / f"{experiment.name}.{n}"
+            path = RUNS / f"{experiment.name}.{n}"
         return cls(path)
 
     def refuse_if_used(self) -> None:

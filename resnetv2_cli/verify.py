@@ -160,7 +160,7 @@ class Trial:
 
     def arguments(self, folder: RunFolder) -> list[str]:
         """Begin the run, or continue it if it has begun."""
-        if folder.config.exists():
+        if folder.begun:
             return ["--resume", str(folder.path), *self.more]
         return ["--config", str(self.config), "--output", str(folder.path), *self.more]
 

@@ -46,6 +46,11 @@ class Arm:
         return cls(row, experiment, folder, origins or {})
 
     @property
+    def run(self) -> RunFolder:
+        """What is in its folder."""
+        return RunFolder(self.folder)
+
+    @property
     def config(self) -> Path:
         """What the run is asked for, beside its folder."""
         return self.folder.with_suffix(".yaml")
@@ -57,19 +62,19 @@ class Arm:
 
     @property
     def begun(self) -> bool:
-        return RunFolder(self.folder).config.exists()
+        return self.run.begun
 
     @property
     def error(self) -> float | None:
         """Test error in percent, FAIL if it diverged, None if it has not come to an end."""
-        if result := RunFolder(self.folder).read_result():
+        if result := self.run.read_result():
             return float(result["test_error"])
         return FAIL if self.failure and self.failure["diverged"] else None
 
     @property
     def failure(self) -> dict[str, Any] | None:
         """Why it ended without a result: ``reason``, and whether the loss ``diverged``."""
-        return RunFolder(self.folder).read_failure() or None
+        return self.run.read_failure() or None
 
     @property
     def crashed(self) -> bool:
@@ -78,18 +83,18 @@ class Arm:
 
     def fail(self, reason: str) -> None:
         """Note that the run crashed; the next call of the same ablation tries it again."""
-        file = RunFolder(self.folder).failed
+        file = self.run.failed
         file.parent.mkdir(parents=True, exist_ok=True)
         jsonfile.write(file, {"reason": reason, "diverged": False})
 
     def clear(self) -> None:
         """Forget a crash before the run is tried again."""
-        RunFolder(self.folder).failed.unlink(missing_ok=True)
+        self.run.failed.unlink(missing_ok=True)
 
     @property
     def busy(self) -> bool:
         """Whether a process trains in its folder, whoever started it."""
-        return bool(taken(RunFolder(self.folder).lock))
+        return bool(taken(self.run.lock))
 
     def claim(self) -> int | None:
         """A lock that the run's process inherits; None while another has it, or a job of a queue,
@@ -167,9 +172,9 @@ class Ablation:
         panels = table.panels or {table.title: tuple(line.row.name for line in self.lines)}
         differing = self.title.removeprefix(table.title)
         drawn = {
-            line.row.name: RunFolder(line.arms[0].folder).metrics
+            line.row.name: metrics
             for line in self.lines
-            if RunFolder(line.arms[0].folder).metrics.exists()
+            if (metrics := line.arms[0].run.metrics).exists()
         }
         return {
             panel + differing: {name: drawn[name] for name in names if name in drawn}
@@ -208,7 +213,7 @@ class Ablation:
     def runs(self, line: Line, before: list[str]) -> list[str]:
         """The folders of a row's runs, with those of more seeds that the record had before."""
         ours = [str(arm.folder.relative_to(self.root)) for arm in line.arms]
-        begun = [place for place in before if RunFolder(self.root / place).config.exists()]
+        begun = [place for place in before if RunFolder(self.root / place).begun]
         return list(dict.fromkeys([*ours, *begun]))
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from resnetv2_cli.ablation.arms import Arm
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.runfolder import RunFolder, read_metrics
+from resnetv2_cli.runfolder import read_metrics
 
 LOOK = 1.0  # seconds between looks at the metrics files
 LINES = 60.0  # seconds between lines in a log
@@ -59,7 +59,7 @@ class Progress:
 
 def place(arm: Arm) -> list[str]:
     """Iteration, training loss and last test error of a run, as its files have them."""
-    folder = RunFolder(arm.folder)
+    folder = arm.run
     if not folder.metrics.exists():
         return ["starting"]
     try:

@@ -16,7 +16,7 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.jsonfile import finite
 from resnetv2_cli.manifest import environment
 from resnetv2_cli.origin import sha256
-from resnetv2_cli.runfolder import RunFolder
+from resnetv2_cli.runfolder import RUNS, RunFolder
 from resnetv2_cli.source import Source
 
 
@@ -45,7 +45,7 @@ def folder_of(main: Source) -> Path:
     into ``runs``."""
     file = main.checkpoint
     if file is None:
-        return Path("runs") / f"analyze-{main.experiment.name}-{digest(main.experiment)}"
+        return RUNS / f"analyze-{main.experiment.name}-{digest(main.experiment)}"
     run = RunFolder.of(file)
     name = "analysis" if run and file.stem == "last" else f"analysis-{file.stem}"
     return (run.path if run else file.parent) / name

@@ -22,7 +22,7 @@ Name = Annotated[
     str,
     typer.Argument(help="A name, its beginning if no other begins so, a folder, or last."),
 ]
-RUNS = Path("runs")
+RUNS = Path("runs")  # as in runfolder, for which help does not wait
 
 
 @runs.command()

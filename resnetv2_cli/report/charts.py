@@ -7,7 +7,7 @@ from resnetv2_cli.ablation.arms import Ablation
 from resnetv2_cli.figures import TOGETHER
 from resnetv2_cli.inventory import Found, Run
 from resnetv2_cli.plot import COLORS, ERRORS, named
-from resnetv2_cli.runfolder import RunFolder, read_metrics
+from resnetv2_cli.runfolder import read_metrics
 
 MOST_POINTS = 300  # of one curve, unless there are very many curves
 ALL_POINTS = 60_000  # of a whole page: about half of the 2 MB that it may have
@@ -27,7 +27,7 @@ def charts(ablation: Ablation) -> list[dict[str, Any]]:
             for line in lines
             for arm in line.arms
             for curve in of(
-                read_metrics(RunFolder(arm.folder).metrics),
+                read_metrics(arm.run.metrics),
                 line.row.name,
                 color[line.row.name],
                 f"seed {arm.experiment.seed}" if len(line.arms) > 1 else "",

@@ -10,7 +10,6 @@ from resnetv2_cli.ablation.arms import Ablation, Line
 from resnetv2_cli.inventory import Run
 from resnetv2_cli.paper import FAIL, FAIL_ABOVE
 from resnetv2_cli.plot import COLORS
-from resnetv2_cli.runfolder import RunFolder
 
 TICKS = (1, 2, 5, 10, 20, 50, 100)  # percent
 STATES = {"done": "done", "fail": "diverged", "crashed": "crashed", "running": "running",
@@ -48,7 +47,7 @@ def study(ablation: Ablation, charts: list[dict[str, Any]], detect: float) -> di
 def arm(line: Line, place: int) -> dict[str, str]:
     """The state of one run of a row, and a sentence on it."""
     one = line.arms[place]
-    run = Run(one.row, RunFolder(one.folder))
+    run = Run(one.row, one.run)
     says = f"seed {one.experiment.seed}: {STATES[run.state]}"
     if run.state == "done":
         says += f", {run.error:.2f} %"
