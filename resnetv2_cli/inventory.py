@@ -179,12 +179,7 @@ def alive(folder: RunFolder) -> bool:
 def locks(folder: RunFolder) -> list[bool | None]:
     """Whether a process works in a run's folder, and whether an ablation keeps it for one; None
     where there are no locks."""
-    return [taken(lock) for lock in (folder.lock, beside(folder, ".lock"))]
-
-
-def beside(folder: RunFolder, suffix: str) -> Path:
-    """What an ablation keeps beside the folder of a run: its request, log or lock."""
-    return folder.path.with_name(folder.path.name + suffix)
+    return [taken(lock) for lock in (folder.lock, folder.beside(".lock"))]
 
 
 def look(paths: Iterable[Path]) -> Found:
@@ -316,9 +311,9 @@ def remove(run: Run) -> None:
     shutil.rmtree(run.folder.path.resolve())
     if run.folder.path.is_symlink():
         run.folder.path.unlink()
-    if beside(run.folder, ".lock").exists():
+    if run.folder.beside(".lock").exists():
         for suffix in (".yaml", ORIGINS, ".log", ".lock"):
-            beside(run.folder, suffix).unlink(missing_ok=True)
+            run.folder.beside(suffix).unlink(missing_ok=True)
 
 
 def tails(name: str) -> list[str]:

@@ -53,6 +53,10 @@ class RunFolder:
             path = RUNS / f"{experiment.name}.{n}"
         return cls(path)
 
+    def beside(self, suffix: str) -> Path:
+        """What an ablation keeps beside the folder: the run's request, log or lock."""
+        return self.path.with_name(self.path.name + suffix)
+
     def refuse_if_used(self) -> None:
         """
         Raises:

@@ -9,8 +9,10 @@ import shutil
 import pytest
 
 from resnetv2_cli import inventory
+from resnetv2_cli.ablation.arms import Arm
 from resnetv2_cli.commands.runs import percent
 from resnetv2_cli.compare import agreement, notes
+from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.manifest import environment, environment_in
 from resnetv2_cli.runfolder import RunFolder, read_metrics
@@ -25,6 +27,13 @@ def test_every_state_is_told_apart(lab):
     lock = os.open(killed.folder.with_suffix(".lock"), os.O_RDWR)
     fcntl.flock(lock, fcntl.LOCK_EX)
     assert [r.state for r in inventory.look([lab]).every][2] == "running"
+    os.close(lock)
+
+
+def test_an_ablation_s_lock_is_found_whatever_the_folder_is_called(tmp_path):
+    arm = Arm("identity", Experiment(), tmp_path / "run.2")
+    lock = arm.claim()
+    assert inventory.alive(arm.run)
     os.close(lock)
 
 

@@ -53,12 +53,12 @@ class Arm:
     @property
     def config(self) -> Path:
         """What the run is asked for, beside its folder."""
-        return self.folder.with_suffix(".yaml")
+        return self.run.beside(".yaml")
 
     @property
     def log(self) -> Path:
         """What the run says."""
-        return self.folder.with_suffix(".log")
+        return self.run.beside(".log")
 
     @property
     def begun(self) -> bool:
@@ -99,7 +99,7 @@ class Arm:
     def claim(self) -> int | None:
         """A lock that the run's process inherits; None while another has it, or a job of a queue,
         which inherits nothing, trains on behind its ablation."""
-        lock = inherited(self.folder.with_suffix(".lock"))
+        lock = inherited(self.run.beside(".lock"))
         if lock is not None and self.busy:
             os.close(lock)
             return None
