@@ -146,11 +146,11 @@ LAB = {"dataset": "digits", "depth": 8, "batch_size": 128, "steps": 6, "log_ever
 
 
 def two_rows(root: Path, runs: int = 1, given: dict | None = None, **how):
-    """An ablation of conv1x1 beside identity, as ``arms.plan`` has it: nothing is begun."""
-    from resnetv2_cli.ablation import arms, studies
+    """An ablation of conv1x1 beside identity, as ``planning.plan`` has it: nothing is begun."""
+    from resnetv2_cli.ablation import planning, studies
 
     [study] = studies.studies(shortcut="conv1x1")
-    return arms.plan(study, runs, given or {}, root, **how)
+    return planning.plan(study, runs, given or {}, root, **how)
 
 
 def names(**given) -> list[str]:
@@ -173,11 +173,12 @@ def lab(tmp_path_factory):
     """An ablation of which one run is done, one was killed, and the others have not begun; and a
     run that diverged, beside it."""
     from resnetv2_cli import run
+    from resnetv2_cli.ablation import record
     from resnetv2_cli.runfolder import RunFolder
 
     root = tmp_path_factory.mktemp("runs")
     made = two_rows(root / "lab", 2, LAB)
-    made.write()
+    record.write(made)
     first, second = (line.arms[0] for line in made.lines)
     for arm in (first, second):
         run.train(arm.experiment, RunFolder(arm.folder))

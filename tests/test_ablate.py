@@ -11,7 +11,7 @@ import torch
 from conftest import ended, names, two_rows
 from rich.console import Console
 
-from resnetv2_cli.ablation import arms, launch, probe, studies, tables
+from resnetv2_cli.ablation import launch, planning, probe, studies, tables
 from resnetv2_cli.ablation.progress import Progress
 from resnetv2_cli.ablation.sweep import Sweep, reason
 from resnetv2_cli.cli import main
@@ -43,7 +43,7 @@ def test_one_thing_is_ablated_at_a_time():
 
 def test_seeds_are_the_same_in_all_rows_and_flags_win(tmp_path):
     [study] = studies.studies(tables=[1])
-    made = arms.plan(study, 3, {"depth": 20, "seed": 5}, tmp_path)
+    made = planning.plan(study, 3, {"depth": 20, "seed": 5}, tmp_path)
     for line in made.lines:
         assert [arm.experiment.seed for arm in line.arms] == [5, 6, 7]
         assert all(arm.experiment.depth == 20 for arm in line.arms)
@@ -67,7 +67,7 @@ def test_more_images_than_there_are_are_not_held_out(tmp_path):
 def test_the_laptop_scale_has_one_recipe_whatever_the_row_has(tmp_path):
     [study] = studies.studies(tables=[4])
     few = study.only(["ResNet-1001 full-preact, batch 64"])  # 200 epochs, with drops of its own
-    e = arms.plan(few, 1, {}, tmp_path, "laptop").lines[0].arms[0].experiment
+    e = planning.plan(few, 1, {}, tmp_path, "laptop").lines[0].arms[0].experiment
     assert (e.depth, e.batch_size, e.steps, e.epochs) == (65, 64, 400, None)
     assert (e.lr, e.warmup, e.drops) == (0.05, 40, "0.5,0.75")
 
@@ -296,7 +296,7 @@ def test_a_plan_says_how_long_what_is_left_takes(
 def test_a_plan_of_two_tables_counts_a_run_that_both_have_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(probe, "step_seconds", lambda e: 0.5)
     made = [
-        arms.plan(study.only([name]), 1, {"steps": 100}, tmp_path)
+        planning.plan(study.only([name]), 1, {"steps": 100}, tmp_path)
         for study, name in zip(
             studies.studies(tables=[1, 2]), ("identity", "ResNet-110 original"), strict=True
         )
@@ -397,7 +397,7 @@ def test_runs_at_once_have_a_gpu_each_of_those_that_may_be_used(given, seen, mon
     monkeypatch.setattr(launch, "Process", lambda arm, environment, lock: environment)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     [study] = studies.studies(tables=[1])
-    [arm] = arms.plan(study.only(["identity"]), 1, {"depth": 8}, tmp_path).lines[0].arms
+    [arm] = planning.plan(study.only(["identity"]), 1, {"depth": 8}, tmp_path).lines[0].arms
     processes = launch.Processes(3)
     found = [processes.start(arm, slot, 0)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
     assert found == seen

@@ -29,7 +29,7 @@ ORDER = """
     plot blueprint
     cluster syncbn machine resume run verify
     stats
-    ablation.studies ablation.arms ablation.launch ablation.record
+    ablation.studies ablation.arms ablation.record ablation.planning ablation.launch
     ablation.sweep ablation.progress ablation.tables ablation.probe
     inventory compare
     inference sheet

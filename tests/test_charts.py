@@ -4,7 +4,7 @@ import pytest
 from conftest import ended, two_rows
 
 from resnetv2_cli import plot
-from resnetv2_cli.ablation import arms, studies
+from resnetv2_cli.ablation import planning, studies
 from resnetv2_cli.plot import COLORS
 from resnetv2_cli.report import charts, page, rows
 from resnetv2_cli.runfolder import RunFolder
@@ -37,7 +37,7 @@ def test_seeds_are_called_by_their_number(of_two_seeds):
 
 def test_a_curve_has_the_color_of_its_row_where_there_are_more_rows_than_colors(tmp_path):
     depths = ",".join(str(6 * n + 2) for n in range(1, len(COLORS) + 3))
-    planned = arms.plan(studies.of_grid([f"depth={depths}"]), 1, {}, tmp_path)
+    planned = planning.plan(studies.of_grid([f"depth={depths}"]), 1, {}, tmp_path)
     begin(planned)
     [chart] = charts.charts(planned)
     found = {one["name"]: one["color"] for one in chart["names"]}
@@ -115,7 +115,7 @@ def test_marks_stand_at_the_errors(tmp_path):
     ],
 )
 def test_the_axis_of_marks_has_ticks_where_errors_are_alike(tmp_path, errors, ticks):
-    planned = arms.plan(studies.of_grid(["depth=8"]), 2, {"dataset": "digits"}, tmp_path)
+    planned = planning.plan(studies.of_grid(["depth=8"]), 2, {"dataset": "digits"}, tmp_path)
     ended(planned, errors)
     axis = rows.Axis(planned)
     assert [said for said, _ in axis.ticks] == ticks

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, THREADS, names
 
-from resnetv2_cli.ablation import arms, studies
+from resnetv2_cli.ablation import planning, studies
 
 
 def called(tmp_path, tool: str = "") -> int:
@@ -109,7 +109,7 @@ def test_a_reproduction_goes_on_from_the_small_files_of_the_last(resnetv2, tmp_p
     """What was kept of a run under way, its checkpoint in parts, is all that the next one has."""
     [study] = studies.studies(tables=[1])
     given = {"dataset": "digits", "depth": 8, "batch_size": 64, "steps": 60, "log_every": 10}
-    made = arms.plan(study.only(["identity"]), 1, given, tmp_path / "first")
+    made = planning.plan(study.only(["identity"]), 1, given, tmp_path / "first")
     [arm] = made.lines[0].arms
     arm.config.parent.mkdir(parents=True)
     arm.config.write_text(arm.experiment.dump())

@@ -9,7 +9,7 @@ from conftest import ended, two_rows
 from trainings import same, trained_as
 
 from resnetv2_cli import figures
-from resnetv2_cli.ablation import tables
+from resnetv2_cli.ablation import record, tables
 from resnetv2_cli.ablation.progress import place
 from resnetv2_cli.inventory import Run, look
 from resnetv2_cli.report import page
@@ -22,7 +22,7 @@ NONE = ["", '{"test_error": 5', "[]", "{}", "null"]
 def planned(tmp_path):
     """An ablation of which one run has begun, and the other is done."""
     made = two_rows(tmp_path / "lab", 1, {"depth": 8})
-    made.write()
+    record.write(made)
     ended(made, (5.0,), (7.0,))
     first = made.lines[0].arms[0]
     RunFolder(first.folder).config.write_text(first.experiment.dump())

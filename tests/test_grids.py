@@ -6,7 +6,7 @@ import pytest
 from conftest import ended, two_rows
 
 from resnetv2_cli import trust
-from resnetv2_cli.ablation import arms, probe, studies, tables
+from resnetv2_cli.ablation import arms, planning, probe, record, studies, tables
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 
@@ -21,7 +21,7 @@ class {}(Shortcut):
 
 def planned(root, *axes, given=None, **how):
     [study] = studies.studies(grid=list(axes))
-    return arms.plan(study, 1, given or {}, root, **how)
+    return planning.plan(study, 1, given or {}, root, **how)
 
 
 def runs(*given, **how) -> list[arms.Arm]:
@@ -86,9 +86,9 @@ def test_a_flag_does_not_change_what_rows_are_named_after(tmp_path, table, given
     [study] = studies.studies(tables=[table])
     if said:
         with pytest.raises(UserError, match=said):
-            arms.plan(study, 1, given, tmp_path)
+            planning.plan(study, 1, given, tmp_path)
     else:
-        made = arms.plan(study, 1, given, tmp_path).lines
+        made = planning.plan(study, 1, given, tmp_path).lines
         assert all(given.items() <= asdict(line.arms[0].experiment).items() for line in made)
 
 
@@ -161,7 +161,7 @@ def test_a_shortcut_whose_file_has_changed_is_another_run(tmp_path, monkeypatch)
 )
 def test_the_papers_error_stands_beside_its_own_settings_alone(tmp_path, axes, given, expected):
     lines = planned(tmp_path, *axes, given=given).lines
-    found = [arms.number(line.row.published) for line in lines]
+    found = [record.number(line.row.published) for line in lines]
     assert found == (expected or [None] * len(lines))
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from resnetv2_cli import native, trust
 from resnetv2_cli.ablation import studies
-from resnetv2_cli.ablation.arms import plan
+from resnetv2_cli.ablation.planning import plan
 from resnetv2_cli.anatomy import anatomy, kinds
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.describe import skeleton

@@ -5,14 +5,14 @@ import json
 import pytest
 from conftest import REPOSITORY, two_rows
 
-from resnetv2_cli.ablation import arms, studies
+from resnetv2_cli.ablation import planning, record, studies
 from resnetv2_cli.inventory import look
 
 LONG = "depth=20,32,44,56,110 unit=original,bn-after-add,relu-before-add shortcut={}"
 
 
 def of_grid(text, root):
-    return arms.plan(studies.of_grid(text.split()), 1, {}, root)
+    return planning.plan(studies.of_grid(text.split()), 1, {}, root)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def of_grid(text, root):
 def test_no_ablation_takes_the_record_of_another(tmp_path, one, other):
     made = [one(tmp_path), other(tmp_path)]
     for ablation in made:
-        ablation.write()
+        record.write(ablation)
     assert {a.study.name for a in look([tmp_path]).ablations} == {a.study.name for a in made}
     assert len({a.study.name for a in made}) == 2
 
@@ -40,16 +40,16 @@ def test_no_ablation_takes_the_record_of_another(tmp_path, one, other):
 def test_rows_alone_have_a_record_of_their_own(tmp_path):
     [table] = studies.studies(tables=[2])
     few = table.only(["ResNet-110 original"])
-    assert len({arms.plan(study, 1, {}, tmp_path).file for study in (table, few)}) == 2
+    assert len({planning.plan(study, 1, {}, tmp_path).file for study in (table, few)}) == 2
 
 
 def test_fewer_seeds_leave_those_that_have_begun_in_the_record(tmp_path):
     whole = two_rows(tmp_path, 3)
-    whole.write()
+    record.write(whole)
     for arm in whole.lines[0].arms[:2]:
         arm.folder.mkdir(parents=True)
         (arm.folder / "config.yaml").write_text(arm.experiment.dump())
-    two_rows(tmp_path, 1).write()
+    record.write(two_rows(tmp_path, 1))
     [ablation] = look([tmp_path]).ablations
     assert [[arm.experiment.seed for arm in line.arms] for line in ablation.lines] == [[0, 1], [0]]
 
@@ -57,14 +57,14 @@ def test_fewer_seeds_leave_those_that_have_begun_in_the_record(tmp_path):
 def test_a_record_of_an_earlier_version_goes_on(tmp_path):
     """Whose names had no digest."""
     made = two_rows(tmp_path)
-    made.write()
+    record.write(made)
     before = made.file.rename(tmp_path / "ablation-shortcut-conv1x1.json")
     said = before.read_text()
-    two_rows(tmp_path, 1, {"epochs": 1.0}).write()
+    record.write(two_rows(tmp_path, 1, {"epochs": 1.0}))
     assert before.read_text() == said
     again = two_rows(tmp_path, 2)
     assert again.file == before
-    again.write()
+    record.write(again)
     assert [len(row["arms"]) for row in json.loads(before.read_text())["rows"]] == [2, 2]
 
 
@@ -80,5 +80,5 @@ def test_what_was_kept_of_the_reproduction_goes_on():
 def test_a_damaged_record_is_written_anew(tmp_path, text):
     made = two_rows(tmp_path)
     made.file.write_text(text)
-    two_rows(tmp_path).write()
+    record.write(two_rows(tmp_path))
     assert len(look([tmp_path]).ablations) == 1

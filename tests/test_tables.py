@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from resnetv2_cli import console, paper, plans
-from resnetv2_cli.ablation import arms, studies, tables
+from resnetv2_cli.ablation import planning, studies, tables
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.describe import describe
 from resnetv2_cli.errors import UserError
@@ -203,7 +203,7 @@ ALL += [[top1 for top1, _ in TABLE_5]]
 def test_published_numbers_as_they_are_shown(number, expected, tmp_path):
     """Above 20 % too: what the paper calls a fail is of CIFAR-10."""
     [study] = studies.studies(tables=[number])
-    columns, cells = tables.table(arms.plan(study, 1, {}, tmp_path), 0.5)
+    columns, cells = tables.table(planning.plan(study, 1, {}, tmp_path), 0.5)
     shown = [row[columns.index("paper, %")].partition(" ")[0] for row in cells]
     assert shown == [e if isinstance(e, str) else f"{e:.2f}" for e in expected]
 
@@ -215,7 +215,7 @@ def test_published_numbers_as_they_are_shown(number, expected, tmp_path):
 ])  # fmt: skip
 def test_twenty_five_percent_is_a_fail_on_cifar10_alone(number, row, to_paper, tmp_path):
     [study] = studies.studies(tables=[number])
-    planned = arms.plan(study.only([row]), 1, {}, tmp_path)
+    planned = planning.plan(study.only([row]), 1, {}, tmp_path)
     [line] = planned.lines
     line.arms[0].folder.mkdir(parents=True)
     (line.arms[0].folder / "result.json").write_text('{"test_error": 25.0}')

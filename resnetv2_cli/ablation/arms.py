@@ -1,30 +1,25 @@
 """One run of one row, its folder and what became of it; and the rows of a study with their runs."""
 
-import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from resnetv2_cli import jsonfile, plans
-from resnetv2_cli.ablation.studies import (
-    LENGTH,
-    SCALES,
-    Study,
-    digest,
-    length,
-    published,
-    slug,
-    unusual,
-)
+from resnetv2_cli import jsonfile
+from resnetv2_cli.ablation.studies import Study, digest, slug, unusual
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.data.catalog import DATASETS
-from resnetv2_cli.errors import UserError
 from resnetv2_cli.locks import inherited, taken
-from resnetv2_cli.paper import FAIL, PaperTable, Row
+from resnetv2_cli.paper import FAIL, Row
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.stats import Pairs, Summary
+
+# What may be given and the paper's errors are still of the same recipe.
+HARMLESS = {f.name for f in fields(Experiment) if f.metadata["free"]} - {"weights"}
+HARMLESS |= {"seed", "precision", "log_every", "eval_every"}
+# What makes the recipe that the defaults are, whatever network is trained on whatever images.
+RECIPE = {f.name for f in fields(Experiment) if f.metadata["panel"] != "Network"}
+RECIPE -= HARMLESS | {"dataset"}
 
 
 @dataclass(frozen=True)
@@ -180,196 +175,3 @@ class Ablation:
             panel + differing: {name: drawn[name] for name in names if name in drawn}
             for panel, names in panels.items()
         }
-
-    def write(self) -> None:
-        """Leave ``file``, so that a report finds rows that have not begun too."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        before = recorded(self.file)
-        rows = [
-            {
-                "name": line.row.name,
-                "figure": line.row.figure,
-                "published": number(line.row.published),
-                "spread": line.row.spread,
-                "note": line.row.note,
-                "baseline": line.row.baseline,
-                "settings": unusual(asdict(replace(line.arms[0].experiment, seed=0))),
-                "arms": self.runs(line, before.get(line.row.name, [])),
-            }
-            for line in self.lines
-        ]
-        jsonfile.write(
-            self.file,
-            {
-                "title": self.title,
-                "scale": self.scale,
-                "protocol": self.protocol,
-                "comparable": self.comparable,
-                "panels": self.study.table.panels,
-                "rows": rows,
-            },
-        )
-
-    def runs(self, line: Line, before: list[str]) -> list[str]:
-        """The folders of a row's runs, with those of more seeds that the record had before."""
-        ours = [str(arm.folder.relative_to(self.root)) for arm in line.arms]
-        begun = [place for place in before if RunFolder(self.root / place).begun]
-        return list(dict.fromkeys([*ours, *begun]))
-
-
-def recorded(file: Path) -> dict[str, list[str]]:
-    """The folders of each row's runs in the file of an ablation; nothing if there is none."""
-    try:
-        rows = jsonfile.mapping(file).get("rows", [])
-        return {str(row["name"]): [str(place) for place in row["arms"]] for row in rows}
-    except (KeyError, TypeError):
-        return {}
-
-
-def number(error: float | None) -> float | str | None:
-    """An error for JSON: percent, ``"fail"``, or null where there is none."""
-    if error is None or error != error:
-        return None
-    return "fail" if error == FAIL else error
-
-
-PROTOCOLS = {
-    "paper": {},  # 50k training images, test error of the last iteration
-    "val": {"val": 5000},  # 45k/5k: the checkpoint is chosen on the 5k, and tested once
-}
-
-
-def plan(
-    study: Study,
-    runs: int,
-    given: Mapping[str, Any],
-    root: Path,
-    scale: str = "paper",
-    protocol: str = "paper",
-) -> Ablation:
-    """A line for each row, with a run for each seed; seeds are the same in all rows.
-
-    ``given``: settings that win over the rows' own.
-
-    Raises:
-        UserError: a setting does not fit a row, or two rows would be one run.
-    """
-    settled = {*given, *PROTOCOLS[protocol]}
-    if settled & LENGTH:  # an axis of either would be nothing but a name
-        settled |= LENGTH
-    if twice := sorted(study.varied & settled):
-        name = twice[0].replace("_", "-")
-        if study.axes:
-            raise UserError(f"{name} is an axis of the grid", "give it there alone")
-        table = study.table.title.partition(":")[0]
-        hint = f"leave rows out with --row, or make some of your own: --grid {name}=..."
-        raise UserError(f"rows of {table} have a {name} of their own", hint)
-    changed = {k: v for k, v in given.items() if k not in HARMLESS}
-    asked = {row.name: row.settings for row in study.table.rows}
-    study = study.at(scale)
-    first = given.get("seed", 0)
-    lines = []
-    for row in study.table.rows:
-        settings = {**study.table.base, **row.settings, **PROTOCOLS[protocol]}
-        origins = (
-            dict.fromkeys(study.table.base, f"recipe of {study.name}, scale {scale}")
-            | dict.fromkeys(row.settings, f"row {row.name!r} of {study.name}")
-            | dict.fromkeys(PROTOCOLS[protocol], f"protocol {protocol}")
-            | dict.fromkeys(given, "flag of ablate")
-            | {"seed": "ablate --runs"}
-        )
-        if LENGTH & {*given}:
-            settings = {k: v for k, v in settings.items() if k not in LENGTH}
-        settings |= fitting(given, settings.get("shortcut", "identity"))
-        settings |= warmed(scale, settings, {*given, *study.axes})
-        kept = {k: v for k, v in origins.items() if k in settings or k == "seed"}
-        arms = [
-            Arm.of(row.name, Experiment(**{**settings, "seed": seed}), root, kept)
-            for seed in range(first, first + runs)
-        ]
-        if study.axes:
-            shortcut = row.settings.get("shortcut", "identity")
-            other = {k: v for k, v in asked[row.name].items() if k not in HARMLESS}
-            row = replace(row, published=published(other | fitting(changed, shortcut)))
-        check_held_out(arms[0].experiment)
-        lines.append(Line(row, arms))
-    refuse_twins(lines)
-    comparable = scale == protocol == "paper" and not changed
-    title = titled(study.table, scale, protocol, changed)
-    study = replace(study, name=named(study.name, lines, root))
-    return Ablation(study, lines, root, title, scale, protocol, comparable)
-
-
-def check_held_out(experiment: Experiment) -> None:
-    """Refuse to hold out more images than train, before every run says so; a folder's are counted
-    by the run."""
-    n = DATASETS[experiment.dataset].train
-    if n and experiment.val >= n:
-        raise UserError(
-            f"cannot hold out {experiment.val} of {n} training images",
-            "--val holds out fewer, with --protocol val too",
-        )
-
-
-def named(study: str, lines: list[Line], root: Path) -> str:
-    """A study's name with a digest of its rows and of what their runs are, so that no ablation
-    takes the files of another; without one where earlier versions recorded just these."""
-    rows = {line.row.name: line.arms[0].folder.parent.name for line in lines}
-    before = recorded(root / f"ablation-{study}.json")
-    if rows == {name: Path(*places[:1]).parent.name for name, places in before.items()}:
-        return study
-    made = repr(rows).encode()
-    return f"{study}-{hashlib.sha256(made).hexdigest()[:6]}"
-
-
-def refuse_twins(lines: list[Line]) -> None:
-    """Refuse rows that share their runs: beside each other they would compare a run with itself."""
-    taken: dict[Path, str] = {}
-    for line in lines:
-        folder, name = line.arms[0].folder, line.row.name
-        if folder in taken:
-            raise UserError(
-                f"{taken[folder]} and {name} are one and the same run",
-                "what changes nothing that is learned (devices, workers) is no axis: give it as a "
-                "flag, with an --output for each of its values",
-            )
-        taken[folder] = name
-
-
-def warmed(scale: str, settings: Mapping[str, Any], asked: set[str]) -> dict[str, Any]:
-    """A budget's warm-up as the same share of another length that was asked for."""
-    recipe = SCALES[scale].recipe
-    if "warmup" not in recipe or "warmup" in asked or not asked & LENGTH:
-        return {}
-    steps = length(Experiment(**settings))
-    return {"warmup": steps and round(recipe["warmup"] * steps / recipe["steps"])}
-
-
-# What may be given and the paper's errors are still of the same recipe.
-HARMLESS = {f.name for f in fields(Experiment) if f.metadata["free"]} - {"weights"}
-HARMLESS |= {"seed", "precision", "log_every", "eval_every"}
-# What makes the recipe that the defaults are, whatever network is trained on whatever images.
-RECIPE = {f.name for f in fields(Experiment) if f.metadata["panel"] != "Network"}
-RECIPE -= HARMLESS | {"dataset"}
-
-
-def titled(table: PaperTable, scale: str, protocol: str, changed: Mapping[str, Any]) -> str:
-    """A table's title, with a line for each thing that differs from the paper's recipe."""
-    parts = [table.title, *filter(None, [table.unlike])]
-    if scale != "paper":
-        parts.append(f"{scale} scale, not the paper's recipe")
-    if protocol != "paper":
-        parts.append(f"protocol {protocol}")
-    if changed:
-        parts.append("here with " + ", ".join(f"{k} {v}" for k, v in changed.items()))
-    return "\n".join(parts)
-
-
-def fitting(given: Mapping[str, Any], shortcut: str) -> dict[str, Any]:
-    """Those of the settings that a shortcut has: a gate's bias is nothing to identity."""
-    known = plans.shortcuts()
-    if shortcut not in known:
-        return dict(given)
-    others = {name for row in known.values() for name in row.settings}
-    others -= set(known[shortcut].settings)
-    return {k: v for k, v in given.items() if k not in others}

@@ -1,15 +1,72 @@
 """An ablation as its file keeps it, so that a report finds rows that have not begun too."""
 
+import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from resnetv2_cli import jsonfile
 from resnetv2_cli.ablation.arms import Ablation, Arm, Line
-from resnetv2_cli.ablation.studies import UNPUBLISHED, Study
+from resnetv2_cli.ablation.studies import UNPUBLISHED, Study, unusual
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.paper import FAIL, PaperTable, Row
+from resnetv2_cli.runfolder import RunFolder
+
+
+def write(ablation: Ablation) -> None:
+    """Leave an ablation's file."""
+    ablation.root.mkdir(parents=True, exist_ok=True)
+    before = recorded(ablation.file)
+    rows = [
+        {
+            "name": line.row.name,
+            "figure": line.row.figure,
+            "published": number(line.row.published),
+            "spread": line.row.spread,
+            "note": line.row.note,
+            "baseline": line.row.baseline,
+            "settings": unusual(asdict(replace(line.arms[0].experiment, seed=0))),
+            "arms": runs(ablation.root, line, before.get(line.row.name, [])),
+        }
+        for line in ablation.lines
+    ]
+    jsonfile.write(
+        ablation.file,
+        {
+            "title": ablation.title,
+            "scale": ablation.scale,
+            "protocol": ablation.protocol,
+            "comparable": ablation.comparable,
+            "panels": ablation.study.table.panels,
+            "rows": rows,
+        },
+    )
+
+
+def runs(root: Path, line: Line, before: list[str]) -> list[str]:
+    """The folders of a row's runs, with those of more seeds that the record had before."""
+    ours = [str(arm.folder.relative_to(root)) for arm in line.arms]
+    begun = [place for place in before if RunFolder(root / place).begun]
+    return list(dict.fromkeys([*ours, *begun]))
+
+
+def recorded(file: Path) -> dict[str, list[str]]:
+    """The folders of each row's runs in the file of an ablation; nothing if there is none."""
+    try:
+        rows = jsonfile.mapping(file).get("rows", [])
+        return {str(row["name"]): [str(place) for place in row["arms"]] for row in rows}
+    except (KeyError, TypeError):
+        return {}
+
+
+def number(error: float | None) -> float | str | None:
+    """An error for JSON: percent, ``"fail"``, or null where there is none."""
+    if error is None or error != error:
+        return None
+    return "fail" if error == FAIL else error
 
 
 def read(file: Path) -> Ablation:
@@ -37,7 +94,7 @@ def read(file: Path) -> Ablation:
 
 
 def line_of(row: Mapping[str, Any], root: Path) -> Line:
-    """A row as ``Ablation.write`` leaves it; an arm that has not begun is what it will be."""
+    """A row as ``write`` leaves it; an arm that has not begun is what it will be."""
     published = {"fail": FAIL, None: UNPUBLISHED}.get(row["published"], row["published"])
     kept = {key: row[key] for key in ("figure", "spread", "note", "baseline")}
     arms = []
@@ -47,3 +104,14 @@ def line_of(row: Mapping[str, Any], root: Path) -> Line:
         asked = Experiment(**row.get("settings", {}), seed=seed)
         arms.append(Arm(row["name"], asked, folder))
     return Line(Row(row["name"], published, row.get("settings", {}), **kept), arms)
+
+
+def named(study: str, lines: list[Line], root: Path) -> str:
+    """A study's name with a digest of its rows and of what their runs are, so that no ablation
+    takes the files of another; without one where earlier versions recorded just these."""
+    rows = {line.row.name: line.arms[0].folder.parent.name for line in lines}
+    before = recorded(root / f"ablation-{study}.json")
+    if rows == {name: Path(*places[:1]).parent.name for name, places in before.items()}:
+        return study
+    made = repr(rows).encode()
+    return f"{study}-{hashlib.sha256(made).hexdigest()[:6]}"

@@ -5,7 +5,8 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from resnetv2_cli.ablation.arms import Ablation, Line, number
+from resnetv2_cli.ablation.arms import Ablation, Line
+from resnetv2_cli.ablation.record import number
 from resnetv2_cli.paper import FAIL, FAIL_ABOVE, Row, percent
 from resnetv2_cli.stats import CONFIDENCE, MOST_SEEDS, Summary, seeds_needed
 

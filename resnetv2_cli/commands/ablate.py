@@ -85,7 +85,7 @@ def ablate(
 
     Finished runs are never run again. For instance: resnetv2 ablate --shortcut exclusive-gate
     """
-    from resnetv2_cli.ablation import arms, studies
+    from resnetv2_cli.ablation import planning, studies
 
     budget = seconds(time) if time else math.inf
     if unit is not None:
@@ -103,7 +103,7 @@ def ablate(
             raise unknown("row", name, known)
     chosen = [study.only(row or []) for study in chosen]
     made = [
-        arms.plan(study, runs, flags, output, scale, protocol)
+        planning.plan(study, runs, flags, output, scale, protocol)
         for study in chosen
         if study.table.rows
     ]
@@ -134,6 +134,7 @@ def every(made: "list[Ablation]") -> "list[Arm]":
 
 def run(made: "list[Ablation]", jobs: int, launcher: str, hours: float, budget: float) -> None:
     """Run what has no result yet, for ``budget`` seconds, and draw what has curves to show."""
+    from resnetv2_cli.ablation import record
     from resnetv2_cli.ablation.launch import LAUNCHERS
     from resnetv2_cli.ablation.progress import Progress
     from resnetv2_cli.ablation.sweep import Sweep
@@ -142,7 +143,7 @@ def run(made: "list[Ablation]", jobs: int, launcher: str, hours: float, budget: 
     root = made[0].root
     start = LAUNCHERS[launcher](jobs, root, hours)
     for ablation in made:
-        ablation.write()
+        record.write(ablation)
     arms = every(made)
     console.note(f"{len(arms)} runs in {root}; the same command continues, resnetv2 report shows")
     with Progress(console.err, len(arms)) as progress:

@@ -1,0 +1,137 @@
+"""What runs a study takes: rows, settings and seeds, refused where a row is not what it says."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from resnetv2_cli import plans
+from resnetv2_cli.ablation.arms import HARMLESS, Ablation, Arm, Line
+from resnetv2_cli.ablation.record import named
+from resnetv2_cli.ablation.studies import LENGTH, SCALES, Study, length, published
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.paper import PaperTable
+
+PROTOCOLS = {
+    "paper": {},  # 50k training images, test error of the last iteration
+    "val": {"val": 5000},  # 45k/5k: the checkpoint is chosen on the 5k, and tested once
+}
+
+
+def plan(
+    study: Study,
+    runs: int,
+    given: Mapping[str, Any],
+    root: Path,
+    scale: str = "paper",
+    protocol: str = "paper",
+) -> Ablation:
+    """A line for each row, with a run for each seed; seeds are the same in all rows.
+
+    ``given``: settings that win over the rows' own.
+
+    Raises:
+        UserError: a setting does not fit a row, or two rows would be one run.
+    """
+    settled = {*given, *PROTOCOLS[protocol]}
+    if settled & LENGTH:  # an axis of either would be nothing but a name
+        settled |= LENGTH
+    if twice := sorted(study.varied & settled):
+        name = twice[0].replace("_", "-")
+        if study.axes:
+            raise UserError(f"{name} is an axis of the grid", "give it there alone")
+        table = study.table.title.partition(":")[0]
+        hint = f"leave rows out with --row, or make some of your own: --grid {name}=..."
+        raise UserError(f"rows of {table} have a {name} of their own", hint)
+    changed = {k: v for k, v in given.items() if k not in HARMLESS}
+    asked = {row.name: row.settings for row in study.table.rows}
+    study = study.at(scale)
+    first = given.get("seed", 0)
+    lines = []
+    for row in study.table.rows:
+        settings = {**study.table.base, **row.settings, **PROTOCOLS[protocol]}
+        origins = (
+            dict.fromkeys(study.table.base, f"recipe of {study.name}, scale {scale}")
+            | dict.fromkeys(row.settings, f"row {row.name!r} of {study.name}")
+            | dict.fromkeys(PROTOCOLS[protocol], f"protocol {protocol}")
+            | dict.fromkeys(given, "flag of ablate")
+            | {"seed": "ablate --runs"}
+        )
+        if LENGTH & {*given}:
+            settings = {k: v for k, v in settings.items() if k not in LENGTH}
+        settings |= fitting(given, settings.get("shortcut", "identity"))
+        settings |= warmed(scale, settings, {*given, *study.axes})
+        kept = {k: v for k, v in origins.items() if k in settings or k == "seed"}
+        arms = [
+            Arm.of(row.name, Experiment(**{**settings, "seed": seed}), root, kept)
+            for seed in range(first, first + runs)
+        ]
+        if study.axes:
+            shortcut = row.settings.get("shortcut", "identity")
+            other = {k: v for k, v in asked[row.name].items() if k not in HARMLESS}
+            row = replace(row, published=published(other | fitting(changed, shortcut)))
+        check_held_out(arms[0].experiment)
+        lines.append(Line(row, arms))
+    refuse_twins(lines)
+    comparable = scale == protocol == "paper" and not changed
+    title = titled(study.table, scale, protocol, changed)
+    study = replace(study, name=named(study.name, lines, root))
+    return Ablation(study, lines, root, title, scale, protocol, comparable)
+
+
+def check_held_out(experiment: Experiment) -> None:
+    """Refuse to hold out more images than train, before every run says so; a folder's are counted
+    by the run."""
+    n = DATASETS[experiment.dataset].train
+    if n and experiment.val >= n:
+        raise UserError(
+            f"cannot hold out {experiment.val} of {n} training images",
+            "--val holds out fewer, with --protocol val too",
+        )
+
+
+def refuse_twins(lines: list[Line]) -> None:
+    """Refuse rows that share their runs: beside each other they would compare a run with itself."""
+    taken: dict[Path, str] = {}
+    for line in lines:
+        folder, name = line.arms[0].folder, line.row.name
+        if folder in taken:
+            raise UserError(
+                f"{taken[folder]} and {name} are one and the same run",
+                "what changes nothing that is learned (devices, workers) is no axis: give it as a "
+                "flag, with an --output for each of its values",
+            )
+        taken[folder] = name
+
+
+def warmed(scale: str, settings: Mapping[str, Any], asked: set[str]) -> dict[str, Any]:
+    """A budget's warm-up as the same share of another length that was asked for."""
+    recipe = SCALES[scale].recipe
+    if "warmup" not in recipe or "warmup" in asked or not asked & LENGTH:
+        return {}
+    steps = length(Experiment(**settings))
+    return {"warmup": steps and round(recipe["warmup"] * steps / recipe["steps"])}
+
+
+def titled(table: PaperTable, scale: str, protocol: str, changed: Mapping[str, Any]) -> str:
+    """A table's title, with a line for each thing that differs from the paper's recipe."""
+    parts = [table.title, *filter(None, [table.unlike])]
+    if scale != "paper":
+        parts.append(f"{scale} scale, not the paper's recipe")
+    if protocol != "paper":
+        parts.append(f"protocol {protocol}")
+    if changed:
+        parts.append("here with " + ", ".join(f"{k} {v}" for k, v in changed.items()))
+    return "\n".join(parts)
+
+
+def fitting(given: Mapping[str, Any], shortcut: str) -> dict[str, Any]:
+    """Those of the settings that a shortcut has: a gate's bias is nothing to identity."""
+    known = plans.shortcuts()
+    if shortcut not in known:
+        return dict(given)
+    others = {name for row in known.values() for name in row.settings}
+    others -= set(known[shortcut].settings)
+    return {k: v for k, v in given.items() if k not in others}
