@@ -16,7 +16,7 @@ class Row:
     """One row of one table: the settings that make it, and the error published for it."""
 
     name: str
-    published: float  # percent, or FAIL
+    published: float | None  # percent, or FAIL; None where nothing is
     settings: dict[str, Any]
     figure: str = ""
     spread: str = ""  # mean±std, where the paper gives it

@@ -117,7 +117,7 @@ class Line:
     @property
     def in_full(self) -> bool:
         """Whether the recipe is the paper's: that of a row of its own, or what the defaults are."""
-        known = self.row.published == self.row.published
+        known = self.row.published is not None
         return known or not RECIPE & unusual(asdict(self.arms[0].experiment)).keys()
 
     @property

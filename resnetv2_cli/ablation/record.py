@@ -9,7 +9,7 @@ from typing import Any
 
 from resnetv2_cli import jsonfile
 from resnetv2_cli.ablation.arms import Ablation, Arm, Line
-from resnetv2_cli.ablation.studies import UNPUBLISHED, Study, unusual
+from resnetv2_cli.ablation.studies import Study, unusual
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.paper import FAIL, PaperTable, Row
@@ -64,8 +64,6 @@ def recorded(file: Path) -> dict[str, list[str]]:
 
 def number(error: float | None) -> float | str | None:
     """An error for JSON: percent, ``"fail"``, or null where there is none."""
-    if error is None or error != error:
-        return None
     return "fail" if error == FAIL else error
 
 
@@ -95,7 +93,7 @@ def read(file: Path) -> Ablation:
 
 def line_of(row: Mapping[str, Any], root: Path) -> Line:
     """A row as ``write`` leaves it; an arm that has not begun is what it will be."""
-    published = {"fail": FAIL, None: UNPUBLISHED}.get(row["published"], row["published"])
+    published = FAIL if row["published"] == "fail" else row["published"]
     kept = {key: row[key] for key in ("figure", "spread", "note", "baseline")}
     arms = []
     for place in row["arms"]:

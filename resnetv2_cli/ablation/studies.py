@@ -20,7 +20,6 @@ from resnetv2_cli.flags import parsed
 from resnetv2_cli.manifest import content, own_files
 from resnetv2_cli.paper import FIGURES, TABLE_1, TABLE_2, TABLES, PaperTable, Row
 
-UNPUBLISHED = float("nan")
 LENGTH = {"steps", "epochs"}  # of training, which an experiment has in one of them
 LISTS = {"drops", "freeze", "devices"}  # settings of which one value may hold commas
 BASELINE = "original"  # the unit that others are compared with
@@ -151,13 +150,8 @@ def of_shortcut(shortcut: str) -> PaperTable:
     baseline = TABLE_1.of(shortcut="identity")
     if TABLE_1.of(shortcut=shortcut):
         return around(TABLE_1, baseline, shortcut=shortcut)
-    own = Row(
-        shortcut,
-        UNPUBLISHED,
-        {"shortcut": shortcut},
-        note="not in the paper",
-        baseline="identity",
-    )
+    settings = {"shortcut": shortcut}
+    own = Row(shortcut, None, settings, note="not in the paper", baseline="identity")
     return replace(TABLE_1, rows=(*baseline, own))
 
 
@@ -169,7 +163,7 @@ def of_unit(unit: str) -> PaperTable:
         return around(TABLE_2, baseline, unit=unit)
     depth = baseline[0].settings["depth"]
     known = {n: TABLE_2.of(unit=n, depth=depth)[0].published for n in (BASELINE, "full-preact")}
-    own = Row(unit, UNPUBLISHED, {"unit": unit}, note="not in the paper", baseline=BASELINE)
+    own = Row(unit, None, {"unit": unit}, note="not in the paper", baseline=BASELINE)
     rows = [
         Row(name, error, {"unit": name}, baseline=BASELINE if name != BASELINE else "")
         for name, error in known.items()
@@ -208,13 +202,13 @@ def of_grid(axes: list[str]) -> Study:
         settings = dict(zip(chosen, combination, strict=True))
         name = " ".join(f"{k}={v}" for k, v in settings.items())
         baseline = rows[0].name if rows else ""
-        rows.append(Row(name, UNPUBLISHED, settings, baseline=baseline))
+        rows.append(Row(name, None, settings, baseline=baseline))
     table = PaperTable(f"Grid: {title}", {}, tuple(rows))
     return Study(f"grid-{slug(title)[:60]}", table, tuple(chosen))
 
 
-def published(settings: Mapping[str, Any]) -> float:
-    """The error of the row of the paper with just these settings; not a number if it has none.
+def published(settings: Mapping[str, Any]) -> float | None:
+    """The error of the row of the paper with just these settings; None if it has none.
 
     What a row leaves open is the default of the tool, which is the paper's recipe.
     """
@@ -223,7 +217,7 @@ def published(settings: Mapping[str, Any]) -> float:
         for row in table.rows:
             if spelled_out({**table.base, **row.settings}) == wanted:
                 return row.published
-    return UNPUBLISHED
+    return None
 
 
 def spelled_out(settings: Mapping[str, Any]) -> dict[str, Any]:

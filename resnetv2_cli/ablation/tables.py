@@ -41,8 +41,6 @@ def table(ablation: Ablation, detect: float) -> tuple[list[str], list[list[str]]
 
 def published(row: Row) -> str:
     """The paper's error, with mean±std where it gives them; a dash where it has no such row."""
-    if row.published != row.published:
-        return NONE
     return percent(row.published) + (f" ({row.spread})" if row.spread else "")
 
 
@@ -95,7 +93,7 @@ def interval(summary: Summary) -> str:
 def difference(line: Line) -> float | None:
     """Median minus the published error, in points; none where either failed."""
     ours, theirs = line.summary.median, line.row.published
-    if ours is None or theirs != theirs or FAIL in (ours, theirs):
+    if ours is None or theirs is None or FAIL in (ours, theirs):
         return None
     return None if has_failures(line) and ours > FAIL_ABOVE else ours - theirs
 
@@ -121,12 +119,12 @@ def p(ablation: Ablation, line: Line) -> str:
 def published_difference(ablation: Ablation, line: Line) -> str:
     """The same difference between the paper's own errors."""
     baseline = ablation.line(line.row.baseline)
-    if baseline is None or line.row.published != line.row.published:
+    if baseline is None:
         return NONE
-    if line.row.published == FAIL:
+    own, other = line.row.published, baseline.row.published
+    if own == FAIL:
         return "fail"
-    points = line.row.published - baseline.row.published
-    return f"{points:+.2f}" if points == points and abs(points) != FAIL else NONE
+    return NONE if own is None or other in (None, FAIL) else f"{own - other:+.2f}"
 
 
 def seeds(ablation: Ablation, line: Line, detect: float) -> str:

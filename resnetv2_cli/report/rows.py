@@ -64,7 +64,7 @@ class Axis:
     def __init__(self, ablation: Ablation) -> None:
         ours = [e for line in ablation.lines for e in line.summary.errors]
         theirs = [line.row.published for line in ablation.lines]
-        known = [e for e in [*ours, *theirs] if math.isfinite(e) and e > 0]
+        known = [e for e in [*ours, *theirs] if e is not None and math.isfinite(e) and e > 0]
         self.shaded = any(map(tables.has_failures, ablation.lines))
         known += [FAIL_ABOVE] if self.shaded or not known else []
         self.low, self.high = min(known) / 1.25, max(known) * 1.15
@@ -89,10 +89,9 @@ class Axis:
     def marks(self, line: Line) -> dict[str, Any]:
         """Where the published error, those of the seeds and their median stand."""
         published = line.row.published
-        known = published == published
         median = line.summary.median
         return {
-            "published": self.x(published) if known and published != FAIL else None,
+            "published": None if published in (None, FAIL) else self.x(published),
             "fail": self.x(FAIL_ABOVE) if tables.has_failures(line) else 100.0,
             "failed": published == FAIL,
             "seeds": [self.x(error) for error in line.summary.errors],
