@@ -6,9 +6,9 @@ from pathlib import Path
 from resnetv2_cli.ablation.studies import slug
 from resnetv2_cli.analysis.topics import TOPICS
 from resnetv2_cli.inventory import Analysis, Found
-from resnetv2_cli.plot import panels
+from resnetv2_cli.plot import COLORS, panels
 
-TOGETHER = 12  # runs in one panel, as many as there are colours
+TOGETHER = len(COLORS)  # runs in one panel
 
 
 def numbered(name: str, taken: set[str]) -> str:

@@ -32,7 +32,7 @@ def test_seeds_are_called_by_their_number(of_two_seeds):
     assert found == [
         (row, f"seed {seed}", [seed]) for row in ("identity", "conv1x1") for seed in (5, 6)
     ]
-    assert rows.arm(of_two_seeds.lines[0], 1)["says"].startswith("seed 6: ")
+    assert rows.arm(of_two_seeds.lines[0].arms[1])["says"].startswith("seed 6: ")
 
 
 def test_a_curve_has_the_color_of_its_row_where_there_are_more_rows_than_colors(tmp_path):

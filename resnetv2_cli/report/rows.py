@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.ticker import MaxNLocator
 
 from resnetv2_cli.ablation import tables
-from resnetv2_cli.ablation.arms import Ablation, Line
+from resnetv2_cli.ablation.arms import Ablation, Arm, Line
 from resnetv2_cli.inventory import Run
 from resnetv2_cli.paper import FAIL, FAIL_ABOVE
 from resnetv2_cli.plot import COLORS
@@ -34,7 +34,7 @@ def study(ablation: Ablation, charts: list[dict[str, Any]], detect: float) -> di
                 "color": i % len(COLORS),
                 "cells": cells[1:],
                 "marks": axis.marks(line),
-                "arms": [arm(line, seed) for seed in range(len(line.arms))],
+                "arms": [arm(one) for one in line.arms],
             }
             for i, (line, cells) in enumerate(zip(ablation.lines, rows, strict=True))
         ],
@@ -44,9 +44,8 @@ def study(ablation: Ablation, charts: list[dict[str, Any]], detect: float) -> di
     }
 
 
-def arm(line: Line, place: int) -> dict[str, str]:
+def arm(one: Arm) -> dict[str, str]:
     """The state of one run of a row, and a sentence on it."""
-    one = line.arms[place]
     run = Run(one.row, one.run)
     says = f"seed {one.experiment.seed}: {STATES[run.state]}"
     if run.state == "done":
