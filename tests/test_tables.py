@@ -185,7 +185,7 @@ def test_what_the_runs_of_table_5_had(tmp_path):
     found = [(e.crop, e.nesterov, e.stride_on) for e in recipes]
     assert found == [("scale", False, "first")] * 5 + [("scale-aspect", True, "3x3")]
     [study] = studies.studies(tables=[5])
-    assert "colors" in arms.plan(study, 1, {}, tmp_path).title.splitlines()[1]
+    assert "colors" in planning.plan(study, 1, {}, tmp_path).title.splitlines()[1]
 
 
 def test_the_panels_of_figure_6():
