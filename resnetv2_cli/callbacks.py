@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -21,6 +20,7 @@ from resnetv2_cli.manifest import Manifest
 from resnetv2_cli.nonfinite import IN_A_ROW, began
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.task import Classification
+from resnetv2_cli.telling import Tell
 
 SAVE_SECONDS = 600.0  # last.ckpt is hardly older than this, however long an epoch takes
 ADVICE = "try a lower --lr, a longer --warmup or --precision 32-true; what was saved before is kept"
@@ -221,7 +221,7 @@ class Keeper(Callback):
         folder: RunFolder,
         experiment: Experiment,
         metrics: list[CSVMetrics],
-        tell: Callable[[str], None],
+        tell: Tell,
     ) -> None:
         self.folder, self.experiment, self.metrics, self.tell = folder, experiment, metrics, tell
         self.best = math.inf

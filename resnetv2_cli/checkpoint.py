@@ -2,7 +2,6 @@
 
 import pickle
 import zipfile
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Damaged, NotSaved, UserError, shown
 from resnetv2_cli.origin import find  # noqa: F401  (config needs it, and no torch)
 from resnetv2_cli.settings import renewed
+from resnetv2_cli.telling import Tell
 
 SEALED = "sealed"  # a key that says that the file ends with its digest
 
@@ -112,9 +112,7 @@ def read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def newest(
-    folder: Path, last: Path, tell: Callable[[str], None]
-) -> tuple[Path, dict[str, Any]] | None:
+def newest(folder: Path, last: Path, tell: Tell) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that a run continues from, and what it holds: ``last``, or, if that is not
     whole, the one with the most iterations of those in ``folder`` that are; None if there is none.
 

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +25,7 @@ from resnetv2_cli.data.shards import Member
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.machine import trainer_of
 from resnetv2_cli.task import Classification
+from resnetv2_cli.telling import Tell
 
 STDIN = "-"
 
@@ -64,9 +65,7 @@ def network(path: Path, **overrides: Any) -> Classification:
 
 
 @contextmanager
-def pictures(
-    names: Sequence[str], stdin: BinaryIO, tell: Callable[[str], object]
-) -> Iterator[list[Picture]]:
+def pictures(names: Sequence[str], stdin: BinaryIO, tell: Tell) -> Iterator[list[Picture]]:
     """The files that some names stand for: a file itself, a folder all images below it, and ``-``
     what comes on standard input, which is one image, or else the names of files.
 
@@ -85,7 +84,7 @@ def pictures(
         yield found
 
 
-def images_of(folder: Path, tell: Callable[[str], object]) -> list[Picture]:
+def images_of(folder: Path, tell: Tell) -> list[Picture]:
     """The images of a folder and of those in it, by their suffixes, in the order of their names.
     How many other files there are is told.
 

@@ -259,7 +259,7 @@ def environment(accelerator: str = "auto") -> dict[str, Any]:
     }
 
 
-def hardware(accelerator: str = "auto") -> str:
+def hardware(accelerator: str) -> str:
     """``1 x NVIDIA H100``, or the processor and its cores where there is none or it is not used."""
     import torch
 

@@ -1,6 +1,5 @@
 """What a continued run may change, what that does, and what is refused: nothing is ignored."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from resnetv2_cli.machine import processes
 from resnetv2_cli.optim import lr_factor
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.settings import checked, flag_name
+from resnetv2_cli.telling import Tell
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def extend(
     experiment: Experiment,
     step: int,
     before: list[dict[str, Any]],
-    tell: Callable[[str], None],
+    tell: Tell,
 ) -> dict[str, Any]:
     """Say, and return for the result, what training longer than was planned makes of a run.
 

@@ -1,7 +1,6 @@
 """Train one experiment in a run folder, continue it, and evaluate what came of it."""
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from resnetv2_cli.resume import extend, finished, same_run
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 from resnetv2_cli.shortcuts import shortcut_class
 from resnetv2_cli.task import Classification
+from resnetv2_cli.telling import Tell, silent
 from resnetv2_cli.units import refuse_broken
 
 OF_EACH = ("data_dir", "workers", "weights")  # what processes of one run need not share
@@ -41,12 +41,8 @@ def first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) in (0, None)
 
 
-def silent(line: str) -> None:
-    """Where nobody is told."""
-
-
 def build(
-    experiment: Experiment, learned: tuple[str, ...] = (), tell: Callable[[str], None] = silent
+    experiment: Experiment, learned: tuple[str, ...] = (), tell: Tell = silent
 ) -> tuple[Classification, ImageData]:
     """Network and images; the weights follow from the seed. The others: as of ``ImageData``."""
     shortcut_class(experiment.shortcut)  # a mistake in it shows before images are read
@@ -92,7 +88,7 @@ def train(
     seconds: float | None = None,
     display: list[Callback] | None = None,
     origins: dict[str, str] | None = None,
-    tell: Callable[[str], None] = silent,
+    tell: Tell = silent,
     meeting: Meeting | None = None,
 ) -> dict[str, Any]:
     """Train to the last iteration, evaluate, and leave ``result.json``, which is returned.
@@ -135,7 +131,7 @@ def _train(
     left: Left,
     display: list[Callback],
     origins: dict[str, str],
-    tell: Callable[[str], None],
+    tell: Tell,
     meeting: Meeting,
 ) -> dict[str, Any]:
     if resume and (result := finished(folder, experiment)):
@@ -208,7 +204,7 @@ def _fit(
 
 
 def _found(
-    task: Classification, data: ImageData, folder: RunFolder, tell: Callable[[str], None]
+    task: Classification, data: ImageData, folder: RunFolder, tell: Tell
 ) -> tuple[Path | None, int]:
     """The checkpoint to continue from, after a look at what is in it, and its iteration; None and 0
     if there is none yet.
@@ -241,9 +237,7 @@ def _state(experiment: Experiment, data: ImageData, last: Path | None, step: int
     }
 
 
-def _go_on(
-    experiment: Experiment, folder: RunFolder, step: int, tell: Callable[[str], None]
-) -> None:
+def _go_on(experiment: Experiment, folder: RunFolder, step: int, tell: Tell) -> None:
     """Write down that the run is continued after iteration ``step``, and with which changes."""
     saved = folder.experiment()
     extended = extend(saved, experiment, step, folder.manifest.extensions(), tell)

@@ -1,7 +1,6 @@
 """Classification as a LightningModule: loss, error rate, optimizer."""
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, Self
@@ -22,6 +21,7 @@ from resnetv2_cli.iteration import Iteration
 from resnetv2_cli.nonfinite import Guard, poisoned
 from resnetv2_cli.optim import lr_factor, schedule, sgd
 from resnetv2_cli.resnet import ResNet
+from resnetv2_cli.telling import Tell, silent
 
 OWN = "BN and ReLU are PyTorch's own, which are slower: {}"  # and why
 OWN_CODE = "{} runs call by call; --graphs is faster, and runs it once"  # of the user's
@@ -102,7 +102,7 @@ class Classification(L.LightningModule):
         self.iteration: Iteration | None = None  # the one that is replayed
         self.replayed = False  # whether the current one is
         self.replays: dict[torch.Size, graphs.Forward] = {}  # of the network, by shape of input
-        self.tell: Callable[[str], object] = str
+        self.tell: Tell = silent
         # No buffer: DDP would replace every process's sums by the first's.
         self.sums = torch.zeros(3, dtype=torch.float64)
         self.guard = Guard(
@@ -115,7 +115,7 @@ class Classification(L.LightningModule):
         self.scores: dict[str, Any] = {}
         self.frozen: list[nn.Module] = []
 
-    def engage(self, device: torch.device, tell: Callable[[str], object]) -> None:
+    def engage(self, device: torch.device, tell: Tell) -> None:
         """Switch on what makes a training step fast on a device; what cannot be had is told."""
         e, self.tell = self.experiment, tell
         if device.type == "cpu":
@@ -186,7 +186,7 @@ class Classification(L.LightningModule):
         return ""
 
     def record_iteration(
-        self, optimizer: torch.optim.Optimizer, batch: Batch, processes: int = 1
+        self, optimizer: torch.optim.Optimizer, batch: Batch, processes: int
     ) -> str:
         """Have whole iterations replayed; or why they cannot be."""
         if processes > 1:

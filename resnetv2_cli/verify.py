@@ -23,6 +23,7 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.manifest import READINGS
 from resnetv2_cli.quantities import duration
 from resnetv2_cli.runfolder import RunFolder
+from resnetv2_cli.telling import Tell, silent
 
 STEPS = 20  # unless given
 TRIES = 10  # runs more than signals, as one may end before the moment that was drawn
@@ -148,7 +149,7 @@ class Trial:
         root: Path,
         more: list[str],
         seed: int,
-        tell: Callable[[str], None] = lambda line: None,
+        tell: Tell = silent,
     ) -> None:
         self.root, self.more, self.random, self.tell = root, more, random.Random(seed), tell
         self.config = root / "experiment.yaml"
@@ -196,7 +197,7 @@ class Trial:
                 child.check(-number, 128 + number, 0)
             if folder.result.exists():
                 break
-            found = checkpoints.newest(folder.checkpoints, folder.last, lambda line: None)
+            found = checkpoints.newest(folder.checkpoints, folder.last, silent)
             steps.append(found[1]["global_step"] if found else 0)
             self.tell(f"{signal.Signals(number).name}: it goes on after iteration {steps[-1]}")
         self.to_its_end(folder)
@@ -223,8 +224,8 @@ def verify(
     experiment: Experiment,
     root: Path,
     kills: int,
-    tell: Callable[[str], None],
-    seed: int = 0,
+    tell: Tell,
+    seed: int,
 ) -> list[dict[str, Any]]:
     """For each way to stop a run: how often, after which iterations it went on, and for each part
     what differs from the run that was never stopped. The first way is none: the same run twice.

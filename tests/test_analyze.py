@@ -16,6 +16,7 @@ from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.source import Source, from_checkpoint
+from resnetv2_cli.telling import silent
 
 
 @pytest.mark.parametrize("topic", TOPICS)
@@ -77,7 +78,9 @@ def test_another_shortcut_has_the_settings_that_are_its_own(text, settings):
 
 
 def test_images_come_from_all_classes():
-    one = subject.subject(Source(Experiment(dataset="digits", depth=8)), Batch(10, 20, "float32"))
+    one = subject.subject(
+        Source(Experiment(dataset="digits", depth=8)), Batch(10, 20, "float32"), silent
+    )
     assert one.labels.tolist() == list(range(10))
     assert one.x.shape == (10, 3, 32, 32) and one.x.dtype == torch.float32
     assert len(one.test_labels) == 20 and set(one.test_labels.tolist()) == set(range(10))
@@ -86,7 +89,7 @@ def test_images_come_from_all_classes():
 
 def test_there_may_be_fewer_images_than_training_would_have_in_a_batch():
     wide = Experiment(dataset="digits", depth=8, batch_size=10_000, accumulate=2)
-    assert len(subject.subject(Source(wide), Batch(2, 2)).labels) == 2
+    assert len(subject.subject(Source(wide), Batch(2, 2), silent).labels) == 2
 
 
 @pytest.fixture

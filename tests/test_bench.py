@@ -17,6 +17,7 @@ from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.prepare import Form, prepare
 from resnetv2_cli.describe import describe
+from resnetv2_cli.telling import silent
 
 CPU = torch.device("cpu")
 CROPS = ("scale", "scale-aspect")
@@ -73,7 +74,7 @@ def test_bytes_that_must_move():
 def test_each_option_is_timed_beside_plain_and_its_own_floor():
     e = Experiment(depth=8, batch_size=2)
     names = [name for name, option in OPTIONS.items() if "cpu" in option.usual]
-    made = bench_step(e, names, rounds=1, steps=1, tell=lambda line: None)
+    made = bench_step(e, names, rounds=1, steps=1, tell=silent)
     assert list(made["arms"])[: len(names)] == names
     for name in names:
         row = made["arms"][name]
@@ -90,7 +91,7 @@ def test_the_share_of_the_floor_is_the_median_of_an_even_number_of_turns(monkeyp
         return {name: [Turn(10.0, None)] * 2 if name == PLAIN else floors for name in arms}
 
     monkeypatch.setattr("resnetv2_cli.bench.step.in_turns", turns)
-    made = bench_step(Experiment(depth=8, batch_size=2), [PLAIN], 2, 1, tell=lambda line: None)
+    made = bench_step(Experiment(depth=8, batch_size=2), [PLAIN], 2, 1, tell=silent)
     assert made["arms"][PLAIN]["of_floor"] == pytest.approx(0.2)
 
 

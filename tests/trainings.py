@@ -6,6 +6,7 @@ from resnetv2_cli import run
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.resume import continued
 from resnetv2_cli.runfolder import RunFolder
+from resnetv2_cli.telling import silent
 from resnetv2_cli.verify import differences
 
 TINY = {
@@ -14,7 +15,7 @@ TINY = {
 }  # fmt: skip
 
 
-def trained_as(folder, tell=run.silent, display=(), resume=None, **settings) -> RunFolder:
+def trained_as(folder, tell=silent, display=(), resume=None, **settings) -> RunFolder:
     """Train in this process; ``resume``: flags with which a run is continued."""
     folder = RunFolder(folder)
     if resume is None:

@@ -21,8 +21,8 @@ from resnetv2_cli.footprint import activation_bytes
 from resnetv2_cli.iteration import Iteration
 from resnetv2_cli.machine import device_of, precision, quiet
 from resnetv2_cli.optim import sgd
-from resnetv2_cli.run import silent
 from resnetv2_cli.task import Classification
+from resnetv2_cli.telling import silent
 
 PROBE_IMAGES = 32  # of a batch; more would show the same, later
 PROBE_STEPS = 3

@@ -1,7 +1,6 @@
 """Several topics of several networks: measured one after the other, drawn over each other."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +17,7 @@ from resnetv2_cli.manifest import environment
 from resnetv2_cli.origin import sha256
 from resnetv2_cli.runfolder import RUNS, RunFolder
 from resnetv2_cli.source import Source
+from resnetv2_cli.telling import Tell, silent
 
 
 def module(topic: str) -> Any:
@@ -56,7 +56,7 @@ def study(
     topics: list[str],
     batch: Batch,
     to: Path,
-    tell: Callable[[str], None] = lambda line: None,
+    tell: Tell = silent,
 ) -> dict[str, Any]:
     """Measure, draw ``TOPIC.png`` and write ``analysis.json``, which is returned.
 

@@ -1,6 +1,5 @@
 """What is studied: a network, at initialization or from a checkpoint, and real images for it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from resnetv2_cli.finetune import begin
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.run import build, restore
 from resnetv2_cli.source import Source
+from resnetv2_cli.telling import Tell
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -64,7 +64,7 @@ def chosen(split: Split | Folder, n: int, view: View) -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.tensor([int(label) for label in labels])
 
 
-def subject(source: Source, batch: Batch, tell: Callable[[str], object] = str) -> Subject:
+def subject(source: Source, batch: Batch, tell: Tell) -> Subject:
     """Build the network, give it its weights, a checkpoint's or those that it would train from,
     and read its images. ``tell``: hears what is taken of the latter.
 

@@ -3,7 +3,6 @@
 To add an option: a row in OPTIONS.
 """
 
-from collections.abc import Callable
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from resnetv2_cli.machine import ready
 from resnetv2_cli.manifest import environment
 from resnetv2_cli.optim import sgd
 from resnetv2_cli.resnet import ResNet
+from resnetv2_cli.telling import Tell
 
 PLAIN = "plain"
 
@@ -117,7 +117,7 @@ def bench_step(
     names: list[str],
     rounds: int,
     steps: int,
-    tell: Callable[[str], object],
+    tell: Tell,
 ) -> dict[str, Any]:
     """Each option's time, its ratio to the plain step, and its share of the floor.
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -31,9 +31,10 @@ from resnetv2_cli.leaving import Leaver
 from resnetv2_cli.machine import precision, ready, trainer_of
 from resnetv2_cli.manifest import environment
 from resnetv2_cli.optim import schedule, sgd
-from resnetv2_cli.run import build, loggers, silent
+from resnetv2_cli.run import build, loggers
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.task import Classification
+from resnetv2_cli.telling import Tell, silent
 
 PLAIN, BARE, TRAIN = "plain loop", "bare step", "resnetv2 train"
 PATIENCE = 600.0  # seconds that a new process may take to its first step
@@ -191,9 +192,7 @@ def first_step_seconds(experiment: Experiment, folder: Path) -> float:
             process.wait()
 
 
-def bench_train(
-    experiment: Experiment, rounds: int, steps: int, tell: Callable[[str], object]
-) -> dict[str, Any]:
+def bench_train(experiment: Experiment, rounds: int, steps: int, tell: Tell) -> dict[str, Any]:
     """Images a second of each arm, and the ratio of each to the plain loop.
 
     ``waiting``: of an arm's time, the share in which it waited for images. ``trainer_overhead``:

@@ -102,7 +102,7 @@ def train(
                 seconds=budget,
                 display=[Display(console.err)],
                 origins=origins(config, flags),
-                tell=console.note if run.first_process() else run.silent,
+                tell=console.note,
                 meeting=meeting,
             )
         except Stopped as stopped:

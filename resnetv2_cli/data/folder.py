@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from resnetv2_cli.data.order import FILES, STREAMS, generator
 from resnetv2_cli.data.protocols import TRAINED, View
 from resnetv2_cli.data.shards import BEGUN, Member, index_of, read_index
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.telling import Tell, silent
 
 SUFFIXES = {".jpeg", ".jpg", ".jfif", ".png", ".webp", ".bmp"}
 NAMES = f"their names end in {', '.join(sorted(SUFFIXES))}"
@@ -70,7 +71,7 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
-def loose(place: Path, split: str, tell: Callable[[str], object]) -> dict[str, list[Path]]:
+def loose(place: Path, split: str, tell: Tell) -> dict[str, list[Path]]:
     """The images of each class folder.
 
     Raises:
@@ -100,7 +101,7 @@ def scan(
     split: str,
     classes: tuple[str, ...] = (),
     of: str = "train",
-    tell: Callable[[str], object] = str,
+    tell: Tell = silent,
 ) -> Folder:
     """The images of ``root/split/<class>/``, or of prepared shards; ``classes``: those that the
     other split has, or whoever ``of`` names. ``tell``: hears what is left out.

@@ -20,6 +20,7 @@ from resnetv2_cli.data import archive, picture
 from resnetv2_cli.data.catalog import DATASETS, SIZE, Dataset
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import PARTIAL, cache
+from resnetv2_cli.telling import Tell, silent
 
 LARGEST = 2**20  # bytes of one image file: a member of an archive may claim to unpack to any size
 SPLITS = ("train", "test")
@@ -51,7 +52,7 @@ class File(NamedTuple):
     read: Callable[[], bytes]
 
 
-def load(name: str, root: Path, tell: Callable[[str], object] = str) -> Images:
+def load(name: str, root: Path, tell: Tell = silent) -> Images:
     """A dataset by name, from ``root``: in the official archive's layout, or as class folders.
 
     The images come in one order whatever the copy they are read from. Decoded once, they are kept
@@ -198,7 +199,7 @@ def cached(
     name: str,
     sources: list[Path],
     read: Callable[[], tuple[Split, Split]],
-    tell: Callable[[str], object] = str,
+    tell: Tell,
 ) -> Images:
     """What ``read`` gives, kept in the cache folder until one of the ``sources`` changes."""
     if not sources:  # not there yet: what is downloaded now is kept from the next time on

@@ -1,7 +1,7 @@
 """The images of one experiment as a LightningDataModule."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from resnetv2_cli.data.order import Epoch, Part, Schedule, epoch_order, share
 from resnetv2_cli.data.protocols import PROTOCOLS, View
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.plans import STEMS
+from resnetv2_cli.telling import Tell, silent
 
 EVAL_BATCH = {True: 250, False: 64}  # images at a time in evaluation, when decoded, and from files
 # Of decoded ones on a GPU, which waits for launches: there are a quarter of them then.
@@ -181,7 +182,7 @@ class ImageData(L.LightningDataModule):
         self,
         experiment: Experiment,
         learned: tuple[str, ...] = (),
-        tell: Callable[[str], object] = str,
+        tell: Tell = silent,
         processes: int = 1,
     ) -> None:
         super().__init__()

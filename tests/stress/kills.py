@@ -31,6 +31,7 @@ from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.resume import continued
 from resnetv2_cli.runfolder import RunFolder
+from resnetv2_cli.telling import silent
 from resnetv2_cli.verify import Trial, differences
 
 SMALL = {
@@ -177,7 +178,7 @@ def damage(whole: RunFolder, root: Path, count: int, moments: random.Random) -> 
             continue
         except UserError:
             pass
-        found = checkpoints.newest(copy.checkpoints, copy.last, lambda line: None)
+        found = checkpoints.newest(copy.checkpoints, copy.last, silent)
         if found is None or found[1]["global_step"] != newest:
             missed.append(f"{what}: continued from {found and found[0]}")
     return missed
