@@ -3,6 +3,7 @@
 from typing import Any
 
 from resnetv2_cli.inventory import Run
+from resnetv2_cli.quantities import NONE
 
 RESULTS = {  # of result.json, with what they are measured in
     "test_error": "%",
@@ -12,7 +13,6 @@ RESULTS = {  # of result.json, with what they are measured in
     "train_error": "%",
 }
 FACTS = ("test_images", "train_images", "parameters", "precision", "data")  # of result.json too
-NONE = "—"
 
 
 def compare(a: Run, b: Run) -> dict[str, Any]:

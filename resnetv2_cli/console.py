@@ -13,6 +13,7 @@ from rich.table import Table
 
 from resnetv2_cli import jsonfile
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.quantities import NONE
 
 NAME = 43  # names are read whole where none of them takes more
 WORDS = 24  # what is folded has so much, at least
@@ -57,7 +58,7 @@ class Column:
 
     def __init__(self, cells: tuple[str, ...], first: bool) -> None:
         self.head = cells[0]
-        self.numbers = not first and all(cell[:1] in "0123456789+-—f" for cell in cells[1:])
+        self.numbers = not first and all(cell[:1] in f"0123456789+-{NONE}f" for cell in cells[1:])
         self.width = 3 + max(map(cell_len, cells))
         short = self.width <= (NAME if first else WORDS)
         self.least = self.width if short else max(WORDS, 3 + cell_len(self.head))

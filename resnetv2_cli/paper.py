@@ -7,6 +7,8 @@ A row names what it varies; its ``table`` says what stays fixed. FAIL is "above 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from resnetv2_cli.quantities import NONE
+
 FAIL = float("inf")
 FAIL_ABOVE = 20.0  # percent (caption of Table 1)
 
@@ -281,7 +283,7 @@ def evaluated(experiment: Any) -> list[Row]:
 def percent(error: float | None) -> str:
     """``6.61``, ``fail``, or a dash where nothing is known."""
     if error is None:
-        return "—"
+        return NONE
     return "fail" if error == FAIL else f"{error:.2f}"
 
 
@@ -302,4 +304,4 @@ def published(kind: str, name: str) -> str:
         parts = [
             ("{depth} layers, {block}".format(**r.settings), percent(r.published)) for r in rows
         ]
-    return ", ".join(f"{e} ({what})" if what else e for what, e in parts) or "—"
+    return ", ".join(f"{e} ({what})" if what else e for what, e in parts) or NONE

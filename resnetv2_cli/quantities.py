@@ -1,10 +1,12 @@
 """Numbers with units, as one says them."""
 
+NONE = "—"  # where a number or a word is not known
+
 
 def duration(seconds: float | None) -> str:
     """``40 s``, ``12 min``, ``3.5 h`` or ``2.1 days``; a dash where nobody knows."""
     if seconds is None:
-        return "—"
+        return NONE
     for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * size or (unit == "h" and seconds >= size):
             number = seconds / size

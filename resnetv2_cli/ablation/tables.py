@@ -8,9 +8,8 @@ from typing import Any
 from resnetv2_cli.ablation.arms import Ablation, Line
 from resnetv2_cli.ablation.record import number
 from resnetv2_cli.paper import FAIL, FAIL_ABOVE, Row, percent
+from resnetv2_cli.quantities import NONE
 from resnetv2_cli.stats import CONFIDENCE, MOST_SEEDS, Summary, seeds_needed
-
-NONE = "—"
 
 
 def table(ablation: Ablation, detect: float) -> tuple[list[str], list[list[str]]]:

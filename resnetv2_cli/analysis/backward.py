@@ -12,6 +12,7 @@ from resnetv2_cli.analysis.draw import Measured, Panels, by_stage, ends, named, 
 from resnetv2_cli.analysis.subject import Subject
 from resnetv2_cli.analysis.topics import Table
 from resnetv2_cli.analysis.trace import Trace, Unit, ratio, size
+from resnetv2_cli.quantities import NONE
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -137,10 +138,10 @@ def table(measured: Measured) -> Table:
                 [
                     named(measured, label, stage),
                     ends([m["gradient"][i] for i in units]),
-                    *(short(m[k][kept[0]]) if kept else "—" for k in ("direct", "weights")),
+                    *(short(m[k][kept[0]]) if kept else NONE for k in ("direct", "weights")),
                     short(max(off, default=None)),
                     short(m["product"][units[0]]),
-                    ends([g and g[0] for g in gates]) if any(gates) else "—",
+                    ends([g and g[0] for g in gates]) if any(gates) else NONE,
                 ]
             )
     title = f"dL/dx_l = direct + through the weights (Eqs. 5, 8), by stage{of(measured)}"

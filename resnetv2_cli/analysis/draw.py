@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from resnetv2_cli.plot import COLORS, as_is, plt, save
+from resnetv2_cli.quantities import NONE
 
 Measured = Mapping[str, dict[str, Any]]  # by the network's label
 Value = float | None
@@ -118,7 +119,7 @@ def ends(values: Sequence[Value]) -> str:
 def short(value: Value, digits: int = 3) -> str:
     """A few digits, one of what is tiny, or a dash for what there is not."""
     if value is None or not math.isfinite(value):
-        return "—"
+        return NONE
     if 0 < abs(value) < 1e-3:
         return f"{value:.0e}"
     return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.{digits}g}"

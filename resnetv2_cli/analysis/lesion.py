@@ -17,6 +17,7 @@ from resnetv2_cli.analysis.draw import Measured, Panels, by_stage, named, of
 from resnetv2_cli.analysis.subject import Subject
 from resnetv2_cli.analysis.topics import Table
 from resnetv2_cli.analysis.trace import Trace
+from resnetv2_cli.quantities import NONE
 from resnetv2_cli.resnet import ResNet
 
 CHUNK = 50  # images that pass at once; what enters each unit is kept for them
@@ -125,7 +126,7 @@ def measure(subject: Subject, trace: Trace) -> dict[str, Any]:
 def worst(found: list[list[float]]) -> str:
     """``median, most (where)`` of errors with the places of units before them."""
     if not found:
-        return "—"
+        return NONE
     *places, most = max(found, key=lambda row: row[-1])
     return f"{median(row[-1] for row in found):.1f}, {most:.1f} ({'-'.join(map(str, places))})"
 

@@ -16,6 +16,7 @@ from resnetv2_cli.analysis.draw import Measured, Panels, Value, named, of, short
 from resnetv2_cli.analysis.subject import Subject
 from resnetv2_cli.analysis.topics import Table
 from resnetv2_cli.analysis.trace import Trace, Unit, ratio, size
+from resnetv2_cli.quantities import NONE
 
 LENGTHS = 24  # the longest paths told apart; the rest is one remainder
 
@@ -77,7 +78,7 @@ def table(measured: Measured) -> Table:
                 str(m["units"]),
                 *(percent(m["share"][a : b + 1]) for a, b in groups.values()),
                 percent([m["rest"]]),
-                "—" if half is None else f"{half}",
+                NONE if half is None else f"{half}",
             ]
         )
     title = f"dL/dx_1, %, by how many F its paths pass (Veit et al. 2016){of(measured)}"

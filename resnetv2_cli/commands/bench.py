@@ -53,7 +53,7 @@ def row(name: str, arm: dict[str, Any]) -> list[str]:
         f"{arm['images_per_second']:,.0f}",
         f"{arm['ratio']:.2f}",
         f"{arm['least']:.2f}-{arm['most']:.2f}",
-        "—" if peak is None else quantities.size(peak),
+        quantities.NONE if peak is None else quantities.size(peak),
     ]
 
 
@@ -75,7 +75,7 @@ def train(
     if not shown(made, output, json):
         return
     rows = [
-        [*row(name, a), f"{a['waiting']:.1%}" if "waiting" in a else "—"]
+        [*row(name, a), f"{a['waiting']:.1%}" if "waiting" in a else quantities.NONE]
         for name, a in made["arms"].items()
     ]
     console.table(title(made), [*COLUMNS, "waiting"], rows)
@@ -117,7 +117,7 @@ def step(
     if not shown(made, output, json):
         return
     rows = [
-        [*row(name, a), f"{a['of_floor']:.0%}" if "of_floor" in a else "—"]
+        [*row(name, a), f"{a['of_floor']:.0%}" if "of_floor" in a else quantities.NONE]
         for name, a in made["arms"].items()
     ]
     console.table(title(made), [*COLUMNS, "of floor"], rows)

@@ -76,7 +76,7 @@ def percent(run: "Run") -> str:
     if run.error is not None:
         return "fail" if run.state == "fail" else f"{run.error:.2f} %"
     seen = run.series.get(f"{run.scored}_error")
-    return f"({seen[-1][1]:.2f} % {run.scored})" if seen else "—"
+    return f"({seen[-1][1]:.2f} % {run.scored})" if seen else quantities.NONE
 
 
 def age(changed: float) -> str:

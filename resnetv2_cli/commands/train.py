@@ -14,6 +14,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.flags import of_panels, seconds, with_flags
+from resnetv2_cli.quantities import NONE
 from resnetv2_cli.recipes import asked_for
 
 
@@ -193,7 +194,7 @@ def evaluate(
         [[cells[i] for i in kept] for cells in lines],
     )
     if len(named) <= 20:
-        cells = [(c, "—" if e is None else f"{e:.2f}") for c, e in named.items()]
+        cells = [(c, NONE if e is None else f"{e:.2f}") for c, e in named.items()]
         console.table("error by class", ["class", "%"], cells)
     if picture:
         console.note(f"confusion matrix: {picture}")
@@ -214,4 +215,4 @@ def published(row: paper.Row) -> list[str]:
     """What is published for it, under COLUMNS."""
     source = row.source or "Table 5"
     errors = [f"{error:.2f} %" for error in (row.published, row.top5)]
-    return [f"{row.name} ({source})", row.settings["protocol"], *errors, "—", "50,000"]
+    return [f"{row.name} ({source})", row.settings["protocol"], *errors, NONE, "50,000"]

@@ -9,6 +9,7 @@ import typer
 from resnetv2_cli import console
 from resnetv2_cli.commands.app import Config, Json, app
 from resnetv2_cli.flags import with_flags
+from resnetv2_cli.quantities import NONE
 
 
 @app.command("verify-resume", rich_help_panel="Train")
@@ -49,7 +50,7 @@ def show(made: list[dict[str, Any]], exact: bool) -> None:
     parts = [name for name in made[0] if name not in WORDS]
     columns = [*WORDS, "the same", "differs"]
     rows = [
-        [row["stopped by"], ", ".join(map(str, row["went on after"])) or "—"]
+        [row["stopped by"], ", ".join(map(str, row["went on after"])) or NONE]
         + [", ".join(p for p in parts if bool(row[p]) is differs) for differs in (False, True)]
         for row in made
     ]
