@@ -1,4 +1,4 @@
-"""Errors the user can fix, with how their messages show values; and signals, on which a run leaves.
+"""Errors the user can fix, with how their messages show values; and how a run leaves.
 
 Everything else is a bug and keeps its traceback.
 """
@@ -55,6 +55,12 @@ class Stopped(Exception):
     def __init__(self, reason: str, status: int) -> None:
         super().__init__(reason)
         self.status = status
+
+
+def last_error(said: str) -> str:
+    """The last error in what a command said; empty where it said none."""
+    lines = [line.rstrip() for line in said.splitlines() if line.startswith("error: ")]
+    return lines[-1].removeprefix("error: ") if lines else ""
 
 
 def shown(value: object) -> str:

@@ -19,7 +19,7 @@ from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.data.folder import MIDDLE, NAMES, Folder, FolderImages, below, is_image
 from resnetv2_cli.data.module import EVAL_BATCH, stand_apart, view_of
-from resnetv2_cli.data.picture import BROKEN, FORMATS
+from resnetv2_cli.data.picture import BROKEN, FORMATS, Unreadable
 from resnetv2_cli.data.protocols import View
 from resnetv2_cli.data.shards import Member
 from resnetv2_cli.errors import UserError
@@ -145,9 +145,8 @@ class Views(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         try:
             return self.images[index, -1][0], ""
-        except UserError as error:
-            why = str(error).removeprefix(f"cannot read the image {self.paths[index]}: ")
-            return torch.zeros(self.shape, dtype=torch.uint8), why
+        except Unreadable as error:
+            return torch.zeros(self.shape, dtype=torch.uint8), error.why
 
 
 def predict(task: Classification, found: Sequence[Picture], top: int) -> Iterator[Prediction]:

@@ -19,7 +19,7 @@ import torch
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import trust
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.errors import UserError
+from resnetv2_cli.errors import UserError, last_error
 from resnetv2_cli.manifest import READINGS
 from resnetv2_cli.quantities import duration
 from resnetv2_cli.runfolder import RunFolder
@@ -135,9 +135,9 @@ class Child:
         """
         if self.process.wait() not in statuses:
             self.said.seek(0)
-            lines = [ln for ln in self.said if ln.strip()] or ["it said nothing"]
-            errors = [ln.removeprefix("error: ") for ln in lines if ln.startswith("error: ")]
-            raise UserError(f"a run of it failed: {(errors or lines)[-1]}")
+            said = self.said.read()
+            words = last_error(said) or said.strip().rpartition("\n")[2] or "it said nothing"
+            raise UserError(f"a run of it failed: {words}")
 
 
 class Trial:

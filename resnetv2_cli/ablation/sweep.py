@@ -11,7 +11,7 @@ from typing import Any
 
 from resnetv2_cli.ablation.arms import Arm
 from resnetv2_cli.ablation.launch import Launcher, Started
-from resnetv2_cli.errors import Stopped, UserError
+from resnetv2_cli.errors import Stopped, UserError, last_error
 from resnetv2_cli.signals import SIGNALS
 
 POLL = 0.2  # seconds between looks at what runs
@@ -169,9 +169,8 @@ def reason(arm: Arm, status: int, heard: int = 0) -> str:
         _, _, after = text.rpartition(TRACEBACK)
         raised = [line for line in after.splitlines() if line.strip() and not line.startswith(" ")]
         return f"status {status}: {(raised or lines[-1:])[0]}"
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    if errors:
-        return errors[-1]
+    if error := last_error(text):
+        return error
     words = lines[-1].strip() if lines else "it said nothing"
     return f"status {status}: {words}"
 

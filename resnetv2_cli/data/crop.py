@@ -64,7 +64,7 @@ def crops(content: bytes, name: str, choose: Choose, side: int) -> Tensor:
     Shape: (crops, side, side, 3) uint8.
 
     Raises:
-        UserError: it cannot be read as an image; says which.
+        Unreadable: it cannot be read as an image; says which.
     """
     if content.startswith(PIXELS):
         whole = picture.saved_pixels(content, name)

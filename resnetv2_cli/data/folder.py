@@ -138,7 +138,7 @@ def content_of(file: Path | Member) -> bytes:
     """What an image's file holds.
 
     Raises:
-        UserError: it cannot be read; says which.
+        Unreadable: it cannot be read; says which.
     """
     return file.read() if isinstance(file, Member) else picture.content(file)
 

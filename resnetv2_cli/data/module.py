@@ -141,7 +141,8 @@ class FileStream:
             for pixels, labels in self.loader:
                 yield Batch(pixels, labels, None, next(self.weights) if self.weights else 1.0)
         except UserError as error:  # from a worker, whose traceback stands before the message
-            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+            _, _, message = str(error).rpartition(f"{type(error).__name__}: ")
+            raise UserError(message.strip()) from None
 
 
 def stand_apart(worker: int) -> None:

@@ -38,12 +38,21 @@ BROKEN = (
 )
 
 
+class Unreadable(UserError):
+    """An image that cannot be read. ``why``: what the message says behind its name."""
+
+    # The message is enough: torch makes the error of a worker process again from that alone.
+    def __init__(self, message: str, hint: str = "", why: str = "") -> None:
+        super().__init__(message, hint)
+        self.why = why or message
+
+
 @contextmanager
 def opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
     """An image whose pixels are not decoded yet.
 
     Raises:
-        UserError: it cannot be read as an image, here or where it is used; says which.
+        Unreadable: it cannot be read as an image, here or where it is used; says which.
     """
     if isinstance(source, Path):
         refuse_pipe(source, name)
@@ -55,29 +64,29 @@ def opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
         raise unreadable(name, error) from None
 
 
-def unreadable(name: str, error: Exception) -> UserError:
+def unreadable(name: str, error: Exception | str, hint: str = "copy it again") -> Unreadable:
     """One line that says why."""
-    line = (str(error) or type(error).__name__).splitlines()[0]
+    why = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, UnidentifiedImageError):
-        line = f"cannot identify image file: none of {', '.join(FORMATS)}"
-    return UserError(f"cannot read the image {name}: {line}", "copy it again")
+        why = f"cannot identify image file: none of {', '.join(FORMATS)}"
+    return Unreadable(f"cannot read the image {name}: {why}", hint, why)
 
 
 def refuse_pipe(path: Path, name: str) -> None:
-    """Raises UserError: it is no plain file, as a pipe, which would never end; or cannot be one."""
+    """Raises Unreadable: it is no plain file, as a pipe, which never ends; or cannot be one."""
     try:
         plain = path.is_file()
     except OSError as error:  # a name longer than the system allows
         raise unreadable(name, error) from None
     if not plain:
-        raise UserError(f"{name} is no file", "images are plain files")
+        raise Unreadable(f"{name} is no file", "images are plain files")
 
 
 def content(path: Path) -> bytes:
     """What a file of an image holds.
 
     Raises:
-        UserError: it cannot be read; says which.
+        Unreadable: it cannot be read; says which.
     """
     refuse_pipe(path, str(path))
     try:
@@ -92,7 +101,7 @@ def saved_pixels(content: bytes, name: str) -> NDArray[np.uint8]:
     Shape: (height, width, 3) uint8.
 
     Raises:
-        UserError: it is another array, or none; says which.
+        Unreadable: it is another array, or none; says which.
     """
     try:
         file = BytesIO(content)

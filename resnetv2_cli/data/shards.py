@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from resnetv2_cli.data.picture import unreadable
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import replacing
 
@@ -38,7 +39,7 @@ class Member(NamedTuple):
         """Its bytes.
 
         Raises:
-            UserError: they cannot be read; says which.
+            Unreadable: they cannot be read; says which.
         """
         # Opened for each image, in microseconds: the next is in any of a thousand shards, which are
         # more than a process may have open.
@@ -50,9 +51,9 @@ class Member(NamedTuple):
                 os.close(shard)
         except OSError as error:
             hint = MORE if error.errno in (errno.EMFILE, errno.ENFILE) else AGAIN
-            raise UserError(f"cannot read the image {self}: {error.strerror}", hint) from None
+            raise unreadable(str(self), error.strerror or error, hint) from None
         if len(content) < self.size:
-            raise UserError(f"cannot read the image {self}: {self.shard} is cut off", AGAIN)
+            raise unreadable(str(self), f"{self.shard} is cut off", AGAIN)
         return content
 
 

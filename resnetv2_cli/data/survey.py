@@ -82,7 +82,7 @@ def look(entry: Entry) -> Seen:
         return Seen(entry, size, {"ignored": path.suffix or "no suffix"})
     try:
         content = picture.content(path)
-    except UserError as error:
+    except picture.Unreadable as error:
         return Seen(entry, path.lstat().st_size, {"unreadable": str(error)})
     try:
         with picture.opened(content, str(path)) as image:
@@ -93,9 +93,8 @@ def look(entry: Entry) -> Seen:
             if image.format != "MPO" and getattr(image, "is_animated", False):
                 faults["animated"] = f"{image.n_frames} pictures"  # type: ignore[attr-defined]
             pixels = picture.converted(image)
-    except UserError as error:
-        why = str(error).removeprefix(f"cannot read the image {path}: ")  # and its name may say so
-        kind = "truncated" if "truncated" in why.lower() else "unreadable"
+    except picture.Unreadable as error:  # whose name may say so
+        kind = "truncated" if "truncated" in error.why.lower() else "unreadable"
         return Seen(entry, len(content), faults | {kind: str(error)})
     made = hashlib.blake2b(f"{pixels.size}".encode(), digest_size=16)
     made.update(pixels.tobytes())
