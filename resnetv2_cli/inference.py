@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.catalog import DATASETS
-from resnetv2_cli.data.folder import MIDDLE, NAMES, Folder, FolderImages, below, is_image
+from resnetv2_cli.data.folder import MIDDLE, NAMES, Folder, FolderImages, below, is_image, left_out
 from resnetv2_cli.data.module import EVAL_BATCH, stand_apart, view_of
 from resnetv2_cli.data.picture import BROKEN, FORMATS, Unreadable
 from resnetv2_cli.data.protocols import View
@@ -96,7 +96,7 @@ def images_of(folder: Path, tell: Tell) -> list[Picture]:
     if not paths:
         raise UserError(f"no images in {folder}", NAMES)
     if others := len(every) - len(paths):
-        tell(f"{others:,} files in {folder} are taken for no images: {NAMES}")
+        tell(left_out(others, folder))
     return [Picture(str(p), p) for p in paths]
 
 
@@ -108,7 +108,7 @@ def from_stdin(content: bytes, scratch: Path) -> list[Picture]:
         UserError: they are neither.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS):
+        with Image.open(io.BytesIO(content), formats=tuple(FORMATS)):
             scratch.write_bytes(content)
             return [Picture(STDIN, scratch)]
     except BROKEN:

@@ -21,7 +21,7 @@ from resnetv2_cli.data.shards import BEGUN, Member, index_of, read_index
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.telling import Tell, silent
 
-SUFFIXES = {".jpeg", ".jpg", ".jfif", ".png", ".webp", ".bmp"}
+SUFFIXES = set[str]().union(*picture.FORMATS.values())
 NAMES = f"their names end in {', '.join(sorted(SUFFIXES))}"
 SHORTER = (256, 480)  # pixels: range of the random shorter side ("scale" of Table 5, from [1])
 DRAWS = 40  # numbers that a training crop is drawn with: four for each of ten tries
@@ -71,13 +71,23 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
+def images_in(place: Path) -> list[Path]:
+    """The images that lie in a folder itself, in the order of their names."""
+    return [path for path in files_in(place) if is_image(path)]
+
+
+def left_out(count: int, place: Path) -> str:
+    """What is said of files that are no images."""
+    return f"{count:,} files in {place} are taken for no images: {NAMES}"
+
+
 def loose(place: Path, split: str, tell: Tell) -> dict[str, list[Path]]:
     """The images of each class folder.
 
     Raises:
         UserError: some lie outside of class folders, or a class has none to be trained with.
     """
-    if bare := [path for path in files_in(place) if is_image(path)]:
+    if bare := images_in(place):
         hint = "images go into one folder a class"
         if split == "test":  # as the official archive has it
             hint = f"resnetv2 data sort-val {quote(str(place.parent))} --labels FILE"
@@ -86,7 +96,7 @@ def loose(place: Path, split: str, tell: Tell) -> dict[str, list[Path]]:
     every = {name: files_in(place / name) for name in classes_in(place)}
     found = {name: [path for path in files if is_image(path)] for name, files in every.items()}
     if others := sum(map(len, every.values())) - sum(map(len, found.values())):
-        tell(f"{others:,} files in {place} are taken for no images: {NAMES}")
+        tell(left_out(others, place))
     empty = [name for name, files in found.items() if not files]
     if split == "train" and empty and any(found.values()):
         raise UserError(

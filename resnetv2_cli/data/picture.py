@@ -15,9 +15,9 @@ from PIL import Image, UnidentifiedImageError
 
 from resnetv2_cli.errors import UserError
 
-# By content, whatever a file is called. Pillow knows more, among them EPS, which it hands to an
-# interpreter of PostScript.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+# By content, whatever a file is called; and how it should be. Pillow knows more formats, among them
+# EPS, which it hands to an interpreter of PostScript.
+FORMATS = {"PNG": {".png"}, "JPEG": {".jpg", ".jpeg", ".jfif"}, "WEBP": {".webp"}, "BMP": {".bmp"}}
 
 # Photographs may have so many pixels; Pillow refuses twice as many by itself.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -58,7 +58,7 @@ def opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
         refuse_pipe(source, name)
     try:
         file = BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file, formats=FORMATS) as image:
+        with Image.open(file, formats=tuple(FORMATS)) as image:
             yield image
     except BROKEN as error:
         raise unreadable(name, error) from None

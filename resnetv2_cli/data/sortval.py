@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from resnetv2_cli.data.folder import classes_in, files_in, is_image
+from resnetv2_cli.data.folder import classes_in, images_in, is_image
 from resnetv2_cli.errors import UserError, shown
 
 FORMS = (
@@ -38,11 +38,6 @@ def place_of(root: Path) -> Path:
     if root.is_dir() and (images_in(root) or (sorted_in(root) and not (root / "train").is_dir())):
         return root
     raise UserError(f"{root} has no folder val", "name the folder that val is in")
-
-
-def images_in(place: Path) -> list[Path]:
-    """The images that lie in a folder itself, in the order of their names."""
-    return [path for path in files_in(place) if is_image(path)]
 
 
 def sorted_in(place: Path) -> list[Path]:

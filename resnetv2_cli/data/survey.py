@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from resnetv2_cli.data import picture
-from resnetv2_cli.data.folder import SUFFIXES, below, classes_in, files_in, is_image
+from resnetv2_cli.data.folder import below, classes_in, images_in, is_image
 from resnetv2_cli.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -35,7 +35,6 @@ FAULTS = {
     "animated": Fault("several pictures; the first is read"),
     "ignored": Fault("its name ends as no image's does, or it is in no class folder"),
 }
-NAMED = {"JPEG": {".jpg", ".jpeg", ".jfif"}, "PNG": {".png"}, "WEBP": {".webp"}, "BMP": {".bmp"}}
 GREY = {"1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L"}
 
 
@@ -86,7 +85,7 @@ def look(entry: Entry) -> Seen:
         return Seen(entry, path.lstat().st_size, {"unreadable": str(error)})
     try:
         with picture.opened(content, str(path)) as image:
-            if path.suffix.lower() not in NAMED.get(named(image), SUFFIXES):
+            if path.suffix.lower() not in picture.FORMATS[named(image)]:
                 faults["suffix"] = f"it is {named(image)}"
             if image.mode in GREY or image.mode == "CMYK":
                 faults["CMYK" if image.mode == "CMYK" else "grey"] = image.mode
@@ -182,7 +181,7 @@ def duplicates(images: list[Seen]) -> dict[str, list[list[str]]]:
 
 def flat(place: Path) -> bool:
     """Whether images lie in a split itself, in no class folder."""
-    return any(map(is_image, files_in(place)))
+    return bool(images_in(place))
 
 
 def without_images(report: dict[str, Any]) -> list[str]:
