@@ -16,9 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.data.augment import Normalize
-from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.data.folder import MIDDLE, NAMES, Folder, FolderImages, below, is_image, left_out
-from resnetv2_cli.data.module import EVAL_BATCH, stand_apart, view_of
+from resnetv2_cli.data.module import at_a_time, stand_apart, view_of
 from resnetv2_cli.data.picture import BROKEN, FORMATS, Unreadable
 from resnetv2_cli.data.protocols import View
 from resnetv2_cli.data.shards import Member
@@ -136,7 +135,7 @@ class Views(Dataset):
         paths = [picture.path for picture in found]
         folder = Folder(paths, torch.zeros(len(paths), dtype=torch.int64), ())
         self.paths = paths
-        self.shape = (*((10,) if view.ten else ()), view.side, view.side, 3)
+        self.shape = (*((view.crops,) if view.ten else ()), view.side, view.side, 3)
         self.images = FolderImages(folder, view.side, "scale", 0, view)
 
     def __len__(self) -> int:
@@ -157,7 +156,7 @@ def predict(task: Classification, found: Sequence[Picture], top: int) -> Iterato
     """
     e = task.experiment
     view = view_of(e, task.normalize)
-    batch = EVAL_BATCH[DATASETS[e.dataset].decoded] // (10 if view.ten else 1)
+    batch = at_a_time(e, view)
     loader: DataLoader = DataLoader(
         Views(found, view),
         batch_size=batch,

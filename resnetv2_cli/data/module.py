@@ -21,9 +21,9 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.plans import STEMS
 from resnetv2_cli.telling import Tell, silent
 
-EVAL_BATCH = {True: 250, False: 64}  # images at a time in evaluation, when decoded, and from files
-# Of decoded ones on a GPU, which waits for launches: there are a quarter of them then.
-GPU_EVAL_BATCH = 1000
+EVAL_BATCH = 250  # small images at a time in evaluation
+GPU_EVAL_BATCH = 1000  # on a GPU, which waits for launches: there are a quarter of them then
+EVAL_CROPS = 64  # of photographs, at a time
 
 
 def view_of(experiment: Experiment, normalize: Normalize) -> View:
@@ -46,6 +46,12 @@ def view_of(experiment: Experiment, normalize: Normalize) -> View:
             f"--protocol {fit} fits" if fit else "weights of --normalize channel fit any size",
         )
     return view
+
+
+def at_a_time(experiment: Experiment, view: View) -> int:
+    """How many images are evaluated at a time, each with all its crops."""
+    most = EVAL_BATCH if DATASETS[experiment.dataset].decoded else EVAL_CROPS
+    return most // view.crops
 
 
 class Batch(NamedTuple):
@@ -118,7 +124,7 @@ class Sequence:
     def __init__(self, split: images.Split, rows: range, device: torch.device) -> None:
         self.images = torch.from_numpy(split.images[rows.start : rows.stop]).to(device)
         self.labels = torch.from_numpy(split.labels[rows.start : rows.stop]).to(device)
-        self.size = GPU_EVAL_BATCH if device.type == "cuda" else EVAL_BATCH[True]
+        self.size = GPU_EVAL_BATCH if device.type == "cuda" else EVAL_BATCH
 
     def __len__(self) -> int:
         return -(-len(self.labels) // self.size)
@@ -358,7 +364,7 @@ class ImageData(L.LightningDataModule):
         rows = share(len(split.labels), trainer.global_rank, trainer.world_size)
         if isinstance(split, images.Split):
             return Sequence(split, rows, trainer.strategy.root_device)
-        n = EVAL_BATCH[False] // (10 if PROTOCOLS[self.experiment.protocol].ten else 1)
+        n = at_a_time(self.experiment, view_of(self.experiment, self.normalize))
         starts = range(rows.start, rows.stop, n)
         keys = [[(i, -1) for i in range(s, min(s + n, rows.stop))] for s in starts]
         return self._files(split, keys, len(starts), None)

@@ -21,6 +21,11 @@ class View(NamedTuple):
         """The shorter side that the image is resized to, pixels."""
         return round(self.side / self.share)
 
+    @property
+    def crops(self) -> int:
+        """How many of each image."""
+        return 10 if self.ten else 1
+
 
 class Protocol(NamedTuple):
     """``crop``, ``shorter``: sides of the crop and of the resized image, pixels, for networks that

@@ -19,7 +19,7 @@ from resnetv2_cli.inference import Picture, Views
 from resnetv2_cli.task import Classification
 
 LARGEST = 1e-4  # logit difference that is taken for rounding, over the largest logit or 1
-IMAGES = {True: 256, False: 16}  # that are compared, of datasets that are decoded and of files
+SMALL, PHOTOGRAPHS = 256, 16  # images that are compared
 
 
 class Agreement(NamedTuple):
@@ -45,9 +45,10 @@ def test_images(task: Classification, view: View) -> tuple[Tensor, str]:
     Shape: (N, size, size, 3) uint8.
     """
     e, size = task.experiment, view.side
-    n = IMAGES[DATASETS[e.dataset].decoded]
+    decoded = DATASETS[e.dataset].decoded
+    n = SMALL if decoded else PHOTOGRAPHS
     try:
-        found = of_memory(e, n) if DATASETS[e.dataset].decoded else of_files(e, n, view)
+        found = of_memory(e, n) if decoded else of_files(e, n, view)
     except (UserError, OSError):  # half of a dataset is as good as none, here
         found = None
     if found is not None and found.shape[1:3] == (size, size):
