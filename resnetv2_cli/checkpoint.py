@@ -13,7 +13,6 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from resnetv2_cli import files, form
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Damaged, NotSaved, UserError, shown
-from resnetv2_cli.origin import find  # noqa: F401  (config needs it, and no torch)
 from resnetv2_cli.settings import renewed
 from resnetv2_cli.telling import Tell
 

@@ -16,6 +16,7 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.origin import find, sha256
 from resnetv2_cli.recipes import made
 from resnetv2_cli.settings import BITS, LATER, PARTS, SAME, checked, rows, setting, shares
+from resnetv2_cli.weightfile import find, sha256
 
 PAPER_STEPS, PAPER_WARMUP = 64_000, 400  # iterations
 
@@ -276,7 +277,7 @@ class Experiment:
     def _check_start(self) -> None:
         if self.weights and not self.weights_sha256:
             # What is learned depends on the bytes, wherever they lie.
-            digits = sha256(find(Path(self.weights).expanduser()))
+            digits = sha256(find(Path(self.weights)))
             object.__setattr__(self, "weights_sha256", digits)
         if self.weights_sha256 and not self.weights:
             hint = "--weights names the file with this SHA-256"

@@ -12,9 +12,9 @@ from resnetv2_cli import form
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.flags import typed
-from resnetv2_cli.origin import sha256
 from resnetv2_cli.resnet import default_option
 from resnetv2_cli.task import Classification
+from resnetv2_cli.weightfile import find, sha256
 
 HEAD = "net.head.fc."
 
@@ -32,7 +32,7 @@ def begin(task: Classification) -> list[str]:
     e = task.experiment
     if not e.weights:
         return []
-    path = checkpoints.find(Path(e.weights).expanduser())
+    path = find(Path(e.weights))
     if sha256(path) != e.weights_sha256:
         hint = "name those with --weights, or begin another run"
         raise UserError(f"{path} is not what this run began with: its SHA-256 differs", hint)

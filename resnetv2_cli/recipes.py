@@ -8,8 +8,8 @@ import yaml
 
 from resnetv2_cli import plans
 from resnetv2_cli.errors import UserError, shown, unknown
-from resnetv2_cli.origin import find, sha256
 from resnetv2_cli.settings import renewed
+from resnetv2_cli.weightfile import find, sha256
 
 _PACKAGED = Path(__file__).parent / "configs"  # in a wheel; in a checkout they are beside it
 CONFIGS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "configs"
@@ -94,7 +94,7 @@ def refuse_other_weights(weights: object, wanted: object) -> None:
     Raises:
         UserError: the file is missing, or its SHA-256 is not the one that is wanted, if one is.
     """
-    if wanted and weights and sha256(find(Path(str(weights)).expanduser())) != wanted:
+    if wanted and weights and sha256(find(Path(str(weights)))) != wanted:
         hint = f"name the file whose SHA-256 is {shown(wanted)}, or leave weights_sha256 out"
         raise UserError(f"{weights} is not what weights_sha256 asks for", hint)
 

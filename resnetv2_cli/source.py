@@ -11,6 +11,7 @@ from resnetv2_cli.errors import unknown
 from resnetv2_cli.flags import parsed
 from resnetv2_cli.plans import laid_out, shortcuts
 from resnetv2_cli.recipes import CONFIGS
+from resnetv2_cli.weightfile import find
 
 SAID = {"weights_sha256": "weights"}  # the digits decide what is the same, and tell nobody what
 
@@ -31,7 +32,7 @@ def from_checkpoint(path: Path, **overrides: Any) -> Source:
     Raises:
         UserError: there is none, or it is none of this tool.
     """
-    file = checkpoints.find(path)
+    file = find(path)
     saved = checkpoints.read(file)
     experiment = checkpoints.experiment_of(saved, **overrides)
     return Source(experiment, file, saved["global_step"], classes=len(saved["classes"]))

@@ -16,7 +16,7 @@ ORDER = """
     native fused triton_joined joined triton_augment
     own layers shortcuts units resnet compiling graphs
     data.catalog data.protocols
-    origin recipes config flags
+    weightfile recipes config flags
     data.picture data.archive data.images
     data.turbo data.crop data.order data.augment data.shards data.folder
     data.prepare data.survey data.sortval data.module

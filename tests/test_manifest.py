@@ -17,6 +17,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.manifest import ORIGINS, origins
 from resnetv2_cli.runfolder import RunFolder, read_metrics
+from resnetv2_cli.weightfile import find
 
 
 def test_the_manifest_knows_where_values_came_from(tmp_path):
@@ -126,5 +127,5 @@ def test_what_was_chosen_is_what_is_tested(tmp_path, stopped):
     result = json.loads(folder.result.read_text())
     assert result["test_step"] == min(errors, key=errors.__getitem__) < 50
     for what in (folder.path, folder.best):
-        scores, _ = run.evaluate(checkpoints.find(what))
+        scores, _ = run.evaluate(find(what))
         assert scores["error"] == result["test_error"]

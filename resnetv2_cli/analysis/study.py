@@ -18,6 +18,7 @@ from resnetv2_cli.origin import sha256
 from resnetv2_cli.runfolder import RUNS, RunFolder
 from resnetv2_cli.source import Source
 from resnetv2_cli.telling import Tell, silent
+from resnetv2_cli.weightfile import sha256
 
 
 def module(topic: str) -> Any:

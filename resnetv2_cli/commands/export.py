@@ -43,13 +43,12 @@ def export(
 
     For instance: resnetv2 export runs/mine --format onnx
     """
-    from resnetv2_cli import checkpoint as checkpoints
     from resnetv2_cli.export import hub, study
+    from resnetv2_cli.weightfile import find
 
     if push:
         hub.check_package()
-    file = checkpoints.find(checkpoint)
-    made = study.export(file, format, output, fold, data_dir)
+    made = study.export(find(checkpoint), format, output, fold, data_dir)
     if json:
         console.as_json(made.as_json())
     else:

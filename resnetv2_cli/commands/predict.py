@@ -49,14 +49,14 @@ def predict(
 
     For instance: resnetv2 predict runs/mine holiday/ --picture seen.png
     """
-    from resnetv2_cli import checkpoint as checkpoints
     from resnetv2_cli import inference
     from resnetv2_cli.plot import refuse_suffix
     from resnetv2_cli.sheet import MOST, sheet
+    from resnetv2_cli.weightfile import find
 
     if picture:
         refuse_suffix(picture)
-    task = inference.network(checkpoints.find(checkpoint), **flags, devices="1")
+    task = inference.network(find(checkpoint), **flags, devices="1")
     first: list[Prediction] = []
     broken: list[Prediction] = []
 

@@ -149,15 +149,15 @@ def evaluate(
     **flags: Any,
 ) -> None:
     """Evaluate a checkpoint on its test images; it names network and data by itself."""
-    from resnetv2_cli import checkpoint as checkpoints
     from resnetv2_cli import cluster, run
     from resnetv2_cli.manifest import rewritten
     from resnetv2_cli.plot import confusion
     from resnetv2_cli.runfolder import RunFolder
     from resnetv2_cli.task import class_errors
+    from resnetv2_cli.weightfile import find
 
     with cluster.Meeting() as meeting:
-        file = checkpoints.find(checkpoint)
+        file = find(checkpoint)
         try:
             scores, task = run.evaluate(file, meeting, **flags)
         except Stopped as stopped:

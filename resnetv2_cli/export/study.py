@@ -18,8 +18,8 @@ from resnetv2_cli.export.fold import exported
 from resnetv2_cli.export.formats import FORMATS, INPUT, OUTPUT, check_packages
 from resnetv2_cli.files import write_text
 from resnetv2_cli.inference import network
-from resnetv2_cli.origin import sha256
 from resnetv2_cli.runfolder import RunFolder
+from resnetv2_cli.weightfile import sha256
 
 USE = {  # of each format: how it is run on images (N, 3, size, size), 0 to 1
     "safetensors": "# resnetv2 train --weights FILE trains on from it\n"

@@ -1,6 +1,7 @@
 """The file that a run starts from: where it is, and what it is, by its bytes."""
 
 import hashlib
+import os
 from functools import cache
 from pathlib import Path
 
@@ -8,11 +9,12 @@ from resnetv2_cli.errors import UserError
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that is meant: a file, or a run folder's, chosen or last.
+    """The checkpoint that is meant: a file, or a run folder's, chosen or last; ``~`` begins a home.
 
     Raises:
         UserError: there is none.
     """
+    path = Path(os.path.expanduser(path))  # Path's own would fail where nobody has that name
     if path.is_dir():
         names = ["checkpoints/best.ckpt", "checkpoints/last.ckpt", "last.ckpt"]
         path = next((path / n for n in names if (path / n).is_file()), path / names[1])
