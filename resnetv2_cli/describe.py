@@ -95,9 +95,8 @@ def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
 
     stem = part("stem", net.stem, net.stem)
     units = [
-        part(f"{stage_name}.{unit_name}", unit, unit.residual)  # type: ignore[arg-type]
-        for stage_name, stage in net.body.named_children()
-        for unit_name, unit in stage.named_children()
+        part(name, unit, unit.residual)  # type: ignore[arg-type]
+        for name, unit in net.named_units.items()
     ]
     parts = [stem, *units, part("head", net.head)]
     batch_norm = sum(parameters(m) for m in net.modules() if isinstance(m, nn.BatchNorm2d))

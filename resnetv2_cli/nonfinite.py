@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from resnetv2_cli.resnet import ResNet
+
 IN_A_ROW = 100  # iterations left out one after the other; then there is nothing left to learn from
 
 
@@ -115,11 +117,8 @@ def poisoned(loss: Tensor, finite: Tensor) -> Tensor:
 class Parts:
     """Stem, units and head, and which of them made something that is not finite."""
 
-    def __init__(self, net: nn.Module) -> None:
-        parts: dict[str, Any] = {"stem": net.stem}
-        for stage, units in net.body.named_children():  # type: ignore[union-attr]
-            parts |= {f"{stage}.{unit}": module for unit, module in units.named_children()}
-        self.parts: dict[str, Any] = parts | {"head": net.head}
+    def __init__(self, net: ResNet) -> None:
+        self.parts: dict[str, Any] = {"stem": net.stem, **net.named_units, "head": net.head}
         self.forward: set[str] = set()
         self.backward: set[str] = set()
 

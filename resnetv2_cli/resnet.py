@@ -99,7 +99,16 @@ class ResNet(nn.Module):
     @property
     def units(self) -> list[nn.Module]:
         """Every Residual Unit, l = 1 ... L."""
-        return [unit for stage in self.body for unit in stage]  # type: ignore[attr-defined]
+        return list(self.named_units.values())
+
+    @property
+    def named_units(self) -> dict[str, nn.Module]:
+        """The same by their names: ``stage1.unit1``."""
+        return {
+            f"{stage_name}.{unit_name}": unit
+            for stage_name, stage in self.body.named_children()
+            for unit_name, unit in stage.named_children()
+        }
 
     def activate(self, compiled: bool, forget: bool) -> None:
         """How every BN and ReLU computes in training (``Activation``)."""

@@ -18,6 +18,7 @@ from resnetv2_cli.cluster import Meeting
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.csvlog import CSVMetrics
 from resnetv2_cli.data.module import ImageData, view_of
+from resnetv2_cli.describe import parameters
 from resnetv2_cli.errors import Diverged, UserError
 from resnetv2_cli.files import seal_of
 from resnetv2_cli.finetune import begin, refuse_another_architecture
@@ -266,7 +267,7 @@ def finish(task: Classification, data: ImageData, folder: RunFolder) -> dict[str
         "epochs": round(e.steps / data.steps_per_epoch, 4),
         "train_images": data.train_images,
         "classes": len(data.classes),
-        "parameters": sum(p.numel() for p in task.net.parameters()),
+        "parameters": parameters(task.net),
         "seed": e.seed,
         "precision": precision(e),
         "data": data.digest,

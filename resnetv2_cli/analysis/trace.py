@@ -1,7 +1,6 @@
 """What happens in every unit of a network, kept while a batch passes: x_l, h, F, y_l, x_{l+1}."""
 
 import math
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -72,18 +71,11 @@ def trace(net: ResNet, x: Tensor, labels: Tensor) -> Trace:
     """
     net = deepcopy(net).requires_grad_(False)
     net.segments = 0
-    watchers = [_Watcher(Unit(name, unit)) for name, unit in named_units(net)]
+    watchers = [_Watcher(Unit(name, unit)) for name, unit in net.named_units.items()]
     loss = F.cross_entropy(net(x.detach().requires_grad_()), labels)
     for watcher in watchers:
         watcher.refuse_if_rewritten()
     return Trace([w.unit for w in watchers], loss)
-
-
-def named_units(net: ResNet) -> Iterator[tuple[str, nn.Module]]:
-    """Every unit with its name: ``stage1.unit1``."""
-    for stage_name, stage in net.body.named_children():
-        for unit_name, unit in stage.named_children():
-            yield f"{stage_name}.{unit_name}", unit
 
 
 class _Watcher:

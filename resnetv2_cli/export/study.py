@@ -12,6 +12,7 @@ from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.module import view_of
 from resnetv2_cli.data.protocols import View
+from resnetv2_cli.describe import parameters
 from resnetv2_cli.export.card import Facts, card
 from resnetv2_cli.export.check import Agreement, written
 from resnetv2_cli.export.fold import exported
@@ -72,7 +73,7 @@ def export(
     facts = Facts(
         experiment=trained,
         classes=task.classes,
-        parameters=sum(p.numel() for p in task.net.parameters()),
+        parameters=parameters(task.net),
         step=saved["global_step"],
         imported=saved.get("imported", {}),
         run=run.path if run and run.begun else None,
