@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from resnetv2_cli.bench.turns import WARM, finish
+from resnetv2_cli.bench.turns import timed
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
 from resnetv2_cli.data.module import stand_apart
@@ -55,6 +55,11 @@ def forever(loader: Any) -> Iterator[Any]:
         yield from loader
 
 
+def usual_sgd(net: nn.Module) -> torch.optim.SGD:
+    """The optimizer as most write it."""
+    return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+
+
 class PlainLoop:
     """float32, NCHW, eager; a DataLoader of two workers; one ``.item()`` an iteration.
 
@@ -65,16 +70,16 @@ class PlainLoop:
         self, experiment: Experiment, classes: int, split: images.Split, device: torch.device
     ) -> None:
         self.net = ResNet(**experiment.architecture, classes=classes).to(device)
-        parameters = self.net.parameters()
-        self.optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-4)
+        self.optimizer = usual_sgd(self.net)
         self.batches = forever(plain_loader(split, experiment.batch_size))
         self.device = device
+        self.waits: list[float] = []
         self.waited = 0.0
 
     def step(self) -> None:
         asked = time.perf_counter()
         x, y = next(self.batches)
-        self.waited += time.perf_counter() - asked
+        self.waits.append(time.perf_counter() - asked)
         loss = nn.functional.cross_entropy(self.net(x.to(self.device)), y.to(self.device))
         self.optimizer.zero_grad()
         loss.backward()
@@ -83,10 +88,6 @@ class PlainLoop:
 
     def __call__(self, steps: int) -> float:
         self.net.train()
-        for i in range(WARM + steps):
-            if i == WARM:
-                finish(self.device)
-                began, self.waited = time.perf_counter(), 0.0
-            self.step()
-        finish(self.device)
-        return (time.perf_counter() - began) / steps
+        seconds = timed(self.step, self.device)(steps)
+        self.waited = sum(self.waits[-steps:])  # without those before the clock
+        return seconds

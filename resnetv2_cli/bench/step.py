@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from resnetv2_cli import graphs
 from resnetv2_cli.bench.floor import convolutions_alone, floor
+from resnetv2_cli.bench.plain import usual_sgd
 from resnetv2_cli.bench.turns import Arm, in_turns, ratios, rows, timed
 from resnetv2_cli.compiling import compile_units
 from resnetv2_cli.config import Experiment
@@ -31,7 +32,7 @@ class Option(NamedTuple):
     doc: str
     mixed: bool = True  # bf16 autocast; else float32
     last: bool = True  # channels last; else NCHW
-    plain: bool = False  # the optimizer as most write it
+    plain: bool = False  # ``usual_sgd``
     fused: bool = False  # BN and ReLU as one compiled operation
     forget: bool = False  # what they make is made again in backward
     recompute: int = 0  # segments of the body; -1: every unit is one
@@ -88,10 +89,7 @@ def step_arm(experiment: Experiment, option: Option, device: torch.device) -> Ar
     net.segments = len(net.units) if option.recompute < 0 else option.recompute
     if option.compile:
         compile_units(net)
-    if option.plain:
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    else:
-        optimizer = sgd(net, experiment)
+    optimizer = usual_sgd(net) if option.plain else sgd(net, experiment)
     size = side(experiment.dataset, experiment.stem_)
     x = torch.randn(experiment.batch_size, 3, size, size, device=device)
     x = x.contiguous(memory_format=option.layout)

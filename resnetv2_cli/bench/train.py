@@ -46,8 +46,7 @@ def bare_arm(
     """The tool's network, images, arithmetic and optimizer, without the Trainer around them."""
     e = task.experiment
     task = task.to(device).train()
-    task.sums, task.finite = task.sums.to(device), task.finite.to(device)
-    task.guard.to(device)
+    task.on_fit_start()
     optimizer = sgd(task.net, e)
     scheduler = schedule(optimizer, e)
     task.record(optimizer)
