@@ -19,6 +19,7 @@ from resnetv2_cli.cluster import Launcher, NoHandlers, Steps, refuse_unfit
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.describe import Uncounted
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.manifest import uses_gpu
 from resnetv2_cli.quantities import size
 from resnetv2_cli.syncbn import FirstAverages, OverProcesses
 
@@ -32,7 +33,7 @@ def precision(experiment: Experiment) -> str:
     Raises:
         UserError: the one that is asked for does not exist here.
     """
-    gpu = torch.cuda.is_available() and experiment.accelerator != "cpu"
+    gpu = uses_gpu(experiment.accelerator)
     if experiment.precision == "16-mixed" and not gpu:
         raise UserError("16-mixed needs a GPU", "use --precision bf16-mixed or 32-true")
     if experiment.precision != "auto":
@@ -56,8 +57,7 @@ def quiet() -> None:
 
 def bn_of_all(experiment: Experiment, accelerator: str) -> list[LayerSync]:
     """What synchronizes BN where PyTorch's own, which knows GPUs alone, does not."""
-    gpu = torch.cuda.is_available() and accelerator != "cpu"
-    return [OverProcesses()] if experiment.sync_bn and not gpu else []
+    return [OverProcesses()] if experiment.sync_bn and not uses_gpu(accelerator) else []
 
 
 def trainer_of(
@@ -123,8 +123,7 @@ def ready(experiment: Experiment) -> torch.device:
 
 def device_of(experiment: Experiment) -> torch.device:
     """Where it trains: a GPU if there is one, unless the experiment says otherwise."""
-    gpu = torch.cuda.is_available() and experiment.accelerator in ("auto", "gpu", "cuda")
-    return torch.device("cuda" if gpu else "cpu")
+    return torch.device("cuda" if uses_gpu(experiment.accelerator) else "cpu")
 
 
 def devices_here(experiment: Experiment) -> int:

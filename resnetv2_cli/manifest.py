@@ -259,11 +259,18 @@ def environment(accelerator: str = "auto") -> dict[str, Any]:
     }
 
 
+def uses_gpu(accelerator: str) -> bool:
+    """Whether a GPU is here, and is what is asked for."""
+    import torch
+
+    return torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
+
+
 def hardware(accelerator: str) -> str:
     """``1 x NVIDIA H100``, or the processor and its cores where there is none or it is not used."""
     import torch
 
-    if torch.cuda.is_available() and accelerator != "cpu":
+    if uses_gpu(accelerator):
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     name = platform.processor() or platform.machine()
     try:

@@ -343,6 +343,15 @@ def test_a_strategy_that_cannot_be_used_is_refused_with_the_reason(tmp_path, str
     assert machine.trainer_of(Experiment(dataset="digits", accelerator="cpu", strategy="ddp"))
 
 
+def test_who_asks_for_neither_cpu_nor_gpu_gets_one_answer_to_whether_a_gpu_is_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    e = Experiment(accelerator="tpu", precision="16-mixed", sync_bn=True)
+    assert machine.device_of(e).type == "cpu" and machine.bn_of_all(e, e.accelerator)
+    with pytest.raises(UserError, match="16-mixed needs a GPU"):
+        machine.precision(e)
+    assert "cores, " in environment(e.accelerator)["hardware"]
+
+
 def test_an_evaluation_is_shown_with_its_own_iteration(tmp_path, monkeypatch):
     monkeypatch.setattr(display, "LINES", 0.0)
     said = io.StringIO()
