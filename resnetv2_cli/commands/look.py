@@ -9,13 +9,9 @@ from resnetv2_cli import console, paper, plans
 from resnetv2_cli.commands.app import Config, Json, app
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS, known_classes
-from resnetv2_cli.errors import UserError
 from resnetv2_cli.flags import with_flags
 from resnetv2_cli.manifest import annotated, origins
 from resnetv2_cli.recipes import CONFIGS
-
-SUFFIXES = (".svg", ".png", ".pdf")
-
 
 Picture = Annotated[
     Path | None,
@@ -31,8 +27,6 @@ def drawn(units: dict[str, Any], to: Path) -> None:
     Raises:
         UserError: its suffix is not that of a picture.
     """
-    if to.suffix not in SUFFIXES:
-        raise UserError(f"no picture is called {to}", f"its name ends in {', '.join(SUFFIXES)}")
     from resnetv2_cli.blueprint import blueprint
 
     blueprint(units, to)
