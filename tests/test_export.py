@@ -8,7 +8,6 @@ import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from torch import nn
 from resnetv2_cli.ablation.studies import identity
 from resnetv2_cli.checkpoint import experiment_of, read, write
 from resnetv2_cli.cli import main
-from resnetv2_cli.commands.export import Kind
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.protocols import View
@@ -119,10 +117,6 @@ def called(*arguments) -> int:
     with pytest.raises(SystemExit) as left:
         main(["export", *map(str, arguments)])
     return left.value.code
-
-
-def test_the_command_offers_the_formats_that_there_are():
-    assert set(get_args(Kind)) == set(formats.FORMATS)
 
 
 @pytest.mark.parametrize("format", formats.FORMATS)

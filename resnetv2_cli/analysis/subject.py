@@ -17,8 +17,6 @@ from resnetv2_cli.run import build, restore
 from resnetv2_cli.source import Source
 from resnetv2_cli.telling import Tell
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32}
-
 
 class Batch(NamedTuple):
     """How a network is looked at. ``images``: training images that pass at once; ``test_images``:
@@ -87,7 +85,7 @@ def subject(source: Source, batch: Batch, tell: Tell) -> Subject:
         task, data = build(plain)
         for line in begin(task):
             tell(line)
-    dtype = DTYPES[batch.precision]
+    dtype: torch.dtype = getattr(torch, batch.precision)
     view = view_of(plain, task.normalize)._replace(ten=False)
     some, labels = chosen(data.train, batch.images, view)
     test, test_labels = chosen(data.test, batch.test_images, view)

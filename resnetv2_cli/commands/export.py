@@ -1,21 +1,23 @@
 """``export``."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from resnetv2_cli import console
 from resnetv2_cli.commands.app import Json, app
+from resnetv2_cli.export.formats import FORMATS
+from resnetv2_cli.settings import rows
 
-Kind = Literal["safetensors", "onnx", "torch-export"]  # the rows of FORMATS, which need torch
+Kind = rows(FORMATS)
 
 
 @app.command(rich_help_panel="Train")
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run's folder.")],
     format: Annotated[
-        Kind,
+        Kind,  # type: ignore[valid-type]
         typer.Option("--format", help="What is written."),
     ] = "onnx",
     output: Annotated[

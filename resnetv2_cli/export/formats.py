@@ -1,6 +1,7 @@
 """The files that a network can leave as; each is read back by what will run it.
 
-To add a format: one row in FORMATS.
+To add a format: one row in FORMATS. Nothing needs torch before it is called, so that help comes at
+once.
 """
 
 import io
@@ -9,16 +10,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.export.fold import Exported, blank
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from resnetv2_cli.export.fold import Exported
 
 Metadata = dict[str, str]
-Run = Callable[[Tensor], Tensor]  # images (N, 3, H, W), 0 to 1 -> logits (N, classes)
+Run = Callable[["Tensor"], "Tensor"]  # images (N, 3, H, W), 0 to 1 -> logits (N, classes)
 
 INPUT, OUTPUT = "images", "logits"
 
@@ -31,11 +33,12 @@ class Format(NamedTuple):
     suffix: str
     fold: bool
     needs: tuple[str, ...]
-    write: Callable[[Exported, Tensor, Path, Metadata], None]
-    read: Callable[[Exported, Path], Run]
+    write: Callable[["Exported", "Tensor", Path, Metadata], None]
+    read: Callable[["Exported", Path], Run]
 
 
-def write_safetensors(model: Exported, example: Tensor, path: Path, metadata: Metadata) -> None:
+def write_safetensors(model: "Exported", example: "Tensor", path: Path, metadata: Metadata) -> None:
+    """The weights, every tensor by its name."""
     from safetensors.torch import save
 
     # Counters of batches are the training's alone, but --weights wants every tensor.
@@ -43,16 +46,21 @@ def write_safetensors(model: Exported, example: Tensor, path: Path, metadata: Me
     path.write_bytes(save(state, metadata))  # its own writing has an error of its own
 
 
-def read_safetensors(model: Exported, path: Path) -> Run:
+def read_safetensors(model: "Exported", path: Path) -> Run:
+    """The network with the weights of the file."""
     from safetensors.torch import load_file
+
+    from resnetv2_cli.export.fold import blank
 
     other = blank(model)
     other.load_state_dict(load_file(path))
     return other
 
 
-def write_onnx(model: Exported, example: Tensor, path: Path, metadata: Metadata) -> None:
+def write_onnx(model: "Exported", example: "Tensor", path: Path, metadata: Metadata) -> None:
+    """The graph by PyTorch's exporter, checked by onnx."""
     import onnx
+    import torch
 
     with quiet():
         program = torch.onnx.export(
@@ -73,8 +81,10 @@ def write_onnx(model: Exported, example: Tensor, path: Path, metadata: Metadata)
     onnx.save(graph, path)
 
 
-def read_onnx(model: Exported, path: Path) -> Run:
+def read_onnx(model: "Exported", path: Path) -> Run:
+    """The graph in onnxruntime, on the CPU."""
     import onnxruntime
+    import torch
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -82,7 +92,12 @@ def read_onnx(model: Exported, path: Path) -> Run:
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
 
-def write_torch_export(model: Exported, example: Tensor, path: Path, metadata: Metadata) -> None:
+def write_torch_export(
+    model: "Exported", example: "Tensor", path: Path, metadata: Metadata
+) -> None:
+    """The graph as ``torch.export`` has it."""
+    import torch
+
     shapes = {INPUT: {0: torch.export.Dim("batch")}}
     with quiet():
         program = torch.export.export(model, (example,), dynamic_shapes=shapes)
@@ -94,7 +109,10 @@ def write_torch_export(model: Exported, example: Tensor, path: Path, metadata: M
     path.write_bytes(file.getbuffer())
 
 
-def read_torch_export(model: Exported, path: Path) -> Run:
+def read_torch_export(model: "Exported", path: Path) -> Run:
+    """The graph as ``torch.export.load`` gives it."""
+    import torch
+
     with quiet(), path.open("rb") as file:
         return torch.export.load(file).module()  # type: ignore[arg-type]
 
