@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from resnetv2_cli import native
 
 LANES, MOST = 16, 4096  # channels: a multiple of the first, at most the second (kernels.c)
-BEFORE, AFTER = 1, 2  # the addition: where ReLU is (kernels.c)
+NOWHERE, BEFORE, AFTER = 0, 1, 2  # where ReLU is: before or after the addition (kernels.c)
 _AGAIN = "_resnetv2_again"  # on a tensor: the function that makes it again, and its version
 Kept = Tensor | Callable[[], Tensor]
 
@@ -71,9 +71,9 @@ def rows_of(x: Tensor) -> tuple[int, int]:
     return n * h * w, c
 
 
-def _activated(x: Tensor, saved: Tensor, relu: int) -> Tensor:
+def _activated(x: Tensor, saved: Tensor, where: int) -> Tensor:
     y = torch.empty_like(x)
-    _call("again", x.dtype, [x, y, saved], *rows_of(x), relu, torch.get_num_threads())
+    _call("again", x.dtype, [x, y, saved], *rows_of(x), where, torch.get_num_threads())
     return y
 
 
@@ -82,7 +82,7 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, plus: Tensor | None, gamma: Tensor, beta: Tensor, norm: Any, relu: int
+        ctx: Any, x: Tensor, plus: Tensor | None, gamma: Tensor, beta: Tensor, norm: Any, where: int
     ) -> Tensor:
         x = x.detach()  # kept: all that read y, which is made from it, would have it made again
         (rows, c), threads = rows_of(x), torch.get_num_threads()
@@ -92,10 +92,10 @@ class _Compiled(torch.autograd.Function):
             plus = plus.to(x.dtype).contiguous(memory_format=torch.channels_last)
         running = [norm.running_mean, norm.running_var]
         tensors = [x, plus, y, gamma, beta, *running, saved, sums]
-        _call("forward", x.dtype, tensors, rows, c, norm.momentum, norm.eps, relu, threads)
-        ctx.save_for_backward(x, saved, y if relu == AFTER else None)
-        ctx.relu = relu
-        return y if plus is not None else remember(y, partial(_activated, x, saved, relu))
+        _call("forward", x.dtype, tensors, rows, c, norm.momentum, norm.eps, where, threads)
+        ctx.save_for_backward(x, saved, y if where == AFTER else None)
+        ctx.where = where
+        return y if plus is not None else remember(y, partial(_activated, x, saved, where))
 
     @staticmethod
     @once_differentiable
@@ -107,7 +107,7 @@ class _Compiled(torch.autograd.Function):
         dplus = dy if y is None else torch.empty_like(x)
         sums = torch.empty(threads, 2, c, dtype=torch.float64)
         tensors = [dy, x, y, dx, dplus, saved, dgamma, dbeta, sums]
-        _call("backward", x.dtype, tensors, rows, c, ctx.relu, threads)
+        _call("backward", x.dtype, tensors, rows, c, ctx.where, threads)
         return dx, dplus if ctx.needs_input_grad[1] else None, dgamma, dbeta, None, None
 
 
@@ -153,18 +153,18 @@ def bn_relu(x: Tensor, norm: nn.BatchNorm2d, relu: bool, compiled: bool) -> Tens
     """
     norm.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
     if compiled:
-        return _Compiled.apply(x, None, norm.weight, norm.bias, norm, BEFORE if relu else 0)
+        return _Compiled.apply(x, None, norm.weight, norm.bias, norm, BEFORE if relu else NOWHERE)
     return _Plain.apply(x, norm.weight, norm.bias, norm, relu)
 
 
-def bn_sum(x: Tensor, plus: Tensor, norm: nn.BatchNorm2d, relu: int) -> Tensor:
+def bn_sum(x: Tensor, plus: Tensor, norm: nn.BatchNorm2d, where: int) -> Tensor:
     """BN(x) + plus by ``kernels.c``, which x ``fits``; with ReLU on BN(x) (``BEFORE``), on the sum
-    (``AFTER``), or nowhere (0).
+    (``AFTER``), or ``NOWHERE``.
 
     Shape: (N, C, H, W) each -> (N, C, H, W).
     """
     norm.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
-    return _Compiled.apply(x, plus, norm.weight, norm.bias, norm, relu)
+    return _Compiled.apply(x, plus, norm.weight, norm.bias, norm, where)
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnetv2_cli.fused import AFTER, BEFORE, bn_relu, bn_sum, fits
+from resnetv2_cli.fused import AFTER, BEFORE, NOWHERE, bn_relu, bn_sum, fits
 from resnetv2_cli.joined import bn_relu_conv, joins
 
 
@@ -81,6 +81,16 @@ def watched(*modules: nn.Module) -> bool:
     return any(getattr(m, kind) for m in modules for kind in kinds)
 
 
+class Joined(NamedTuple):
+    """Layers that are one operation: how many, that come first; of them the BN if there is one,
+    whether there is a ReLU, and the convolution."""
+
+    many: int
+    norm: Any
+    relu: bool
+    conv: Any
+
+
 class Branch(nn.Sequential):
     """Layers in turn; a convolution, with the BN and ReLU before it, as one operation, where that
     fits (``joins``) and they are ``compiled``.
@@ -93,9 +103,8 @@ class Branch(nn.Sequential):
 
     compiled = False
 
-    def joined(self, layers: list[Any], x: Tensor) -> tuple[int, Any, bool, Any] | None:
-        """How many of the layers, those that come first, are one operation on x; and of them the BN
-        if there is one, whether there is a ReLU, and the convolution."""
+    def joined(self, layers: list[Any], x: Tensor) -> Joined | None:
+        """What of the layers is one operation on x, if the first are."""
         acts = type(layers[0]) is Activation and len(layers) > 1
         act, conv = layers[:2] if acts else (None, layers[0])
         norm, relu = act.norm if act else None, act is not None and "relu" in act._modules
@@ -104,7 +113,7 @@ class Branch(nn.Sequential):
         compiled = self.compiled and (self.training or not torch.is_grad_enabled())
         parts = [act, *act, conv] if act else [conv]
         if compiled and known and joins(x, norm, conv) and not watched(*parts):
-            return 1 + acts, norm, relu, conv
+            return Joined(2 if acts else 1, norm, relu, conv)
         return None
 
     def forward(
@@ -117,23 +126,21 @@ class Branch(nn.Sequential):
         layers: list[Any] = [m for m in self if not (type(m) is Activation and len(m) == 0)]
         while layers:
             if joined := self.joined(layers, y):
-                many, *operation = joined
-                del layers[:many]
+                del layers[: joined.many]
                 plus = None
                 if carry is not None and not layers:
                     plus, carry = carry(x), None
-                if y is x:
-                    y, x = bn_relu_conv(y, plus, *operation)
-                else:
-                    y, _ = bn_relu_conv(y, plus, *operation)
+                first = y is x
+                y, same = bn_relu_conv(y, plus, joined.norm, joined.relu, joined.conv)
+                x = same if first else x
                 continue
             layer = layers.pop(0)
             acts = type(layer) is Activation
             if acts and not layers and carry is not None and (norm := layer.adds(y)):
-                relu = BEFORE if "relu" in layer._modules else 0
-                if relu == 0 and type(after) is Activation and after.bare:
-                    relu, after = AFTER, None
-                y, carry = bn_sum(y, carry(x), norm, relu), None
+                where = BEFORE if "relu" in layer._modules else NOWHERE
+                if where == NOWHERE and type(after) is Activation and after.bare:
+                    where, after = AFTER, None
+                y, carry = bn_sum(y, carry(x), norm, where), None
             else:
                 y = layer(y)
         y = y if carry is None else carry(x) + y

@@ -88,19 +88,27 @@ def named(text: str, main: Source) -> Source:
     return beside(main, text)
 
 
+def said(experiment: Experiment, name: str) -> str:
+    """What a label says of a setting; nothing where it was not given."""
+    told = SAID.get(name, name)
+    value = getattr(experiment, told)
+    if value is None:
+        return ""
+    return value if isinstance(value, str) and told == name else f"{told}={value}"
+
+
 def labelled(sources: list[Source]) -> list[Source]:
     """The same with labels that tell them apart: what differs between their experiments, and after
     how many iterations; or the whole name, where nothing does."""
+    differing = [
+        f.name
+        for f in fields(Experiment)
+        if not f.metadata["free"] and len({getattr(s.experiment, f.name) for s in sources}) > 1
+    ]
     named: dict[str, Source] = {}
     for source in sources:
-        parts = [
-            value if isinstance(value, str) and name == f.name else f"{name}={value}"
-            for f in fields(Experiment)
-            if not f.metadata["free"]
-            and len({getattr(other.experiment, f.name) for other in sources}) > 1
-            and (value := getattr(source.experiment, name := SAID.get(f.name, f.name))) is not None
-        ]
-        label = ", ".join(parts) or source.experiment.name
+        parts = [said(source.experiment, name) for name in differing]
+        label = ", ".join(filter(None, parts)) or source.experiment.name
         if source.step is not None:
             label += f" @{source.step}"
         n = sum(other.split(" (")[0] == label for other in named) + 1

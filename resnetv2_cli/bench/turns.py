@@ -60,8 +60,9 @@ def in_turns(
                 there = torch.cuda.memory_reserved(device)  # by all arms, their recordings with it
             seconds = arm(steps)
             peak = memory.peak(device)
-            above = None if peak["device"] is None else peak["device"] - there
-            known = above or (peak["host"] if fresh and above is None else None)
+            known = peak["host"] if fresh else None
+            if peak["device"] is not None:
+                known = (peak["device"] - there) or None  # a replay takes nothing anew
             turns[name].append(Turn(seconds, known))
     return turns
 

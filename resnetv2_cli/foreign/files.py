@@ -25,7 +25,11 @@ KERAS = {  # a variable's name in Keras: in PyTorch
     "moving_variance": "running_var",
 }
 KNOWN = "safetensors, .pth, .h5 or .keras"
-KERAS_ORDER = {1: ("kernel",), 2: ("kernel", "bias"), 4: tuple(KERAS)[1:3] + tuple(KERAS)[4:]}
+KERAS_ORDER = {
+    1: ("kernel",),
+    2: ("kernel", "bias"),
+    4: ("gamma", "beta", "moving_mean", "moving_variance"),
+}
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
