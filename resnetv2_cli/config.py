@@ -13,7 +13,6 @@ from resnetv2_cli import plans
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.origin import find, sha256
 from resnetv2_cli.recipes import made
 from resnetv2_cli.settings import BITS, LATER, PARTS, SAME, checked, rows, setting, shares
 from resnetv2_cli.weightfile import find, sha256

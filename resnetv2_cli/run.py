@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +104,24 @@ def train(
             processes would not begin from the same.
         Stopped: a signal came or the time was over; the run can be continued.
     """
-    rest = (Left(seconds), display or [], origins or {})
-    meeting = meeting or Meeting()
+    go = partial(
+        _train,
+        experiment,
+        folder,
+        resume=resume,
+        left=Left(seconds),
+        display=display or [],
+        origins=origins or {},
+        meeting=meeting or Meeting(),
+    )
     if not first_process():
-        return _train(experiment, folder, resume, *rest, silent, meeting)
+        return go(tell=silent)
     if not resume:
         folder.refuse_if_used()
     with folder.claimed():
         if not resume:
             folder.refuse_if_used()  # another process may have ended in it just now
-        return _train(experiment, folder, resume, *rest, tell, meeting)
+        return go(tell=tell)
 
 
 class Left:
@@ -128,6 +137,7 @@ class Left:
 def _train(
     experiment: Experiment,
     folder: RunFolder,
+    *,
     resume: bool,
     left: Left,
     display: list[Callback],
@@ -288,21 +298,37 @@ def draw(experiment: Experiment, folder: RunFolder) -> None:
         curves({experiment.name: folder.metrics}, folder.curves)
 
 
-def restore(
-    path: Path, experiment: Experiment | None = None, **overrides: Any
-) -> tuple[dict[str, Any], Classification, ImageData]:
-    """A checkpoint, and its network with its weights, and its images: of an experiment, or what the
-    checkpoint alone says is tested.
+def restore(path: Path, **overrides: Any) -> tuple[dict[str, Any], Classification, ImageData]:
+    """A checkpoint, and its network with its weights, and the images that it says are tested.
 
     Raises:
         UserError: the file is no checkpoint of this tool, or the images are missing.
     """
     saved = checkpoints.read(path)
-    if experiment is None:
-        tested = checkpoints.experiment_of(saved, **overrides)
-        task, data = build(tested, tuple(saved["classes"]))
-    else:
-        task, data = build(experiment)
+    tested = checkpoints.experiment_of(saved, **overrides)
+    task, data = build(tested, tuple(saved["classes"]))
+    fill(task, data, saved, path)
+    return saved, task, data
+
+
+def restore_as(path: Path, experiment: Experiment) -> tuple[Classification, ImageData]:
+    """The network and all images of an experiment, with a checkpoint's weights.
+
+    Raises:
+        UserError: the file is no checkpoint of this tool, or the images are missing.
+    """
+    saved = checkpoints.read(path)
+    task, data = build(experiment)
+    fill(task, data, saved, path)
+    return task, data
+
+
+def fill(task: Classification, data: ImageData, saved: dict[str, Any], path: Path) -> None:
+    """Give a network the weights of a checkpoint, ``saved`` at ``path``.
+
+    Raises:
+        UserError: it is of other classes than the images have, or of another architecture.
+    """
     if list(data.classes) != saved["classes"]:
         ours, theirs = ", ".join(data.classes[:3]), ", ".join(saved["classes"][:3])
         raise UserError(
@@ -314,7 +340,6 @@ def restore(
     except UserError:
         refuse_another_architecture(saved, task.experiment, path)  # in words, where it can
         raise
-    return saved, task, data
 
 
 def manifest_of(checkpoint: Path) -> Manifest | None:

@@ -14,7 +14,6 @@ from resnetv2_cli.analysis.trace import trace
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.jsonfile import finite
 from resnetv2_cli.manifest import environment
-from resnetv2_cli.origin import sha256
 from resnetv2_cli.runfolder import RUNS, RunFolder
 from resnetv2_cli.source import Source
 from resnetv2_cli.telling import Tell, silent

@@ -13,7 +13,7 @@ from resnetv2_cli.data.module import view_of
 from resnetv2_cli.data.protocols import View
 from resnetv2_cli.finetune import begin
 from resnetv2_cli.resnet import ResNet
-from resnetv2_cli.run import build, restore
+from resnetv2_cli.run import build, restore_as
 from resnetv2_cli.source import Source
 from resnetv2_cli.telling import Tell
 
@@ -80,7 +80,7 @@ def subject(source: Source, batch: Batch, tell: Tell) -> Subject:
         accumulate=1,
     )
     if source.checkpoint:
-        _, task, data = restore(source.checkpoint, plain)
+        task, data = restore_as(source.checkpoint, plain)
     else:
         task, data = build(plain)
         for line in begin(task):

@@ -13,7 +13,7 @@ from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.data.protocols import View
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.export.fold import Exported
-from resnetv2_cli.export.formats import FORMATS, Metadata
+from resnetv2_cli.export.formats import FORMATS, Metadata, Run
 from resnetv2_cli.files import partial
 from resnetv2_cli.inference import Picture, Views
 from resnetv2_cli.task import Classification
@@ -75,7 +75,7 @@ def of_files(e: Experiment, n: int, view: View) -> Tensor:
 
 
 @torch.inference_mode()
-def compare(task: Classification, run: object, pixels: Tensor, source: str) -> Agreement:
+def compare(task: Classification, run: Run, pixels: Tensor, source: str) -> Agreement:
     """The same images through both, the file's in two unequal batches.
 
     Raises:
@@ -83,7 +83,7 @@ def compare(task: Classification, run: object, pixels: Tensor, source: str) -> A
     """
     expected = task.cpu().eval()(pixels)
     parts = (pixels.permute(0, 3, 1, 2).float() / 255).contiguous().split(max(1, len(pixels) - 1))
-    found = torch.cat([run(part) for part in parts])  # type: ignore[operator]
+    found = torch.cat([run(part) for part in parts])
     largest = float(expected.abs().max())
     same = int((found.argmax(1) == expected.argmax(1)).sum())
     difference = float((found - expected).abs().max())
