@@ -84,11 +84,13 @@ def column(axes: Axes, x: float, top: float, boxes: tuple[str, ...], color: str 
 
 
 def line(axes: Axes, points: list[tuple[float, float]]) -> None:
+    """A line through some points."""
     axes.plot(*zip(*points, strict=True), color=INK, lw=1.1, zorder=1, solid_capstyle="butt")
 
 
 def arrow(
     axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str, wide: float
 ) -> None:
+    """An arrow of some colour and width."""
     how = {"arrowstyle": "-|>", "color": color, "lw": wide, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", end, start, arrowprops=how | {"mutation_scale": 8}, zorder=1)

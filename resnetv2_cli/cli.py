@@ -32,6 +32,7 @@ class Terminated(SystemExit):
 
 
 def terminate(number: int, frame: FrameType | None) -> None:
+    """End as a signal does."""
     raise Terminated(SIGNALS[number])
 
 
@@ -52,6 +53,7 @@ def terminating() -> Iterator[None]:
 
 
 def version(wanted: bool) -> None:
+    """``--version``."""
     if wanted:
         print(f"resnetv2 {__version__}")
         raise typer.Exit

@@ -46,7 +46,10 @@ class Kept:
 
 
 def run(net: ResNet, x: Tensor, modules: Iterable[nn.Module]) -> tuple[Tensor, int]:
-    """Through the modules in turn: what comes out, and the bytes that they keep for backward."""
+    """Through the modules in turn: what comes out, and the bytes that they keep for backward.
+
+    Shape: x as the first takes it; what comes out as the last gives it.
+    """
     kept = Kept(net)
     with kept.hooks:
         for module in modules:

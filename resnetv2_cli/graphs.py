@@ -156,7 +156,10 @@ def renew_generator(device: torch.device) -> None:
 
 
 def distance(net: ResNet, replay: Forward, x: Tensor, precision: str) -> float:
-    """How far the gradient through ``replay`` is from the network's own, in its norm."""
+    """How far the gradient through ``replay`` is from the network's own, in its norm.
+
+    Shape: x (N, 3, H, W).
+    """
     ours, theirs = (_gradient(net, forward, x, precision) for forward in (net, replay))
     return float((theirs - ours).norm() / ours.norm())
 

@@ -128,7 +128,11 @@ def _forward(
     again: bool = False,
 ) -> Tensor:
     """y; ``saved`` is written, or read if it is made ``again``. ``own``: BN's parameters and
-    running statistics; ``numbers``: its momentum and eps."""
+    running statistics; ``numbers``: its momentum and eps.
+
+    Shape: x (N, c_in, H, W), plus (N, c_out, H, W), w (c_out, c_in, k, k), saved (5, c_in) -> y
+    (N, c_out, H, W).
+    """
     if x.is_cuda:
         return _on_gpu().forward(x, plus, w, saved, own, numbers, again)
     images, c, *sides = x.shape
@@ -199,7 +203,11 @@ class _Joined(torch.autograd.Function):
 def _backward(
     dy: Tensor, x: Tensor, plus: Tensor | None, saved: Tensor, w: Tensor, alone: bool
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
-    """dx with ``plus`` added, dW, and dgamma and dbeta, which are None ``alone``, without BN."""
+    """dx with ``plus`` added, dW, and dgamma and dbeta, which are None ``alone``, without BN.
+
+    Shape: dy (N, c_out, H, W), x and plus (N, c_in, H, W), saved (5, c_in), w (c_out, c_in, k, k)
+    -> dx as x, dW as w, both others (c_in,).
+    """
     images, c, *sides = x.shape
     n, threads = w.shape[0], torch.get_num_threads()
     dx, dw, dgamma, dbeta = torch.empty_like(x), torch.empty_like(w), *torch.empty(2, c)

@@ -71,6 +71,8 @@ def finite(tensors: list[Tensor]) -> Tensor:
 
     A gradient scaler's own operation, which here scales by 1. A norm takes ten times as long on a
     CPU, and on a GPU a launch and more of the host's time for each tensor.
+
+    Shape: tensors of any -> ().
     """
     found = tensors[0].new_zeros(1)
     torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, torch.ones_like(found))
@@ -86,12 +88,18 @@ def buffers_by_dtype(module: nn.Module) -> list[list[Tensor]]:
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
-    """All values, one after the other."""
+    """All values, one after the other.
+
+    Shape: tensors of any -> (all their numbers,).
+    """
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
 def fill(tensors: list[Tensor], values: Tensor) -> None:
-    """Put back what ``flat`` made of them."""
+    """Put back what ``flat`` made of them.
+
+    Shape: values (all their numbers,).
+    """
     parts = values.split([t.numel() for t in tensors])
     torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
 
@@ -110,7 +118,10 @@ def prepare(optimizer: Optimizer) -> None:
 
 def poisoned(loss: Tensor, finite: Tensor) -> Tensor:
     """The loss, with a gradient that is not finite wherever the loss is not, so that every process
-    sees it in the gradient they share."""
+    sees it in the gradient they share.
+
+    Shape: loss and ``finite``, a bool, ().
+    """
     return loss * torch.where(finite, 1.0, math.nan)
 
 

@@ -18,7 +18,10 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 
 
 def vjp(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
-    """The sum of cotangents times Jacobians, one for each input; zeros where nothing leads."""
+    """The sum of cotangents times Jacobians, one for each input; zeros where nothing leads.
+
+    Shape: each cotangent as its output; each result as its input.
+    """
     found = torch.autograd.grad(
         outputs, inputs, cotangents, retain_graph=True, materialize_grads=True
     )
@@ -26,7 +29,10 @@ def vjp(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -
 
 
 def gradients(trace: Trace) -> tuple[dict[Unit, Tensor], dict[Unit, Tensor]]:
-    """dL/dx_l and dL/dx_{l+1} of every unit, from autograd through the whole network."""
+    """dL/dx_l and dL/dx_{l+1} of every unit, from autograd through the whole network.
+
+    Shape: as x_l, and as x_{l+1}.
+    """
     tensors = [u.x for u in trace.units] + [trace.units[-1].out]
     found = vjp([trace.loss], tensors, [torch.ones_like(trace.loss)])
     units = trace.units
@@ -38,6 +44,8 @@ def direct_terms(span: list[Unit], at_end: Tensor) -> list[Tensor]:
     the vjp of the shortcuts alone, each at the x_i it had.
 
     Source: Eq. 8, and "h'" for others than constant scaling; in Eq. 5 it is dL/dx_L.
+
+    Shape: at_end as x_L; each term as its x_l.
     """
     terms = [at_end]
     for unit in reversed(span):
@@ -51,6 +59,8 @@ def split(span: list[Unit], at_end: Tensor) -> list[tuple[Tensor, Tensor]]:
     The second is d/dx_l of the sum of F-hat(x_i), times dL/dx_L, in one vjp. F-hat is F times the
     product of h'_j above it, so F(x_i) has as its cotangent the direct term that arrives there;
     with identity shortcuts every one of them is dL/dx_L (Eq. 5).
+
+    Shape: at_end as x_L; both terms as their x_l.
     """
     direct = direct_terms(span, at_end)[::-1]
     added, xs = [u.added for u in span], [u.x for u in span]

@@ -28,12 +28,18 @@ def additive_residuals(span: list[Unit]) -> list[float]:
 
 
 def each_image(x: Tensor) -> float:
-    """The norm of one image's feature map, the mean over the batch."""
+    """The norm of one image's feature map, the mean over the batch.
+
+    Shape: x (N, C, H, W).
+    """
     return sum(map(size, x)) / len(x)
 
 
 def below_zero(y: Tensor) -> float:
-    """The share of negative numbers; NaN where one is none."""
+    """The share of negative numbers; NaN where one is none.
+
+    Shape: y any.
+    """
     return float((y < 0).double().where(~y.isnan(), math.nan).mean())
 
 

@@ -68,6 +68,7 @@ def entries(root: Path) -> list[Entry]:
 
 
 def entries_in(place: Path) -> Iterator[Entry]:
+    """Every file below one split."""
     for path in below(place):
         inside = path.relative_to(place).parts
         yield Entry(path, place.name, inside[0] if len(inside) == 2 else "")

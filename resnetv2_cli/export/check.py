@@ -59,6 +59,10 @@ def test_images(task: Classification, view: View) -> tuple[Tensor, str]:
 
 
 def of_memory(e: Experiment, n: int) -> Tensor | None:
+    """Test images at equal distances of a dataset that is decoded; None where it is not at hand.
+
+    Shape: (n, H, W, 3) uint8.
+    """
     root = Path(e.data_dir).expanduser()
     official = archive.whole(e.dataset, root)
     if e.dataset != "digits" and not official and not images.folder_copy(e.dataset, root):
@@ -68,6 +72,13 @@ def of_memory(e: Experiment, n: int) -> Tensor | None:
 
 
 def of_files(e: Experiment, n: int, view: View) -> Tensor:
+    """The same of photographs, as a view sees them.
+
+    Shape: (n, side, side, 3) uint8.
+
+    Raises:
+        UserError: there are none.
+    """
     files = folder.scan(Path(e.data_dir).expanduser(), "test").files
     some = files[:: max(1, len(files) // n)][:n]
     views = Views([Picture(str(path), path) for path in some], view)
