@@ -19,17 +19,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import replacing
 from resnetv2_cli.runfolder import read_metrics
+from resnetv2_cli.scales import YS
 
 COLORS = """
     #20262e #2b6cb0 #c2410c #2f855a #b7791f #97266d #0e7490 #7c5cd6 #9b2c2c #5f6b3a #d0619a #4a7fa5
 """.split()  # Table 1 has eleven rows; the first is what the others are compared with
 ERRORS = {"test_error": "test error", "val_error": "validation error"}  # columns of metrics files
 ABOVE = 1.5  # times the others' largest loss: a curve that explodes leaves the frame
-YS = {  # how loss and error are scaled
-    "paper": ("log", "linear"),
-    "log": ("log", "log"),
-    "linear": ("linear", "linear"),
-}
 
 
 def as_is(name: str) -> str:

@@ -26,7 +26,7 @@ ORDER = """
     form checkpoint source difference
     foreign.names foreign.sources foreign.files foreign.convert
     iteration task finetune callbacks leaving
-    plot blueprint
+    scales plot blueprint
     cluster syncbn machine resume run verify
     stats
     ablation.studies ablation.arms ablation.record ablation.planning ablation.launch

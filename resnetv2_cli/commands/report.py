@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -10,6 +10,8 @@ from resnetv2_cli import console
 from resnetv2_cli.commands.app import app
 from resnetv2_cli.errors import UserError, unknown
 from resnetv2_cli.flags import seconds
+from resnetv2_cli.scales import YS
+from resnetv2_cli.settings import rows
 
 SUFFIXES = ("png", "svg", "pdf")
 
@@ -34,7 +36,7 @@ def plot(
         typer.Option(help="png (unless given), svg or pdf; may be given often.", metavar="NAME"),
     ] = None,
     y: Annotated[
-        Literal["paper", "log", "linear"],
+        rows(YS),  # type: ignore[valid-type]
         typer.Option("--y", help="paper: the loss logarithmic, the error not; or both alike."),
     ] = "paper",
 ) -> None:

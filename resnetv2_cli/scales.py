@@ -1,0 +1,10 @@
+"""How the axes of curves are scaled, as data. To add a way: one row in YS.
+
+Nothing here needs matplotlib, so that help comes at once.
+"""
+
+YS = {  # of loss, and of error
+    "paper": ("log", "linear"),
+    "log": ("log", "log"),
+    "linear": ("linear", "linear"),
+}
