@@ -225,39 +225,6 @@ def tree(photographs, tmp_path_factory) -> Path:
     return root
 
 
-def data(capsys, *arguments, status: int = 0) -> tuple[str, str]:
-    """What ``resnetv2 data`` writes to stdout and stderr, in this process."""
-    from resnetv2_cli.cli import main
-
-    capsys.readouterr()
-    try:
-        main(["data", *map(str, arguments)])
-        left = 0
-    except SystemExit as exit:
-        left = exit.code or 0
-    said = capsys.readouterr()
-    assert left == status, said.err
-    return " ".join(said.out.split()), " ".join(said.err.split())
-
-
-@pytest.fixture
-def called(capsys):
-    """Run a command in this process: status, stdout, stderr on one line."""
-
-    from resnetv2_cli.cli import main
-
-    def call(*arguments):
-        status = 0
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as left:
-            status = left.code or 0
-        said = capsys.readouterr()
-        return status, said.out, " ".join(said.err.split())
-
-    return call
-
-
 @pytest.fixture
 def full():
     """Files may not grow beyond a size, as on a full disk; and what lifts that."""

@@ -14,7 +14,6 @@ from rich.console import Console
 from resnetv2_cli.ablation import launch, planning, probe, studies, tables
 from resnetv2_cli.ablation.progress import Progress
 from resnetv2_cli.ablation.sweep import Sweep, reason
-from resnetv2_cli.cli import main
 from resnetv2_cli.commands.ablate import plan
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Stopped, UserError
@@ -172,48 +171,41 @@ def test_why_a_run_crashed_is_read_from_what_this_attempt_said(tmp_path, said, w
     assert arm.failure["reason"].startswith(why)
 
 
-def called(capsys, *arguments) -> tuple[int, str, str]:
-    """An ablation in this process: exit status, stdout, stderr."""
-    with pytest.raises(SystemExit) as left:
-        main(["ablate", *map(str, arguments)])
-    return left.value.code or 0, *capsys.readouterr()
-
-
-def test_a_plan_says_the_seeds_for_the_difference_that_is_asked_for(tmp_path, capsys):
+def test_a_plan_says_the_seeds_for_the_difference_that_is_asked_for(tmp_path, here):
     command = ["--shortcut", "conv1x1", "--depth", 8, "--detect", 0.1, "--output", tmp_path]
-    status, out, _ = called(capsys, *command, "--dry-run", "--no-probe", "--format", "json")
-    [planned] = json.loads(out)
-    assert status == 0 and [row["seeds_for"]["difference"] for row in planned["rows"]] == [0.1, 0.1]
+    done = here("ablate", *command, "--dry-run", "--no-probe", "--format", "json")
+    [planned] = json.loads(done.stdout)
+    assert [row["seeds_for"]["difference"] for row in planned["rows"]] == [0.1, 0.1]
     assert all(row["parameters"] > 0 for row in planned["rows"])
 
 
 MISSING = ["--dataset", "folder", "--data-dir", "nowhere", "--depth", 18]
 
 
-def test_a_run_that_crashed_is_the_exit_status(tmp_path, capsys):
+def test_a_run_that_crashed_is_the_exit_status(tmp_path, here):
     command = ["--shortcut", "conv1x1", "--row", "identity", *MISSING, "--output", tmp_path]
-    status, out, said = called(capsys, *command, "--format", "csv")
-    assert status == 2 and "crashed: there is no folder nowhere/train" in out
-    assert said.count("error: ") == 1 and "error: 1 of 1 runs crashed" in said
+    done = here("ablate", *command, "--format", "csv", status=2)
+    assert "crashed: there is no folder nowhere/train" in done.stdout
+    assert done.stderr.count("error: ") == 1 and "error: 1 of 1 runs crashed" in done.stderr
     [log] = tmp_path.glob("*/s0.log")
-    assert "hint: " in said and str(log) in said.replace("\n", "")
+    assert "hint: " in done.stderr and str(log) in done.stderr
 
 
-def test_a_run_that_somebody_stopped_is_the_exit_status(tmp_path, capsys, monkeypatch):
+def test_a_run_that_somebody_stopped_is_the_exit_status(tmp_path, here, monkeypatch):
     stopped = SimpleNamespace(status=lambda: 143, stop=lambda: None)
     launcher = SimpleNamespace(start=lambda *_: stopped)
     monkeypatch.setitem(launch.LAUNCHERS, "process", lambda *_: launcher)
-    status, _, said = called(capsys, "--shortcut", "conv1x1", "--depth", 8, "--output", tmp_path)
-    assert status == 2 and "error: 2 of 2 runs were stopped" in said
+    done = here("ablate", "--shortcut", "conv1x1", "--depth", 8, "--output", tmp_path, status=2)
+    assert "error: 2 of 2 runs were stopped" in done.stderr
 
 
-def test_runs_that_diverged_are_results(tmp_path, capsys):
+def test_runs_that_diverged_are_results(tmp_path, here):
     for line in two_rows(tmp_path, 1, {"depth": 8}).lines:
         for arm in line.arms:
             arm.folder.mkdir(parents=True)
             (arm.folder / "failed.json").write_text('{"reason": "x", "diverged": true}')
-    status, out, _ = called(capsys, "--shortcut", "conv1x1", "--depth", 8, "--output", tmp_path)
-    assert status == 0 and out.count("fail (diverged)") == 2
+    done = here("ablate", "--shortcut", "conv1x1", "--depth", 8, "--output", tmp_path)
+    assert done.stdout.count("fail (diverged)") == 2
 
 
 def test_each_crash_is_counted(tmp_path):
@@ -237,20 +229,18 @@ def test_a_job_of_a_queue_says_in_the_log_what_it_has_to_say(tmp_path):
     assert launch.Job(job, log).status() is None
 
 
-def test_a_queue_tells_why_its_runs_crashed(tmp_path, capsys):
+def test_a_queue_tells_why_its_runs_crashed(tmp_path, here):
     pytest.importorskip("submitit")
     command = ["--shortcut", "conv1x1", *MISSING, "--launcher", "local", "--jobs", 2]
-    status, out, _ = called(capsys, *command, "--output", tmp_path, "--format", "csv")
-    assert status == 2 and out.count("crashed: there is no folder nowhere/train") == 2
+    done = here("ablate", *command, "--output", tmp_path, "--format", "csv", status=2)
+    assert done.stdout.count("crashed: there is no folder nowhere/train") == 2
 
 
-def test_a_queue_that_is_not_there_leaves_nothing(tmp_path, capsys, monkeypatch):
+def test_a_queue_that_is_not_there_leaves_nothing(tmp_path, here, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     lab = tmp_path / "lab"
-    status, _, said = called(
-        capsys, "--shortcut", "conv1x1", "--launcher", "local", "--output", lab
-    )
-    assert status == 2 and "needs submitit" in said and not lab.exists()
+    done = here("ablate", "--shortcut", "conv1x1", "--launcher", "local", "--output", lab, status=2)
+    assert "needs submitit" in done.stderr and not lab.exists()
 
 
 def test_who_was_stopped_and_continues_has_not_ended(tmp_path):

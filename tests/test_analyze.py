@@ -12,7 +12,6 @@ from resnetv2_cli.ablation.studies import digest
 from resnetv2_cli.analysis import study, subject
 from resnetv2_cli.analysis.subject import Batch
 from resnetv2_cli.analysis.topics import TOPICS
-from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.source import Source, from_checkpoint
@@ -92,26 +91,13 @@ def test_there_may_be_fewer_images_than_training_would_have_in_a_batch():
     assert len(subject.subject(Source(wide), Batch(2, 2), silent).labels) == 2
 
 
-@pytest.fixture
-def called(capsys):
-    """The command in this process: ``called(...)`` -> exit status, stdout, stderr."""
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as left:
-            main(["analyze", *map(str, arguments)])
-        return left.value.code, *capsys.readouterr()
-
-    return call
-
-
 FAST = ["--dataset", "digits", "--depth", 8, "--images", 2]
 
 
-def test_analyze_at_initialization(called, tmp_path):
+def test_analyze_at_initialization(here, tmp_path):
     arguments = [*FAST, "--compare", "unit=original", "--compare", "depth=14"]
-    status, out, _ = called(*arguments, "--json", "--output", tmp_path)
-    made = json.loads(out)
-    assert status == 0
+    done = here("analyze", *arguments, "--json", "--output", tmp_path)
+    made = json.loads(done.stdout)
     assert made == json.loads((tmp_path / "analysis.json").read_text())
     topics = {"forward", "backward", "shrink", "paths"}  # the others need a trained network
     assert set(made["topics"]) == topics and made["batch"]["precision"] == "float64"
@@ -125,43 +111,40 @@ def test_analyze_at_initialization(called, tmp_path):
     assert off["depth=14, full-preact"] < 1e-12 and off["depth=8, full-preact"] < 1e-12
 
 
-def test_a_network_in_which_no_unit_keeps_its_shape_has_no_stage_to_follow(called, tmp_path):
+def test_a_network_in_which_no_unit_keeps_its_shape_has_no_stage_to_follow(here, tmp_path):
     """11 layers: one unit a stage, and each begins one."""
     arguments = ["--dataset", "digits", "--depth", 11, "--images", 2, "--topic", "shrink"]
-    status, _, said = called(*arguments, "--output", tmp_path)
-    assert status == 0, said
+    here("analyze", *arguments, "--output", tmp_path)
     [measured] = json.loads((tmp_path / "analysis.json").read_text())["topics"]["shrink"].values()
     assert measured["change"] == [[]] * 4
 
 
-def test_analyze_of_a_run(called, trained):
+def test_analyze_of_a_run(here, trained):
     many = ("--images", 2, "--test-images", 360, "--pairs", 2)
-    status, out, err = called(trained, *many)
-    assert status == 0
+    done = here("analyze", trained, *many)
     for word in ("(Eq. 4)", "(Eqs. 5, 8)", "(Eq. 5, its text)", "(Veit et al. 2016)", "360 images"):
-        assert word in out, word
-    assert "2 of 3 pairs, drawn at random" in out
+        assert word in done.stdout, word
+    assert "2 of 3 pairs, drawn at random" in done.stdout
     folder = trained / "analysis"
-    assert f"pictures and numbers: {folder}" in err
+    assert f"pictures and numbers: {folder}" in done.stderr
     made = json.loads((folder / "analysis.json").read_text())
     assert set(made["topics"]) == set(TOPICS)
     [found] = made["topics"]["lesion"].values()
     result = json.loads((trained / "result.json").read_text())
     assert found["whole"] == pytest.approx(result["test_error"], abs=1)  # of another arithmetic
     assert len(found["single"]) == 3 and max(found["single"]) > found["whole"]
-    called(trained, *many, "--topic", "forward")  # of the same network: the others stay
+    here("analyze", trained, *many, "--topic", "forward")  # of the same network: the others stay
     again = json.loads((folder / "analysis.json").read_text())
     assert again["topics"] == made["topics"]
-    called(trained, "--images", 3, "--topic", "forward", "--bn", "kept")  # seen otherwise
+    here("analyze", trained, "--images", 3, "--topic", "forward", "--bn", "kept")  # seen otherwise
     other = json.loads((folder / "analysis.json").read_text())
     assert set(other["topics"]) == {"forward"}
 
 
-def test_weights_to_start_from_are_those_that_are_looked_at(called, trained, tmp_path):
+def test_weights_to_start_from_are_those_that_are_looked_at(here, trained, tmp_path):
     given = [*FAST, "--weights", trained, "--compare", "weights=", "--compare", trained]
-    status, _, said = called(*given, "--topic", "forward", "--output", tmp_path)
-    assert status == 0, said
-    assert "tensors are those of" in said
+    done = here("analyze", *given, "--topic", "forward", "--output", tmp_path)
+    assert "tensors are those of" in done.stderr
     found = json.loads((tmp_path / "analysis.json").read_text())["topics"]["forward"]
     begun, fresh, itself = found.values()
     assert begun == itself and begun != fresh
@@ -232,10 +215,9 @@ def test_topics_of_other_weights_do_not_stay(trained, tmp_path):
         (["nothing.ckpt", "--weights", "a.ckpt"], "a checkpoint takes no --weights", "its own"),
     ],
 )
-def test_mistakes(called, arguments, error, hint):
-    status, _, said = called(*([] if "ckpt" in arguments[0] else FAST), *arguments)
-    said = " ".join(said.split())
-    assert status == 2 and f"error: {error}" in said and hint in said
+def test_mistakes(here, arguments, error, hint):
+    done = here("analyze", *([] if "ckpt" in arguments[0] else FAST), *arguments, status=2)
+    assert f"error: {error}" in done.stderr and hint in done.stderr
 
 
 def test_the_flags_that_mean_nothing_here_are_not_offered(resnetv2):

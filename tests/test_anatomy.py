@@ -8,7 +8,6 @@ import torch
 
 from resnetv2_cli.anatomy import anatomy, kinds
 from resnetv2_cli.blueprint import blueprint
-from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.describe import describe, skeleton
 from resnetv2_cli.plans import UNITS
@@ -101,11 +100,10 @@ def test_units_that_are_alike_are_told_once():
     assert strided["residual"][0] == "weight 1x1, 32, /2"
 
 
-def test_the_picture_has_every_layer_of_every_kind_of_unit(tmp_path, capsys):
+def test_the_picture_has_every_layer_of_every_kind_of_unit(tmp_path, here):
     flags = ["--depth", "20", "--shortcut", "exclusive-gate", "--unit", "original"]
     for name in ("a.svg", "b.svg"):
-        with pytest.raises(SystemExit, match="0"):
-            main(["describe", *flags, "--picture", str(tmp_path / name)])
+        done = here("describe", *flags, "--picture", tmp_path / name)
     root = ElementTree.parse(tmp_path / "a.svg").getroot()
     said = ["".join(e.itertext()).strip() for e in root.iter() if e.tag.endswith("}text")]
     net = skeleton(Experiment(depth=20, shortcut="exclusive-gate", unit="original"))
@@ -119,7 +117,7 @@ def test_the_picture_has_every_layer_of_every_kind_of_unit(tmp_path, capsys):
             )
             assert said.count(layer) == expected, layer
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-    assert "stage 2, unit 1" in capsys.readouterr().out
+    assert "stage 2, unit 1" in done.stdout
 
 
 def test_a_formula_is_drawn_as_it_is_written(tmp_path):
@@ -128,8 +126,7 @@ def test_a_formula_is_drawn_as_it_is_written(tmp_path):
     assert r"$\frac$ x" in file.read_text()
 
 
-def test_a_picture_of_no_known_kind_is_a_mistake(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["list", "--picture", str(tmp_path / "a.xyz")])
-    said = capsys.readouterr().err
-    assert "no picture is called" in said and ".svg" in said and not list(tmp_path.iterdir())
+def test_a_picture_of_no_known_kind_is_a_mistake(tmp_path, here):
+    done = here("list", "--picture", tmp_path / "a.xyz", status=2)
+    assert "no picture is called" in done.stderr and ".svg" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -13,7 +13,6 @@ from resnetv2_cli.bench.data import PATHS
 from resnetv2_cli.bench.floor import bytes_moved, convolutions
 from resnetv2_cli.bench.step import OPTIONS, PLAIN, bench_step
 from resnetv2_cli.bench.turns import Turn, in_turns, ratios, rows
-from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.prepare import Form, prepare
 from resnetv2_cli.describe import describe
@@ -95,22 +94,12 @@ def test_the_share_of_the_floor_is_the_median_of_an_even_number_of_turns(monkeyp
     assert made["arms"][PLAIN]["of_floor"] == pytest.approx(0.2)
 
 
-def run(capsys, *arguments, status=0):
-    """The command in this process: what it printed on stdout, and on stderr."""
-    try:
-        main(["bench", *map(str, arguments)])
-    except SystemExit as left:
-        assert (left.code or 0) == status
-    return capsys.readouterr()
-
-
-def test_the_command_leaves_a_picture_and_the_json_it_prints(capsys, tmp_path):
+def test_the_command_leaves_a_picture_and_the_json_it_prints(here, tmp_path):
     began = time.time()
     small = ["--dataset", "digits", "--depth", 8, "--batch-size", 64]
-    shown = run(
-        capsys, "train", *small, "--rounds", 1, "--stretch", 1, "--output", tmp_path, "--json"
-    )
-    made = json.loads(shown.out)
+    few = ["--rounds", 1, "--stretch", 1]
+    done = here("bench", "train", *small, *few, "--output", tmp_path, "--json")
+    made = json.loads(done.stdout)
     assert made == json.loads((tmp_path / "train.json").read_text())
     assert (tmp_path / "train.png").stat().st_mtime > began
     assert set(made["arms"]) == {"plain loop", "bare step", "resnetv2 train"}
@@ -118,14 +107,14 @@ def test_the_command_leaves_a_picture_and_the_json_it_prints(capsys, tmp_path):
     assert 0 <= made["arms"]["resnetv2 train"]["waiting"] < 1
 
 
-def test_data_paths_are_timed_beside_torchvisions(capsys):
+def test_data_paths_are_timed_beside_torchvisions(here):
     small = ["--dataset", "digits", "--batch-size", 16, "--rounds", 1, "--stretch", 1]
-    made = json.loads(run(capsys, "data", *small, "--json").out)
+    made = json.loads(here("bench", "data", *small, "--json").stdout)
     paths = [name for name, path in PATHS.items() if path.decoded]
     assert list(made["arms"]) == paths and made["arms"][paths[0]]["ratio"] == 1
 
 
-def test_photographs_are_read_beside_pil_and_torchvision(capsys, tmp_path):
+def test_photographs_are_read_beside_pil_and_torchvision(here, tmp_path):
     for split in ("train", "val"):
         for i in range(2):
             (tmp_path / "own" / split / "a").mkdir(parents=True, exist_ok=True)
@@ -136,7 +125,7 @@ def test_photographs_are_read_beside_pil_and_torchvision(capsys, tmp_path):
     small = ["--dataset", "folder", "--data-dir", tmp_path / "own", "--depth", 18]
     small += ["--batch-size", 2, "--prepared", tmp_path / "raw", "--prepared", again]
     small += ["--rounds", 1, "--stretch", 1]
-    made = json.loads(run(capsys, "data", *small, "--json").out)
+    made = json.loads(here("bench", "data", *small, "--json").stdout)
     usual = [name for name, path in PATHS.items() if not path.decoded]
     prepared = [f"{where}/raw, {crop}" for where in (tmp_path.name, "again") for crop in CROPS]
     assert list(made["arms"]) == [*usual, *prepared]
@@ -154,5 +143,5 @@ def test_photographs_are_read_beside_pil_and_torchvision(capsys, tmp_path):
         (["data", "--dataset", "digits", "--prepared", "x"], "only photographs"),
     ],
 )
-def test_what_bench_cannot_time_is_refused(arguments, said, capsys):
-    assert said in run(capsys, *arguments, status=2).err
+def test_what_bench_cannot_time_is_refused(arguments, said, here):
+    assert said in here("bench", *arguments, status=2).stderr

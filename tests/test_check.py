@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import STOPPED, data, encoded
+from conftest import STOPPED, encoded
 from PIL import Image
 
 from resnetv2_cli.data import folder, survey
@@ -57,10 +57,10 @@ def plant(root: Path) -> dict[str, list[str]]:
     }
 
 
-def test_check_finds_each_fault_that_was_planted(tmp_path, capsys):
+def test_check_finds_each_fault_that_was_planted(tmp_path, here):
     planted = plant(tmp_path / "tree")
     report = tmp_path / "report.json"
-    out, err = data(capsys, "check", tmp_path / "tree", "--output", report, status=2)
+    done = here("data", "check", tmp_path / "tree", "--output", report, status=2)
     made = json.loads(report.read_text())
     root = f"{tmp_path / 'tree'}/"
     found = {k: [f["file"].removeprefix(root) for f in v] for k, v in made["faults"].items()}
@@ -75,34 +75,36 @@ def test_check_finds_each_fault_that_was_planted(tmp_path, capsys):
     assert names["across"] == [["train/bee/same.png", "val/bee/other-name.bmp"]]
     assert names["classes"] == [["train/ant/0.jpg", "train/bee/twice.jpg"]]
     for words in ("1 unreadable", "2 truncated", "1 classes of val", "1 images in several splits"):
-        assert words in err
-    assert "1 classes of train without images" in err
-    assert "same pixels" in out and "colors of print" in out
+        assert words in done.stderr
+    assert "1 classes of train without images" in done.stderr
+    assert "same pixels" in done.stdout and "colors of print" in done.stdout
 
 
-def test_check_of_a_tree_of_photographs_finds_nothing(tree, tmp_path, capsys, photographs):
+def test_check_of_a_tree_of_photographs_finds_nothing(tree, tmp_path, here, photographs):
     report = tmp_path / "report.json"
-    out, _ = data(capsys, "check", tree, "--output", report, "--workers", 2)
+    done = here("data", "check", tree, "--output", report, "--workers", 2)
     made = json.loads(report.read_text())
     assert made["splits"]["train"]["images"] == 4 and made["splits"]["val"]["images"] == 2
     assert not made["classes"] and not made["flat"]
     assert not any(made["faults"][kind] for kind in ("unreadable", "truncated", "suffix"))
-    assert "train" in out
+    assert "train" in done.stdout
 
 
 @pytest.mark.parametrize("split, said", [("train", "no folder train"), ("val", "no folder val or")])
-def test_check_says_when_half_is_missing(tree, tmp_path, capsys, split, said):
+def test_check_says_when_half_is_missing(tree, tmp_path, here, split, said):
     half = shutil.copytree(tree, tmp_path / "half", ignore=lambda *_: {split})
-    _, err = data(capsys, "check", half, "--output", tmp_path / "report.json", status=2)
-    assert said in err and "hint: train and val hold one folder for each class" in err
+    done = here("data", "check", half, "--output", tmp_path / "report.json", status=2)
+    assert said in done.stderr
+    assert "hint: train and val hold one folder for each class" in done.stderr
 
 
-def test_a_flat_test_folder_beside_val_is_not_read_and_that_is_told(tree, tmp_path, capsys):
+def test_a_flat_test_folder_beside_val_is_not_read_and_that_is_told(tree, tmp_path, here):
     root = shutil.copytree(tree, tmp_path / "tree")
     shutil.copytree(root / "val" / "ant", root / "test")
-    out, err = data(capsys, "check", root, "--output", tmp_path / "report.json")
+    done = here("data", "check", root, "--output", tmp_path / "report.json")
     line = f"{root / 'test'} is not read: {root / 'val'} is there"
-    assert line in err and "nothing" not in out  # its pictures are there twice, which is told
+    assert line in done.stderr
+    assert "nothing" not in done.stdout  # its pictures are there twice, which is told
     told = []
     assert len(folder.scan(root, "test", tell=told.append).files) == 2 and told == [line]
 
@@ -129,33 +131,36 @@ def test_a_file_is_not_truncated_by_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_check_says_that_a_split_has_class_folders_but_no_images(tree, tmp_path, capsys, split):
+def test_check_says_that_a_split_has_class_folders_but_no_images(tree, tmp_path, here, split):
     root = shutil.copytree(tree, tmp_path / "tree")
     for file in (root / split).glob("*/*"):
         file.unlink()
     with pytest.raises(UserError, match="no images in"):  # training would stop
         folder.scan(root, "train" if split == "train" else "test")
-    out, err = data(capsys, "check", root, "--output", tmp_path / "report.json", status=2)
-    assert f"no images in {split} hint" in err and str(root / split / "CLASS") in err
-    assert f"class empty 2 no image of it in {split} ant" in out.replace("│", "").replace("  ", " ")
-    assert "nothing is wrong" not in out
+    done = here("data", "check", root, "--output", tmp_path / "report.json", status=2)
+    assert f"no images in {split}\nhint" in done.stderr
+    assert str(root / split / "CLASS") in done.stderr
+    row = f"class empty 2 no image of it in {split} ant"
+    assert row in " ".join(done.stdout.replace("│", "").split())
+    assert "nothing is wrong" not in done.stdout
 
 
-def test_check_says_that_photographs_of_train_are_in_no_class_folder(tree, tmp_path, capsys):
+def test_check_says_that_photographs_of_train_are_in_no_class_folder(tree, tmp_path, here):
     root = shutil.copytree(tree, tmp_path / "tree")
     for file in (root / "train").glob("*/*"):
         file.rename(root / "train" / f"{file.parent.name}{file.name}")
-    _, err = data(capsys, "check", root, "--output", tmp_path / "report.json", status=2)
-    assert "train has its images in no class folder hint" in err
-    assert str(root / "train" / "CLASS") in err and "sort-val" not in err  # it sorts no train/
+    done = here("data", "check", root, "--output", tmp_path / "report.json", status=2)
+    assert "train has its images in no class folder\nhint" in done.stderr
+    assert str(root / "train" / "CLASS") in done.stderr
+    assert "sort-val" not in done.stderr  # it sorts no train/
 
 
 @pytest.mark.parametrize("number", STOPPED)
 def test_a_check_that_is_stopped_leaves_the_report_of_before(
-    tree, tmp_path, capsys, monkeypatch, number
+    tree, tmp_path, here, monkeypatch, number
 ):
     report = tmp_path / "report.json"
-    data(capsys, "check", tree, "--output", report)
+    here("data", "check", tree, "--output", report)
     before = report.read_bytes()
 
     def stopped(entry):
@@ -167,18 +172,19 @@ def test_a_check_that_is_stopped_leaves_the_report_of_before(
     look, files = survey.look, itertools.count()
     monkeypatch.setattr(survey, "look", stopped)
     status, line = STOPPED[number]
-    _, err = data(capsys, "check", tree, "--output", report, "--workers", 1, status=status)
-    assert err == line and report.read_bytes() == before
+    done = here("data", "check", tree, "--output", report, "--workers", 1, status=status)
+    assert done.stderr == f"{line}\n" and report.read_bytes() == before
     assert list(tmp_path.iterdir()) == [report]
 
 
 def test_a_report_without_a_place_is_refused_before_anything_is_read(
-    tree, tmp_path, capsys, monkeypatch
+    tree, tmp_path, here, monkeypatch
 ):
     monkeypatch.setattr(survey, "look", None)
     to = tmp_path / "nowhere" / "report.json"
-    out, err = data(capsys, "check", tree, "--output", to, status=2)
-    assert "cannot write" in err and "hint: is its folder there" in err and not out
+    done = here("data", "check", tree, "--output", to, status=2)
+    assert "cannot write" in done.stderr and not done.stdout
+    assert "hint: is its folder there" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -213,7 +219,7 @@ def places(root: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_flat_val_is_sorted_by_labels_of_any_form(archive, capsys, form):
+def test_a_flat_val_is_sorted_by_labels_of_any_form(archive, here, form):
     with pytest.raises(UserError, match="3 images in .*val are in no class folder") as refused:
         folder.scan(archive, "test", ("n1", "n2"))
     words = shlex.split(refused.value.hint.split(", which")[0])
@@ -222,63 +228,63 @@ def test_a_flat_val_is_sorted_by_labels_of_any_form(archive, capsys, form):
     labels.write_text(FORMS[form])
     command = [str(labels) if word == "FILE" else word for word in words[2:]]
     before = places(archive)
-    assert "3 images would be moved" in data(capsys, *command, "--dry-run")[0]
+    assert "3 images would be moved" in here("data", *command, "--dry-run").stdout
     assert places(archive) == before
-    assert "3 images moved into 2 class folders" in data(capsys, *command)[0]
+    assert "3 images moved into 2 class folders" in here("data", *command).stdout
     expected = [f"{p[:3]}ILSVRC2012_val_{p[3:]}.JPEG" for p in SORTED]
     assert places(archive) == expected
     assert folder.scan(archive, "test", ("n1", "n2")).labels.tolist() == [0, 1, 1]
-    again, _ = data(capsys, *command)
-    assert "0 images moved" in again and "3 were there already" in again
+    done = here("data", *command)
+    assert "0 images moved" in done.stdout and "3 were there already" in done.stdout
     assert places(archive) == expected
 
 
-def test_val_itself_can_be_named_once_more(archive, capsys):
+def test_val_itself_can_be_named_once_more(archive, here):
     (archive / "labels.txt").write_text(FORMS["csv"])
     command = ["sort-val", archive / "val", "--labels", archive / "labels.txt"]
-    assert "3 images moved" in data(capsys, *command)[0]
-    again, _ = data(capsys, *command)
-    assert "0 images moved" in again and "3 were there already" in again
+    assert "3 images moved" in here("data", *command).stdout
+    done = here("data", *command)
+    assert "0 images moved" in done.stdout and "3 were there already" in done.stdout
     shutil.rmtree(archive / "val")
     (archive / "train" / "n1" / "a.JPEG").rename(archive / "train" / "a.JPEG")
     command[1] = archive
-    assert "has no folder val" in data(capsys, *command, status=2)[1]  # and train is none
+    assert "has no folder val" in here("data", *command, status=2).stderr  # and train is none
 
 
-def test_a_class_may_be_of_several_words(archive, capsys):
+def test_a_class_may_be_of_several_words(archive, here):
     shutil.rmtree(archive / "train")
     labels = ("golden retriever", "type 2", " n1 85 1 499 272 n1 1 2 3 4")
     lines = [f"ILSVRC2012_val_{i:08}.JPEG,{label}" for i, label in enumerate(labels, 1)]
     (archive / "labels.txt").write_text("\n".join(lines))
-    data(capsys, "sort-val", archive, "--labels", archive / "labels.txt")
+    here("data", "sort-val", archive, "--labels", archive / "labels.txt")
     assert [p.split("/")[0] for p in places(archive)] == ["golden retriever", "n1", "type 2"]
 
 
-def test_classes_may_be_numbers_where_train_has_their_folders(archive, capsys):
+def test_classes_may_be_numbers_where_train_has_their_folders(archive, here):
     for old, new in (("n1", "1"), ("n2", "2")):
         (archive / "train" / old).rename(archive / "train" / new)
     (archive / "labels.txt").write_text(FORMS["names"].replace(" n", " "))
-    data(capsys, "sort-val", archive, "--labels", archive / "labels.txt")
+    here("data", "sort-val", archive, "--labels", archive / "labels.txt")
     assert [p.split("/")[0] for p in places(archive)] == ["1", "2", "2"]
 
 
-def test_images_that_only_their_suffixes_tell_apart(archive, capsys):
+def test_images_that_only_their_suffixes_tell_apart(archive, here):
     for path in (archive / "val").iterdir():
         path.unlink()
     for name in ("a.jpg", "a.png", "b.jpg"):
         (archive / "val" / name).write_bytes(encoded())
     labels = archive / "labels.txt"
     labels.write_text("a n1\nb n2\n")
-    _, err = data(capsys, "sort-val", archive, "--labels", labels, status=2)
-    assert "'a' is a.jpg and a.png" in err
+    done = here("data", "sort-val", archive, "--labels", labels, status=2)
+    assert "'a' is a.jpg and a.png" in done.stderr
     labels.write_text("a.jpg n1\na.png n2\nb.JPEG n2\n")
-    data(capsys, "sort-val", archive, "--labels", labels)
+    here("data", "sort-val", archive, "--labels", labels)
     assert places(archive) == ["n1/a.jpg", "n2/a.png", "n2/b.jpg"]
 
 
-def test_a_byte_order_mark_is_no_part_of_a_name(archive, capsys):
+def test_a_byte_order_mark_is_no_part_of_a_name(archive, here):
     (archive / "labels.txt").write_text(FORMS["in order"], encoding="utf-8-sig")
-    data(capsys, "sort-val", archive, "--labels", archive / "labels.txt")
+    here("data", "sort-val", archive, "--labels", archive / "labels.txt")
     assert [p.split("/")[0] for p in places(archive)] == ["n1", "n2", "n2"]
 
 
@@ -289,19 +295,19 @@ def moved(archive: Path, number: int) -> None:
     (archive / "val" / name).rename(archive / "val" / "n1" / name)
 
 
-def test_sorting_goes_on_where_it_was_stopped(archive, capsys):
+def test_sorting_goes_on_where_it_was_stopped(archive, here):
     (archive / "labels.txt").write_text(FORMS["csv"])
     moved(archive, 2)
-    out, _ = data(capsys, "sort-val", archive, "--labels", archive / "labels.txt")
-    assert "2 images moved" in out and "1 were there already" in out
+    done = here("data", "sort-val", archive, "--labels", archive / "labels.txt")
+    assert "2 images moved" in done.stdout and "1 were there already" in done.stdout
 
 
-def test_an_image_in_another_class_than_labelled_stops_sorting(archive, capsys):
+def test_an_image_in_another_class_than_labelled_stops_sorting(archive, here):
     (archive / "labels.txt").write_text(FORMS["names"])
     moved(archive, 1)
     before, labels = places(archive), archive / "labels.txt"
-    _, err = data(capsys, "sort-val", archive, "--labels", labels, status=2)
-    assert "1 images are in another class than labelled" in err
+    done = here("data", "sort-val", archive, "--labels", labels, status=2)
+    assert "1 images are in another class than labelled" in done.stderr
     assert places(archive) == before
 
 
@@ -322,9 +328,9 @@ def test_an_image_in_another_class_than_labelled_stops_sorting(archive, capsys):
         ("n1\nILSVRC2012_val_00000001.JPEG n1\n", "does not give each image its class"),
     ],
 )
-def test_nothing_is_moved_if_anything_is_wrong(archive, capsys, labels, message):
+def test_nothing_is_moved_if_anything_is_wrong(archive, here, labels, message):
     (archive / "labels.txt").write_text(labels)
     before = places(archive)
-    _, err = data(capsys, "sort-val", archive, "--labels", archive / "labels.txt", status=2)
-    assert re.search(message, err), err
+    done = here("data", "sort-val", archive, "--labels", archive / "labels.txt", status=2)
+    assert re.search(message, done.stderr), done.stderr
     assert places(archive) == before

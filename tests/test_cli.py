@@ -78,7 +78,7 @@ def test_eval_of_a_checkpoint_and_of_a_run_folder(resnetv2, trained, tmp_path):
     assert (tmp_path / "confusion-checkpoint.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_class_without_test_images_has_no_error(trained, tmp_path, capsys, monkeypatch):
+def test_a_class_without_test_images_has_no_error(trained, tmp_path, here, monkeypatch):
     def without(*given, **more):
         scores, task = evaluate(*given, **more)
         scores["confusion"][3] = [0] * 10
@@ -87,9 +87,7 @@ def test_a_class_without_test_images_has_no_error(trained, tmp_path, capsys, mon
     evaluate = run.evaluate
     monkeypatch.setattr(run, "evaluate", without)
     for more in ([], ["--json"]):
-        with pytest.raises(SystemExit):
-            cli.main(["eval", str(trained), "--output", str(tmp_path), *more])
-        said = capsys.readouterr().out
+        said = here("eval", trained, "--output", tmp_path, *more).stdout
         assert ('"3": null' if more else "│ 3     │     — │") in said
 
 
@@ -303,22 +301,20 @@ def test_a_full_memory_is_one_line(resnetv2):
         (MemoryError(), ""),
     ],
 )
-def test_so_it_is_on_a_gpu(error, words, monkeypatch, capsys):
+def test_so_it_is_on_a_gpu(error, words, monkeypatch, here):
     def full(given):
         raise error
 
     monkeypatch.setattr(cli, "app", full)
-    with pytest.raises(SystemExit) as left:
-        cli.main(["list"])
-    assert left.value.code == 2
     said = f": {words} more were asked for" if words else ""
-    assert capsys.readouterr().err.startswith(f"error: the memory is full{said}\nhint: ")
+    done = here("list", status=2)
+    assert done.stderr.startswith(f"error: the memory is full{said}\nhint: ")
 
 
-def test_another_error_keeps_its_traceback(monkeypatch):
+def test_another_error_keeps_its_traceback(monkeypatch, here):
     monkeypatch.setattr(cli, "app", lambda given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        cli.main(["list"])
+        here("list")
 
 
 def test_ctrl_c_saves_and_exits_with_130(tmp_path):

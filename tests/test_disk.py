@@ -6,8 +6,6 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
-from resnetv2_cli.cli import main
-
 WRITES = {  # TO: a folder on the disk; RUN: a run; WEIGHTS: another library's
     "export": "export RUN --format safetensors --output TO/x.safetensors",
     "export, onnx": "export RUN --format onnx --output TO/x.onnx",
@@ -38,35 +36,28 @@ def alone(trained, tmp_path_factory):
 
 
 @pytest.mark.parametrize("what", WRITES)
-def test_a_full_disk_is_one_line_and_no_half_file(what, alone, weights, tmp_path, full, capsys):
+def test_a_full_disk_is_one_line_and_no_half_file(what, alone, weights, tmp_path, full, here):
     kept = tmp_path / "x.html"
     kept.write_text("of last year")
     words = {"RUN": alone, "WEIGHTS": weights}
     line = [str(words.get(w, w)).replace("TO", str(tmp_path)) for w in WRITES[what].split()]
     full(500)
     try:
-        with pytest.raises(SystemExit) as left:
-            main(line)
+        said = here(*line, status=2).stderr
     finally:
         full()
-    said = capsys.readouterr().err
-    assert left.value.code == 2 and "File too large" in said and str(tmp_path) in said
+    assert "File too large" in said and str(tmp_path) in said
     assert said.count("error: ") == 1 and "Traceback" not in said
     assert kept.read_text() == "of last year"
     files = [p for p in tmp_path.rglob("*") if p.is_file() and p != kept]
     assert [p.name for p in files if p.suffix not in (".lock", ".yaml", ".csv", ".log")] == []
 
 
-def test_a_picture_of_an_evaluation_that_cannot_be_written_is_a_note(
-    trained, tmp_path, full, capsys
-):
+def test_a_picture_of_an_evaluation_that_cannot_be_written_is_a_note(trained, tmp_path, full, here):
     full(500)
     try:
-        with pytest.raises(SystemExit) as left:
-            main(["eval", str(trained), "--output", str(tmp_path)])
+        said = here("eval", trained, "--output", tmp_path).stderr
     finally:
         full()
-    said = capsys.readouterr().err
-    assert not left.value.code
     assert "no picture: cannot write" in said and "confusion matrix" not in said
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,6 @@ from torch import nn
 
 from resnetv2_cli.ablation.studies import identity
 from resnetv2_cli.checkpoint import experiment_of, read, write
-from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.protocols import View
@@ -113,12 +112,6 @@ def test_onnx_computes_every_unit_and_shortcut(pairs, tmp_path):
         torch.testing.assert_close(run(images[:n]), expected, rtol=1e-4, atol=1e-4)
 
 
-def called(*arguments) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(["export", *map(str, arguments)])
-    return left.value.code
-
-
 @pytest.mark.parametrize("format", formats.FORMATS)
 def test_the_extra_that_is_named_has_what_a_format_needs(format):
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -127,10 +120,10 @@ def test_the_extra_that_is_named_has_what_a_format_needs(format):
 
 
 @pytest.mark.parametrize("format", formats.FORMATS)
-def test_a_file_is_checked_on_the_test_images_and_has_its_card(trained, tmp_path, capsys, format):
+def test_a_file_is_checked_on_the_test_images_and_has_its_card(trained, tmp_path, here, format):
     file = tmp_path / f"net{formats.FORMATS[format].suffix}"
-    assert called(trained, "--format", format, "-o", file, "--json") == 0
-    made = json.loads(capsys.readouterr().out)
+    done = here("export", trained, "--format", format, "-o", file, "--json")
+    made = json.loads(done.stdout)
     assert made["check"]["source"] == "test images of digits"
     assert made["check"]["same"] == made["check"]["images"] == 256
     assert 0 < made["check"]["difference"] < 1e-4

@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from resnetv2_cli import footprint, machine, memory, native, run
-from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.footprint import activation_bytes, along_depth, split, step_bytes
@@ -231,10 +230,10 @@ def test_processes_on_one_cpu_share_its_memory(monkeypatch):
     assert 2 * step_bytes(e, "32-true", footprint.part_size(made, 2)) <= 1.5 * needed
 
 
-def test_more_processes_than_there_can_be_are_refused_for_that(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main("train --dataset digits --depth 8 --accelerator cpu --devices 100000".split())
-    assert "error: no such devices: 100000 were asked for" in capsys.readouterr().err
+def test_more_processes_than_there_can_be_are_refused_for_that(here):
+    words = "train --dataset digits --depth 8 --accelerator cpu --devices 100000"
+    done = here(*words.split(), status=2)
+    assert "error: no such devices: 100000 were asked for" in done.stderr
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.7, 3.0])
@@ -257,12 +256,11 @@ def test_what_cannot_be_split_is_refused(asked, free, said):
         split(Experiment(), asked, "32-true", free)
 
 
-def test_train_says_what_it_needs_and_splits(tmp_path, capsys):
-    small = ["--dataset", "digits", "--depth", "8", "--batch-size", "64", "--steps", "2"]
-    with pytest.raises(SystemExit, match="0"):
-        often = ["--log-every", "1", "--eval-every", "0.05"]
-        main(["train", *small, *often, "--micro-batch", "32", "--output", str(tmp_path / "run")])
-    told = " ".join(capsys.readouterr().err.split())
+def test_train_says_what_it_needs_and_splits(tmp_path, here):
+    small = ["--dataset", "digits", "--depth", 8, "--batch-size", 64, "--steps", 2]
+    often = ["--log-every", 1, "--eval-every", 0.05]
+    done = here("train", *small, *often, "--micro-batch", 32, "--output", tmp_path / "run")
+    told = " ".join(done.stderr.split())
     assert re.search(
         r"a step needs about [\d.]+ MB \(32 images, 2 parts\); [\d.,]+ GB are free", told
     )
@@ -273,15 +271,14 @@ def test_train_says_what_it_needs_and_splits(tmp_path, capsys):
     assert run.FOLDER not in os.environ
 
 
-def test_who_is_launched_splits_the_batch_as_the_first_did(whole, monkeypatch):
+def test_who_is_launched_splits_the_batch_as_the_first_did(whole, here, monkeypatch):
     """What is free by then is less: each would take other images."""
     given = {}
     monkeypatch.setenv(run.FOLDER, str(whole.path))
     monkeypatch.setattr(memory, "available", lambda _: 10**8)
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     monkeypatch.setattr(run, "train", lambda e, folder, **_: given.update({folder.path: e}) or {})
-    with pytest.raises(SystemExit, match="0"):
-        main(["train", "--dataset", "digits", "--batch-size", "1000", "--micro-batch", "auto"])
+    here("train", "--dataset", "digits", "--batch-size", 1000, "--micro-batch", "auto")
     assert given == {whole.path: whole.experiment()}
 
 
@@ -306,12 +303,11 @@ def test_a_batch_that_the_system_would_die_of_is_refused_with_the_size_that_fits
 
 
 @pytest.mark.skipif(memory.available(torch.device("cpu")) is None, reason="free memory unknown")
-def test_what_no_machine_has_is_refused_here(tmp_path, monkeypatch, capsys):
+def test_what_no_machine_has_is_refused_here(tmp_path, monkeypatch, here):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as left:
-        main("train --depth 1001 --batch-size 100000 --accelerator cpu --recompute-bn".split())
-    _, error, hint = capsys.readouterr().err.splitlines()
-    assert left.value.code == 2 and not list(tmp_path.iterdir())
+    words = "train --depth 1001 --batch-size 100000 --accelerator cpu --recompute-bn"
+    _, error, hint = here(*words.split(), status=2).stderr.splitlines()
+    assert not list(tmp_path.iterdir())
     assert run.FOLDER not in os.environ
     free = re.search(r"needs about [\d,.]+ GB \(100,000 images\); ([\d,.]+) GB are free", error)
     size = re.fullmatch("hint: --micro-batch (.+) would fit, which --micro-batch auto finds", hint)

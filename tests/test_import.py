@@ -9,7 +9,6 @@ from elsewhere import BEARPAW, HYSTS, KUANGLIU, Cifar, converted, parity, shaken
 from torch import nn
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli.cli import main
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.foreign.convert import checkpoint, class_names, imported
 from resnetv2_cli.foreign.files import READERS, tensors
@@ -240,16 +239,6 @@ def test_the_first_preresnet_of_fb_is_refused():
         imported(names, "fb")
 
 
-@pytest.fixture
-def called(capsys):
-    def call(*arguments):
-        with pytest.raises(SystemExit) as left:
-            main(map(str, arguments))
-        return left.value.code or 0, *capsys.readouterr()
-
-    return call
-
-
 def noise(root, classes):
     """Six images of noise in each class of train/ and val/."""
     import numpy as np
@@ -266,26 +255,24 @@ def noise(root, classes):
     return root
 
 
-def test_an_imported_file_evaluates(tmp_path, monkeypatch, called):
+def test_an_imported_file_evaluates(tmp_path, monkeypatch, here):
     monkeypatch.chdir(tmp_path)
     net = shaken(torchvision.models.resnet18(num_classes=2)).float()
     wrapped = {"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}, "epoch": 3}
     torch.save(wrapped, "theirs.pth")
     data = noise(tmp_path / "images", ["cat", "dog"])
     arguments = ["import", "theirs.pth", "--from", "torchvision", "--classes", data, "-o", "a.ckpt"]
-    status, out, _ = called(*arguments, "--json")
-    assert status == 0
-    facts = json.loads(out)
+    done = here(*arguments, "--json")
+    facts = json.loads(done.stdout)
     assert facts["parameters"] == sum(p.numel() for p in net.parameters())
     saved = checkpoints.read(tmp_path / "a.ckpt")
     assert saved["classes"] == ["cat", "dog"] and saved["global_step"] == 0
     assert saved["imported"]["from"] == "torchvision" and len(saved["imported"]["sha256"]) == 64
-    status, out, err = called(
+    done = here(
         "eval", "a.ckpt", "--data-dir", data, "--protocol", "320",
         "--workers", 0, "--precision", "32-true", "--json",
     )  # fmt: skip
-    assert status == 0, err
-    scores = json.loads(out)
+    scores = json.loads(done.stdout)
     assert scores["images"] == 12
     from resnetv2_cli.data.folder import MEAN, STD, FolderImages, scan
     from resnetv2_cli.data.protocols import PROTOCOLS
@@ -297,22 +284,22 @@ def test_an_imported_file_evaluates(tmp_path, monkeypatch, called):
     with torch.no_grad():
         loss = nn.functional.cross_entropy(net(x), torch.stack(labels))
     assert scores["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    status, _, err = called(*arguments)
-    assert status == 2 and "a.ckpt exists" in err
+    done = here(*arguments, status=2)
+    assert "a.ckpt exists" in done.stderr
 
 
-def test_safetensors_and_the_normalization_given(tmp_path, monkeypatch, called):
+def test_safetensors_and_the_normalization_given(tmp_path, monkeypatch, here):
     from safetensors.torch import save_file
 
     monkeypatch.chdir(tmp_path)
     save_file(timm.create_model("resnetv2_18", num_classes=1000).state_dict(), "t.safetensors")
-    assert called("import", "t.safetensors", "--from", "timm")[0] == 0
+    here("import", "t.safetensors", "--from", "timm")
     saved = checkpoints.read(tmp_path / "timm-resnet18-basic-full-preact.ckpt")
     assert saved["classes"][:2] == ["n01440764", "n01443537"] and len(saved["classes"]) == 1000
     assert saved["experiment"]["dataset"] == "imagenet"
     assert saved["state_dict"]["normalize.mean"].flatten().tolist() == [0.5, 0.5, 0.5]
     given = ["--mean", "0.1,0.2,0.3", "--std", "1,1,1", "--output", "b.ckpt"]
-    assert called("import", "t.safetensors", "--from", "timm", *given)[0] == 0
+    here("import", "t.safetensors", "--from", "timm", *given)
     kept = checkpoints.read(tmp_path / "b.ckpt")["state_dict"]["normalize.mean"].flatten()
     torch.testing.assert_close(kept, torch.tensor([0.1, 0.2, 0.3]))
 
@@ -356,9 +343,9 @@ def test_files_that_are_refused(tmp_path, capsys):
         (["--from", "timm", "--mean", "0,0,0", "--std", "1,0,1"], "'1,0,1' is not above 0", "div"),
     ],
 )
-def test_mistakes_on_the_command_line(called, arguments, message, hint):
-    status, _, err = called("import", "a.pth", *arguments)
-    assert status == 2 and message in err and hint in err
+def test_mistakes_on_the_command_line(here, arguments, message, hint):
+    done = here("import", "a.pth", *arguments, status=2)
+    assert message in done.stderr and hint in done.stderr
 
 
 def test_class_names(tmp_path):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import folder, images
 from resnetv2_cli.data.augment import Normalize
@@ -32,28 +31,15 @@ def digits(tmp_path_factory):
     return folder, test.labels
 
 
-def called(capsys, *arguments, status=0) -> tuple[str, str]:
-    """What the command writes to stdout and stderr."""
-    capsys.readouterr()
-    try:
-        main(["predict", *map(str, arguments)])
-        left = 0
-    except SystemExit as exit:
-        left = exit.code
-    said = capsys.readouterr()
-    assert left == status, said.err
-    return said.out, said.err
-
-
 def rows(out: str) -> list[dict]:
     return [json.loads(line) for line in out.splitlines()]
 
 
-def test_it_sees_what_evaluation_sees(trained, digits, capsys):
+def test_it_sees_what_evaluation_sees(trained, digits, here):
     """Its error on the test images is the run's own, image by image through their files."""
     folder, labels = digits
-    out, _ = called(capsys, trained, folder, "--format", "jsonl", "--top", 10)
-    found = rows(out)
+    done = here("predict", trained, folder, "--format", "jsonl", "--top", 10)
+    found = rows(done.stdout)
     guesses = [int(row["predictions"][0]["class"]) for row in found]
     error = 100 * np.mean(np.array(guesses) != labels)
     result = json.loads((trained / "result.json").read_text())
@@ -66,11 +52,11 @@ SHAPES = {"L": (8, 8), "P": (33, 40), "RGBA": (640, 48), "CMYK": (50, 50), "1": 
 
 
 @pytest.mark.parametrize("mode", SHAPES)
-def test_any_size_and_mode(trained, tmp_path, capsys, mode):
+def test_any_size_and_mode(trained, tmp_path, here, mode):
     suffix = "jpg" if mode == "CMYK" else "png"
     Image.new(mode, SHAPES[mode]).save(tmp_path / f"a.{suffix}")
-    out, _ = called(capsys, trained, tmp_path / f"a.{suffix}", "--format", "jsonl")
-    assert len(rows(out)[0]["predictions"]) == 3
+    done = here("predict", trained, tmp_path / f"a.{suffix}", "--format", "jsonl")
+    assert len(rows(done.stdout)[0]["predictions"]) == 3
 
 
 def test_what_is_odd_but_can_be_read_warns_of_nothing(tmp_path):
@@ -101,15 +87,15 @@ def test_sixteen_bits_of_grey_are_not_cut_off_at_white(tmp_path):
     assert np.abs(found[..., 0].astype(int) - grey / 257).max() < 1
 
 
-def test_a_broken_file_is_a_row_and_the_others_are_as_without_it(trained, digits, tmp_path, capsys):
+def test_a_broken_file_is_a_row_and_the_others_are_as_without_it(trained, digits, tmp_path, here):
     folder, _ = digits
     whole = sorted(folder.iterdir())[:2]
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "cut.png").write_bytes(whole[0].read_bytes()[:-40])
     mixed = [whole[0], tmp_path / "text.png", whole[1], tmp_path / "cut.png", "nowhere.png"]
     mixed.append("a" * 300 + ".png")  # longer than the system allows
-    out, err = called(capsys, trained, *mixed, "--format", "jsonl")
-    found = rows(out)
+    done = here("predict", trained, *mixed, "--format", "jsonl")
+    found = rows(done.stdout)
     assert [row["file"] for row in found] == [str(name) for name in mixed]
     assert [("error" in row, "predictions" in row) for row in found] == [
         (False, True), (True, False), (False, True), (True, False), (True, False),
@@ -117,18 +103,19 @@ def test_a_broken_file_is_a_row_and_the_others_are_as_without_it(trained, digits
     ]  # fmt: skip
     assert "cannot identify" in found[1]["error"] and "is no file" in found[4]["error"]
     assert "too long" in found[5]["error"]
-    assert "4 of 6 files cannot be read" in err
-    alone, _ = called(capsys, trained, *whole, "--format", "jsonl")
-    assert rows(alone) == [found[0], found[2]]
+    assert "4 of 6 files cannot be read" in done.stderr
+    done = here("predict", trained, *whole, "--format", "jsonl")
+    assert rows(done.stdout) == [found[0], found[2]]
 
 
-def test_what_a_folder_has_besides_images_is_told(trained, digits, tmp_path, capsys):
+def test_what_a_folder_has_besides_images_is_told(trained, digits, tmp_path, here):
     (tmp_path / "a.png").write_bytes(sorted(digits[0].iterdir())[0].read_bytes())
     (tmp_path / "b.gif").write_text("moves")
     (tmp_path / "c.png").symlink_to("nowhere.png")
-    out, err = called(capsys, trained, tmp_path, "--format", "jsonl")
-    assert ["error" in row for row in rows(out)] == [False, True]
-    assert "1 files in" in err and "are taken for no images: their names end in .bmp" in err
+    done = here("predict", trained, tmp_path, "--format", "jsonl")
+    assert ["error" in row for row in rows(done.stdout)] == [False, True]
+    assert "1 files in" in done.stderr
+    assert "are taken for no images: their names end in .bmp" in done.stderr
 
 
 def test_a_folder_is_looked_through_behind_links(digits, tmp_path):
@@ -138,29 +125,30 @@ def test_a_folder_is_looked_through_behind_links(digits, tmp_path):
     assert [p.path for p in found] == sorted((tmp_path / "linked").iterdir())
 
 
-def test_nothing_but_broken_files_is_a_mistake(trained, capsys):
-    _, err = called(capsys, trained, "nowhere.png", status=2)
-    assert "none of the 1 files can be read" in err and "nowhere.png is no file" in err
+def test_nothing_but_broken_files_is_a_mistake(trained, here):
+    done = here("predict", trained, "nowhere.png", status=2)
+    assert "none of the 1 files can be read" in done.stderr
+    assert "nowhere.png is no file" in done.stderr
 
 
-def test_the_network_is_the_checkpoints_own(trained, capsys):
+def test_the_network_is_the_checkpoints_own(trained, here):
     """Another layout of it would compute something else, and say nothing."""
-    _, err = called(capsys, trained, "a.png", "--layout", "fb", status=2)
-    assert "No such option: --layout" in err
+    done = here("predict", trained, "a.png", "--layout", "fb", status=2)
+    assert "No such option: --layout" in done.stderr
 
 
-def test_a_folder_without_images_is_a_mistake(trained, tmp_path, capsys):
-    _, err = called(capsys, trained, tmp_path, status=2)
-    assert "no images in" in err and ".png" in err
+def test_a_folder_without_images_is_a_mistake(trained, tmp_path, here):
+    done = here("predict", trained, tmp_path, status=2)
+    assert "no images in" in done.stderr and ".png" in done.stderr
 
 
-def test_a_table_and_csv_say_the_same(trained, digits, capsys):
+def test_a_table_and_csv_say_the_same(trained, digits, here):
     name = sorted(digits[0].iterdir())[0]
-    out, _ = called(capsys, trained, name, "--format", "csv", "--top", 2)
-    [row] = csv.DictReader(io.StringIO(out))
+    done = here("predict", trained, name, "--format", "csv", "--top", 2)
+    [row] = csv.DictReader(io.StringIO(done.stdout))
     assert row["file"] == str(name) and row["error"] == ""
-    table, _ = called(capsys, trained, name, "--top", 2)
-    assert f"{row['class_1']} {100 * float(row['probability_1']):.1f} %" in table
+    done = here("predict", trained, name, "--top", 2)
+    assert f"{row['class_1']} {100 * float(row['probability_1']):.1f} %" in done.stdout
 
 
 def test_standard_input_is_an_image_or_names_of_files(tmp_path):
@@ -188,18 +176,18 @@ def test_what_is_neither_an_image_nor_names_is_refused(tmp_path, content):
         from_stdin(content, tmp_path / "scratch")
 
 
-def test_names_come_on_standard_input(trained, digits, capsys, monkeypatch):
+def test_names_come_on_standard_input(trained, digits, here, monkeypatch):
     names = [str(p) for p in sorted(digits[0].iterdir())[:3]]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(names).encode())))
-    out, _ = called(capsys, trained, "-", "--format", "jsonl")
-    assert [row["file"] for row in rows(out)] == names
+    done = here("predict", trained, "-", "--format", "jsonl")
+    assert [row["file"] for row in rows(done.stdout)] == names
 
 
-def test_a_contact_sheet(trained, digits, tmp_path, capsys):
+def test_a_contact_sheet(trained, digits, tmp_path, here):
     (tmp_path / "broken.png").write_text("")
     picture = tmp_path / "sheet.png"
     few = sorted(digits[0].iterdir())[:8]
-    called(capsys, trained, *few, tmp_path / "broken.png", "--picture", picture)
+    here("predict", trained, *few, tmp_path / "broken.png", "--picture", picture)
     with Image.open(picture) as drawn:
         pixels = np.asarray(drawn.convert("RGB"))
     assert min(pixels.shape[:2]) > 400
@@ -207,10 +195,10 @@ def test_a_contact_sheet(trained, digits, tmp_path, capsys):
     assert black.mean() > 0.01 and red.any()  # what is written under the broken one is red
 
 
-def test_a_picture_of_no_kind_is_refused_before_anything_is_predicted(trained, digits, capsys):
+def test_a_picture_of_no_kind_is_refused_before_anything_is_predicted(trained, digits, here):
     name = sorted(digits[0].iterdir())[0]
-    out, err = called(capsys, trained, name, "--picture", "seen.xyz", status=2)
-    assert "no picture is called seen.xyz" in err and not out
+    done = here("predict", trained, name, "--picture", "seen.xyz", status=2)
+    assert "no picture is called seen.xyz" in done.stderr and not done.stdout
 
 
 def test_results_come_at_once_and_their_names_need_not_be_text(trained, digits, tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from conftest import STOPPED, data, encoded
+from conftest import STOPPED, encoded
 from iterations import FakeTrainer
 from PIL import Image
 
@@ -26,8 +26,8 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.locks import held
 
 
-def prepared(tree: Path, to: Path, capsys, *more) -> Path:
-    data(capsys, "prepare", tree, "--output", to, "--shard", 3, *more)
+def prepared(tree: Path, to: Path, here, *more) -> Path:
+    here("data", "prepare", tree, "--output", to, "--shard", 3, *more)
     return to
 
 
@@ -39,8 +39,8 @@ def read_all(root: Path, split: str) -> tuple[folder.Folder, torch.Tensor]:
 
 
 @pytest.mark.parametrize("raw", [False, True])
-def test_shards_have_the_same_images_in_the_same_order(tree, tmp_path, capsys, raw):
-    shards = prepared(tree, tmp_path / "s", capsys, "--side", 4000, *(["--raw"] if raw else []))
+def test_shards_have_the_same_images_in_the_same_order(tree, tmp_path, here, raw):
+    shards = prepared(tree, tmp_path / "s", here, "--side", 4000, *(["--raw"] if raw else []))
     for split in ("train", "test"):
         (loose, x), (packed, y) = read_all(tree, split), read_all(shards, split)
         assert packed.labels.tolist() == loose.labels.tolist() and packed.classes == loose.classes
@@ -49,8 +49,8 @@ def test_shards_have_the_same_images_in_the_same_order(tree, tmp_path, capsys, r
 
 
 @pytest.mark.parametrize("raw", [False, True])
-def test_webdataset_reads_the_shards(tree, tmp_path, capsys, raw):
-    shards = prepared(tree, tmp_path / "s", capsys, "--side", 200, *(["--raw"] if raw else []))
+def test_webdataset_reads_the_shards(tree, tmp_path, here, raw):
+    shards = prepared(tree, tmp_path / "s", here, "--side", 200, *(["--raw"] if raw else []))
     for split, labels in (("train", [0, 0, 1, 1]), ("val", [0, 1])):
         found = folder.scan(shards, "test" if split == "val" else split, ("ant", "bee"))
         files = sorted(str(shard) for shard in shards.glob(f"{split}-*.tar"))
@@ -67,8 +67,8 @@ def picture_of(content: bytes, raw: bool) -> np.ndarray:
     return np.load(io.BytesIO(content)) if raw else np.asarray(Image.open(io.BytesIO(content)))
 
 
-def test_preparing_goes_on_where_it_was_stopped(tree, tmp_path, capsys, monkeypatch):
-    whole = prepared(tree, tmp_path / "a", capsys)
+def test_preparing_goes_on_where_it_was_stopped(tree, tmp_path, here, monkeypatch):
+    whole = prepared(tree, tmp_path / "a", here)
     calls = []
 
     def stops(path, form):
@@ -79,8 +79,8 @@ def test_preparing_goes_on_where_it_was_stopped(tree, tmp_path, capsys, monkeypa
 
     encode = prepare.encoded
     monkeypatch.setattr(prepare, "encoded", stops)
-    data(
-        capsys, "prepare", tree, "--output", tmp_path / "b", "--shard", 3, "--workers", 1,
+    here(
+        "data", "prepare", tree, "--output", tmp_path / "b", "--shard", 3, "--workers", 1,
         status=2,
     )  # fmt: skip
     left = {"prepared.json", "train-000000.tar"}
@@ -90,32 +90,32 @@ def test_preparing_goes_on_where_it_was_stopped(tree, tmp_path, capsys, monkeypa
     assert "data prepare again" in refused.value.hint
     monkeypatch.undo()
     first = (tmp_path / "b" / "train-000000.tar").stat().st_mtime_ns
-    prepared(tree, tmp_path / "b", capsys)
+    prepared(tree, tmp_path / "b", here)
     assert (tmp_path / "b" / "train-000000.tar").stat().st_mtime_ns == first
     for path in whole.glob("*.tar"):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
-    _, err = data(
-        capsys, "prepare", tree, "--output", tmp_path / "b", "--side", 99, "--shard", 3, status=2
+    done = here(
+        "data", "prepare", tree, "--output", tmp_path / "b", "--side", 99, "--shard", 3, status=2
     )
-    assert "begun with other images or settings" in err
-    _, err = data(capsys, "prepare", tree, "--output", tree, status=2)
-    assert "is not empty" in err
+    assert "begun with other images or settings" in done.stderr
+    done = here("data", "prepare", tree, "--output", tree, status=2)
+    assert "is not empty" in done.stderr
 
 
-def test_shards_of_other_pictures_of_the_same_names_are_not_taken(tree, tmp_path, capsys):
+def test_shards_of_other_pictures_of_the_same_names_are_not_taken(tree, tmp_path, here):
     root = shutil.copytree(tree, tmp_path / "tree")  # with the times of its files
-    to = prepared(tree, tmp_path / "s", capsys)
-    prepared(root, to, capsys)
+    to = prepared(tree, tmp_path / "s", here)
+    prepared(root, to, here)
     picture = root / "train" / "bee" / "1.JPEG"
     picture.write_bytes(encoded())
     before = {p: p.read_bytes() for p in to.iterdir()}
-    _, err = data(capsys, "prepare", root, "--output", to, "--shard", 3, status=2)
-    assert "was made of other images, or they have changed since" in err
+    done = here("data", "prepare", root, "--output", to, "--shard", 3, status=2)
+    assert "was made of other images, or they have changed since" in done.stderr
     assert {p: p.read_bytes() for p in to.iterdir()} == before
-    [stale] = re.findall(r"train-0+\d\.tar", err)
+    [stale] = re.findall(r"train-0+\d\.tar", done.stderr)
     (to / stale).unlink()  # as the hint has it
-    prepared(root, to, capsys)
-    again = prepared(root, tmp_path / "again", capsys)
+    prepared(root, to, here)
+    again = prepared(root, tmp_path / "again", here)
     for path in again.glob("*.tar"):
         assert path.read_bytes() == (to / path.name).read_bytes()
 
@@ -128,22 +128,22 @@ def test_a_picture_that_no_jpeg_can_be_is_named(tmp_path):
     assert prepare.encoded(wide, prepare.Form(raw=True))
 
 
-def test_a_picture_mended_on_the_way_costs_no_shard(tree, tmp_path, capsys):
+def test_a_picture_mended_on_the_way_costs_no_shard(tree, tmp_path, here):
     root, to = shutil.copytree(tree, tmp_path / "tree"), tmp_path / "s"
     picture = root / "val" / "bee" / "0.JPEG"
     content = picture.read_bytes()
     picture.write_bytes(b"none")
-    data(capsys, "prepare", root, "--output", to, "--shard", 3, status=2)
+    here("data", "prepare", root, "--output", to, "--shard", 3, status=2)
     done = {p: p.stat().st_mtime_ns for p in to.glob("*.tar")}
     assert done
     picture.write_bytes(content)
-    prepared(root, to, capsys)
+    prepared(root, to, here)
     assert {p: p.stat().st_mtime_ns for p in to.glob("*.tar")}.items() > done.items()
 
 
-def test_shards_have_the_numbers_of_whoever_asks_for_their_classes(tree, tmp_path, capsys):
+def test_shards_have_the_numbers_of_whoever_asks_for_their_classes(tree, tmp_path, here):
     """As a tree has: of weights from elsewhere, in another order and with more of them."""
-    shards = prepared(tree, tmp_path / "s", capsys)
+    shards = prepared(tree, tmp_path / "s", here)
     loose, packed = (folder.scan(r, "test", ("cow", "bee", "ant")) for r in (tree, shards))
     assert packed.labels.tolist() == loose.labels.tolist() == [1, 2]
     assert packed.classes == loose.classes == ("cow", "bee", "ant")
@@ -153,9 +153,9 @@ def test_shards_have_the_numbers_of_whoever_asks_for_their_classes(tree, tmp_pat
 
 
 def test_processes_read_each_image_of_the_shards_once_and_resume_within_an_epoch(
-    tree, tmp_path, capsys
+    tree, tmp_path, here
 ):
-    shards = prepared(tree, tmp_path / "s", capsys)
+    shards = prepared(tree, tmp_path / "s", here)
     given = {"dataset": "folder", "data_dir": str(shards), "depth": 18, "batch_size": 2}
     e = Experiment(**given, steps=4, workers=0)
 
@@ -181,8 +181,8 @@ def test_processes_read_each_image_of_the_shards_once_and_resume_within_an_epoch
         (lambda r: os.truncate(r / "train-000000.tar", 3000), "cannot read the image .*cut off"),
     ],
 )
-def test_damaged_shards_are_one_clear_error(tree, tmp_path, capsys, damage, message):
-    shards = prepared(tree, tmp_path / "s", capsys)
+def test_damaged_shards_are_one_clear_error(tree, tmp_path, here, damage, message):
+    shards = prepared(tree, tmp_path / "s", here)
     damage(shards)
     with pytest.raises(UserError, match=message):
         read_all(shards, "train")
@@ -201,13 +201,13 @@ def few():
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_there_may_be_more_shards_than_a_process_may_have_open(tmp_path, capsys, few):
+def test_there_may_be_more_shards_than_a_process_may_have_open(tmp_path, here, few):
     for split, n in (("train", 12), ("val", 1)):
         (tmp_path / "tree" / split / "ant").mkdir(parents=True)
         for i in range(n):
             (tmp_path / "tree" / split / "ant" / f"{i}.jpg").write_bytes(encoded(33, 30))
     to = tmp_path / "s"
-    data(capsys, "prepare", tmp_path / "tree", "--output", to, "--shard", 1, "--workers", 1)
+    here("data", "prepare", tmp_path / "tree", "--output", to, "--shard", 1, "--workers", 1)
     members = folder.scan(to, "train").files
     assert len({m.shard for m in members}) == 12
     few(3)
@@ -220,9 +220,9 @@ def test_there_may_be_more_shards_than_a_process_may_have_open(tmp_path, capsys,
 
 @pytest.mark.parametrize("number", STOPPED)
 def test_a_signal_leaves_nothing_half_written_and_it_goes_on(
-    tree, tmp_path, capsys, monkeypatch, number
+    tree, tmp_path, here, monkeypatch, number
 ):
-    whole = prepared(tree, tmp_path / "a", capsys)
+    whole = prepared(tree, tmp_path / "a", here)
     to, images = tmp_path / "b", itertools.count()
 
     def stopped(path, form):
@@ -234,34 +234,34 @@ def test_a_signal_leaves_nothing_half_written_and_it_goes_on(
     encode = prepare.encoded
     monkeypatch.setattr(prepare, "encoded", stopped)
     status, line = STOPPED[number]
-    _, err = data(
-        capsys, "prepare", tree, "--output", to, "--shard", 3, "--workers", 1, status=status
+    done = here(
+        "data", "prepare", tree, "--output", to, "--shard", 3, "--workers", 1, status=status
     )
-    assert err == line
+    assert done.stderr == f"{line}\n"
     left = {"prepared.json", "train-000000.tar"}
     assert {p.name for p in to.iterdir()} == left
     monkeypatch.undo()
-    prepared(tree, to, capsys)
+    prepared(tree, to, here)
     for path in whole.glob("*.tar"):
         assert path.read_bytes() == (to / path.name).read_bytes()
 
 
-def test_killed_while_it_writes_the_second_call_goes_on(tree, tmp_path, capsys):
+def test_killed_while_it_writes_the_second_call_goes_on(tree, tmp_path, here):
     """What SIGKILL leaves: half of a shard, half of a plan, under names that nobody reads."""
-    whole, to = prepared(tree, tmp_path / "a", capsys), tmp_path / "b"
+    whole, to = prepared(tree, tmp_path / "a", here), tmp_path / "b"
     to.mkdir()
     for name in ("prepared.json.tmp", "prepare.lock"):
         (to / name).write_text("")
-    prepared(tree, to, capsys)
+    prepared(tree, to, here)
     for path in whole.glob("*.tar"):
         assert path.read_bytes() == (to / path.name).read_bytes()
     (to / "train-000000.tar").unlink()
     (to / "train-000000.tar.tmp").write_bytes(b"half")
-    prepared(tree, to, capsys)
+    prepared(tree, to, here)
     assert not list(to.glob("*.tmp"))
     os.truncate(to / "train-000000.tar", 3000)
-    _, err = data(capsys, "prepare", tree, "--output", to, "--shard", 3, status=2)
-    assert "train-000000.tar is damaged" in err and "remove it" in err
+    done = here("data", "prepare", tree, "--output", to, "--shard", 3, status=2)
+    assert "train-000000.tar is damaged" in done.stderr and "remove it" in done.stderr
 
 
 def test_a_shard_that_begins_with_a_label_is_damaged(tmp_path):
@@ -276,19 +276,19 @@ def test_a_shard_that_begins_with_a_label_is_damaged(tmp_path):
         optimized["members"](tmp_path / "s.tar")
 
 
-def test_where_nothing_can_be_written_it_says_so(tree, tmp_path, capsys, full):
+def test_where_nothing_can_be_written_it_says_so(tree, tmp_path, here, full):
     full(20_000)
-    _, err = data(capsys, "prepare", tree, "--output", tmp_path / "s", "--shard", 3, status=2)
-    assert "error: cannot write" in err and "File too large" in err
+    done = here("data", "prepare", tree, "--output", tmp_path / "s", "--shard", 3, status=2)
+    assert "error: cannot write" in done.stderr and "File too large" in done.stderr
     assert {p.name for p in (tmp_path / "s").iterdir()} == {"prepared.json"}
     full()
-    prepared(tree, tmp_path / "s", capsys)
+    prepared(tree, tmp_path / "s", here)
     (tmp_path / "file").write_text("")
-    _, err = data(capsys, "prepare", tree, "--output", tmp_path / "file" / "s", status=2)
-    assert "error: cannot write" in err and err.count("error") == 1
+    done = here("data", "prepare", tree, "--output", tmp_path / "file" / "s", status=2)
+    assert "error: cannot write" in done.stderr and done.stderr.count("error") == 1
 
 
-def test_two_at_once_are_refused(tree, tmp_path, capsys):
+def test_two_at_once_are_refused(tree, tmp_path, here):
     with held(tmp_path / "s" / "prepare.lock", "wait"):
-        _, err = data(capsys, "prepare", tree, "--output", tmp_path / "s", status=2)
-    assert f"is in use by process {os.getpid()}" in err
+        done = here("data", "prepare", tree, "--output", tmp_path / "s", status=2)
+    assert f"is in use by process {os.getpid()}" in done.stderr

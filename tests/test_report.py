@@ -18,12 +18,6 @@ from resnetv2_cli.report.page import DARK, MOST_BYTES
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 
 
-def page(called, *what):
-    status, _, said = called("report", *what)
-    assert status == 0, said
-    return said
-
-
 def test_an_ablation_is_read_as_it_was_written(lab):
     planned = two_rows(lab / "lab", 2, LAB)
     found = record.read(planned.file)
@@ -45,9 +39,9 @@ def test_numbers_of_a_logarithmic_axis_stand_apart():
     plt.close(axes.figure)
 
 
-def test_where_nothing_is_there_is_no_report(called, tmp_path):
-    status, _, said = called("report", tmp_path, "--output", tmp_path / "report.html")
-    assert status == 2 and "nothing to report in" in said and not list(tmp_path.iterdir())
+def test_where_nothing_is_there_is_no_report(here, tmp_path):
+    done = here("report", tmp_path, "--output", tmp_path / "report.html", status=2)
+    assert "nothing to report in" in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_a_picture_has_the_suffix_of_one(tmp_path):
@@ -56,10 +50,10 @@ def test_a_picture_has_the_suffix_of_one(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_plot_draws_every_figure_in_every_format(called, lab, tmp_path):
+def test_plot_draws_every_figure_in_every_format(here, lab, tmp_path):
     to = tmp_path / "figures"
     formats = [word for f in ("png", "svg", "pdf") for word in ("--format", f)]
-    assert called("plot", lab, *formats, "--y", "log", "-o", to)[0] == 0
+    here("plot", lab, *formats, "--y", "log", "-o", to)
     heads = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
     files = sorted(p.name for p in to.iterdir())
     [ablation] = inventory.look([lab]).ablations
@@ -68,9 +62,10 @@ def test_plot_draws_every_figure_in_every_format(called, lab, tmp_path):
     ]
     for file in to.iterdir():
         assert file.read_bytes().startswith(heads[file.suffix])
-    assert called("plot", lab, "--format", "gif")[2].startswith("error: unknown format 'gif'")
+    done = here("plot", lab, "--format", "gif", status=2)
+    assert done.stderr.startswith("error: unknown format 'gif'")
     (tmp_path / "empty").mkdir()
-    assert "nothing to draw" in called("plot", tmp_path / "empty")[2]
+    assert "nothing to draw" in here("plot", tmp_path / "empty", status=2).stderr
 
 
 @pytest.fixture
@@ -163,9 +158,9 @@ class Page(HTMLParser):
             self.rows[-1][-1] += text.strip()
 
 
-def test_the_page_has_the_table_the_curves_and_every_run_and_fetches_nothing(called, lab, tmp_path):
+def test_the_page_has_the_table_the_curves_and_every_run_and_fetches_nothing(here, lab, tmp_path):
     to = tmp_path / "r.html"
-    said = page(called, lab, "-o", to)
+    said = here("report", lab, "-o", to).stderr
     assert "1 done" in said and "2 waiting" in said and "1 fail" in said
     text = to.read_text()
     assert len(text.encode()) < MOST_BYTES
@@ -190,17 +185,18 @@ def test_the_page_has_the_table_the_curves_and_every_run_and_fetches_nothing(cal
     assert "the loss is not finite" in text and "--shortcut" in text
 
 
-def test_the_mistakes_of_a_page(called, lab, tmp_path):
-    assert "is a folder" in called("report", lab, "-o", tmp_path)[2]
-    assert "--watch 'soon' is no duration" in called("report", lab, "--watch", "soon")[2]
+def test_the_mistakes_of_a_page(here, lab, tmp_path):
+    assert "is a folder" in here("report", lab, "-o", tmp_path, status=2).stderr
+    done = here("report", lab, "--watch", "soon", status=2)
+    assert "--watch 'soon' is no duration" in done.stderr
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "ablation-x.json").write_text("{}")
-    status, _, said = called("report", broken, "-o", tmp_path / "r.html")
-    assert status == 2 and "is not what an ablation leaves" in said
+    done = here("report", broken, "-o", tmp_path / "r.html", status=2)
+    assert "is not what an ablation leaves" in done.stderr
 
 
-def test_watching_ends_with_the_last_open_run(called, lab, tmp_path, monkeypatch):
+def test_watching_ends_with_the_last_open_run(here, lab, tmp_path, monkeypatch):
     """The page asks to be read again while runs are open, and no longer when none is."""
     root = shutil.copytree(lab, tmp_path / "runs")
     os.utime(root / "alone" / "metrics.csv")
@@ -214,29 +210,29 @@ def test_watching_ends_with_the_last_open_run(called, lab, tmp_path, monkeypatch
                 (arm.folder / "failed.json").write_text('{"reason": "x", "diverged": true}')
 
     monkeypatch.setattr("time.sleep", meanwhile)
-    page(called, root, "-o", to, "--watch", "30s")
+    here("report", root, "-o", to, "--watch", "30s")
     assert seen == [(30, 30)]
     assert json.loads(Page(to.read_text()).data)["refresh"] == 0
 
 
-def test_watching_ends_where_an_ablation_was_stopped_long_ago(called, lab, tmp_path, monkeypatch):
+def test_watching_ends_where_an_ablation_was_stopped_long_ago(here, lab, tmp_path, monkeypatch):
     """Though rows wait. While an ablation has one of them, in a queue say, more is to come."""
     root, to = shutil.copytree(lab, tmp_path / "runs"), tmp_path / "r.html"
     for file in root.rglob("*"):
         os.utime(file, (0, 0))
     lock = inventory.look([root]).ablations[0].lines[0].arms[1].claim()
     monkeypatch.setattr("time.sleep", lambda _: os.close(lock))
-    said = page(called, root, "-o", to, "--watch", "30s")
+    said = here("report", root, "-o", to, "--watch", "30s").stderr
     assert [line.count("1 running") for line in said.split("r.html: ")[1:]] == [1, 0]
     assert json.loads(Page(to.read_text()).data)["refresh"] == 0
 
 
-def test_names_cannot_break_out_of_the_page(called, lab, tmp_path):
+def test_names_cannot_break_out_of_the_page(here, lab, tmp_path):
     evil = "</script><img src=x onerror=alert(1)>"
     root = tmp_path / "runs"
     shutil.copytree(lab / "alone", root / evil.replace("/", "%"))
     (root / evil.replace("/", "%") / "failed.json").write_text(json.dumps({"reason": evil}))
-    page(called, root, "-o", tmp_path / "r.html")
+    here("report", root, "-o", tmp_path / "r.html")
     assert "<img" not in (tmp_path / "r.html").read_text()
 
 

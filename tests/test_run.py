@@ -16,7 +16,6 @@ from conftest import SCRIPT, SMALL, THREADS
 from rich.console import Console
 
 from resnetv2_cli import callbacks, display, machine, run
-from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
 from resnetv2_cli.errors import UserError
@@ -157,45 +156,36 @@ def test_resume_says_what_it_changes(here, never_stopped):
     assert "--workers: 2 -> 1" in done.stderr
 
 
-# One command that begins a run or continues it, in this process.
+# One command that begins a run or continues it.
 
-AGAIN = ["--steps", 12, "--save-every", 6, "--shortcut", "dropout", "--precision", "auto"]
-
-
-def train(*words) -> int:
-    """The exit status of ``train``."""
-    try:
-        main([*map(str, ["train", *SMALL, *words])])
-    except SystemExit as left:
-        return left.code or 0
-    return 0
+AGAIN = ["train", *SMALL, *"--steps 12 --save-every 6 --shortcut dropout --precision auto".split()]
 
 
-def test_one_command_begins_continues_and_finds_nothing_left_to_do(tmp_path, capsys):
+def test_one_command_begins_continues_and_finds_nothing_left_to_do(tmp_path, here):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     again = [*AGAIN, "--continue", "--output"]
-    assert train(*again, whole) == 0
+    here(*again, whole)
     shutil.copytree(whole, folder)
     (folder / "result.json").unlink()
     saved = folder / "checkpoints"
     (saved / "step-00000006.ckpt").rename(saved / "last.ckpt")
-    assert train(*again, folder) == 0
+    here(*again, folder)
     assert json.loads((folder / "manifest.json").read_text())["resumes"][0]["step"] == 6
     same_state(last(folder), last(whole))
     assert metrics(folder) == metrics(whole)
     before = metrics(folder)
-    assert train(*again, folder) == 0
-    assert "nothing is left to do" in capsys.readouterr().err
+    done = here(*again, folder)
+    assert "nothing is left to do" in done.stderr
     assert metrics(folder) == before
 
     # Who says now what was not said then is told, or refused, as with --resume.
-    assert train(*again, folder, "--workers", 1) == 0
-    assert "--workers: 2 -> 1" in capsys.readouterr().err
+    done = here(*again, folder, "--workers", 1)
+    assert "--workers: 2 -> 1" in done.stderr
     (tmp_path / "other.yaml").write_text("lr: 0.2")
-    assert train(*again, folder, "--config", tmp_path / "other.yaml") == 2
-    assert "--lr 0.2 would make this another experiment" in capsys.readouterr().err
-    assert train(*AGAIN, "--continue") == 2
-    assert "--continue needs --output" in capsys.readouterr().err
+    done = here(*again, folder, "--config", tmp_path / "other.yaml", status=2)
+    assert "--lr 0.2 would make this another experiment" in done.stderr
+    done = here(*AGAIN, "--continue", status=2)
+    assert "--continue needs --output" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -206,12 +196,12 @@ def test_one_command_begins_continues_and_finds_nothing_left_to_do(tmp_path, cap
     ],
     ids=["torchrun", "slurm"],
 )
-def test_processes_started_together_choose_no_folder_each(monkeypatch, capsys, environment):
+def test_processes_started_together_choose_no_folder_each(monkeypatch, here, environment):
     monkeypatch.setattr(run, "train", lambda *_, **__: pytest.fail("it would wait for the other"))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert train("--steps", 1) == 2
-    assert "2 processes were started together" in capsys.readouterr().err
+    done = here("train", *SMALL, "--steps", 1, status=2)
+    assert "2 processes were started together" in done.stderr
 
 
 def test_a_cpu_run_names_the_processor_where_there_is_a_gpu(monkeypatch):

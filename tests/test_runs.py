@@ -74,13 +74,13 @@ def test_last_is_the_run_that_was_begun_last(lab, tmp_path):
         assert inventory.choose("last", found).name == begun[-1].name
 
 
-def test_show_counts_the_readings_that_came_after_the_result(called, lab, tmp_path):
+def test_show_counts_the_readings_that_came_after_the_result(here, lab, tmp_path):
     shutil.copytree(lab / "lab", tmp_path / "lab")
-    [done] = [run for run in inventory.runs_in(tmp_path) if run.state == "done"]
-    before = done.result["test_set_readings"]
-    done.folder.manifest.count_reading()
-    _, out, _ = called("runs", "show", done.folder.path, "--format", "json")
-    assert json.loads(out)["result"]["test_set_readings"] == before + 1
+    [run] = [run for run in inventory.runs_in(tmp_path) if run.state == "done"]
+    before = run.result["test_set_readings"]
+    run.folder.manifest.count_reading()
+    done = here("runs", "show", run.folder.path, "--format", "json")
+    assert json.loads(done.stdout)["result"]["test_set_readings"] == before + 1
 
 
 @pytest.mark.parametrize(
@@ -91,20 +91,20 @@ def test_show_counts_the_readings_that_came_after_the_result(called, lab, tmp_pa
         ("digits", "2 runs begin with 'digits'", "one of lab/digits"),
     ],
 )
-def test_names_that_mean_no_run(called, lab, word, error, hint):
-    status, _, said = called("runs", "show", word, "--root", lab)
-    assert status == 2 and error in said and hint in said
+def test_names_that_mean_no_run(here, lab, word, error, hint):
+    done = here("runs", "show", word, "--root", lab, status=2)
+    assert error in done.stderr and hint in done.stderr
 
 
-def test_ls_lists_what_became_of_each(called, lab):
-    _, out, _ = called("runs", "ls", "--root", lab, "--format", "json")
-    made = {r["name"].split("/")[-2:][0]: r for r in json.loads(out)}
+def test_ls_lists_what_became_of_each(here, lab):
+    done = here("runs", "ls", "--root", lab, "--format", "json")
+    made = {r["name"].split("/")[-2:][0]: r for r in json.loads(done.stdout)}
     assert {r["state"] for r in made.values()} == {"done", "stopped", "fail"}
     assert made["alone"]["test_error"] is None and made["alone"]["step"] == 6
-    _, out, _ = called("runs", "ls", "--root", lab, "--format", "csv", "--state", "fail")
-    assert [line.split(",")[:2] for line in out.splitlines()[1:]] == [["alone", "fail"]]
-    status, _, said = called("runs", "ls", "--root", lab, "--state", "dead")
-    assert status == 2 and "no run is ever 'dead'" in said
+    done = here("runs", "ls", "--root", lab, "--format", "csv", "--state", "fail")
+    assert [line.split(",")[:2] for line in done.stdout.splitlines()[1:]] == [["alone", "fail"]]
+    done = here("runs", "ls", "--root", lab, "--state", "dead", status=2)
+    assert "no run is ever 'dead'" in done.stderr
 
 
 def test_an_open_run_is_listed_with_the_last_error_it_saw(tmp_path):
@@ -113,10 +113,10 @@ def test_an_open_run_is_listed_with_the_last_error_it_saw(tmp_path):
     assert percent(inventory.Run("a", run)) == "(40.00 % test)"
 
 
-def test_compare_says_what_differs_and_by_how_much(called, lab):
+def test_compare_says_what_differs_and_by_how_much(here, lab):
     names = ("digits-resnet8-basic-original-conv1x1", "alone", "--root", lab)
-    _, out, _ = called("runs", "compare", *names, "--format", "json")
-    made = json.loads(out)
+    done = here("runs", "compare", *names, "--format", "json")
+    made = json.loads(done.stdout)
     assert made["settings"] == {"shortcut": ["conv1x1", "identity"]}
     a, b = (
         read_metrics(inventory.choose(n, inventory.runs_in(lab)).folder.metrics) for n in names[:2]
@@ -126,16 +126,16 @@ def test_compare_says_what_differs_and_by_how_much(called, lab):
     largest = max(apart.values(), key=abs)
     assert made["curves"]["train_loss"]["largest"] == pytest.approx(largest)
     assert made["curves"]["train_loss"]["first"] == min(s for s, d in apart.items() if d)
-    _, out, _ = called("runs", "compare", "alone", "alone", "--root", lab)
-    assert "train_loss: the same at all 3 iterations" in out
+    done = here("runs", "compare", "alone", "alone", "--root", lab)
+    assert "train_loss: the same at all 3 iterations" in done.stdout
 
 
-def test_compare_takes_the_first_from_the_second(called, lab, tmp_path):
+def test_compare_takes_the_first_from_the_second(here, lab, tmp_path):
     for name, error in (("a", 8.0), ("b", 6.5)):
         run = RunFolder(shutil.copytree(lab / "alone", tmp_path / name))
         run.result.write_text(json.dumps({"test_error": error}))
-    _, out, _ = called("runs", "compare", "a", "b", "--root", tmp_path, "--format", "json")
-    assert json.loads(out)["results"]["test_error"] == [8.0, 6.5, -1.5]
+    done = here("runs", "compare", "a", "b", "--root", tmp_path, "--format", "json")
+    assert json.loads(done.stdout)["results"]["test_error"] == [8.0, 6.5, -1.5]
 
 
 NAN = float("nan")
@@ -155,65 +155,65 @@ def test_what_is_not_a_number_in_both_runs_agrees(theirs, said):
     assert notes({"curves": {"train_loss": curve}}) == [f"train_loss: {said}"]
 
 
-def test_rm_asks_first_and_leaves_nothing_behind(called, lab, tmp_path, monkeypatch):
+def test_rm_asks_first_and_leaves_nothing_behind(here, lab, tmp_path, monkeypatch):
     root = shutil.copytree(lab, tmp_path / "runs")
     monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
-    status, _, _ = called("runs", "rm", "alone", "--root", root)
-    assert status != 0 and (root / "alone").exists()
+    here("runs", "rm", "alone", "--root", root, status=2)
+    assert (root / "alone").exists()
     [folder] = (root / "lab").glob("digits*conv1x1*")
-    assert called("runs", "rm", "alone", f"{folder.name}/s0", "--yes", "--root", root)[0] == 0
+    here("runs", "rm", "alone", f"{folder.name}/s0", "--yes", "--root", root)
     assert not (root / "alone").exists() and not list(folder.iterdir())
     assert len(inventory.runs_in(root)) == 1
 
 
-def test_nobody_to_ask_removes_nothing(called, lab, tmp_path, monkeypatch):
+def test_nobody_to_ask_removes_nothing(here, lab, tmp_path, monkeypatch):
     root = shutil.copytree(lab, tmp_path / "runs")
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    status, _, said = called("runs", "rm", "alone", "--root", root)
-    assert status == 2 and "--yes removes without asking" in said and (root / "alone").exists()
+    done = here("runs", "rm", "alone", "--root", root, status=2)
+    assert "--yes removes without asking" in done.stderr and (root / "alone").exists()
 
 
 def test_what_is_shown_of_a_run_that_has_not_ended_is_no_more_than_of_one_that_has(
-    called, lab, tmp_path
+    here, lab, tmp_path
 ):
     folder = RunFolder(shutil.copytree(lab / "alone", tmp_path / "runs" / "open"))
     folder.failed.unlink()
     begun = json.loads(folder.manifest.path.read_text())
     folder.manifest.path.write_text(json.dumps(begun | {"code": {"diff": "a long one"}}))
-    _, out, _ = called("runs", "show", "open", "--root", tmp_path / "runs", "--format", "json")
-    assert json.loads(out)["environment"] == environment_in(begun)
+    done = here("runs", "show", "open", "--root", tmp_path / "runs", "--format", "json")
+    assert json.loads(done.stdout)["environment"] == environment_in(begun)
     assert set(environment_in(begun)) == set(environment())
-    _, out, _ = called("runs", "show", "open", "--root", tmp_path / "runs")
-    assert "a long one" not in out and "torchvision" in out
+    done = here("runs", "show", "open", "--root", tmp_path / "runs")
+    assert "a long one" not in done.stdout and "torchvision" in done.stdout
 
 
-def test_a_run_that_trains_is_not_removed(called, lab, tmp_path):
+def test_a_run_that_trains_is_not_removed(here, lab, tmp_path):
     root = shutil.copytree(lab, tmp_path / "runs")
     (root / "alone" / "failed.json").unlink()
     with RunFolder(root / "alone").claimed():
-        status, _, said = called("runs", "rm", "alone", "--yes", "--root", root)
-    assert status == 2 and "alone is running" in said and (root / "alone").exists()
+        done = here("runs", "rm", "alone", "--yes", "--root", root, status=2)
+    assert "alone is running" in done.stderr and (root / "alone").exists()
 
 
-def test_what_is_trained_longer_is_not_removed(called, lab, tmp_path):
+def test_what_is_trained_longer_is_not_removed(here, lab, tmp_path):
     """It has a result until its first iteration, and its images may take minutes."""
     root = shutil.copytree(lab, tmp_path / "runs")
     [run] = (run for run in inventory.runs_in(root) if run.state == "done")
     with RunFolder(run.place).claimed():
-        status, _, said = called("runs", "rm", run.name, "--yes", "--root", root)
-    assert status == 2 and "is running" in said and run.place.exists()
+        done = here("runs", "rm", run.name, "--yes", "--root", root, status=2)
+    assert "is running" in done.stderr and run.place.exists()
 
 
-def test_a_run_that_is_begun_while_it_asks_is_not_removed(called, lab, tmp_path, monkeypatch):
+def test_a_run_that_is_begun_while_it_asks_is_not_removed(here, lab, tmp_path, monkeypatch):
     root = shutil.copytree(lab, tmp_path / "runs")
     begun = RunFolder(root / "alone").claimed()
     monkeypatch.setattr("resnetv2_cli.commands.runs.confirmed", lambda _: begun.__enter__() or True)
-    status, _, said = called("runs", "rm", "alone", "--root", root)
+    done = here("runs", "rm", "alone", "--root", root, status=2)
     begun.__exit__(None, None, None)
-    assert status == 2 and "alone is running" in said and (root / "alone").exists()
+    assert "alone is running" in done.stderr and (root / "alone").exists()
 
 
-def test_runs_behind_links_are_seen_once_and_removed_with_them(called, lab, tmp_path):
+def test_runs_behind_links_are_seen_once_and_removed_with_them(here, lab, tmp_path):
     root = tmp_path / "runs"
     root.mkdir()
     shutil.copytree(lab / "alone", root / "here")
@@ -223,5 +223,5 @@ def test_runs_behind_links_are_seen_once_and_removed_with_them(called, lab, tmp_
     (root / "round").symlink_to(tmp_path)
     assert [run.name for run in inventory.runs_in(root)] == ["here", "linked"]
     assert len(inventory.look([root]).runs) == 2
-    assert called("runs", "rm", "here", "linked", "--yes", "--root", root)[0] == 0
+    here("runs", "rm", "here", "linked", "--yes", "--root", root)
     assert not (root / "linked").is_symlink() and not elsewhere.exists()

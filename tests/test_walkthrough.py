@@ -7,8 +7,6 @@ import shlex
 import pytest
 from conftest import REPOSITORY
 
-from resnetv2_cli.cli import main
-
 PAGE = (REPOSITORY / "docs" / "own-shortcut.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", PAGE, re.DOTALL)
 [CODE] = [text for kind, text in BLOCKS if kind == "python"]
@@ -22,7 +20,7 @@ SMALLER = {  # what makes each command small; the last of two equal flags counts
 }
 
 
-def test_the_walkthrough_works_as_it_is_written(tmp_path, monkeypatch, capsys):
+def test_the_walkthrough_works_as_it_is_written(tmp_path, monkeypatch, here):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -32,10 +30,7 @@ def test_the_walkthrough_works_as_it_is_written(tmp_path, monkeypatch, capsys):
     for tool, command, *flags in COMMANDS:
         assert tool == "resnetv2"
         more = ["--no-probe"] if "--dry-run" in flags else []
-        with pytest.raises(SystemExit) as left:
-            main([command, *flags, *SMALLER[command], *more])
-        assert not left.value.code, capsys.readouterr().err
-        said.append(capsys.readouterr().out)
+        said.append(here(command, *flags, *SMALLER[command], *more).stdout)
     trained, equations, ablated, _, plan = said
     assert "test error" in trained
     assert "own:RootHalf" in equations and "own:RootHalf" in ablated
