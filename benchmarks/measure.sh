@@ -13,16 +13,20 @@ arms=${ARMS:-fused-graphs graphs compile-graphs bf16-channels-last fused compile
 whole=${WHOLE---no-graphs --compile}   # of the whole command, beside none: each one alone, then together
 end=$((SECONDS + ${1:?"how many seconds?"}))
 out=${2:?"which folder?"}
+read -ra tool <<<"${RESNETV2:-resnetv2}"   # RESNETV2="python3 -m resnetv2_cli" where it is not installed
+"${tool[@]}" --version || exit 2
 shift 2
 flags=("$@")
 mkdir -p "$out"
+failed=0
 
 bench() { # NAME arguments: one figure, within what is left of the time
     local name=$1 left=$((end - SECONDS))
     shift
     [ "$left" -gt 20 ] && [ ! -e "$out/$name/$1.json" ] || return 0
     echo "== $name, $left s left"
-    timeout --signal=TERM "$left" resnetv2 bench "$@" "${flags[@]}" --output "$out/$name" >"$out/$name.log" 2>&1 </dev/null
+    timeout --signal=TERM "$left" "${tool[@]}" bench "$@" "${flags[@]}" --output "$out/$name" >"$out/$name.log" 2>&1 </dev/null
+    case $? in 0 | 124) ;; *) failed=1 ;; esac   # 124: the time is up
     tail -n 12 "$out/$name.log"
 }
 
@@ -37,3 +41,4 @@ for depth in $depths; do
     # shellcheck disable=SC2086
     [ -z "$whole" ] || bench "train-$depth-both" train --depth "$depth" --rounds 3 --stretch 100 $whole
 done
+exit "$failed"

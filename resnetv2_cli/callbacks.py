@@ -104,7 +104,7 @@ class Recorder(Callback):
     def __init__(self, csv: CSVMetrics, speed: CSVMetrics, log_every: int, scored: str) -> None:
         self.csv, self.speed, self.log_every, self.scored = csv, speed, log_every, scored
         self.latest: dict[str, float] = {}
-        self.mark = 0.0  # when the images after the first ``before`` of ``sums`` began
+        self.mark: float | None = None  # when images after the first ``before`` of ``sums`` began
         self.before = 0.0
         self.lr = 0.0
         self.kept: torch.Tensor | None = None
@@ -137,12 +137,14 @@ class Recorder(Callback):
                 each[0] = self.kept.reshape(-1, 3).sum(0)
             task.sums.copy_(each[trainer.global_rank])
             self.before = float(each[:, 2].sum())
-        self.mark = time.perf_counter()  # a run continued within an epoch starts none
+        self.mark = None
 
     def on_train_batch_start(
         self, trainer: Trainer, task: Classification, batch: Any, batch_idx: int
     ) -> None:
         self.lr = trainer.optimizers[0].param_groups[0]["lr"]
+        if self.mark is None:  # behind the recording of graphs, a part of the start
+            self.mark = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, task: Classification, outputs: Any, batch: Any, batch_idx: int
@@ -157,6 +159,7 @@ class Recorder(Callback):
         refuse_diverged(trainer, task)
         loss, wrong, images = sums.tolist()
         now = time.perf_counter()
+        assert self.mark is not None
         rate = (images - self.before) / (now - self.mark)
         self.mark, self.before = now, 0.0
         metrics = {
@@ -177,6 +180,7 @@ class Recorder(Callback):
         self.began = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, task: Classification) -> None:
+        assert self.mark is not None
         self.mark += time.perf_counter() - self.began
         self.evaluated(trainer, task)
 

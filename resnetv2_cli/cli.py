@@ -142,13 +142,13 @@ def of_the_system(error: OSError) -> UserError:
 
 
 LESS = "a smaller --batch-size; train has --micro-batch auto and --recompute-bn, too"
-FULL = ("CUDA error: out of memory", "DefaultCPUAllocator: can't allocate memory")
+FULL = re.compile("out of memory|can't allocate memory|_ALLOC_FAILED", re.IGNORECASE)
 
 
 def memory_full(error: BaseException) -> bool:
-    """Whether it is how Python and PyTorch say so, on a GPU or a CPU."""
+    """Whether it is how Python, PyTorch and the libraries of a GPU (cuBLAS, Triton) say so."""
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return known or any(words in str(error) for words in FULL)
+    return known or bool(FULL.search(str(error)))
 
 
 def more(error: BaseException) -> str:

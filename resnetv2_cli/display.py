@@ -31,6 +31,7 @@ class Display(Callback):
         self.console = console
         self.shown = 0.0
         self.live: Live | None = None
+        self.began: float | None = None  # when iterations began, with ``first``
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -47,7 +48,6 @@ class Display(Callback):
             each += f" on each of {parts} devices" if parts > 1 else ""
             times = f", {micro} times" if micro > 1 else ""
             self.console.print(f"{whole:,} images an iteration: {each}{times}")
-        self.began, self.first = time.monotonic(), trainer.global_step
         if self.console.is_terminal:
             bar = BarColumn(bar_width=20)
             self.bar = Progress(bar, TaskProgressColumn(), TextColumn("{task.description}"))
@@ -55,6 +55,12 @@ class Display(Callback):
             self.scores = Text()
             self.live = Live(Group(self.bar, self.scores), console=self.console)
             self.live.start()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, task: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.began is None:  # behind the recording of graphs, which is no iteration
+            self.began, self.first = time.monotonic(), trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -87,6 +93,7 @@ class Display(Callback):
     def pace(self, trainer: Trainer) -> str:
         """Where the run is, how fast it goes and how long it will take."""
         step, latest = trainer.global_step, self.recorded(trainer)
+        assert self.began is not None
         rate = (step - self.first) / max(1e-9, time.monotonic() - self.began)
         epoch = step / trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
         parts = [f"epoch {epoch:.1f}", f"{rate:.2f} it/s"]

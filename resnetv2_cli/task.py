@@ -192,7 +192,7 @@ class Classification(L.LightningModule):
         if processes > 1:
             return "the processes exchange gradients in it"
         if self.experiment.precision == "16-mixed":
-            return "float16's scaler looks at the gradients on the host"
+            return "float16's loss is scaled, and the scale follows the gradients"
         iteration = Iteration(self, optimizer, batch)
         if not (why := iteration.record()):
             self.iteration = iteration

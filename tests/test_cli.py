@@ -298,6 +298,8 @@ def test_a_full_memory_is_one_line(resnetv2):
             "2.50 GiB",
         ),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), ""),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), ""),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), ""),
         (MemoryError(), ""),
     ],
 )

@@ -144,15 +144,17 @@ def test_nothing_is_said_of_them_where_nobody_asked(tmp_path):
 
 @gpu
 @pytest.mark.parametrize("shortcut", ["identity", "exclusive-gate", "dropout", "stochastic-depth"])
-def test_a_replayed_training_ends_where_another_does(shortcut, tmp_path):
+@pytest.mark.parametrize("kernels, bound", [("eager", 1e-3), ("auto", 0.1)])
+def test_a_replayed_training_ends_where_another_does(kernels, bound, shortcut, tmp_path):
+    """By itself a replay has kernels that round otherwise than PyTorch's, for all 30 iterations."""
     told: list[str] = []
     e = Experiment(dataset="digits", depth=8, shortcut=shortcut, batch_size=64, steps=30)
     ends = {}
     for name in ("eager", "graphs"):
-        one = replace(e, graphs=name == "graphs", deterministic=True)
+        one = replace(e, graphs=name == "graphs", kernels=kernels, deterministic=True)
         ends[name] = run.train(one, RunFolder(tmp_path / name), tell=told.append)["test_loss"]
     assert "iterations are replayed, each as one CUDA graph" in told
-    assert ends["graphs"] == pytest.approx(ends["eager"], rel=1e-2)
+    assert ends["graphs"] == pytest.approx(ends["eager"], rel=bound)
 
 
 def test_what_is_replayed_keeps_its_network_alive(monkeypatch):

@@ -21,6 +21,7 @@ from resnetv2_cli.data import images
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.manifest import environment
 from resnetv2_cli.runfolder import RunFolder, read_metrics
+from resnetv2_cli.task import Classification
 
 STEPS = 46  # two epochs of 23
 
@@ -350,3 +351,29 @@ def test_an_evaluation_is_shown_with_its_own_iteration(tmp_path, monkeypatch):
     run.train(e, RunFolder(tmp_path / "run"), display=[shown])
     lines = {line.split("/")[0]: line for line in said.getvalue().splitlines()}
     assert " at " not in lines["step 22"] and " % at 23  lr " in lines["step 25"]
+
+
+def test_what_comes_before_the_first_iteration_is_in_no_rate(tmp_path, monkeypatch):
+    """Recording of graphs, at the start of a training: ten minutes; then a second an iteration."""
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0])
+    monkeypatch.setattr(callbacks, "time", clock)
+    monkeypatch.setattr(display, "time", clock)
+    monkeypatch.setattr(display, "LINES", 0.0)
+    start, step = Classification.on_train_start, Classification.training_step
+
+    def later(seconds, then):
+        def call(*given):
+            now[0] += seconds
+            return then(*given)
+
+        return call
+
+    monkeypatch.setattr(Classification, "on_train_start", later(600.0, start))
+    monkeypatch.setattr(Classification, "training_step", later(1.0, step))
+    e = Experiment(dataset="digits", depth=8, batch_size=64, steps=6, log_every=3)
+    folder, said = RunFolder(tmp_path / "run"), io.StringIO()
+    shown = display.Display(Console(file=said, width=200))
+    run.train(e, folder, display=[shown])
+    assert dict(read_metrics(folder.speed)["images_per_second"]) == {3: 64.0, 6: 64.0}
+    assert "1.00 it/s" in said.getvalue().splitlines()[-1]
