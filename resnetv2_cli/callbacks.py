@@ -180,8 +180,8 @@ class Recorder(Callback):
         self.began = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, task: Classification) -> None:
-        assert self.mark is not None
-        self.mark += time.perf_counter() - self.began
+        if self.mark is not None:  # one without an iteration: only the last evaluation was missing
+            self.mark += time.perf_counter() - self.began
         self.evaluated(trainer, task)
 
     def evaluated(self, trainer: Trainer, task: Classification) -> None:
