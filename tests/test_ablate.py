@@ -1,9 +1,11 @@
 """Ablations: which rows, which settings, what is run again and how it is summed up."""
 
+import gc
 import io
 import json
 import signal
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from conftest import ended, names, two_rows
 from rich.console import Console
 
+from resnetv2_cli import graphs
 from resnetv2_cli.ablation import launch, planning, probe, studies, tables
 from resnetv2_cli.ablation.progress import Progress
 from resnetv2_cli.ablation.sweep import Sweep, reason
@@ -310,6 +313,24 @@ def test_a_part_of_the_batch_stands_for_all_of_it(monkeypatch, accumulate):
     monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: sum(seen)))
     e = Experiment(depth=8, batch_size=128, accumulate=accumulate, accelerator="cpu")
     assert probe.step_seconds(e) == 128 and max(seen) <= 128 / max(2, accumulate)
+
+
+def test_a_network_that_was_measured_is_gone_when_its_memory_is_given_back(monkeypatch):
+    made, alive = [], []
+
+    class Kept(Iteration):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made.append(weakref.ref(self))
+
+    def tidy(device):
+        gc.collect()
+        alive.extend(one() for one in made)
+
+    monkeypatch.setattr(probe, "Iteration", Kept)
+    monkeypatch.setattr(graphs, "tidy", tidy)
+    probe.step_seconds(Experiment(depth=8, batch_size=4, accelerator="cpu"))
+    assert alive == [None]
 
 
 def test_what_waits_is_not_looked_at_while_all_places_are_taken():

@@ -31,6 +31,13 @@ PROBE_STEPS = 3
 def step_seconds(experiment: Experiment) -> float:
     """Seconds of one training iteration here: the median of a few on a part of the batch."""
     device = device_of(experiment)
+    seconds = measured(experiment, device)
+    graphs.tidy(device)  # of this network's recording, which had names in there
+    return seconds
+
+
+def measured(experiment: Experiment, device: torch.device) -> float:
+    """The seconds of one training iteration on a device."""
     n = -(-experiment.batch_size // experiment.accumulate)
     if device.type == "cpu":  # a GPU takes as long for a few as for many
         n = min(PROBE_IMAGES, n)
@@ -52,7 +59,6 @@ def step_seconds(experiment: Experiment) -> float:
         iteration(batch, number).item()
         taken.append(time.perf_counter() - began)
     task.on_fit_end()
-    graphs.tidy(device)  # of this network's recording
     return median(taken[1:]) * experiment.batch_size / n
 
 
