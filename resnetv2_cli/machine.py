@@ -33,13 +33,14 @@ def precision(experiment: Experiment) -> str:
     Raises:
         UserError: the one that is asked for does not exist here.
     """
-    gpu = uses_gpu(experiment.accelerator)
-    if experiment.precision == "16-mixed" and not gpu:
+    gpus = [device for device in devices_of(experiment) if device.type == "cuda"]
+    if experiment.precision == "16-mixed" and not gpus:
         raise UserError("16-mixed needs a GPU", "use --precision bf16-mixed or 32-true")
     if experiment.precision != "auto":
         return experiment.precision
-    if gpu:
-        return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
+    if gpus:
+        least = min(map(torch.cuda.get_device_capability, gpus))
+        return "bf16-mixed" if least >= (8, 0) else "16-mixed"
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     has = [getattr(torch.cpu, name, lambda: False)() for name in names]
     return "bf16-mixed" if any(has) else "32-true"
@@ -121,33 +122,34 @@ def ready(experiment: Experiment) -> torch.device:
     return device
 
 
-def device_of(experiment: Experiment) -> torch.device:
-    """Where it trains: a GPU if there is one, unless the experiment says otherwise."""
-    return torch.device("cuda" if uses_gpu(experiment.accelerator) else "cpu")
-
-
-def devices_here(experiment: Experiment) -> int:
-    """How many devices of one machine share its work: a number, a list, or all there are."""
-    asked, gpu = experiment.devices, device_of(experiment).type == "cuda"
-    most = torch.cuda.device_count() if gpu else CROWD * (os.cpu_count() or 1)  # more are refused
+def devices_of(experiment: Experiment) -> list[torch.device]:
+    """Where it trains on one machine, a device for each process: GPUs if there are any, unless the
+    experiment says otherwise. Those that are not there are left out: the Trainer refuses them."""
+    asked, gpu = experiment.devices, uses_gpu(experiment.accelerator)
+    most = torch.cuda.device_count() if gpu else CROWD * (os.cpu_count() or 1)
     if asked in ("auto", "-1"):
-        return most if gpu else 1
-    number = len([part for part in asked.split(",") if part.strip()])
-    if "," not in asked:
-        number = int(asked) if asked.isdecimal() else 1
-    return min(max(1, number), most)
+        numbers = [*range(most if gpu else 1)]
+    elif "," in asked:
+        parts = [int(part) for part in asked.split(",") if part.strip().isdecimal()]
+        numbers = [number for number in parts if number < most]
+    else:
+        numbers = [*range(min(int(asked), most) if asked.isdecimal() else 1)]
+    return [torch.device("cuda", n) if gpu else torch.device("cpu") for n in numbers or [0]]
 
 
 def processes(experiment: Experiment) -> int:
     """How many share its batch, on all its machines."""
-    return devices_here(experiment) * experiment.nodes
+    return len(devices_of(experiment)) * experiment.nodes
 
 
 def free_each(experiment: Experiment) -> int | None:
-    """Bytes that each process can take: those on a CPU share its memory."""
-    device = device_of(experiment)
-    free = memory.available(device)
-    return free if free is None or device.type == "cuda" else free // devices_here(experiment)
+    """Bytes that each process can take: what the fullest of its GPUs has, or a part of the memory
+    that all on a CPU share."""
+    devices = devices_of(experiment)
+    known = [free for d in set(devices) if (free := memory.available(d)) is not None]
+    if not known:
+        return None
+    return min(known) // (1 if devices[0].type == "cuda" else len(devices))
 
 
 def in_parts(experiment: Experiment, micro_batch: str) -> Experiment:
@@ -156,7 +158,7 @@ def in_parts(experiment: Experiment, micro_batch: str) -> Experiment:
     Raises:
         UserError: there is no such size.
     """
-    device, shares = device_of(experiment).type, processes(experiment)
+    device, shares = devices_of(experiment)[0].type, processes(experiment)
     arithmetic, free = precision(experiment), free_each(experiment)
     return footprint.split(experiment, micro_batch, arithmetic, free, device, shares)
 
@@ -167,23 +169,22 @@ def memory_line(experiment: Experiment) -> str:
     Raises:
         UserError: it needs so much that the system would kill the process; names what would fit.
     """
-    devices = devices_here(experiment)
-    images = footprint.part_size(experiment, processes(experiment))
-    device, free = device_of(experiment), free_each(experiment)
+    devices, free = devices_of(experiment), free_each(experiment)
+    images, kind = footprint.part_size(experiment, processes(experiment)), devices[0].type
     try:
-        needed = footprint.step_bytes(experiment, precision(experiment), images, device.type)
+        needed = footprint.step_bytes(experiment, precision(experiment), images, kind)
     except Uncounted as error:
         return f"what a step needs is not known: {error}"
     parts = f", {experiment.accumulate} parts" if experiment.accumulate > 1 else ""
     line = f"a step needs about {size(needed)} ({images:,} images{parts})"
     if free is None:
         return line
-    each = f" for each of {devices} processes" if devices > 1 else ""
+    each = f" for each of {len(devices)} processes" if len(devices) > 1 else ""
     line += f"; {size(free)} are free{each}"
     if needed <= free:
         return line
     hint = fitting(experiment)
-    if LEAST * needed > free + (memory.swap() // devices if device.type == "cpu" else 0):
+    if LEAST * needed > free + (memory.swap() // len(devices) if kind == "cpu" else 0):
         raise UserError(line, hint)
     return f"{line}: {hint}"
 

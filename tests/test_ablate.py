@@ -333,6 +333,16 @@ def test_a_network_that_was_measured_is_gone_when_its_memory_is_given_back(monke
     assert alive == [None]
 
 
+def test_a_network_is_measured_on_the_gpu_that_it_would_train_on(monkeypatch):
+    used = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(probe, "measured", lambda e, device: used.append(device) or 0.5)
+    assert probe.step_seconds(Experiment(devices="3,")) == 0.5
+    assert used == 2 * [torch.device("cuda", 3)]
+
+
 def test_what_waits_is_not_looked_at_while_all_places_are_taken():
     """Arms here are none: a look at one would fail."""
     sweep = Sweep(None, 1, print, print, running=["one"])

@@ -207,16 +207,20 @@ def test_a_number_is_the_most_images_at_a_time(asked, parts):
 
 
 @pytest.mark.parametrize(
-    "devices, number", [("1", 1), ("2", 2), ("0,1", 2), ("1,", 1), ("auto", 4)]
-)
-def test_each_gpu_has_its_part_and_its_own_memory(devices, number, monkeypatch):
+    "devices, number, least",
+    [("1", 1, 6), ("2", 2, 6), ("0,1", 2, 6), ("1,", 1, 9), ("3,", 1, 7), ("2, 1", 2, 8),
+     ("auto", 4, 6), ("-1", 4, 6), ("1,9", 1, 9), ("9,", 1, 6), ("many", 1, 6)],
+)  # fmt: skip
+def test_each_gpu_has_its_part_and_its_own_memory(devices, number, least, monkeypatch):
+    """Nothing is asked of the others; those that are not there the Trainer refuses later."""
+    free = [6, 9, 8, 7]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(memory, "available", lambda device: 10**10)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (free[d.index] * 10**9, 10**10))
     e = Experiment(devices=devices, nodes=2, batch_size=128, precision="32-true")
     assert machine.in_parts(e, "16").accumulate == 128 // (16 * 2 * number)
     line = machine.memory_line(e)
-    assert f"({64 // number} images); 10.0 GB are free" in line
+    assert f"({64 // number} images); {least}.0 GB are free" in line
     assert ("for each of" in line) == (number > 1)
 
 

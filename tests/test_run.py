@@ -337,10 +337,21 @@ def test_a_strategy_that_cannot_be_used_is_refused_with_the_reason(tmp_path, str
 def test_who_asks_for_neither_cpu_nor_gpu_gets_one_answer_to_whether_a_gpu_is_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     e = Experiment(accelerator="tpu", precision="16-mixed", sync_bn=True)
-    assert machine.device_of(e).type == "cpu" and machine.bn_of_all(e, e.accelerator)
+    assert machine.devices_of(e) == [torch.device("cpu")] and machine.bn_of_all(e, e.accelerator)
     with pytest.raises(UserError, match="16-mixed needs a GPU"):
         machine.precision(e)
     assert "cores, " in environment(e.accelerator)["hardware"]
+
+
+@pytest.mark.parametrize(
+    "devices, made", [("1", "16-mixed"), ("1,", "bf16-mixed"), ("auto", "16-mixed")]
+)
+def test_the_arithmetic_is_what_every_gpu_that_is_asked_for_has(monkeypatch, devices, made):
+    has = [(7, 5), (9, 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: has[d.index])
+    assert machine.precision(Experiment(devices=devices)) == made
 
 
 def test_an_evaluation_is_shown_with_its_own_iteration(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from resnetv2_cli.data.catalog import known_classes
 from resnetv2_cli.describe import describe
 from resnetv2_cli.footprint import activation_bytes
 from resnetv2_cli.iteration import Iteration
-from resnetv2_cli.machine import device_of, precision, quiet
+from resnetv2_cli.machine import devices_of, precision, quiet
 from resnetv2_cli.optim import sgd
 from resnetv2_cli.task import Classification
 from resnetv2_cli.telling import silent
@@ -30,7 +30,9 @@ PROBE_STEPS = 3
 
 def step_seconds(experiment: Experiment) -> float:
     """Seconds of one training iteration here: the median of a few on a part of the batch."""
-    device = device_of(experiment)
+    device = devices_of(experiment)[0]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     seconds = measured(experiment, device)
     graphs.tidy(device)  # of this network's recording, which had names in there
     return seconds
@@ -82,10 +84,11 @@ def forecast(ablation: Ablation, measure: bool) -> list[dict[str, Any]]:
         experiments.setdefault(identity(e), e)
         left, steps = len(line.arms) - done, length(e)
         seconds = left * steps * timed(identity(e)) if measure and left and steps else None
+        each = activation_bytes(e, precision(e), devices_of(e)[0].type)
         return {
             "parameters": counts["parameters"],
             "macs": counts["macs"],
-            "activation_bytes": e.batch_size * activation_bytes(e, precision(e), device_of(e).type),
+            "activation_bytes": e.batch_size * each,
             "runs": len(line.arms),
             "done": done,
             "seconds": seconds if left else 0.0,

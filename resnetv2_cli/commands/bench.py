@@ -106,12 +106,12 @@ def step(
     """
     experiment = Experiment.load(config, **flags)
     from resnetv2_cli.bench.step import OPTIONS, bench_step
-    from resnetv2_cli.machine import device_of
+    from resnetv2_cli.machine import devices_of
 
     for name in arm or []:
         if name not in OPTIONS:
             raise unknown("arm", name, OPTIONS)
-    device = device_of(experiment).type
+    device = devices_of(experiment)[0].type
     names = arm or [name for name, option in OPTIONS.items() if device in option.usual]
     made = bench_step(experiment, names, rounds, stretch, console.note)
     if not shown(made, output, json):
