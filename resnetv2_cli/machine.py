@@ -19,12 +19,16 @@ from resnetv2_cli.cluster import Launcher, NoHandlers, Steps, refuse_unfit
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.describe import Uncounted
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.manifest import uses_gpu
 from resnetv2_cli.quantities import size
 from resnetv2_cli.syncbn import FirstAverages, OverProcesses
 
 LEAST = 0.7  # of what is foretold a step takes at least: test_footprint.py has the bounds
 CROWD = 4  # processes on one processor, at most: slow, but as good as on many to try things out
+
+
+def uses_gpu(accelerator: str) -> bool:
+    """Whether a GPU is here, and is what is asked for."""
+    return torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
 
 
 def precision(experiment: Experiment) -> str:

@@ -10,13 +10,14 @@ import socket
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resnetv2_cli import __version__, jsonfile
 from resnetv2_cli.config import Experiment
@@ -24,6 +25,9 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.locks import in_turn
 from resnetv2_cli.plans import OWN
 from resnetv2_cli.recipes import asked_for
+
+if TYPE_CHECKING:  # what only reads manifests does not wait for it
+    import torch
 
 PACKAGES = ["resnetv2-cli", "torch", "torchvision", "lightning", "torchmetrics", "numpy"]
 ENVIRONMENT = ("command", "python", "versions", "commit", "hardware", "cpu_threads", "system")
@@ -126,12 +130,16 @@ def annotated(experiment: Experiment, origins: Mapping[str, str]) -> str:
 
 
 def begun(
-    given: Experiment, settled: Experiment, origins: dict[str, str], data: dict[str, Any]
+    given: Experiment,
+    settled: Experiment,
+    devices: "Sequence[torch.device]",
+    origins: dict[str, str],
+    data: dict[str, Any],
 ) -> dict[str, Any]:
     """What a manifest says when its run begins.
 
-    ``given``: before ``settled`` was made of it. ``origins``: where settings came from that are no
-    defaults. ``data``: of the images.
+    ``given``: before ``settled`` was made of it. ``devices``: those it trains on. ``origins``:
+    where settings came from that are no defaults. ``data``: of the images.
     """
     origins = dict(origins)
     if given.epochs is not None:
@@ -145,7 +153,7 @@ def begun(
     return {
         "begun": now(),
         "host": socket.gethostname(),
-        **environment(settled.accelerator),
+        **environment(devices),
         "code": code(settled),
         "settings": {k: {"value": v, "from": origins.get(k, "default")} for k, v in values.items()},
         "data": data,
@@ -238,8 +246,11 @@ def rewritten(experiment: Experiment, manifest: Mapping[str, Any]) -> list[str]:
     return changed
 
 
-def environment(accelerator: str = "auto") -> dict[str, Any]:
-    """Command, versions, hardware and commit: what a number is reported with."""
+def environment(devices: "Sequence[torch.device]" = ()) -> dict[str, Any]:
+    """Command, versions, hardware and commit: what a number is reported with.
+
+    ``devices``: those it was computed on; without any, the CPU.
+    """
     import torch
 
     versions = {}
@@ -253,25 +264,19 @@ def environment(accelerator: str = "auto") -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit(),
-        "hardware": hardware(accelerator),
+        "hardware": hardware(devices),
         "cpu_threads": torch.get_num_threads(),
         "system": platform.platform(),
     }
 
 
-def uses_gpu(accelerator: str) -> bool:
-    """Whether a GPU is here, and is what is asked for."""
+def hardware(devices: "Sequence[torch.device]") -> str:
+    """``1 x NVIDIA H100``, or the processor and its cores where none of them is a GPU."""
     import torch
 
-    return torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
-
-
-def hardware(accelerator: str) -> str:
-    """``1 x NVIDIA H100``, or the processor and its cores where there is none or it is not used."""
-    import torch
-
-    if uses_gpu(accelerator):
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    gpus = Counter(torch.cuda.get_device_name(d) for d in devices if d.type == "cuda")
+    if gpus:
+        return ", ".join(f"{number} x {name}" for name, number in gpus.items())
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -24,7 +24,7 @@ from resnetv2_cli.errors import Diverged, UserError
 from resnetv2_cli.files import seal_of
 from resnetv2_cli.finetune import begin, refuse_another_architecture
 from resnetv2_cli.leaving import Leaver
-from resnetv2_cli.machine import precision, processes, trainer_of
+from resnetv2_cli.machine import devices_of, precision, processes, trainer_of
 from resnetv2_cli.manifest import READINGS, Manifest, begun, environment, rewritten
 from resnetv2_cli.plot import curves
 from resnetv2_cli.resume import extend, finished, same_run
@@ -180,7 +180,7 @@ def _train(
         if resume:
             _go_on(e, folder, step, tell)
         else:
-            folder.create(e, begun(experiment, e, origins, data.facts))
+            folder.create(e, begun(experiment, e, devices_of(e), origins, data.facts))
     meeting.agree(dict)
     for file in write[:2]:  # also where no iteration is left: a line may be cut
         file.start(step)  # type: ignore[attr-defined]
@@ -284,7 +284,7 @@ def finish(task: Classification, data: ImageData, folder: RunFolder) -> dict[str
         READINGS: said.get(READINGS),
         "extended": folder.manifest.extensions(),
         "skipped_iterations": task.guard.read()[0],
-        "environment": environment(e.accelerator),
+        "environment": environment(devices_of(e)),
     }
     jsonfile.write(folder.result, result)
     folder.failed.unlink(missing_ok=True)

@@ -111,6 +111,15 @@ def test_analyze_at_initialization(here, tmp_path):
     assert off["depth=14, full-preact"] < 1e-12 and off["depth=8, full-preact"] < 1e-12
 
 
+def test_an_analysis_names_the_processor_where_there_is_a_gpu(monkeypatch, tmp_path):
+    """It is computed on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "NVIDIA H100")
+    plain = Source(Experiment(dataset="digits", depth=8, precision="32-true"))
+    made = study.study([plain], ["forward"], subject.Batch(2, 2), tmp_path)
+    assert " cores, " in made["environment"]["hardware"]
+
+
 def test_a_network_in_which_no_unit_keeps_its_shape_has_no_stage_to_follow(here, tmp_path):
     """11 layers: one unit a stage, and each begins one."""
     arguments = ["--dataset", "digits", "--depth", 11, "--images", 2, "--topic", "shrink"]

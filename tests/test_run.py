@@ -205,12 +205,23 @@ def test_processes_started_together_choose_no_folder_each(monkeypatch, here, env
     assert "2 processes were started together" in done.stderr
 
 
-def test_a_cpu_run_names_the_processor_where_there_is_a_gpu(monkeypatch):
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({}, "1 x Tesla T4"),
+        ({"devices": "2,"}, "1 x NVIDIA H100"),
+        ({"devices": "1,2"}, "2 x NVIDIA H100"),
+        ({"devices": "auto", "accelerator": "gpu"}, "1 x Tesla T4, 2 x NVIDIA H100"),
+        ({"accelerator": "cpu"}, " cores, "),
+    ],
+)
+def test_the_hardware_is_what_the_run_is_on(monkeypatch, settings, said):
+    names = ["Tesla T4", "NVIDIA H100", "NVIDIA H100"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
-    assert environment("gpu")["hardware"] == environment()["hardware"] == "2 x NVIDIA H100"
-    assert "cores" in environment("cpu")["hardware"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: names[d.index])
+    found = environment(machine.devices_of(Experiment(**settings)))["hardware"]
+    assert said in found and (" x " in found) == (" x " in said)
 
 
 def test_a_training_reads_its_images_once(monkeypatch, tmp_path):
@@ -340,7 +351,7 @@ def test_who_asks_for_neither_cpu_nor_gpu_gets_one_answer_to_whether_a_gpu_is_us
     assert machine.devices_of(e) == [torch.device("cpu")] and machine.bn_of_all(e, e.accelerator)
     with pytest.raises(UserError, match="16-mixed needs a GPU"):
         machine.precision(e)
-    assert "cores, " in environment(e.accelerator)["hardware"]
+    assert "cores, " in environment(machine.devices_of(e))["hardware"]
 
 
 @pytest.mark.parametrize(

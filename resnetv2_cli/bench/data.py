@@ -202,5 +202,5 @@ def bench_data(
         "rounds": rounds,
         "steps": steps,
         "arms": rows(turns, next(iter(arms)), experiment.batch_size),
-        "environment": environment(experiment.accelerator),
+        "environment": environment([device]),
     }

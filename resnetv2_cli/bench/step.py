@@ -148,5 +148,5 @@ def bench_step(
         "floors": {
             str(d): floor(experiment, d, device) for d in {o.dtype for o in options.values()}
         },
-        "environment": environment(experiment.accelerator),
+        "environment": environment([device]),
     }

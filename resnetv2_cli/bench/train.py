@@ -235,5 +235,5 @@ def bench_train(experiment: Experiment, rounds: int, steps: int, tell: Tell) -> 
         "trainer_overhead": median(t.seconds / b.seconds - 1 for t, b in pairs),
         "augmentation": augmentation_seconds(data, split, device) / made[BARE]["seconds"],
         "first_step_seconds": first,
-        "environment": environment(experiment.accelerator),
+        "environment": environment([device]),
     }
