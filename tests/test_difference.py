@@ -114,7 +114,10 @@ def test_describe_says_what_the_paper_found(here):
     "config, errors",
     [
         ("table3_cifar10_resnet110_single", "8.91 (Table 3)"),
-        ("table3_cifar10_resnet1001", "4.92 (Tables 3, 4), 4.62 (Table 4, the authors' Torch code)"),
+        (
+            "table3_cifar10_resnet1001",
+            "4.92 (Tables 3, 4), 4.62 (Table 4, the authors' Torch code)",
+        ),
     ],
 )
 def test_a_network_of_the_paper_is_described_with_its_own_errors(config, errors):
