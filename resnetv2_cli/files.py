@@ -41,6 +41,11 @@ def partial(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL)
 
 
+def expanded(path: Path | str) -> Path:
+    """With a home for ``~``; as it is where nobody has that name, at which Path's own fails."""
+    return Path(os.path.expanduser(path))
+
+
 def cache() -> Path:
     """The user's cache folder; whatever is in it can be made anew."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnetv2"

@@ -1,11 +1,11 @@
 """The file that a run starts from: where it is, and what it is, by its bytes."""
 
 import hashlib
-import os
 from functools import cache
 from pathlib import Path
 
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.files import expanded
 
 
 def find(path: Path) -> Path:
@@ -14,7 +14,7 @@ def find(path: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    path = Path(os.path.expanduser(path))  # Path's own would fail where nobody has that name
+    path = expanded(path)
     if path.is_dir():
         names = ["checkpoints/best.ckpt", "checkpoints/last.ckpt", "last.ckpt"]
         path = next((path / n for n in names if (path / n).is_file()), path / names[1])

@@ -318,3 +318,9 @@ def test_an_unreadable_photograph_is_named(class_folders, workers):
     module.setup()
     with pytest.raises(UserError, match="^cannot read the image [^\n]*ant.0.jpg"):
         list(module.train_dataloader())
+
+
+def test_the_home_of_nobody_is_a_folder_that_is_not_there(tmp_path, here):
+    photographs = ["--dataset", "folder", "--data-dir", "~no-user/photos", "--depth", 18]
+    done = here("train", *photographs, "--output", tmp_path / "run", status=2)
+    assert "there is no folder ~no-user/photos/train" in done.stderr

@@ -9,13 +9,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from resnetv2_cli import plans
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.files import expanded
 from resnetv2_cli.flags import parsed
 from resnetv2_cli.manifest import content, own_files
 from resnetv2_cli.paper import FIGURES, TABLE_1, TABLE_2, TABLES, PaperTable, Row
@@ -246,7 +246,7 @@ def training_images(dataset: str, place: str) -> int:
     from resnetv2_cli.data.folder import scan  # with torch, which a report does without
 
     try:
-        return len(scan(Path(place).expanduser(), "train").files)
+        return len(scan(expanded(place), "train").files)
     except UserError:
         return ILSVRC if dataset == "imagenet" else 0
 

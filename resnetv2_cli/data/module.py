@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -18,6 +17,7 @@ from resnetv2_cli.data.catalog import DATASETS, SIZE
 from resnetv2_cli.data.order import Epoch, Part, Schedule, epoch_order, share
 from resnetv2_cli.data.protocols import PROTOCOLS, View
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.files import expanded
 from resnetv2_cli.plans import STEMS
 from resnetv2_cli.telling import Tell, silent
 
@@ -196,7 +196,7 @@ class ImageData(L.LightningDataModule):
         self.experiment, self.learned, self.tell = experiment, learned, tell
         self.processes = processes
         self.dataset = DATASETS[experiment.dataset]
-        self.root = Path(experiment.data_dir).expanduser()
+        self.root = expanded(experiment.data_dir)
         self._ready = False
 
     def prepare_data(self) -> None:

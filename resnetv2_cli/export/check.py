@@ -14,7 +14,7 @@ from resnetv2_cli.data.protocols import View
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.export.fold import Exported
 from resnetv2_cli.export.formats import FORMATS, Metadata, Run
-from resnetv2_cli.files import partial
+from resnetv2_cli.files import expanded, partial
 from resnetv2_cli.inference import Picture, Views
 from resnetv2_cli.task import Classification
 
@@ -63,7 +63,7 @@ def of_memory(e: Experiment, n: int) -> Tensor | None:
 
     Shape: (n, H, W, 3) uint8.
     """
-    root = Path(e.data_dir).expanduser()
+    root = expanded(e.data_dir)
     official = archive.whole(e.dataset, root)
     if e.dataset != "digits" and not official and not images.folder_copy(e.dataset, root):
         return None
@@ -79,7 +79,7 @@ def of_files(e: Experiment, n: int, view: View) -> Tensor:
     Raises:
         UserError: there are none.
     """
-    files = folder.scan(Path(e.data_dir).expanduser(), "test").files
+    files = folder.scan(expanded(e.data_dir), "test").files
     some = files[:: max(1, len(files) // n)][:n]
     views = Views([Picture(str(path), path) for path in some], view)
     return torch.stack([pixels for pixels, error in map(views.__getitem__, range(len(some)))])
