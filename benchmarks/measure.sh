@@ -3,6 +3,7 @@
 #
 #   benchmarks/measure.sh SECONDS FOLDER [flags of every call, such as --data-dir data]
 #   benchmarks/measure.sh 800 speed --data-dir data
+#   RESNETV2="python3 -m resnetv2_cli" benchmarks/measure.sh ...      where it is not installed
 #
 # Leaves JSON, picture and log of each bench in FOLDER. What is there already is not measured again. On a GPU
 # DEPTHS and ARMS stay as they are; DEPTHS="8" ARMS="fused" WHOLE="" rehearses it on a CPU.
@@ -13,7 +14,7 @@ arms=${ARMS:-fused-graphs graphs compile-graphs bf16-channels-last fused compile
 whole=${WHOLE---no-graphs --compile}   # of the whole command, beside none: each one alone, then together
 end=$((SECONDS + ${1:?"how many seconds?"}))
 out=${2:?"which folder?"}
-read -ra tool <<<"${RESNETV2:-resnetv2}"   # RESNETV2="python3 -m resnetv2_cli" where it is not installed
+read -ra tool <<<"${RESNETV2:-resnetv2}"
 "${tool[@]}" --version || exit 2
 shift 2
 flags=("$@")

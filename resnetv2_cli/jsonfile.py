@@ -34,7 +34,15 @@ def write(path: Path, value: Any) -> None:
 def mapping(path: Path) -> dict[str, Any]:
     """A file's object; empty if there is none, or none yet."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return parsed(path.read_bytes())
+    except OSError:
+        return {}
+
+
+def parsed(content: bytes) -> dict[str, Any]:
+    """The object that a file's content is; empty if it is none."""
+    try:
+        value = json.loads(content)
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

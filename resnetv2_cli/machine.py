@@ -147,13 +147,11 @@ def processes(experiment: Experiment) -> int:
 
 
 def free_each(experiment: Experiment) -> int | None:
-    """Bytes that each process can take: what the fullest of its GPUs has, or a part of the memory
-    that all on a CPU share."""
-    devices = devices_of(experiment)
-    known = [free for d in set(devices) if (free := memory.available(d)) is not None]
-    if not known:
-        return None
-    return min(known) // (1 if devices[0].type == "cuda" else len(devices))
+    """Bytes that each process can take: what the first of its GPUs has, or a part of the memory
+    that all on a CPU share. To ask another GPU would take memory of it, and keep it."""
+    first, *others = devices_of(experiment)
+    free = memory.available(first)
+    return free if free is None or first.type == "cuda" else free // (1 + len(others))
 
 
 def in_parts(experiment: Experiment, micro_batch: str) -> Experiment:

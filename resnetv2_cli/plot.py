@@ -147,7 +147,7 @@ def refuse_suffix(to: Path) -> None:
     Raises:
         UserError: a file's suffix is not that of a picture.
     """
-    known = FigureCanvasAgg.get_supported_filetypes()
+    known = {*FigureCanvasAgg.get_supported_filetypes()} - {"pgf"}  # which needs a TeX
     if to.suffix and to.suffix[1:] not in known:
         hint = f"its name ends in one of {', '.join(f'.{name}' for name in sorted(known))}"
         raise UserError(f"no picture is called {to}", hint)

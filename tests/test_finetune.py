@@ -146,12 +146,12 @@ def test_another_architecture_is_explained(trained):
 
 def test_the_flags_of_another_architecture_can_be_typed(trained):
     saved = read(trained / "checkpoints" / "last.ckpt")
-    other = {"unit": "bn + | bn relu", "shortcut": "dropout", "dropout_ratio": 0.3}
+    other = {"unit": "bn + | bn relu", "shortcut": "dropout", "dropout_inverted": False}
     saved["experiment"] |= other
     with pytest.raises(UserError) as caught:
         refuse_another_architecture(saved, Experiment(**SMALL), trained)
     flags = shlex.split(caught.value.hint.removeprefix("it is that of "))
-    of_shortcut = ["--dropout-ratio", "0.3", "--dropout-inverted"]
+    of_shortcut = ["--dropout-ratio", "0.5", "--no-dropout-inverted"]
     assert flags == ["--unit", "bn + | bn relu", "--shortcut", "dropout", *of_shortcut]
 
 

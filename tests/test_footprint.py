@@ -212,7 +212,7 @@ def test_a_number_is_the_most_images_at_a_time(asked, parts):
      ("auto", 4, 6), ("-1", 4, 6), ("1,9", 1, 9), ("9,", 1, 6), ("many", 1, 6)],
 )  # fmt: skip
 def test_each_gpu_has_its_part_and_its_own_memory(devices, number, least, monkeypatch):
-    """Nothing is asked of the others; those that are not there the Trainer refuses later."""
+    """By its first: a look takes memory. What is not there the Trainer refuses later."""
     free = [6, 9, 8, 7]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

@@ -144,9 +144,9 @@ def test_nothing_is_said_of_them_where_nobody_asked(tmp_path):
 
 @gpu
 @pytest.mark.parametrize("shortcut", ["identity", "exclusive-gate", "dropout", "stochastic-depth"])
-@pytest.mark.parametrize("kernels, bound", [("eager", 1e-3), ("auto", 0.1)])
+@pytest.mark.parametrize("kernels, bound", [("eager", 1e-3), ("auto", 0.03)])
 def test_a_replayed_training_ends_where_another_does(kernels, bound, shortcut, tmp_path):
-    """By itself a replay has kernels that round otherwise than PyTorch's, for all 30 iterations."""
+    """By itself a replay has kernels that round otherwise: on a CPU by 1e-2 at most."""
     told: list[str] = []
     e = Experiment(dataset="digits", depth=8, shortcut=shortcut, batch_size=64, steps=30)
     ends = {}

@@ -276,6 +276,12 @@ def test_a_shard_that_begins_with_a_label_is_damaged(tmp_path):
         optimized["members"](tmp_path / "s.tar")
 
 
+def test_a_record_that_cannot_be_read_is_not_that_of_others(tree, tmp_path, here):
+    (tmp_path / "s" / "prepared.json").mkdir(parents=True)
+    done = here("data", "prepare", tree, "--output", tmp_path / "s", "--shard", 3, status=2)
+    assert "Is a directory" in done.stderr and "begun with other" not in done.stderr
+
+
 def test_where_nothing_can_be_written_it_says_so(tree, tmp_path, here, full):
     full(20_000)
     done = here("data", "prepare", tree, "--output", tmp_path / "s", "--shard", 3, status=2)

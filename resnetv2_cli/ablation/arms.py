@@ -136,7 +136,7 @@ class Ablation:
     """A study and its runs, one line a row.
 
     ``title``: the table's, with all that makes every row differ from the paper's recipe;
-    ``comparable``: whether nothing does.
+    ``comparable``: whether nothing does that was asked for here.
     """
 
     study: Study

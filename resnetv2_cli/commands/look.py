@@ -16,7 +16,8 @@ from resnetv2_cli.recipes import CONFIGS
 Picture = Annotated[
     Path | None,
     typer.Option(
-        help="Draw the units as Figs. 2 and 4 do: .svg, .png or .pdf.", metavar="FILE.svg"
+        help="Draw the units as Figs. 2 and 4 do: .svg, .png, .pdf and others.",
+        metavar="FILE.svg",
     ),
 ]
 
@@ -28,7 +29,9 @@ def drawn(units: dict[str, Any], to: Path) -> None:
         UserError: its suffix is not that of a picture.
     """
     from resnetv2_cli.blueprint import blueprint
+    from resnetv2_cli.plot import refuse_suffix
 
+    refuse_suffix(to)
     blueprint(units, to)
     console.note(f"picture: {to}")
 

@@ -9,6 +9,7 @@ import typer
 from resnetv2_cli import console, quantities
 from resnetv2_cli.commands.app import Format, app
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.runfolder import RUNS
 from resnetv2_cli.settings import flag_name
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ Name = Annotated[
     str,
     typer.Argument(help="A name, its beginning if no other begins so, a folder, or last."),
 ]
-RUNS = Path("runs")  # as in runfolder, for which help does not wait
 
 
 @runs.command()

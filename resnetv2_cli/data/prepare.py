@@ -80,7 +80,7 @@ def prepare(
             raise UserError(f"{output} is not empty", "name a new folder")
     with held(output / LOCK, "wait for it, or stop it"):
         if begun.exists():
-            refuse_others(output, jsonfile.mapping(begun), plan, stamps)
+            refuse_others(output, jsonfile.parsed(begun.read_bytes()), plan, stamps)
         try:
             write_text(begun, json.dumps(plan | {"shards": stamps}))
             return _prepared(splits, output, form, workers, tick)
