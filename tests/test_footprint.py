@@ -216,12 +216,18 @@ def test_each_gpu_has_its_part_and_its_own_memory(devices, number, least, monkey
     free = [6, 9, 8, 7]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (free[d.index] * 10**9, 10**10))
+    asked = set()
+
+    def told(device):
+        asked.add(device.index)
+        return free[device.index] * 10**9, 10**10
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", told)
     e = Experiment(devices=devices, nodes=2, batch_size=128, precision="32-true")
     assert machine.in_parts(e, "16").accumulate == 128 // (16 * 2 * number)
     line = machine.memory_line(e)
     assert f"({64 // number} images); {least}.0 GB are free" in line
-    assert ("for each of" in line) == (number > 1)
+    assert ("for each of" in line) == (number > 1) and len(asked) == 1
 
 
 def test_processes_on_one_cpu_share_its_memory(monkeypatch):

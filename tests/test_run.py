@@ -15,11 +15,9 @@ import yaml
 from conftest import SCRIPT, SMALL, THREADS
 from rich.console import Console
 
-from resnetv2_cli import callbacks, display, machine, run
+from resnetv2_cli import callbacks, display, run
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
-from resnetv2_cli.errors import UserError
-from resnetv2_cli.manifest import environment
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 from resnetv2_cli.task import Classification
 
@@ -205,25 +203,6 @@ def test_processes_started_together_choose_no_folder_each(monkeypatch, here, env
     assert "2 processes were started together" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "settings, said",
-    [
-        ({}, "1 x Tesla T4"),
-        ({"devices": "2,"}, "1 x NVIDIA H100"),
-        ({"devices": "1,2"}, "2 x NVIDIA H100"),
-        ({"devices": "auto", "accelerator": "gpu"}, "1 x Tesla T4, 2 x NVIDIA H100"),
-        ({"accelerator": "cpu"}, " cores, "),
-    ],
-)
-def test_the_hardware_is_what_the_run_is_on(monkeypatch, settings, said):
-    names = ["Tesla T4", "NVIDIA H100", "NVIDIA H100"]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: names[d.index])
-    found = environment(machine.devices_of(Experiment(**settings)))["hardware"]
-    assert said in found and (" x " in found) == (" x " in said)
-
-
 def test_a_training_reads_its_images_once(monkeypatch, tmp_path):
     """The framework asks for them too, of every process, before each training and evaluation."""
     read, load = [], images.load
@@ -333,36 +312,6 @@ def test_two_processes_with_shared_bn_learn_what_one_learns(resnetv2, tmp_path):
     for rel, among in ((1e-4, slice(2)), (2e-3, slice(None))):
         expected = [(step, pytest.approx(loss, rel=rel)) for step, loss in losses[0][among]]
         assert losses[1][among] == expected
-
-
-@pytest.mark.parametrize(
-    "strategy", ["fsdp", "deepspeed_stage_3", "ddp_spawn", "ddp_fork_find_unused_parameters_true"]
-)
-def test_a_strategy_that_cannot_be_used_is_refused_with_the_reason(tmp_path, strategy):
-    with pytest.raises(UserError, match=f"--strategy {strategy} is of no use here: its processes"):
-        run.train(Experiment(dataset="digits", strategy=strategy), RunFolder(tmp_path / "run"))
-    assert not list(tmp_path.iterdir())  # it was not begun
-    assert machine.trainer_of(Experiment(dataset="digits", accelerator="cpu", strategy="ddp"))
-
-
-def test_who_asks_for_neither_cpu_nor_gpu_gets_one_answer_to_whether_a_gpu_is_used(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    e = Experiment(accelerator="tpu", precision="16-mixed", sync_bn=True)
-    assert machine.devices_of(e) == [torch.device("cpu")] and machine.bn_of_all(e, e.accelerator)
-    with pytest.raises(UserError, match="16-mixed needs a GPU"):
-        machine.precision(e)
-    assert "cores, " in environment(machine.devices_of(e))["hardware"]
-
-
-@pytest.mark.parametrize(
-    "devices, made", [("1", "16-mixed"), ("1,", "bf16-mixed"), ("auto", "16-mixed")]
-)
-def test_the_arithmetic_is_what_every_gpu_that_is_asked_for_has(monkeypatch, devices, made):
-    has = [(7, 5), (9, 0)]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: has[d.index])
-    assert machine.precision(Experiment(devices=devices)) == made
 
 
 def test_an_evaluation_is_shown_with_its_own_iteration(tmp_path, monkeypatch):
