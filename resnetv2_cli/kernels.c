@@ -30,6 +30,7 @@ enum { BEFORE = 1, AFTER = 2 }; /* where ReLU is, if anywhere */
                     int64_t r = b;                                                               \
                     for (; r + 4 <= end; r += 4)                                                 \
                         for (int k = 0; k < 4; k++) {                                            \
+                            soon(x + (r + k) * c + j);                                           \
                             F v = LOAD(x + (r + k) * c + j);                                     \
                             v -= o;                                                              \
                             s[k] += v;                                                           \
@@ -60,6 +61,9 @@ enum { BEFORE = 1, AFTER = 2 }; /* where ReLU is, if anywhere */
         for (int64_t j = 0; j < C; j += LANES) {                                                 \
             F scale = *(F_ *)(SAVED + 2 * C + j), shift = *(F_ *)(SAVED + 3 * C + j);            \
             for (int64_t r = b; r < end; r++) {                                                  \
+                soon((X) + r * C + j);                                                           \
+                soon(Y + r * C + j);                                                             \
+                if (PLUS) soon(PLUS + r * C + j);                                                \
                 F v = scale * LOAD((X) + r * C + j) + shift;                                     \
                 if (RELU == BEFORE) v = only(v, ~(U)(v < 0));                                    \
                 if (PLUS) v += LOAD(PLUS + r * C + j);                                           \
@@ -106,6 +110,8 @@ enum { BEFORE = 1, AFTER = 2 }; /* where ReLU is, if anywhere */
                     int64_t r = b;                                                               \
                     for (; r + 4 <= end; r += 4)                                                 \
                         for (int k = 0; k < 4; k++) {                                            \
+                            soon(x + (r + k) * c + j);                                           \
+                            soon(dy + (r + k) * c + j);                                          \
                             F v = LOAD(x + (r + k) * c + j), g = LOAD(dy + (r + k) * c + j);     \
                             PASSED(g, r + k, LOAD)                                               \
                             s[k] += g;                                                           \
@@ -131,6 +137,9 @@ enum { BEFORE = 1, AFTER = 2 }; /* where ReLU is, if anywhere */
                     F scale = *(F_ *)(saved + 2 * c + j), shift = *(F_ *)(saved + 3 * c + j);    \
                     F m = *(F_ *)(slope + j), o = *(F_ *)(offset + j);                           \
                     for (int64_t r = b; r < end; r++) {                                          \
+                        soon(x + r * c + j);                                                     \
+                        soon(dy + r * c + j);                                                    \
+                        soon(dx + r * c + j);                                                    \
                         F v = LOAD(x + r * c + j), g = LOAD(dy + r * c + j);                     \
                         PASSED(g, r, LOAD)                                                       \
                         F d = scale * g + (m * v + o);                                           \

@@ -8,12 +8,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* What lies here in the next block will be needed: asked for row by row, among the products, it
-   comes while they are computed. */
-INLINE void ahead(const uint16_t *p, int64_t columns) {
-    __builtin_prefetch(p + BLOCK * columns, 0, 2);
-}
-
 /* A tile of sums over the c channels of a. */
 INLINE void sums_of(F sum[][TALL][WIDE], const uint16_t *a, int64_t c, const uint16_t *w, int64_t n,
                     int tall, int wide) {
@@ -31,8 +25,8 @@ INLINE void product(const uint16_t *a, const uint16_t *w, const uint16_t *plus, 
     put(sum[0], plus, y, n, tall, wide);
 #pragma GCC unroll 16
     for (int r = 0; r < tall; r++) {
-        ahead(y + r * n, n);
-        if (plus) ahead(plus + r * n, n);
+        soon(y + r * n);
+        if (plus) soon(plus + r * n);
     }
 }
 
@@ -106,8 +100,8 @@ INLINE void gradient(const uint16_t *dy, const uint16_t *w, const uint16_t *x, u
     put_pairs(sum[0], a, wide * LANES, tall, wide);
 #pragma GCC unroll 16
     for (int r = 0; r < tall; r++) {
-        ahead(x + r * c, c);
-        ahead(g + r * c, c);
+        soon(x + r * c);
+        soon(g + r * c);
     }
 }
 

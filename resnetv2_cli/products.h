@@ -262,6 +262,7 @@ static void lay_pairs(const uint16_t *rows, uint16_t *to, int64_t many, int64_t 
 /* a of a row; saved: of BN, [5][c] of mean, 1 / std, scale, shift and least. */
 INLINE void activate(const uint16_t *x, const float *saved, uint16_t *a, int64_t c, int wide) {
     F z[WIDE];
+    soon(x);
     for (int v = 0; v < wide; v++) {
         const float *of = saved + v * LANES;
         F u = load_float(of + 2 * c) * load_bf16(x + v * LANES) + load_float(of + 3 * c);
@@ -357,13 +358,15 @@ INLINE void moments(const uint16_t *x, const float *origin, double *sums, int64_
                     int wide) {
     F s[4], q[4];
     for (int v = 0; v < wide; v++) s[v] = q[v] = (F){0};
-    for (int64_t r = 0; r < rows; r++)
+    for (int64_t r = 0; r < rows; r++) {
+        for (int v = 0; v < wide; v += 2) soon(x + r * c + v * LANES);
 #pragma GCC unroll 4
         for (int v = 0; v < wide; v++) {
             F d = load_bf16(x + r * c + v * LANES) - load_float(origin + v * LANES);
             s[v] += d;
             q[v] += d * d;
         }
+    }
     widen_both(sums, s, q, c, wide);
 }
 
@@ -394,6 +397,9 @@ static void normalized(uint16_t *dx, const uint16_t *x, const uint16_t *plus, co
     for (int64_t r = first; r < last; r++)
         for (int64_t j = 0; j < c; j += LANES) {
             int64_t i = r * c + j;
+            soon(x + i);
+            soon(dx + i);
+            if (plus) soon(plus + i);
             F v = load_float(scale + j) * load_bf16(dx + i) +
                   (load_float(slope + j) * load_bf16(x + i) + load_float(offset + j));
             store_bf16(dx + i, plus ? v + load_bf16(plus + i) : v);

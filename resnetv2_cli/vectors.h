@@ -15,6 +15,7 @@
 #define LANES 16
 #define BLOCK 64 /* rows between additions to the sums in double */
 #define MOST 4096 /* channels */
+#define AHEAD 8192 /* bytes */
 
 typedef float F __attribute__((vector_size(64)));
 typedef uint32_t U __attribute__((vector_size(64)));
@@ -22,6 +23,10 @@ typedef uint16_t H __attribute__((vector_size(32)));
 typedef float F_ __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t U_ __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t H_ __attribute__((vector_size(32), aligned(2)));
+
+/* What lies a little behind a place will be needed: asked for here, it comes from memory while what
+   is at hand is computed. */
+static inline void soon(const void *p) { __builtin_prefetch((const char *)p + AHEAD, 0, 2); }
 
 static inline F load_bf16(const uint16_t *p) {
     return (F)(__builtin_convertvector(*(const H_ *)p, U) << 16);
