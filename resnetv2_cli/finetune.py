@@ -11,12 +11,27 @@ from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import form
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.flags import typed
+from resnetv2_cli.flags import of_panels, typed
 from resnetv2_cli.resnet import default_option
 from resnetv2_cli.task import Classification
 from resnetv2_cli.weightfile import find, sha256
 
 HEAD = "net.head.fc."
+
+
+def network_of(path: Path) -> dict[str, Any]:
+    """The network that weights are of, setting by setting, but for how it was initialized; nothing
+    where the file names none.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
+    saved = read(find(path))
+    if "experiment" not in saved:
+        return {}
+    theirs = checkpoints.experiment_of(saved)
+    network = {name: getattr(theirs, name) for name in of_panels("Network") if name != "init"}
+    return network | {"block": theirs.block_, "stem": theirs.stem_}
 
 
 def begin(task: Classification) -> list[str]:

@@ -207,7 +207,7 @@ def default_block(depth: int, stem: str) -> str:
         if depth not in IMAGENET:
             raise UserError(
                 f"no ImageNet network has {depth} layers",
-                f"the depths are {', '.join(map(str, IMAGENET))}",
+                f"--depth {', '.join(map(str, IMAGENET))}; other depths take --stem cifar",
             )
         return IMAGENET[depth][0]
     wide = fits(depth, "bottleneck")

@@ -56,6 +56,23 @@ def test_all_is_taken_where_the_classes_are_the_same(trained):
     assert lines[0].startswith(f"weights: {len(now)} of {len(now)} tensors")
 
 
+def test_the_network_is_that_of_the_weights_unless_it_is_said(trained, tmp_path, here):
+    given = ["--weights", trained, "--dataset", "digits", "--stem", "cifar"]
+    lines = here("show", *given, "--init", "fan_in").stdout.splitlines()
+    assert {"depth: 8  # weights", "block: basic  # weights", "stem: cifar  # flag"} <= {*lines}
+    assert "init: fan_in  # flag" in lines
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"depth: 20\nweights: {trained}\n")
+    assert "depth: 20  # file" in here("show", "--config", recipe).stdout
+    here("train", *given, "--steps", 1, "--output", tmp_path / "run", "--precision", "32-true")
+    assert RunFolder(tmp_path / "run").manifest.read()["settings"]["depth"]["from"] == "weights"
+    assert json.loads(here("describe", *given, "--json").stdout)["depth"] == 8
+    other = [*given, "--unit", "original"]
+    for command in (["train"], ["analyze", "--topic", "forward"], ["verify-resume"]):
+        said = here(*command, *other, status=2, cwd=tmp_path).stderr
+        assert "another architecture: unit full-preact there, unit original here" in said
+
+
 def test_other_classes_get_a_new_classifier_and_the_normalization_of_the_weights(
     trained, own_folder
 ):

@@ -8,7 +8,7 @@ import typer
 
 from resnetv2_cli import console
 from resnetv2_cli.analysis.topics import TOPICS
-from resnetv2_cli.commands.app import Config, Json, app
+from resnetv2_cli.commands.app import Config, Json, app, of_weights
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError, unknown
 from resnetv2_cli.flags import with_flags
@@ -68,7 +68,8 @@ def analyze(
         if checkpoint and value:
             hint = "it has its own, and names network and images by itself"
             raise UserError(f"a checkpoint takes no --{flag}", hint)
-    experiment = Experiment() if checkpoint else Experiment.load(config, **flags)
+    network = {} if checkpoint else of_weights(config, flags)
+    experiment = Experiment() if checkpoint else Experiment.load(config, **network, **flags)
     from resnetv2_cli import source
     from resnetv2_cli.analysis import study, subject
 

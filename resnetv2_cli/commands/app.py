@@ -1,9 +1,14 @@
 """The application that every command joins, and the options that several of them have."""
 
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.recipes import asked_for
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,3 +27,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 Format = Annotated[
     Literal["table", "json", "csv", "md"], typer.Option("--format", help="How results are shown.")
 ]
+
+
+def of_weights(config: Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The network of the weights that a config or flags begin with, as far as these do not say
+    themselves what it is.
+
+    Raises:
+        UserError: there are no such weights, or what is asked for is mistaken.
+    """
+    asked = asked_for(config, flags, [f.name for f in fields(Experiment)])
+    if not asked.get("weights"):
+        return {}
+    from resnetv2_cli.finetune import network_of
+
+    network = network_of(Path(str(asked["weights"])))
+    return {name: value for name, value in network.items() if name not in asked}

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from resnetv2_cli import console, paper, plans
-from resnetv2_cli.commands.app import Config, Json, app
+from resnetv2_cli.commands.app import Config, Json, app, of_weights
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS, known_classes
 from resnetv2_cli.flags import with_flags
@@ -59,7 +59,7 @@ def describe(
     **flags: Any,
 ) -> None:
     """Show a network's units, equations, shapes, parameters and multiply-adds."""
-    experiment = Experiment.load(config, **flags)
+    experiment = Experiment.load(config, **of_weights(config, flags), **flags)
     from resnetv2_cli.describe import describe as described
     from resnetv2_cli.describe import skeleton
 
@@ -161,4 +161,6 @@ def headline(config: Path) -> str:
 def show(config: Config = None, **flags: Any) -> None:
     """Show the experiment that a config and flags make, and where values came from that are no
     defaults, without running it."""
-    print(annotated(Experiment.load(config, **flags), origins(config, flags)), end="")
+    network = of_weights(config, flags)
+    came = origins(config, flags) | dict.fromkeys(network, "weights")
+    print(annotated(Experiment.load(config, **network, **flags), came), end="")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from resnetv2_cli import console, paper, trust
-from resnetv2_cli.commands.app import Config, Json, app
+from resnetv2_cli.commands.app import Config, Json, app, of_weights
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import Stopped, UserError
@@ -67,7 +67,8 @@ def train(
             "--micro-batch sets --accumulate, which is settled", "leave one of them out"
         )
     begun = resume or (output if begun_or_not and output and RunFolder(output).begun else None)
-    experiment = None if begun else Experiment.load(config, **flags)
+    network = {} if begun else of_weights(config, flags)
+    experiment = None if begun else Experiment.load(config, **network, **flags)
     from resnetv2_cli import cluster, machine, run
     from resnetv2_cli.display import Display
     from resnetv2_cli.manifest import origins
@@ -102,7 +103,7 @@ def train(
                 resume=bool(begun),
                 seconds=budget,
                 display=[Display(console.err)],
-                origins=origins(config, flags),
+                origins=origins(config, flags) | dict.fromkeys(network, "weights"),
                 tell=console.note,
                 meeting=meeting,
             )

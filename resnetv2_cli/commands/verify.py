@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from resnetv2_cli import console
-from resnetv2_cli.commands.app import Config, Json, app
+from resnetv2_cli.commands.app import Config, Json, app, of_weights
 from resnetv2_cli.flags import with_flags
 from resnetv2_cli.quantities import NONE
 
@@ -31,7 +31,7 @@ def verify_resume(
     """
     from resnetv2_cli.verify import short, verify
 
-    experiment = short(config, flags)
+    experiment = short(config, of_weights(config, flags) | flags)
     with tempfile.TemporaryDirectory(prefix="resnetv2-verify-") as root:
         made = verify(experiment, Path(root), kills, console.note, moments)
     exact = all(not row[part] for row in made for part in row if part not in WORDS)
