@@ -85,7 +85,7 @@ def other(path: Path) -> UserError | None:
     if kind in PROGRAMS or "experiment" in about:
         hint = "name the checkpoint that it was made from"
         if kind not in PROGRAMS and about.get("folded") == "[]":
-            hint += "; train --weights takes this file too"
+            hint += "; train --weights and predict take this file too"
         return UserError(f"{path} was exported from a checkpoint, and is none", hint)
     if kind in WEIGHTS:
         hint = "resnetv2 import makes one of another code base's weights"

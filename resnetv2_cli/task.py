@@ -332,9 +332,12 @@ class Classification(L.LightningModule):
     def _evaluate(self, batch: Batch) -> None:
         self.counted.update(self.look(batch.images), batch.labels)
 
-    def _evaluated(self) -> None:
+    def _evaluated(self, split: str) -> None:
         self.scores = self.counted.compute() | {"step": self.global_step}
         self.counted.reset()
+        # For callbacks that watch them; the tool's own write what loggers get.
+        told = {f"{split}_{name}": self.scores[name] for name in ("error", "top5_error", "loss")}
+        self.log_dict(told, logger=False, sync_dist=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch)
@@ -343,10 +346,10 @@ class Classification(L.LightningModule):
         self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
-        self._evaluated()
+        self._evaluated("val")
 
     def on_test_epoch_end(self) -> None:
-        self._evaluated()
+        self._evaluated("test")
 
     def configure_optimizers(self) -> Any:
         optimizer = sgd(self.net, self.experiment)

@@ -140,6 +140,31 @@ def test_a_file_is_checked_on_the_test_images_and_has_its_card(trained, tmp_path
     assert says["input"]["shape"] == ["N", 3, 32, 32] and says["input"]["range"] == [0, 1]
 
 
+@pytest.mark.parametrize("format", formats.FORMATS)
+def test_the_script_of_a_card_has_the_logits_of_the_network(trained, tmp_path, monkeypatch, format):
+    path = trained / "checkpoints" / "last.ckpt"
+    made = study.export(path, format, tmp_path / f"net{formats.FORMATS[format].suffix}", None, None)
+    monkeypatch.chdir(tmp_path)
+    [script] = re.findall(r"```python\n(.*?)```", made.card.read_text(), re.DOTALL)
+    images = torch.rand(3, 3, 32, 32)
+    names = {"images": images.numpy() if format == "onnx" else images}
+    with torch.inference_mode():
+        exec(script, names)
+        wanted = network(path, precision="32-true")(255 * images.permute(0, 2, 3, 1))
+    torch.testing.assert_close(torch.as_tensor(names["logits"]), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_card_of_folded_weights_reads_them(trained, tmp_path, monkeypatch):
+    path = trained / "checkpoints" / "last.ckpt"
+    made = study.export(path, "safetensors", tmp_path / "net.safetensors", True, None)
+    monkeypatch.chdir(tmp_path)
+    [script] = re.findall(r"```python\n(.*?)```", made.card.read_text(), re.DOTALL)
+    exec(script, names := {})
+    assert all(isinstance(w, torch.Tensor) for w in names["weights"].values())
+    with pytest.raises(UserError, match="folded"):
+        network(made.file)
+
+
 def unpacked(file: Path) -> bytes:
     """All bytes of a file; of a zip those of its members."""
     if not zipfile.is_zipfile(file):

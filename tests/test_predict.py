@@ -10,7 +10,9 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save
 
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import folder, images
@@ -135,6 +137,16 @@ def test_the_network_is_the_checkpoints_own(trained, here):
     """Another layout of it would compute something else, and say nothing."""
     done = here("predict", trained, "a.png", "--layout", "fb", status=2)
     assert "No such option: --layout" in done.stderr
+
+
+def test_an_export_of_the_weights_sees_what_the_checkpoint_sees(trained, digits, tmp_path, here):
+    file, to = sorted(digits[0].iterdir())[0], tmp_path / "net.safetensors"
+    here("export", trained, "--format", "safetensors", "-o", to)
+    of_both = [here("predict", of, file, "--format", "jsonl").stdout for of in (trained, to)]
+    assert of_both[0] == of_both[1] and "predictions" in of_both[0]
+    to.write_bytes(save({"net.stem.conv.weight": torch.zeros(16, 3, 3, 3)}))
+    said = here("predict", to, file, status=2).stderr
+    assert "it holds weights alone" in said and "resnetv2 import" in said
 
 
 def test_a_folder_without_images_is_a_mistake(trained, tmp_path, here):

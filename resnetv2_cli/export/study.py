@@ -24,12 +24,16 @@ from resnetv2_cli.weightfile import sha256
 
 USE = {  # of each format: how it is run on images (N, 3, size, size), 0 to 1
     "safetensors": "# resnetv2 train --weights FILE trains on from it\n"
-    "from safetensors.torch import load_file\n\nweights = load_file({file!r})",
+    "from pathlib import Path\n\nfrom resnetv2_cli.inference import network\n\n"
+    "logits = network(Path({file!r}))(255 * images.permute(0, 2, 3, 1))",
     "onnx": "import onnxruntime\n\nsession = onnxruntime.InferenceSession({file!r})\n"
     'logits = session.run(["logits"], {{"images": images}})[0]',
     "torch-export": "import torch\n\nnet = torch.export.load({file!r}).module()\n"
     "logits = net(images)",
 }
+FOLDED = (  # weights alone, which no network here has: how they are read
+    "from safetensors.torch import load_file\n\nweights = load_file({file!r})"
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def export(
     to = output or (run.path if run else path.parent) / "export" / f"{path.stem}{row.suffix}"
     model, folded = exported(task, row.fold if fold is None else fold)
     view = view_of(task.experiment, task.normalize)._replace(ten=False)
+    use = FOLDED if folded and format == "safetensors" else USE[format]
     agreement = written(task, model, format, view, to, metadata(saved, trained, folded, view))
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in task.net.modules())
     size = to.stat().st_size
@@ -82,7 +87,7 @@ def export(
         sha256=sha256(to),
         check=str(agreement),
         preprocessing=preprocessing(view),
-        use=USE[format].format(file=to.name),
+        use=use.format(file=to.name),
     )
     beside = to.with_name(to.name + ".md")
     write_text(beside, card(facts))
