@@ -71,6 +71,12 @@ def rows_of(x: Tensor) -> tuple[int, int]:
     return n * h * w, c
 
 
+def spread(plus: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What is added, in the shape of the sum, as PyTorch's addition takes it: a shortcut of one's
+    own may carry one number a channel. Who has that shape is itself, with what it remembers."""
+    return plus if plus.shape == shape else plus.expand(shape)
+
+
 def _activated(x: Tensor, saved: Tensor, where: int) -> Tensor:
     y = torch.empty_like(x)
     _call("again", x.dtype, [x, y, saved], *rows_of(x), where, torch.get_num_threads())
@@ -161,10 +167,10 @@ def bn_sum(x: Tensor, plus: Tensor, norm: nn.BatchNorm2d, where: int) -> Tensor:
     """BN(x) + plus by ``kernels.c``, which x ``fits``; with ReLU on BN(x) (``BEFORE``), on the sum
     (``AFTER``), or ``NOWHERE``.
 
-    Shape: (N, C, H, W) each -> (N, C, H, W).
+    Shape: x (N, C, H, W), plus the same or broadcast to it -> (N, C, H, W).
     """
     norm.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
-    return _Compiled.apply(x, plus, norm.weight, norm.bias, norm, where)
+    return _Compiled.apply(x, spread(plus, x.shape), norm.weight, norm.bias, norm, where)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from resnetv2_cli import native
-from resnetv2_cli.fused import LANES, fits, made_again, pack, remember, unpack
+from resnetv2_cli.fused import LANES, fits, made_again, pack, remember, spread, unpack
 
 LAST = torch.channels_last
 MOST = 2**17  # weights; PyTorch's own is as fast from 2**18 on, where they no longer lie in a cache
@@ -229,8 +229,10 @@ def bn_relu_conv(
 
     Who goes on with the x that comes out saves the addition of two gradients.
 
-    Shape: x (N, c_in, H, W), plus (N, c_out, H, W) -> y (N, c_out, H, W), x.
+    Shape: x (N, c_in, H, W), plus (N, c_out, H, W) or broadcast to it -> y (N, c_out, H, W), x.
     """
+    if plus is not None:
+        plus = spread(plus, (len(x), conv.out_channels, *x.shape[2:]))
     if norm is None:
         return _Joined.apply(x, plus, None, None, conv.weight, None, relu)
     if not norm.training:

@@ -183,6 +183,27 @@ def test_nor_by_a_shortcut(monkeypatch):
     assert distance(again[0], kept[0]) < 1e-4 and distance(again[1], kept[1]) < 1e-3
 
 
+class Pooled(Shortcut):
+    """The mean of x over the image, at every pixel, + F(x)."""
+
+    def __init__(self, c_in, c_out, stride, carry):
+        carry = nn.Sequential(carry, nn.AdaptiveAvgPool2d(1))
+        super().__init__(c_in, c_out, stride, carry)
+
+
+@needs_gcc
+@pytest.mark.parametrize("unit", ["original", "full-preact"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_a_shortcut_carries_is_added_at_every_pixel(unit, mixed, monkeypatch):
+    """By the operations that add as they write as by PyTorch's, whose addition broadcasts."""
+    monkeypatch.setitem(sys.modules["resnetv2_cli.shortcuts"].SHORTCUTS, "pooled", Pooled)
+    net = ResNet(8, unit=unit, shortcut="pooled")
+    exact = trained_step(copy.deepcopy(net).double(), "eager")
+    eager, found = (trained_step(net, mode, mixed=mixed) for mode in ("eager", "compiled"))
+    for i in (0, 1):
+        assert distance(found[i], exact[i]) < 1.3 * distance(eager[i], exact[i]) + 1e-3
+
+
 @needs_gcc
 @pytest.mark.parametrize("name", ["gelu", "relu"])
 def test_bn_and_something_else_than_relu_is_not_bn_and_relu(name):
