@@ -61,18 +61,24 @@ class Activation(nn.Sequential):
 
 def plain(norm: nn.Module | None) -> bool:
     """Whether this is BN as it is here in training: not one that synchronizes processes, averages
-    wholly, or stands still."""
+    wholly, learns no scale, or stands still."""
     return (
         type(norm) is nn.BatchNorm2d
         and norm.training
         and norm.momentum is not None
+        and norm.affine
         and norm.track_running_stats
     )
 
 
 def still(norm: nn.Module | None) -> bool:
-    """Whether this is BN that goes by its running statistics."""
-    return type(norm) is nn.BatchNorm2d and not norm.training and norm.track_running_stats
+    """Whether this is BN with a scale that goes by its running statistics."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and not norm.training
+        and norm.affine
+        and norm.track_running_stats
+    )
 
 
 def watched(*modules: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from compiled import distance, needs_gcc, trained_step
+from compiled import MODES, distance, needs_gcc, trained_step
 from conftest import SMALL
 from torch import nn
 
@@ -20,7 +20,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.describe import Uncounted, describe
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.export import fold
-from resnetv2_cli.layers import Activation
+from resnetv2_cli.layers import Activation, Branch, conv
 from resnetv2_cli.machine import memory_line
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.shortcuts import Shortcut
@@ -213,6 +213,20 @@ def test_bn_and_something_else_than_relu_is_not_bn_and_relu(name):
     act.compiled = True
     torch.testing.assert_close(act(x), expected)
     assert act.norm is None and not Activation(OrderedDict(relu=nn.GELU())).bare
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", ["compiled", "forget"])
+def test_bn_that_learns_no_scale_is_pytorchs(mode, training):
+    norm = nn.BatchNorm2d(16, affine=False)
+    act = Activation(OrderedDict(bn=norm, relu=nn.ReLU()))
+    branch = Branch(OrderedDict(act=act, conv=conv(16, 16, 1)))
+    branch.to(memory_format=torch.channels_last).train(training)
+    x = torch.randn(4, 16, 8, 8).bfloat16().to(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = branch(x)
+        branch.compiled, (act.compiled, act.forget) = True, MODES[mode]
+        assert torch.equal(branch(x), expected)
 
 
 @pytest.mark.parametrize("cls, name", [("Named", "act1"), ("Last", "last")])
