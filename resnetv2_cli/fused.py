@@ -23,13 +23,15 @@ Kept = Tensor | Callable[[], Tensor]
 
 
 def fits(x: Tensor, norm: nn.BatchNorm2d | None) -> bool:
-    """Whether the compiled functions can take x: on a CPU, channels last, bf16 or float32.
+    """Whether the compiled functions can take x: on a CPU, not empty, channels last, bf16 or
+    float32.
 
     On the meta device, where memory is counted, layout and the weights' type do not matter.
     """
     lies = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
     return (
-        (x.is_meta or (lies and (norm is None or norm.weight.dtype == torch.float32)))
+        x.numel() > 0
+        and (x.is_meta or (lies and (norm is None or norm.weight.dtype == torch.float32)))
         and native.kind_of(x.dtype) is not None
         and x.shape[1] % LANES == 0
         and x.shape[1] <= MOST

@@ -243,12 +243,12 @@ def _shape(x: Tensor, w: Tensor, numbers: int = NUMBERS) -> dict[str, Any]:
 
 
 def joins(x: Tensor, norm: Any, conv: Any) -> bool:
-    """Whether these functions can take x: channels that are powers of two."""
+    """Whether these functions can take x: some images, of channels that are powers of two."""
     sides = (conv.in_channels, conv.out_channels)
     return (
         x.is_contiguous(memory_format=torch.channels_last)
         and all(16 <= c <= 256 and c & (c - 1) == 0 for c in sides)
-        and x.numel() // conv.in_channels * max(sides) < LARGEST
+        and 0 < x.numel() // conv.in_channels * max(sides) < LARGEST
         and (norm is None or norm.weight.dtype == torch.float32)
     )
 

@@ -170,6 +170,13 @@ def test_what_is_not_a_number_stays_none(dtype):
     assert y[:, 3].isnan().all() and not y[:, :3].isnan().any()
 
 
+def test_no_image_is_none():
+    act = activation("bn relu", 16)
+    act.compiled = True
+    x = torch.empty(0, 16, 4, 4).to(memory_format=LAST)
+    assert act(x).shape == x.shape and not fused.fits(x, act.bn)
+
+
 def test_who_watches_a_module_sees_it_run():
     act, ran = activation("bn relu", 16), []
     act.compiled = act.forget = True

@@ -162,6 +162,8 @@ def unfit(name):
         x = x.float()
     elif name == "channels first":
         x = x.contiguous()
+    elif name == "no image":
+        x = x[:0]
     elif name == "strided":
         layer = conv(32, 16, 1, stride=2)
     elif name == "5x5":
@@ -186,7 +188,7 @@ def unfit(name):
 
 
 @pytest.mark.parametrize("name", [
-    "float32", "channels first", "strided", "5x5", "with a bias",
+    "float32", "channels first", "no image", "strided", "5x5", "with a bias",
     "a 3x3 on a width of 4", "without a border", "an image too large", "odd outputs", "grouped",
     "weights of bf16", "too many weights",
 ])  # fmt: skip
