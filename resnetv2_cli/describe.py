@@ -1,7 +1,7 @@
 """What a network is made of, layer by layer, counted without computing anything."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from resnetv2_cli.anatomy import kinds
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import side
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.fused import ONE_VALUE
 from resnetv2_cli.paper import TABLES, percent, published
 from resnetv2_cli.resnet import ResNet, default_option
 from resnetv2_cli.shortcuts import settings_of, shortcut_class
@@ -45,6 +46,30 @@ def skeleton(experiment: Experiment, classes: int = CLASSES) -> ResNet:
     """The network on the meta device: shapes and names, no memory and no weights."""
     with torch.device("meta"):
         return ResNet(**experiment.architecture, classes=classes)
+
+
+def refuse_one_value(experiment: Experiment, iteration: int) -> None:
+    """Where ``iteration`` takes one image at a time.
+
+    Raises:
+        UserError: BN has one value per channel of it, and so no variance; code of one's own that
+            cannot be counted is found out as it trains.
+    """
+    net = skeleton(experiment).train()
+    for name in experiment.freeze_:
+        net.part(name).eval()
+    size = side(experiment.dataset, experiment.stem_)
+    with suppress(Uncounted), torch.no_grad(), counting(experiment):
+        try:
+            net(torch.empty(1, 3, size, size, device="meta"))
+        except ValueError as error:
+            if not str(error).startswith(ONE_VALUE):
+                raise
+            raise UserError(
+                f"iteration {iteration} trains on one image at a time, of which BN has one value "
+                "per channel, and so no variance",
+                "use another --batch-size, or larger micro-batches; several devices can --sync-bn",
+            ) from None
 
 
 def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from resnetv2_cli import native
 
 LANES, MOST = 16, 4096  # channels: a multiple of the first, at most the second (kernels.c)
 NOWHERE, BEFORE, AFTER = 0, 1, 2  # where ReLU is: before or after the addition (kernels.c)
+ONE_VALUE = "Expected more than 1 value per channel when training"  # PyTorch's words
 _AGAIN = "_resnetv2_again"  # on a tensor: the function that makes it again, and its version
 Kept = Tensor | Callable[[], Tensor]
 
@@ -152,6 +153,18 @@ class _Plain(torch.autograd.Function):
         return *gradients, None, None
 
 
+def count(x: Tensor, norm: nn.BatchNorm2d) -> None:
+    """Another batch has passed BN.
+
+    Raises:
+        ValueError: as PyTorch's BN: a variance of one value is none, and would stay in the running
+            statistics.
+    """
+    if rows_of(x)[0] == 1:
+        raise ValueError(f"{ONE_VALUE}, got input size {x.shape}")
+    norm.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
+
+
 def bn_relu(x: Tensor, norm: nn.BatchNorm2d, relu: bool, compiled: bool) -> Tensor:
     """BN with the batch's statistics, counted in the running ones, and then ReLU if ``relu``.
 
@@ -159,7 +172,7 @@ def bn_relu(x: Tensor, norm: nn.BatchNorm2d, relu: bool, compiled: bool) -> Tens
 
     Shape: (N, C, H, W) -> (N, C, H, W).
     """
-    norm.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
+    count(x, norm)
     if compiled:
         return _Compiled.apply(x, None, norm.weight, norm.bias, norm, BEFORE if relu else NOWHERE)
     return _Plain.apply(x, norm.weight, norm.bias, norm, relu)
@@ -171,7 +184,7 @@ def bn_sum(x: Tensor, plus: Tensor, norm: nn.BatchNorm2d, where: int) -> Tensor:
 
     Shape: x (N, C, H, W), plus the same or broadcast to it -> (N, C, H, W).
     """
-    norm.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
+    count(x, norm)
     return _Compiled.apply(x, spread(plus, x.shape), norm.weight, norm.bias, norm, where)
 
 

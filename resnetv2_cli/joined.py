@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from resnetv2_cli import native
-from resnetv2_cli.fused import LANES, fits, made_again, pack, remember, spread, unpack
+from resnetv2_cli.fused import LANES, count, fits, made_again, pack, remember, spread, unpack
 
 LAST = torch.channels_last
 MOST = 2**17  # weights; PyTorch's own is as fast from 2**18 on, where they no longer lie in a cache
@@ -237,7 +237,7 @@ def bn_relu_conv(
         return _Joined.apply(x, plus, None, None, conv.weight, None, relu)
     if not norm.training:
         return _added(x, _running(norm), conv.weight, plus), x
-    norm.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
+    count(x, norm)
     return _Joined.apply(x, plus, norm.weight, norm.bias, conv.weight, norm, True)
 
 

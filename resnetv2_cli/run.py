@@ -19,7 +19,7 @@ from resnetv2_cli.cluster import Meeting
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.csvlog import CSVMetrics
 from resnetv2_cli.data.module import ImageData, view_of
-from resnetv2_cli.describe import parameters
+from resnetv2_cli.describe import parameters, refuse_one_value
 from resnetv2_cli.errors import Diverged, UserError
 from resnetv2_cli.files import seal_of
 from resnetv2_cli.finetune import begin, refuse_another_architecture
@@ -170,6 +170,9 @@ def _train(
         default_root_dir=folder.path,
     )
     data.refuse_few(trainer.world_size)
+    alone = data.one_at_a_time(trainer.world_size)
+    if alone and not (e.sync_bn and trainer.world_size > 1):
+        refuse_one_value(e, alone)
     last, step = _found(task, data, folder, tell) if resume else (None, 0)
     if last is None:
         for line in begin(task):

@@ -157,6 +157,21 @@ def test_a_process_without_an_image_is_refused_in_every_process():
     assert len(data(1, 2, val=2).val_dataloader()) == 1
 
 
+@pytest.mark.parametrize(
+    "given, devices, first",
+    [
+        ({"batch_size": 2, "accumulate": 2}, 1, 1),
+        ({"batch_size": 7, "accumulate": 2}, 2, 1),
+        ({"batch_size": 4}, 1, 360),  # 1437 images: one is left
+        ({"batch_size": 4, "steps": 359}, 1, None),
+        ({"batch_size": 4}, 2, None),  # which joins the batch before it
+        ({"batch_size": 5}, 1, None),
+    ],
+)
+def test_the_first_iteration_of_one_image_at_a_time_is_known(given, devices, first):
+    assert data(**{"steps": 1000, **given}).one_at_a_time(devices) == first
+
+
 def test_the_test_images_are_never_augmented():
     for batch in data().test_dataloader():
         assert batch.views is None

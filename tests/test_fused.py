@@ -170,6 +170,19 @@ def test_what_is_not_a_number_stays_none(dtype):
     assert y[:, 3].isnan().all() and not y[:, :3].isnan().any()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_one_value_a_channel_is_refused_as_pytorch_does(mode):
+    """It has no variance, and what has none would stay in the running statistics."""
+    act, x = activation("bn relu", 16), torch.randn(1, 16, 1, 1).to(memory_format=LAST)
+    act.compiled, act.forget = MODES[mode]
+    with pytest.raises(ValueError, match=r"more than 1 value .*, got input size .*\[1, 16, 1, 1\]"):
+        act(x)
+    assert act.bn.running_var.isfinite().all()
+    if mode == "compiled":
+        with pytest.raises(ValueError, match="more than 1 value"):
+            fused.bn_sum(x, x, act.bn, fused.BEFORE)
+
+
 def test_no_image_is_none():
     act = activation("bn relu", 16)
     act.compiled = True

@@ -154,6 +154,13 @@ def test_what_is_not_a_number_stays_none():
     assert y.isnan().all()  # the channel's mean is none, and every output sums over it
 
 
+def test_one_value_a_channel_is_refused_as_pytorch_does():
+    norm, weights, x, *_ = example(16, 16, (1, 1, 1), False)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        bn_relu_conv(x, None, norm, True, weights)
+    assert norm.running_var.isfinite().all()
+
+
 def test_only_what_learns_has_a_gradient():
     norm, weights, x, plus, dy, _ = example(32, 16, (2, 4, 4), True)
     weights.weight.requires_grad_(False)

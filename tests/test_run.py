@@ -18,6 +18,7 @@ from rich.console import Console
 from resnetv2_cli import callbacks, display, run
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
+from resnetv2_cli.describe import refuse_one_value
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 from resnetv2_cli.task import Classification
 
@@ -201,6 +202,18 @@ def test_processes_started_together_choose_no_folder_each(monkeypatch, here, env
         monkeypatch.setenv(name, value)
     done = here("train", *SMALL, "--steps", 1, status=2)
     assert "2 processes were started together" in done.stderr
+
+
+@pytest.mark.parametrize("kernels", ["auto", "eager"])
+def test_one_image_of_which_bn_has_one_value_is_refused(here, tmp_path, kernels):
+    """Behind the stem of ImageNet 32x32 pixels become one; behind CIFAR's they are 8x8."""
+    flags = ["--dataset", "digits", "--batch-size", 2, "--accumulate", 2, "--kernels", kernels]
+    imagenet = ["--stem", "imagenet", "--depth", 18, "--output", tmp_path / "run"]
+    done = here("train", *flags, *imagenet, status=2)
+    assert "error: iteration 1 trains on one image at a time, of which BN has one" in done.stderr
+    assert "hint: use another --batch-size, or larger micro-batches" in done.stderr
+    assert not (tmp_path / "run").exists()
+    refuse_one_value(Experiment(dataset="digits", depth=8), 1)
 
 
 def test_a_training_reads_its_images_once(monkeypatch, tmp_path):

@@ -310,6 +310,15 @@ class ImageData(L.LightningDataModule):
         for split in (self.val, self.test) if self.experiment.val else (self.test,):
             refuse_unshared(split, processes)
 
+    def one_at_a_time(self, processes: int) -> int | None:
+        """The first iteration in which one of so many processes takes one image at a time."""
+        schedule = self._shared(0, processes)  # whose parts are rounded down
+        for number in (1, min(self.experiment.steps, schedule.steps_per_epoch)):
+            part = schedule.parts(number - 1)[0]
+            if part.stop - part.start == 1:
+                return number
+        return None
+
     def _schedule(self) -> Schedule:
         trainer = self.trainer
         ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, self.processes)
