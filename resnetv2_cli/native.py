@@ -12,8 +12,10 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -56,41 +58,52 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _compiler() -> tuple[str, str]:
-    """gcc, and its version."""
-    found = shutil.which(os.environ.get("CC") or "gcc")
+def _compiler() -> tuple[list[str], str]:
+    """gcc, as it is called, and its version."""
+    name, *words = os.environ.get("CC", "").split() or ["gcc"]
+    found = shutil.which(name)
     if platform.system() != "Linux" or not found:
         raise _Unfit("no gcc")
-    told = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=PATIENCE)
+    command = [found, *words]
+    told = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=PATIENCE)
     if "Free Software Foundation" not in told.stdout:  # another's threads would fight PyTorch's
-        raise _Unfit(f"{found} is not gcc")
-    return found, told.stdout.splitlines()[0]
+        raise _Unfit(f"{' '.join(command)} is not gcc")
+    return command, told.stdout.splitlines()[0]
 
 
-def _built() -> Path:
-    """The library's file, compiled unless it is there."""
+def _loaded() -> ctypes.CDLL:
+    """The library, compiled unless its file is there and whole."""
     compiler, version = _compiler()
     texts = [file.read_text() for file in (*HEADERS, *SOURCES)]
-    parts = [*texts, *FLAGS, version, _processor()]
+    parts = [*texts, *compiler[1:], *FLAGS, version, _processor()]
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    folder = files.cache()
-    file = folder / f"kernels-{name}.so"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}{files.PARTIAL}")
-        command = [compiler, *FLAGS, *map(str, SOURCES), "-o", str(partial), "-lm"]
+    file = files.cache() / f"kernels-{name}.so"
+    with suppress(OSError):
+        return ctypes.CDLL(str(file))
+    _build(compiler, file)
+    return ctypes.CDLL(str(file))
+
+
+def _build(compiler: list[str], file: Path) -> None:
+    """Compile the library in a folder of its own, which is gone whatever happens: others may do
+    the same."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(files.PARTIAL, dir=file.parent) as beside:
+        made = Path(beside) / file.name
+        command = [*compiler, *FLAGS, *map(str, SOURCES), "-o", str(made), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["gcc failed"]
             raise _Unfit(next((ln for ln in lines if "error" in ln), lines[0]))
-        partial.replace(file)
-    return file
+        with made.open("rb+") as whole:
+            files.flush(whole)
+        made.replace(file)
 
 
 @cache
 def _found() -> ctypes.CDLL | str:
     try:
-        made = ctypes.CDLL(str(_built()))
+        made = _loaded()
     except (_Unfit, OSError, subprocess.SubprocessError) as error:
         return str(error)
     for name, (pointers, numbers) in (ARGUMENTS | PRODUCTS).items():

@@ -1,6 +1,7 @@
 """BN and ReLU as one compiled operation give the numbers of the plain ones, and say when not."""
 
 import copy
+import subprocess
 
 import pytest
 import torch
@@ -135,13 +136,52 @@ def test_without_a_compiler_the_numbers_are_pytorchs(monkeypatch, tmp_path):
     assert torch.equal(found[0], eager[0]) and torch.equal(found[1], eager[1])
 
 
-@needs_gcc
-def test_it_is_compiled_once_and_kept(monkeypatch, tmp_path):
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """What is compiled is small; where it is kept, which is the test's own."""
+    (tmp_path / "tiny.c").write_text("int tiny;")
+    monkeypatch.setattr(native, "SOURCES", [tmp_path / "tiny.c"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = native._built()
-    made = first.stat().st_mtime_ns
-    assert native._built() == first and first.stat().st_mtime_ns == made
-    assert first.parent == tmp_path / "resnetv2" and len(list(first.parent.iterdir())) == 1
+    return tmp_path / "resnetv2"
+
+
+@needs_gcc
+@pytest.mark.parametrize("compiler", ["", "gcc", "env gcc"])
+def test_it_is_compiled_once_and_kept(compiler, tiny, monkeypatch):
+    monkeypatch.setenv("CC", compiler)
+    native._loaded()
+    [kept] = tiny.iterdir()
+    made = kept.stat().st_mtime_ns
+    assert native._loaded() and kept.stat().st_mtime_ns == made
+    assert [*tiny.iterdir()] == [kept]
+
+
+@needs_gcc
+def test_one_that_is_damaged_is_compiled_anew_once(tiny, monkeypatch):
+    def damaged(_, file):
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(bytes(4096))  # as where the power went before it was on the disk
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="invalid ELF header"):
+        patch.setattr(native, "_build", damaged)
+        native._loaded()
+    assert native._loaded() and len([*tiny.iterdir()]) == 1
+
+
+@needs_gcc
+def test_a_build_that_is_interrupted_leaves_nothing(tiny, monkeypatch):
+    real = subprocess.run
+
+    def interrupted(command, **how):
+        real(command, **how)
+        if "-o" in command:
+            raise KeyboardInterrupt
+        return real(command, **how)
+
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        native._loaded()
+    assert not [*tiny.iterdir()]
 
 
 @needs_gcc
