@@ -26,6 +26,7 @@ from resnetv2_cli import files
 HERE = Path(__file__).parent
 HEADERS = [HERE / "vectors.h", HERE / "products.h"]
 SOURCES = [HERE / "kernels.c", HERE / "pointwise.c", HERE / "conv3x3.c"]
+CPUS = Path("/proc/cpuinfo")
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
 PATIENCE = 120.0  # seconds that compiling may take; it takes five
 KINDS = ("bf16", "float")
@@ -52,10 +53,10 @@ class _Unfit(Exception):
 def _processor() -> str:
     """What ``-march=native`` depends on: a home folder may be shared by different machines."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith("flags"))
+        lines = CPUS.read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))  # x86, ARM
     except (OSError, StopIteration):
-        return platform.processor()
+        return platform.machine()
 
 
 def _compiler() -> tuple[list[str], str]:

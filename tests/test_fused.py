@@ -157,6 +157,17 @@ def test_it_is_compiled_once_and_kept(compiler, tiny, monkeypatch):
 
 
 @needs_gcc
+@pytest.mark.parametrize("word", ["flags", "Features"])
+def test_each_kind_of_processor_has_its_own(word, tiny, monkeypatch, tmp_path):
+    """x86 and ARM, as Linux tells them."""
+    monkeypatch.setattr(native, "CPUS", tmp_path / "cpuinfo")
+    for knows in ("fp", "fp sve"):
+        native.CPUS.write_text(f"processor\t: 0\nBogoMIPS\t: 50.00\n{word}\t\t: {knows}\n")
+        native._loaded()
+    assert len([*tiny.iterdir()]) == 2
+
+
+@needs_gcc
 def test_one_that_is_damaged_is_compiled_anew_once(tiny, monkeypatch):
     def damaged(_, file):
         file.parent.mkdir(exist_ok=True)
