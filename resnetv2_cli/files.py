@@ -46,9 +46,11 @@ def expanded(path: Path | str) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def cache() -> Path:
-    """The user's cache folder; whatever is in it can be made anew."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnetv2"
+def cache() -> Path | None:
+    """The user's cache folder; whatever is in it can be made anew. None for who has no home."""
+    with suppress(RuntimeError):
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnetv2"
+    return None
 
 
 @contextmanager

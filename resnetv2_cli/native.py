@@ -74,11 +74,13 @@ def _compiler() -> tuple[list[str], str]:
 
 def _loaded() -> ctypes.CDLL:
     """The library, compiled unless its file is there and whole."""
+    if (folder := files.cache()) is None:
+        raise _Unfit("no home folder and no XDG_CACHE_HOME to keep them in")
     compiler, version = _compiler()
     texts = [file.read_text() for file in (*HEADERS, *SOURCES)]
     parts = [*texts, *compiler[1:], *FLAGS, version, _processor()]
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    file = files.cache() / f"kernels-{name}.so"
+    file = folder / f"kernels-{name}.so"
     with suppress(OSError):
         return ctypes.CDLL(str(file))
     _build(compiler, file)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pwd
 import resource
 import shutil
 import signal
@@ -47,6 +48,14 @@ def seeded():
 def no_cache(tmp_path, monkeypatch):
     """What is cached is the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """A user without an entry, as of a container, for whom nobody has set a home."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
 
 
 @pytest.fixture(scope="session")

@@ -136,6 +136,14 @@ def test_without_a_compiler_the_numbers_are_pytorchs(monkeypatch, tmp_path):
     assert torch.equal(found[0], eager[0]) and torch.equal(found[1], eager[1])
 
 
+def test_without_a_home_there_is_no_library(homeless):
+    native._found.cache_clear()
+    try:
+        assert native.library() is None and native.why_not().startswith("no home folder")
+    finally:
+        native._found.cache_clear()
+
+
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """What is compiled is small; where it is kept, which is the test's own."""

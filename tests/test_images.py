@@ -109,6 +109,11 @@ def test_the_cache_serves_until_a_file_changes(small, tmp_path, monkeypatch):
     assert images.load("cifar10", root).digest != first.digest  # a damaged cache is read anew
 
 
+def test_who_has_no_home_reads_images_each_time(small, tmp_path, homeless):
+    told: list[str] = []
+    assert images.load("cifar10", write_tree(tmp_path / "a", small), told.append) and not told
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [

@@ -202,13 +202,14 @@ def cached(
     tell: Tell,
 ) -> Images:
     """What ``read`` gives, kept in the cache folder until one of the ``sources`` changes."""
-    if not sources:  # not there yet: what is downloaded now is kept from the next time on
+    folder = cache()
+    # Not there yet: what is downloaded now is kept from the next time on.
+    if not sources or folder is None:
         return finished(*read())
     stamp = hashlib.sha256()
     for path in sources:
         stat = path.stat()
         stamp.update(f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    folder = cache()
     file = folder / f"{name}-{stamp.hexdigest()[:16]}.npz"
     try:
         with np.load(file, allow_pickle=False) as kept:
