@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import REPOSITORY, two_rows
 
-from resnetv2_cli.ablation import planning, record, studies
+from resnetv2_cli.ablation import planning, record, studies, tables
 from resnetv2_cli.inventory import look
 
 LONG = "depth=20,32,44,56,110 unit=original,bn-after-add,relu-before-add shortcut={}"
@@ -35,6 +35,15 @@ def test_no_ablation_takes_the_record_of_another(tmp_path, one, other):
         record.write(ablation)
     assert {a.study.name for a in look([tmp_path]).ablations} == {a.study.name for a in made}
     assert len({a.study.name for a in made}) == 2
+
+
+@pytest.mark.parametrize("number", [1, 4], ids=["fails", "spreads"])
+def test_a_table_is_read_as_it_was_written(tmp_path, number):
+    """With what the paper says of its rows, and with seeds that do not begin at 0."""
+    [study] = studies.studies(tables=[number])
+    made = planning.plan(study, 2, {"seed": 3}, tmp_path)
+    record.write(made)
+    assert tables.as_json(record.read(made.file), 0.5) == tables.as_json(made, 0.5)
 
 
 def test_rows_alone_have_a_record_of_their_own(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 from conftest import ended, two_rows
 
 from resnetv2_cli.ablation import tables
+from resnetv2_cli.paper import FAIL
 from resnetv2_cli.stats import Pairs, Summary, power, seeds_needed
 
 
@@ -17,6 +18,11 @@ def test_statistics():
     assert seeds_needed(1.0, 1.0) == 10  # the textbook's n for an effect of one std
     assert seeds_needed(16.5, 0.5) == 8550  # by the normal's n: (1.96 + 0.8416)^2 (16.5 / 0.5)^2
     assert seeds_needed(20.0, 0.5) is None
+
+
+def test_a_seed_that_diverged_in_either_row_is_no_pair():
+    pairs = Pairs.of({0: 1.0, 1: FAIL, 2: 2.0}, {0: FAIL, 1: 1.0, 2: 1.5})
+    assert pairs.differences == (0.5,)
 
 
 @pytest.mark.parametrize("std, n, seen", [(0.085, 2, 0.486), (0.089, 3, 0.991), (0.01, 2, 1.0)])

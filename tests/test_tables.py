@@ -204,8 +204,11 @@ def test_published_numbers_as_they_are_shown(number, expected, tmp_path):
     """Above 20 % too: what the paper calls a fail is of CIFAR-10."""
     [study] = studies.studies(tables=[number])
     columns, cells = tables.table(planning.plan(study, 1, {}, tmp_path), 0.5)
-    shown = [row[columns.index("paper, %")].partition(" ")[0] for row in cells]
+    said = [dict(zip(columns, row, strict=True)) for row in cells]
+    shown = [row["paper, %"].partition(" ")[0] for row in said]
     assert shown == [e if isinstance(e, str) else f"{e:.2f}" for e in expected]
+    fails = [row.get("in the paper") == "fail" for row in said]  # beside the baseline too
+    assert fails == [e == "fail" for e in expected]
 
 
 @pytest.mark.parametrize("number, row, to_paper", [
