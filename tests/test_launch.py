@@ -1,4 +1,4 @@
-"""How runs of an ablation are started and stopped where a queue has them as its jobs."""
+"""How runs of an ablation are started and stopped: as processes, or as the jobs of a queue."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import two_rows
 
 from resnetv2_cli.ablation import launch
 from resnetv2_cli.ablation.sweep import Sweep
+from resnetv2_cli.manifest import origins
 from resnetv2_cli.runfolder import RunFolder
 
 # Saves when it is asked to leave, and takes a moment for it; by itself it ends after some seconds.
@@ -22,6 +24,58 @@ trap 'sleep 0.3; echo saved; exit 143' TERM
 echo begun
 for i in $(seq 100); do sleep 0.1; done
 """
+
+
+@pytest.fixture
+def arm(tmp_path):
+    [arm] = two_rows(tmp_path).lines[0].arms
+    return arm
+
+
+def submitted(monkeypatch, job) -> dict:
+    """Have submitit make each job this one; what it is told of them, and the signals that are
+    ``blocked`` meanwhile."""
+    told = {}
+
+    def submit(*_):
+        told["blocked"] = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        return job
+
+    executor = SimpleNamespace(submit=submit, update_parameters=told.update)
+    stand_in = SimpleNamespace(AutoExecutor=lambda **_: executor)
+    monkeypatch.setitem(sys.modules, "submitit", stand_in)
+    return told
+
+
+def test_the_config_of_a_run_knows_what_asked_for_its_settings(tmp_path):
+    [arm] = two_rows(tmp_path, 1, {"lr": 0.05}).lines[1].arms
+    launch.command(arm)
+    study = "shortcut-conv1x1"
+    asked = dict.fromkeys(["dataset", "depth", "block", "unit"], f"recipe of {study}, scale paper")
+    asked |= {"shortcut": f"row 'conv1x1' of {study}"}
+    asked |= {"lr": "flag of ablate", "seed": "ablate --runs"}
+    assert origins(arm.config, {}) == asked
+
+
+def test_of_the_current_folder_a_run_imports_its_own_code_alone(arm):
+    """By -P, no file there stands in for a package."""
+    own = replace(arm, experiment=replace(arm.experiment, shortcut="mine:Own"))
+    tool = [sys.executable, "-P", "-m", "resnetv2_cli", "train"]
+    assert launch.command(own)[:7] == [*tool, "--allow-code", "mine:Own"]
+
+
+def test_a_process_goes_on_in_its_log_and_has_no_ctrl_c(arm, monkeypatch):
+    monkeypatch.setattr(launch, "command", lambda arm: ["bash", "-c", TRAINING])
+    arm.log.parent.mkdir(parents=True)
+    arm.log.write_text("of the first attempt\n")
+    run = launch.Process(arm, dict(os.environ), lock := arm.claim())
+    os.close(lock)
+    assert os.getpgid(run.process.pid) == run.process.pid
+    while "begun" not in arm.log.read_text():
+        time.sleep(0.02)
+    run.stop()
+    assert run.process.wait(10) == 143
+    assert arm.log.read_text() == "of the first attempt\nbegun\nsaved\n"
 
 
 @pytest.mark.parametrize(
@@ -46,35 +100,33 @@ def test_what_ends_a_job_lets_its_run_save(tmp_path, number, ends):
     assert log.read_text() == "begun\nsaved\n"
 
 
-def test_a_job_of_the_stand_in_is_asked_by_a_signal_and_has_no_ctrl_c(tmp_path, monkeypatch):
+def test_a_job_of_the_stand_in_is_asked_by_a_signal_and_has_no_ctrl_c(tmp_path, monkeypatch, arm):
     """Its controller passes SIGTERM on, and on Ctrl-C has the job killed a second later."""
-    blocked = []
-
-    def submit(*_):
-        blocked.extend(signal.pthread_sigmask(signal.SIG_BLOCK, []))
-        return SimpleNamespace(done=lambda: False, job_id=str(controller.pid))
-
-    executor = SimpleNamespace(submit=submit, update_parameters=lambda **_: None)
-    stand_in = SimpleNamespace(AutoExecutor=lambda **_: executor)
-    monkeypatch.setitem(sys.modules, "submitit", stand_in)
-    [arm] = two_rows(tmp_path).lines[0].arms
     with subprocess.Popen(["sleep", "60"]) as controller:
+        job = SimpleNamespace(done=lambda: False, job_id=str(controller.pid))
+        told = submitted(monkeypatch, job)
         launch.Queue("local", tmp_path, 1).start(arm, 0, 0).stop()
         assert controller.wait(10) == -signal.SIGTERM
-    assert signal.SIGINT in blocked
+    assert signal.SIGINT in told["blocked"]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def test_a_run_whose_ablation_has_gone_is_anothers_while_its_job_trains(tmp_path):
-    [arm] = two_rows(tmp_path).lines[0].arms
+def test_a_job_of_a_cluster_has_its_hours_and_is_cancelled(tmp_path, monkeypatch, arm):
+    """It is no process here."""
+    cancelled = []
+    told = submitted(monkeypatch, SimpleNamespace(cancel=lambda: cancelled.append(True)))
+    launch.Queue("slurm", tmp_path, 1.5).start(arm, 0, 0).stop()
+    assert told["timeout_min"] == 90 and cancelled
+
+
+def test_a_run_whose_ablation_has_gone_is_anothers_while_its_job_trains(arm):
     with RunFolder(arm.folder).claimed():
         assert arm.claim() is None
     os.close(arm.claim())
 
 
-def test_a_run_that_was_refused_because_another_job_trains_it_has_not_crashed(tmp_path):
+def test_a_run_that_was_refused_because_another_job_trains_it_has_not_crashed(arm):
     """Both were in the queue, the other one since an ablation that has gone."""
-    [arm] = two_rows(tmp_path).lines[0].arms
     folder, said = RunFolder(arm.folder), []
 
     def start(*_):
