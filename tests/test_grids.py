@@ -198,6 +198,7 @@ def test_what_is_not_the_papers_recipe_is_not_comparable(tmp_path, given, how):
         ([], {"steps": 200}, [20]),
         ([], {"steps": 100, "warmup": 7}, [7]),
         ([], {"epochs": 1.0}, [78]),  # 782 iterations of 64 images; 40 of 400
+        ([], {"epochs": 1.0, "val": 5000}, [70]),  # 704 iterations
         ([], {"lr": 0.1}, [40]),
         (["steps=100,800"], {}, [10, 80]),
         (["epochs=1", "warmup=0,5"], {}, [0, 5]),

@@ -54,6 +54,15 @@ def test_a_plan_of_two_tables_counts_a_run_that_both_have_once(tmp_path, monkeyp
     assert probe.total([(one, probe.forecast(one, True)) for one in made], 1) == 50.0
 
 
+@pytest.mark.parametrize("gpus, seconds", [(0, 100.0), (2, 50.0)])
+def test_jobs_on_one_device_share_it(tmp_path, monkeypatch, gpus, seconds):
+    monkeypatch.setattr(probe, "step_seconds", lambda e: 0.5)
+    planned = two_rows(tmp_path, 1, {"depth": 8, "steps": 100})
+    counts = probe.forecast(planned, True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert probe.total([(planned, counts)], 4) == seconds
+
+
 @pytest.mark.parametrize("accumulate", [1, 2, 8])
 def test_a_part_of_the_batch_stands_for_all_of_it(monkeypatch, accumulate):
     """By a clock on which each image takes a second."""
