@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import sys
 from types import SimpleNamespace
@@ -127,6 +128,30 @@ def test_every_row_has_its_first_seed_before_any_has_its_second(tmp_path, monkey
     assert begun == [(row, seed) for seed in (0, 1) for row in ("identity", "conv1x1")]
 
 
+def test_what_takes_the_place_of_a_run_that_ended_has_its_gpu(tmp_path, monkeypatch):
+    """The second run outlasts the others, one after another beside it."""
+    monkeypatch.setattr("resnetv2_cli.ablation.sweep.POLL", 0)
+    slots = []
+
+    def start(arm, slot, lock):
+        slots.append(slot)
+        lasts = len(slots) == 2
+        return SimpleNamespace(
+            status=lambda: None if lasts and len(slots) < 4 else 1, stop=lambda: None
+        )
+
+    runs = [arm for line in two_rows(tmp_path, 2, {"depth": 8}).lines for arm in line.arms]
+    Sweep(SimpleNamespace(start=start), 2, lambda *_: None, lambda running: None).run(runs)
+    assert slots == [0, 1, 0, 0]
+
+
+def test_a_second_ctrl_c_does_not_wait_for_runs_to_save():
+    sweep = Sweep(None, 1, print, print)
+    sweep.note(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.note(signal.SIGINT, None)
+
+
 def test_a_run_that_failed_twice_says_why_the_last_time(tmp_path):
     arm = two_rows(tmp_path).lines[0].arms[0]
     arm.log.parent.mkdir(parents=True)
@@ -158,8 +183,10 @@ def test_why_a_run_crashed_is_read_from_what_this_attempt_said(tmp_path, said, w
     arm = two_rows(tmp_path).lines[0].arms[0]
     arm.log.parent.mkdir(parents=True)
     arm.log.write_text("error: the disk was full\nhint: x\n")
+    arm.fail("the disk was full")
 
     def start(arm, slot, lock):
+        assert not arm.crashed
         with arm.log.open("a") as log:
             log.write(said)
         return SimpleNamespace(status=lambda: 1, stop=lambda: None)
@@ -312,6 +339,17 @@ def test_worse_is_plus_beside_the_paper_and_the_baseline(tmp_path):
     assert said["here, %"] == "13.50 (14.50±3.12)"  # the median before the mean
     assert said["to paper"] == "+1.28" and said["to baseline"] == "+7.17"
     assert said["in the paper"] == "+5.61"
+    assert said["95% interval"] == "6.74 to 22.26"  # 14.5 -+ 4.3027 * 3.1225 / 3 ** 0.5
+    assert said["p"] == "0.016"
+
+
+@pytest.mark.parametrize(
+    "errors, said", [((12.0, 13.5, 16.6), "0.005"), ((12.0, 13.2, 15.1), "<0.001")]
+)
+def test_a_p_that_is_not_0_is_not_said_to_be(tmp_path, errors, said):
+    planned = two_rows(tmp_path, 3)
+    ended(planned, (6.0, 7.0, 9.0), errors)
+    assert tables.p(planned, planned.lines[1]) == said
 
 
 @pytest.mark.parametrize(
@@ -322,14 +360,28 @@ def test_only_what_is_free_leaves_an_error_beside_the_papers(tmp_path, given, co
     assert two_rows(tmp_path, 1, given).comparable is comparable
 
 
-@pytest.mark.parametrize("given, seen", [("", ["0", "1", "0"]), ("4,7", ["4", "7", "4"])])
-def test_runs_at_once_have_a_gpu_each_of_those_that_may_be_used(given, seen, monkeypatch, tmp_path):
-    """A queue, or a container, says which with the same variable."""
+@pytest.mark.parametrize(
+    "devices, given, seen",
+    [
+        ("1", "", ["0", "1", "0"]),
+        ("1", "4,7", ["4", "7", "4"]),
+        ("2", "4,7", ["4,7"] * 3),
+    ],
+)
+def test_runs_at_once_have_a_gpu_each_of_those_that_may_be_used(
+    devices, given, seen, monkeypatch, tmp_path
+):
+    """A queue, or a container, says which with the same variable; of processors a run has its
+    share."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 13)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(launch, "Process", lambda arm, environment, lock: environment)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     [study] = studies.studies(tables=[1])
-    [arm] = planning.plan(study.only(["identity"]), 1, {"depth": 8}, tmp_path).lines[0].arms
+    flags = {"depth": 8, "devices": devices}
+    [arm] = planning.plan(study.only(["identity"]), 1, flags, tmp_path).lines[0].arms
     processes = launch.Processes(3)
-    found = [processes.start(arm, slot, 0)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
-    assert found == seen
+    found = [processes.start(arm, slot, 0) for slot in range(3)]
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in found] == seen
+    assert {environment["OMP_NUM_THREADS"] for environment in found} == {"4"}
