@@ -249,6 +249,14 @@ def test_every_seed_and_epoch_draws_crops_of_its_own(class_folders, monkeypatch)
     assert drawn[0] == pytest.approx(0.2867, abs=1e-4)  # as ever, so that runs go on as they began
 
 
+def test_a_photograph_is_mirrored_left_to_right_or_not_at_all(class_folders, monkeypatch):
+    monkeypatch.setattr(folder, "random_box", lambda width, height, *_: (0, 0, width, height))
+    view = PROTOCOLS["224"].view(32)
+    views = folder.FolderImages(folder.scan(class_folders, "train"), 32, "scale", 0, view)
+    one, other = torch.stack([views[0, epoch][0] for epoch in range(8)]).unique(dim=0)
+    assert torch.equal(one.flip(1), other)
+
+
 def test_training_crops_lie_inside_the_photograph_and_are_as_large_as_the_sources_say():
     g, areas = torch.Generator().manual_seed(0), []
     for crop in ("scale", "scale-aspect"):

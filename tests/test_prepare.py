@@ -120,6 +120,23 @@ def test_shards_of_other_pictures_of_the_same_names_are_not_taken(tree, tmp_path
         assert path.read_bytes() == (to / path.name).read_bytes()
 
 
+def test_pictures_are_known_by_their_sizes_and_times(tmp_path):
+    picture, stamps = tmp_path / "a.jpg", set()
+    for content, changed in ((b"one", 1), (b"two", 2), (b"three", 2)):
+        picture.write_bytes(content)
+        os.utime(picture, (changed, changed))
+        stamps.add(prepare.stamp([picture]))
+    assert len(stamps) == 3
+
+
+def test_a_lower_quality_takes_less_room(tree, tmp_path, here):
+    low, high = (
+        prepared(tree, tmp_path / quality, here, "--quality", quality) / "train-000000.tar"
+        for quality in ("20", "95")
+    )
+    assert 2 * low.stat().st_size < high.stat().st_size
+
+
 def test_a_picture_that_no_jpeg_can_be_is_named(tmp_path):
     wide = tmp_path / "wide.png"
     Image.new("RGB", (70_000, 40)).save(wide)

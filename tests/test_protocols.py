@@ -17,7 +17,7 @@ from resnetv2_cli import paper
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import folder
 from resnetv2_cli.data.augment import Normalize
-from resnetv2_cli.data.module import ImageData
+from resnetv2_cli.data.module import ImageData, at_a_time
 from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.task import Classification
@@ -32,6 +32,11 @@ def test_the_views_of_the_protocols():
     }
     assert [v.shorter for v in views.values()] == [256, 320, 256]
     assert PROTOCOLS["224"].view(32) == (32, 224 / 256, False)  # --stem cifar: in proportion
+
+
+def test_ten_crops_of_an_image_take_the_room_of_ten_images():
+    e = Experiment(dataset="imagenet", depth=18)
+    assert [at_a_time(e, row.view(224)) for row in PROTOCOLS.values()] == [64, 64, 6]
 
 
 @pytest.mark.parametrize("size", [(500, 375), (256, 400)])
