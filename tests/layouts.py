@@ -1,4 +1,4 @@
-"""Small copies of CIFAR-10 in each layout that it may have on disk."""
+"""Small copies of CIFAR in each layout that it may have on disk."""
 
 import hashlib
 import pickle
@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets import CIFAR10 as Official
+from torchvision import datasets
 
-from resnetv2_cli.data.catalog import CIFAR10
+from resnetv2_cli.data.catalog import DATASETS
+
+OFFICIAL = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 
 
 def write_tree(root: Path, small: dict, suffix: str = "png") -> Path:
@@ -23,28 +25,27 @@ def write_tree(root: Path, small: dict, suffix: str = "png") -> Path:
     return root
 
 
-def write_archive(root: Path, small: dict, monkeypatch) -> Path:
+def write_archive(root: Path, small: dict, monkeypatch, name: str = "cifar10") -> Path:
     """The official layout, with the md5 sums of these files in the place of the official ones."""
-    place = root / Official.base_folder
+    official, names = OFFICIAL[name], DATASETS[name].classes
+    place = root / official.base_folder
     place.mkdir(parents=True)
-    pixels = {
-        split: [(im, CIFAR10.index(c)) for c, ims in classes.items() for im in ims]
-        for split, classes in small.items()
-    }
 
-    def batch(name: str, chosen: list) -> list[str]:
+    def batch(file: str, chosen: list) -> list[str]:
         rows = np.stack([im.transpose(2, 0, 1).reshape(-1) for im, _ in chosen])
-        content = pickle.dumps({"data": rows, "labels": [label for _, label in chosen]})
-        (place / name).write_bytes(content)
-        return [name, hashlib.md5(content).hexdigest()]
+        labels = [names.index(c) for _, c in chosen]
+        said = {"labels": labels}
+        if name == "cifar100":  # each coarse one is of five classes
+            said = {"fine_labels": labels, "coarse_labels": [label // 5 for label in labels]}
+        content = pickle.dumps({"data": rows} | said)
+        (place / file).write_bytes(content)
+        return [file, hashlib.md5(content).hexdigest()]
 
-    train = [batch(f"data_batch_{k + 1}", pixels["train"][k::5][::-1]) for k in range(5)]
-    monkeypatch.setattr(Official, "train_list", train)
-    monkeypatch.setattr(Official, "test_list", [batch("test_batch", pixels["test"])])
-    meta = pickle.dumps({"label_names": list(CIFAR10)})
-    (place / "batches.meta").write_bytes(meta)
-    md5 = hashlib.md5(meta).hexdigest()
-    monkeypatch.setattr(Official, "meta", Official.meta | {"md5": md5})
+    for split, classes in small.items():
+        pairs = [(im, c) for c, ims in classes.items() for im in ims]
+        files = [file for file, _ in getattr(official, f"{split}_list")]
+        made = [batch(file, pairs[k :: len(files)][::-1]) for k, file in enumerate(files)]
+        monkeypatch.setattr(official, f"{split}_list", made)
     return root
 
 

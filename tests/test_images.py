@@ -57,16 +57,20 @@ def test_the_digits_are_split_once_and_for_all():
     assert images.digits().digest == digits.digest
 
 
-# Small copies of CIFAR-10 in each layout, made of the same images.
+# Small copies of CIFAR in each layout, made of the same images.
+
+
+def few(classes: tuple[str, ...]) -> dict[str, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return {
+        split: {c: rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8) for c in classes}
+        for split, n in [("train", 5), ("test", 2)]
+    }
 
 
 @pytest.fixture
 def small() -> dict[str, dict[str, np.ndarray]]:
-    rng = np.random.default_rng(0)
-    return {
-        split: {c: rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8) for c in CIFAR10}
-        for split, n in [("train", 5), ("test", 2)]
-    }
+    return few(CIFAR10)
 
 
 def test_every_layout_gives_the_same_arrays(small, tmp_path, monkeypatch):
@@ -85,6 +89,14 @@ def test_every_layout_gives_the_same_arrays(small, tmp_path, monkeypatch):
     original = {im.tobytes() for im in small["train"]["cat"]}
     cats = copies[0].train.images[copies[0].train.labels == 3]
     assert {im.tobytes() for im in cats} == original
+
+
+def test_of_the_archive_of_cifar100_the_fine_labels_are_read(tmp_path, monkeypatch):
+    """Beside them it has coarse ones, which would be classes too."""
+    small = few(CIFAR100)
+    loose = images.load("cifar100", write_tree(tmp_path / "a", small))
+    packed = write_archive(tmp_path / "b", small, monkeypatch, "cifar100")
+    assert images.load("cifar100", packed).digest == loose.digest
 
 
 def test_the_cache_serves_until_a_file_changes(small, tmp_path, monkeypatch):
