@@ -158,6 +158,20 @@ def test_the_guard_leaves_out_a_first_step_as_if_it_had_not_been():
     assert not difference(net.state_dict(), skipped) and guard.read() == (1, 0, 0)
 
 
+def test_a_guard_that_stops_keeps_the_weights_before_the_first_that_was_not_finite():
+    """The iterations that follow are left out too, until somebody looks: they are good ones."""
+    net = nn.Linear(3, 4)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
+    guard, before = Guard(net, stop=True, scaled=False), net.weight.detach().clone()
+    for number, loss_is in enumerate((math.nan, 1.0)):
+        guard.begin()
+        sgd.zero_grad()
+        (net(torch.ones(2, 3)).sum() * loss_is).backward()
+        guard.look(number, sgd, torch.tensor(True))
+        sgd.step()
+    assert torch.equal(net.weight, before) and guard.read() == (1, 0, 0)
+
+
 @pytest.mark.parametrize("stop", [False, True])
 def test_a_scaled_step_that_overflows_leaves_no_momentum_from_nowhere(stop):
     """float16's scaler has the fused step return at once, which would keep memory as it was; and
