@@ -1,6 +1,7 @@
 """Nothing lost, nothing different: damaged checkpoints, full disks, locks, and bits. Trainings run
 in this process; test_run.py kills them."""
 
+import fcntl
 import json
 import math
 import multiprocessing
@@ -8,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from contextlib import suppress
 from multiprocessing.pool import ThreadPool
@@ -21,7 +23,7 @@ from trainings import At, same, trained_as
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import jsonfile, run
 from resnetv2_cli.errors import Damaged, NotSaved, Stopped, UserError
-from resnetv2_cli.locks import taken
+from resnetv2_cli.locks import in_turn, taken
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 from resnetv2_cli.verify import difference, differences
 
@@ -164,9 +166,11 @@ def test_the_workers_of_a_killed_process_do_not_hold_its_lock(tmp_path):
     holder.kill()
     holder.join()
     os.kill(worker, 0)  # is there
-    assert not taken(RunFolder(tmp_path / "run").lock)
-    with RunFolder(tmp_path / "run").claimed():
-        pass
+    folder = RunFolder(tmp_path / "run")
+    assert not taken(folder.lock)
+    with folder.claimed():  # and says nothing of who was killed
+        [line] = folder.lock.read_text().splitlines()
+        assert f"process {os.getpid()} on" in line
 
 
 def test_a_lock_that_goes_with_its_holder_holds(tmp_path):
@@ -187,6 +191,38 @@ def test_a_lock_that_goes_with_its_holder_holds(tmp_path):
     with ThreadPool(3) as pool:
         assert pool.map(work, range(3)) == [50] * 3
     assert set(most) == {1} and not folder.lock.exists()
+
+
+def test_who_looks_at_a_lock_does_not_hold_it(tmp_path):
+    lock = tmp_path / "run.lock"
+    lock.touch()
+    with lock.open() as looks:
+        fcntl.flock(looks, fcntl.LOCK_SH)
+        assert taken(lock) is False
+
+
+def test_where_there_are_no_locks_nobody_says_that_one_is_free(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError("no locks available")
+
+    lock = tmp_path / "run.lock"
+    lock.touch()
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert taken(lock) is None
+
+
+def test_a_turn_begins_when_that_before_it_ends(tmp_path):
+    def turn() -> None:
+        with in_turn(tmp_path):
+            pass
+
+    waits = threading.Thread(target=turn)
+    with in_turn(tmp_path):
+        waits.start()
+        waits.join(0.2)
+        assert waits.is_alive()
+    waits.join(60)
+    assert not waits.is_alive()
 
 
 def test_a_line_cut_by_a_power_failure_is_written_again(whole, tmp_path):
