@@ -308,9 +308,12 @@ def launcher(monkeypatch) -> cluster.Launcher:
     return cluster.Launcher(LightningEnvironment(), num_processes=2, num_nodes=1)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    "number, status",
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)],
+)
 def test_a_signal_to_a_process_that_is_being_launched_waits_for_its_handler(
-    launcher, monkeypatch, number
+    launcher, monkeypatch, number, status
 ):
     born = f"import os; os.kill(os.getpid(), {number}); os._exit(7)"
     monkeypatch.setattr(
@@ -321,7 +324,7 @@ def test_a_signal_to_a_process_that_is_being_launched_waits_for_its_handler(
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, [number]) & set(SIGNALS)  # the first hears
     signal.pthread_kill(threading.get_ident(), number)
     with Leaver() as leaver:
-        assert leaver.signal == number
+        assert leaver.signal == number and SIGNALS[number] == status
 
 
 def test_who_loses_another_process_says_so_in_a_line(launcher):
