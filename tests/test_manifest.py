@@ -31,8 +31,10 @@ def test_the_manifest_knows_where_values_came_from(tmp_path):
     assert origins(config, {"weights": "mine.ckpt", "pad": "raw"}) == {
         **dict.fromkeys(keys, f"file {config}"), "weights": "flag", "pad": "flag"
     }  # fmt: skip
-    config.with_suffix(ORIGINS).write_text('{"depth": "row \'a\' of table1"}')
-    assert origins(config, {}) == {"depth": "row 'a' of table1"}
+    row = "row 'a' of table1"
+    config.with_suffix(ORIGINS).write_text(json.dumps({"depth": row, "epochs": row}))
+    assert origins(config, {}) == {"depth": row, "epochs": row}
+    assert origins(config, {"steps": 3}) == {"depth": row, "steps": "flag"}
 
 
 def test_the_manifest_counts_how_often_the_test_set_was_read(whole, tmp_path):
