@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from resnetv2_cli import footprint, machine, memory, native, run
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.describe import skeleton
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.footprint import activation_bytes, along_depth, split, step_bytes
 from resnetv2_cli.fused import made_again
@@ -132,6 +134,8 @@ def test_what_lives_beside_what_is_kept_goes_with_the_widest_tensor(given, wides
     one, two = (step_bytes(e, "32-true", n) for n in (1, 2))
     beside = two - one - activation_bytes(e, "32-true")
     assert beside == footprint.LIVE * 4 * widest
+    weights = sum(p.numel() for p in skeleton(e).parameters())
+    assert 2 * one - two == footprint.COPIES * weights  # however few the images
 
 
 HOLES = """
@@ -201,9 +205,13 @@ def test_files_that_a_container_has_read_take_none_of_its_memory(
     assert memory.available(torch.device("cpu")) == 550_000
 
 
-@pytest.mark.parametrize("asked, parts", [("128", 1), ("64", 2), ("50", 3), ("1", 128), ("999", 1)])
+@pytest.mark.parametrize(
+    "asked, parts", [("128", 1), ("64", 2), ("63", 3), ("50", 3), ("1", 128), ("999", 1)]
+)
 def test_a_number_is_the_most_images_at_a_time(asked, parts):
     assert split(Experiment(), asked, "32-true", None).accumulate == parts
+    uneven = split(Experiment(batch_size=127), asked, "32-true", None, devices=2)  # 64 and 63
+    assert footprint.part_size(uneven, 2) <= int(asked)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +246,26 @@ def test_processes_on_one_cpu_share_its_memory(monkeypatch):
     assert "are free for each of 2 processes: --micro-batch" in machine.memory_line(e)
     made = machine.in_parts(e, "auto")
     assert 2 * step_bytes(e, "32-true", footprint.part_size(made, 2)) <= 1.5 * needed
+
+
+@pytest.mark.parametrize(
+    "accelerator, devices, ends",
+    [("cpu", 1, nullcontext()), ("cpu", 2, pytest.raises(UserError)),
+     ("cuda", 1, pytest.raises(UserError))],
+)  # fmt: skip
+def test_what_the_disk_takes_is_shared_too_and_is_no_memory_of_a_gpu(
+    monkeypatch, accelerator, devices, ends
+):
+    """Half of what a step needs is free for each, and all of them have 0.3 of it on the disk."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    on = {"accelerator": accelerator, "devices": str(devices), "precision": "32-true"}
+    e = Experiment(depth=8, **on)
+    needed = step_bytes(e, "32-true", 128 // devices, accelerator)
+    monkeypatch.setattr(memory, "available", lambda device: needed * devices // 2)
+    monkeypatch.setattr(memory, "swap", lambda: round(0.3 * needed))
+    with ends:
+        machine.memory_line(e)
 
 
 def test_more_processes_than_there_can_be_are_refused_for_that(here):
