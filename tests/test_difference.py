@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from resnetv2_cli import checkpoint, describe, plans
+from resnetv2_cli import checkpoint, describe, plans, source
 from resnetv2_cli.config import Experiment
 
 
@@ -49,6 +49,14 @@ def test_classes_that_are_asked_for_are_not_those_of_the_checkpoint(here, tmp_pa
     done = here("diff", file, "classes=3", "--json")
     made = json.loads(done.stdout)
     assert made["settings"] == {"classes": [2, 3]} and made["counts"]["parameters"][2] == 65
+    made = json.loads(here("diff", file, "dataset=cifar100", "--json").stdout)
+    assert made["counts"]["parameters"][2] == 98 * 65
+
+
+def test_without_its_weights_nothing_of_a_network_is_frozen(tmp_path):
+    (tmp_path / "w.ckpt").write_bytes(b"weights")
+    e = Experiment(depth=8, weights=str(tmp_path / "w.ckpt"), freeze="stem")
+    assert source.beside(source.Source(e), "weights=").experiment.freeze == ""
 
 
 def test_settings_may_be_longer_than_the_name_of_a_file(here):
