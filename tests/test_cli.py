@@ -17,6 +17,7 @@ from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.flags import seconds
 from resnetv2_cli.plans import BLOCKS, UNITS, shortcuts
+from resnetv2_cli.quantities import duration
 
 
 def test_version(resnetv2):
@@ -106,6 +107,11 @@ def test_eval_shows_a_table(here, trained):
 )  # fmt: skip
 def test_durations(text, value):
     assert seconds(text) == value
+
+
+def test_a_duration_is_said_in_the_unit_that_suits_it():
+    said = [duration(number) for number in (40, 720, 12_600, 181_440, None)]
+    assert said == ["40 s", "12 min", "3.5 h", "2.1 days", "—"]
 
 
 def test_what_is_no_duration():
