@@ -43,8 +43,8 @@ def test_networks_are_called_by_what_tells_them_apart(tmp_path):
     assert source.beside(narrow, "data_dir=2001-01-01").experiment.data_dir == "2001-01-01"
     name = main.experiment.name
     trained = main._replace(checkpoint=tmp_path, step=64000)
-    labels = [s.label for s in source.labelled([main, main, trained, trained])]
-    assert labels == [name, f"{name} (2)", f"{name} @64000", f"{name} @64000 (2)"]
+    labels = [s.label for s in source.labelled([main] * 3 + [trained] * 2)]
+    assert labels == [name, f"{name} (2)", f"{name} (3)", f"{name} @64000", f"{name} @64000 (2)"]
     for text, message in [
         ("layout=tim", "unknown layout 'tim'"),
         ("dept=20", "dept=20: unknown setting 'dept'"),
