@@ -346,14 +346,19 @@ def test_bn_without_averages_is_recomputed_too():
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package of several files; its unit's name."""
+    """A package of several files, made with what is installed beside it; its unit's name."""
     name = f"pack{abs(hash(tmp_path))}"
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").write_text("")
     (tmp_path / name / "parts.py").write_text("from .more import SCALE\n")
     (tmp_path / name / "more.py").write_text("SCALE = 1.0\n")
     (tmp_path / name / "other.py").write_text("")
+    installed = tmp_path / ".venv" / "lib" / "site-packages"
+    installed.mkdir(parents=True)
+    (installed / f"{name}_installed.py").write_text("")
+    monkeypatch.syspath_prepend(installed)
     (tmp_path / name / "unit.py").write_text(
+        f"import {name}_installed\n"
         "from resnetv2_cli.units import ResidualUnit\nfrom .parts import SCALE\n\n"
         "class Own(ResidualUnit):\n"
         "    def forward(self, x): return SCALE * super().forward(x)\n"
@@ -364,11 +369,13 @@ def package(tmp_path, monkeypatch):
     return unit
 
 
-@pytest.mark.parametrize("file, changes", [("unit", True), ("more", True), ("other", False)])
+@pytest.mark.parametrize(
+    "file, changes", [("unit", True), ("more", True), ("other", False), ("installed", False)]
+)
 def test_code_is_known_by_all_files_that_it_is_made_of(package, tmp_path, file, changes):
     e = Experiment(depth=8, unit=package)
     before = studies.digest(e)
-    path = tmp_path / package.partition(".")[0] / f"{file}.py"
+    [path] = tmp_path.rglob(f"*{file}.py")
     path.write_text(path.read_text() + "\n# changed\n")
     assert (studies.digest(e) != before) == changes
 

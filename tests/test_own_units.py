@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,6 +208,7 @@ def test_a_class_of_ones_own_is_a_unit(mine):
     e = Experiment(unit=f"{mine}:Own", depth=8)
     inner = ("weight 3x3, 16", "BN", "ReLU", "weight 3x3, 16", "Scaled", "BN")
     assert kinds(skeleton(e))[0].anatomy.residual == inner
+    assert sys.path[-1] == str(Path.cwd())  # behind all that is installed
     net = ResNet(**e.architecture)
     assert anatomy(net.units[1]).residual[0] == "ReLU" and layers(net)["head"] == ["relu"]
     for unit in net.units:
