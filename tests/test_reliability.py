@@ -20,8 +20,8 @@ from conftest import SMALL
 from torch.utils.data import DataLoader
 from trainings import At, same, trained_as
 
+from resnetv2_cli import callbacks, jsonfile, run
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import jsonfile, run
 from resnetv2_cli.errors import Damaged, NotSaved, Stopped, UserError
 from resnetv2_cli.locks import in_turn, taken
 from resnetv2_cli.runfolder import RunFolder, read_metrics
@@ -121,6 +121,15 @@ def test_a_file_of_json_has_nothing_that_json_does_not_know(tmp_path):
     jsonfile.write(tmp_path / "x.json", {"loss": [math.nan, -math.inf, 0.5]})
     text = (tmp_path / "x.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"loss": [None, None, 0.5]}
+
+
+def test_the_last_checkpoint_is_hardly_older_than_it_may_be(tmp_path, monkeypatch):
+    """However far off the next evaluation is."""
+    monkeypatch.setattr(callbacks, "SAVE_SECONDS", 0.0)
+    last, found = RunFolder(tmp_path / "run").last, []
+    look = At(11, lambda: found.append(checkpoints.read(last)["global_step"]))
+    trained_as(tmp_path / "run", display=[look], eval_every=1.0, save_every=0)
+    assert found == [10]
 
 
 # Folders in use, and a run that goes on in one.
@@ -223,6 +232,13 @@ def test_a_turn_begins_when_that_before_it_ends(tmp_path):
         assert waits.is_alive()
     waits.join(60)
     assert not waits.is_alive()
+
+
+def test_a_signal_is_heard_where_each_iteration_is_evaluated(tmp_path):
+    leave = At(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        trained_as(tmp_path / "run", display=[leave], eval_every=0.01)
+    assert checkpoints.read(RunFolder(tmp_path / "run").last)["global_step"] == 3
 
 
 def test_a_line_cut_by_a_power_failure_is_written_again(whole, tmp_path):
