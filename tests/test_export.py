@@ -280,6 +280,11 @@ def test_a_recipe_for_photographs_has_no_normalization_that_they_do_not_have():
     assert "normalize" not in card.recipe(Experiment(dataset="folder", depth=18))
 
 
+def test_a_file_says_how_photographs_are_resized_and_cropped():
+    made = study.metadata({"classes": [], "global_step": 0}, Experiment(), [], View(224, 224 / 256))
+    assert json.loads(made["input"])["resize"].items() >= {"shorter_side": 256, "crop": 224}.items()
+
+
 def test_a_card_has_the_spread_over_the_seeds_beside_the_run(trained, tmp_path):
     """Runs of the same experiment count, each seed once; another experiment's do not."""
     for seed, error, lr in ((0, 19.0, "0.1"), (1, 21.0, "0.1"), (2, 24.0, "0.1"), (3, 1.0, "0.2")):
@@ -301,6 +306,8 @@ def test_a_card_has_the_spread_over_the_seeds_beside_the_run(trained, tmp_path):
     with other.change() as said:
         said["code"]["unit"] = {"sha256": "0" * 64}
     assert card.seeds(tmp_path / "s1") == {0: 19.0, 1: 21.0}
+    shutil.copytree(trained, tmp_path / "t")  # of seed 0 again
+    assert card.seeds(tmp_path / "s0") == {0: 19.0, 1: 21.0}
 
 
 def exported_as(trained, to: Path, **given) -> tuple[Experiment, study.Export]:
@@ -346,6 +353,7 @@ def test_the_recipe_of_a_run_that_began_with_weights_names_no_place_of_theirs(
     e, made = exported_as(trained, tmp_path, weights=file, freeze=freeze, data_dir=str(tmp_path))
     for written in (made.card, made.file):
         assert str(tmp_path).encode() not in written.read_bytes()
+    assert f"weights whose file has the SHA-256 `{e.weights_sha256}`" in made.card.read_text()
     assert identity(read_recipe(made, weights=file)) == identity(e)
     of_file = experiment_of(read_weights(made.file))
     assert (of_file.weights, of_file.weights_sha256) == ("w.safetensors", e.weights_sha256)
