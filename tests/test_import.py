@@ -78,26 +78,30 @@ def test_every_source_has_its_test():
 
 
 def test_the_normalization_of_a_source_is_its_own():
-    """Deviations that others have otherwise for the same images."""
-    deviations = {
-        "bearpaw": (0.2023, 0.1994, 0.2010),
-        "hysts": (0.2470, 0.2435, 0.2616),
-        "torchvision": (0.229, 0.224, 0.225),
+    """Means and deviations of 0..1, which others have otherwise for the same images."""
+    numbers = {
+        ("bearpaw", "cifar"): [0.4914, 0.4822, 0.4465, 0.2023, 0.1994, 0.2010],
+        ("hysts", "cifar"): [0.4914, 0.4822, 0.4465, 0.2470, 0.2435, 0.2616],
+        ("fb", "cifar"): [v / 255 for v in (125.3, 123.0, 113.9, 63.0, 62.1, 66.7)],
+        ("fb", "imagenet"): [0.485, 0.456, 0.406, 0.229, 0.224, 0.225],
+        ("torchvision", "imagenet"): [0.485, 0.456, 0.406, 0.229, 0.224, 0.225],
     }
-    for name, std in deviations.items():
-        assert {network.normalize[1] for network in SOURCES[name].networks} == {std}
+    for (name, stem), own in numbers.items():
+        networks = [n for n in SOURCES[name].networks if n.settings["stem"] == stem]
+        assert networks and all([*n.normalize[0], *n.normalize[1]] == own for n in networks)
 
 
+@pytest.mark.parametrize("pre", [True, False])
 @pytest.mark.parametrize(
     "source, net, mean, std",
     [
-        ("hysts", lambda: Cifar(2, 2, True, HYSTS), [0.5071, 0.4865, 0.4409], 0.2673),
-        ("fb", lambda: torch7("cifar", 2, (1, 1, 1), True, "A"), [129.3, 124.1, 112.4], 68.2),
+        ("hysts", lambda pre: Cifar(2, 2, pre, HYSTS), [0.5071, 0.4865, 0.4409], 0.2673),
+        ("fb", lambda pre: torch7("cifar", 2, (1, 1, 1), pre, "A"), [129.3, 124.1, 112.4], 68.2),
     ],
 )
-def test_100_classes_are_normalized_as_cifar100_is(tmp_path, source, net, mean, std):
+def test_100_classes_are_normalized_as_cifar100_is(tmp_path, source, net, mean, std, pre):
     """Where the code base has numbers of its own for it; PAPER 4.2's are of 0 to 255."""
-    weights = net().state_dict()
+    weights = net(pre).state_dict()
     wide = {
         k: v.repeat(10, *[1] * (v.dim() - 1)) for k, v in weights.items() if v.shape[:1] == (10,)
     }
