@@ -95,6 +95,16 @@ def test_a_chart_says_which_errors_it_shows(tmp_path, columns, errors):
     assert f"</svg>{errors}, right" in (tmp_path / "r.html").read_text()
 
 
+def test_what_became_of_a_run_is_said_beside_its_row(tmp_path):
+    planned = two_rows(tmp_path, 3)
+    ended(planned, (6.0,))
+    arms = planned.lines[0].arms
+    arms[1].fail("the disk is full")
+    says = [rows.arm(arm)["says"] for arm in arms]
+    assert says[:2] == ["seed 0: done, 6.00 %", "seed 1: crashed, the disk is full"]
+    assert says[2] == "seed 2: not begun"
+
+
 def test_marks_stand_at_the_errors(tmp_path):
     planned = two_rows(tmp_path, 3)
     ended(planned, (6.0, 7.0, 9.0), (12.0, 13.5, 18.0))
@@ -103,6 +113,15 @@ def test_marks_stand_at_the_errors(tmp_path):
     assert marks["median"] == axis.x(7.0) and marks["published"] == axis.x(6.61)
     assert marks["seeds"] == [axis.x(e) for e in (6.0, 7.0, 9.0)]
     assert axis.x(6.0) < axis.x(6.61) < axis.x(7.0) < axis.x(9.0)
+
+
+def test_a_row_that_failed_in_the_paper_is_marked_so(tmp_path):
+    [study] = studies.studies(tables=[1])
+    planned = planning.plan(study, 1, {}, tmp_path)
+    failed = {line.row.name for line in planned.lines if rows.Axis(planned).marks(line)["failed"]}
+    assert failed == {
+        "constant-scale 0/1", "constant-scale 0.5/1", "exclusive-gate b=0", "dropout 0.5",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -122,11 +141,13 @@ def test_the_axis_of_marks_has_ticks_where_errors_are_alike(tmp_path, errors, ti
     assert all(x == axis.x(float(said)) for said, x in axis.ticks)
 
 
-def test_long_curves_are_thinned_and_keep_their_end():
+@pytest.mark.parametrize("curves, most", [(1, charts.MOST_POINTS), (1000, 60)])
+def test_long_curves_are_thinned_and_keep_their_end(curves, most):
+    """The more there are, the more."""
     steps = list(range(1, 5000))
     curve = {"name": "a", "color": 0, "kind": "loss", "steps": steps, "values": steps}
-    made = [charts.chart("x", "", [curve])]
+    made = [charts.chart("x", "", [dict(curve) for _ in range(curves)])]
     charts.thin(made)
-    [curve] = made[0]["curves"]
-    assert len(curve["steps"]) <= charts.MOST_POINTS and curve["steps"][-1] == 4999
-    assert curve["steps"] == curve["values"]
+    for curve in made[0]["curves"]:
+        assert most / 2 < len(curve["steps"]) <= most and curve["steps"][-1] == 4999
+        assert curve["steps"] == curve["values"]

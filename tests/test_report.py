@@ -13,7 +13,7 @@ from resnetv2_cli import figures, inventory, plot
 from resnetv2_cli.ablation import record, tables
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.plot import COLORS, plt, save
-from resnetv2_cli.report import charts, pictures
+from resnetv2_cli.report import charts, facts, pictures
 from resnetv2_cli.report.page import DARK, MOST_BYTES
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 
@@ -185,6 +185,19 @@ def test_the_page_has_the_table_the_curves_and_every_run_and_fetches_nothing(her
     assert "the loss is not finite" in text and "--shortcut" in text
 
 
+def test_a_run_is_described_by_what_is_not_shared_and_by_its_usual_speed(tmp_path):
+    runs = [inventory.Run(lr, RunFolder(tmp_path / lr)) for lr in ("0.1", "0.2")]
+    for run in runs:
+        run.place.mkdir()
+        run.folder.config.write_text(f"depth: 8\nlr: {run.name}\n")
+        run.folder.speed.write_text("step,images_per_second\n2,100\n4,300\n6,900\n8,200\n9,400\n")
+    shared = facts.in_common(runs)
+    assert shared == {"depth": 8}
+    made = facts.described(runs[1], shared)
+    assert made["settings"] == [("--lr", "0.2")]
+    assert made["environment"] == [("images a second", "300")]
+
+
 def test_the_mistakes_of_a_page(here, lab, tmp_path):
     assert "is a folder" in here("report", lab, "-o", tmp_path, status=2).stderr
     done = here("report", lab, "--watch", "soon", status=2)
@@ -238,6 +251,14 @@ def test_names_cannot_break_out_of_the_page(here, lab, tmp_path):
 
 def test_there_is_a_color_by_night_for_each_by_day():
     assert len(DARK) == len(COLORS) == len(set(COLORS)) == len(set(DARK))
+
+
+def test_pictures_that_a_page_has_no_room_for_are_named(namesakes):
+    analyses = inventory.look(namesakes[:2]).analyses
+    [(_, svg)] = pictures.pictures(analyses[0], "a0-")
+    made = pictures.embedded(analyses, int(1.5 * len(svg)))
+    assert [one["left_out"] for one in made] == [[], ["shrink"]]
+    assert [len(one["pictures"]) for one in made] == [1, 0]
 
 
 def test_pictures_follow_the_page_and_keep_their_names_apart(tmp_path):
