@@ -131,11 +131,14 @@ def test_compare_says_what_differs_and_by_how_much(here, lab):
 
 
 def test_compare_takes_the_first_from_the_second(here, lab, tmp_path):
-    for name, error in (("a", 8.0), ("b", 6.5)):
+    for name, error, torch in (("a", 8.0, "2.11"), ("b", 6.5, "2.12")):
         run = RunFolder(shutil.copytree(lab / "alone", tmp_path / name))
-        run.result.write_text(json.dumps({"test_error": error}))
+        where = {"hardware": "NVIDIA H100", "versions": {"torch": torch}}
+        run.result.write_text(json.dumps({"test_error": error, "environment": where}))
     done = here("runs", "compare", "a", "b", "--root", tmp_path, "--format", "json")
-    assert json.loads(done.stdout)["results"]["test_error"] == [8.0, 6.5, -1.5]
+    made = json.loads(done.stdout)
+    assert made["results"]["test_error"] == [8.0, 6.5, -1.5]
+    assert made["environment"] == {"versions.torch": ["2.11", "2.12"]}
 
 
 NAN = float("nan")
