@@ -100,22 +100,24 @@ def test_units_that_are_alike_are_told_once():
     assert strided["residual"][0] == "weight 1x1, 32, /2"
 
 
-def test_the_picture_has_every_layer_of_every_kind_of_unit(tmp_path, here):
-    flags = ["--depth", "20", "--shortcut", "exclusive-gate", "--unit", "original"]
+@pytest.mark.parametrize(
+    "given", [{"shortcut": "exclusive-gate", "unit": "original"}, {"option": "B"}]
+)
+def test_the_picture_has_every_layer_of_every_kind_of_unit(tmp_path, here, given):
+    """And what both paths share, before a projection."""
+    flags = ["--depth", 20, *(word for k, v in given.items() for word in (f"--{k}", v))]
     for name in ("a.svg", "b.svg"):
         done = here("describe", *flags, "--picture", tmp_path / name)
     root = ElementTree.parse(tmp_path / "a.svg").getroot()
     said = ["".join(e.itertext()).strip() for e in root.iter() if e.tag.endswith("}text")]
-    net = skeleton(Experiment(depth=20, shortcut="exclusive-gate", unit="original"))
-    for alike in kinds(net):
+    drawn = []
+    for alike in kinds(skeleton(Experiment(depth=20, **given))):
         assert alike.name in said
         a = alike.anatomy
-        for layer in (*a.shared, *a.residual, *a.shortcut, *a.after, f"× {a.scale}"):
-            expected = sum(
-                (*b.shared, *b.residual, *b.shortcut, *b.after, f"× {b.scale}").count(layer)
-                for b in (k.anatomy for k in kinds(net))
-            )
-            assert said.count(layer) == expected, layer
+        drawn += [*a.shared, *a.residual, *a.shortcut, *a.after]
+        drawn += [f"× {a.scale}"] if a.scale else []
+    for layer in drawn:
+        assert said.count(layer) == drawn.count(layer), layer
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert "stage 2, unit 1" in done.stdout
 
