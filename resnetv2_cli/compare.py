@@ -1,9 +1,10 @@
 """Two runs side by side: what differs between them, and by how much their results do."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from resnetv2_cli.inventory import Run
-from resnetv2_cli.quantities import NONE
+from resnetv2_cli.quantities import NONE, TOP
 
 RESULTS = {  # of result.json, with what they are measured in
     "test_error": "%",
@@ -48,11 +49,20 @@ def flat(value: dict[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
+def measured(result: Mapping[str, Any]) -> dict[str, float]:
+    """What a run's result has of RESULTS, but for the top-5 error of so few classes that it is
+    none."""
+    few = result.get("classes", TOP + 1) <= TOP
+    wanted = [key for key in RESULTS if key in result and not (few and key == "test_top5_error")]
+    return {key: result[key] for key in wanted}
+
+
 def results(a: Run, b: Run) -> dict[str, list[float | None]]:
     """What was measured at their ends, and b - a; None before."""
     found = {}
+    of_a, of_b = measured(a.result), measured(b.result)
     for key in RESULTS:
-        ours, theirs = a.result.get(key), b.result.get(key)
+        ours, theirs = of_a.get(key), of_b.get(key)
         apart = None if ours is None or theirs is None else theirs - ours
         found[key] = [ours, theirs, apart]
     return found

@@ -125,7 +125,10 @@ class Experiment:
         "scale", "ImageNet: random scale, as [1], or scale and aspect ratio.", "Data"
     )
     protocol: Protocol = setting(  # type: ignore[valid-type]
-        "224", "How photographs are evaluated: one crop of 224 or 320, or ten.", "Data"
+        "224",
+        "How photographs are evaluated: one crop of 224 or 320, or ten; in proportion by a network "
+        "of smaller images.",
+        "Data",
     )
     workers: int = setting(
         2, "Processes that decode image files.", "Data", least=0, most=1024, free=SAME

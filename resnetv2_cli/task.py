@@ -20,6 +20,7 @@ from resnetv2_cli.data.order import share
 from resnetv2_cli.iteration import Iteration
 from resnetv2_cli.nonfinite import Guard, poisoned
 from resnetv2_cli.optim import lr_factor, schedule, sgd
+from resnetv2_cli.quantities import TOP
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.telling import Tell, silent
 
@@ -53,7 +54,7 @@ class Scores(Metric):
         pairs = labels * self.classes + logits.argmax(1)
         counts = torch.bincount(pairs, minlength=self.classes**2)
         self.confusion += counts.reshape(self.classes, self.classes)
-        best = logits.topk(min(5, self.classes)).indices
+        best = logits.topk(min(TOP, self.classes)).indices
         self.top5 += (best == labels[:, None]).sum()
         self.loss += F.cross_entropy(logits, labels, reduction="sum")
 

@@ -307,7 +307,7 @@ def test_files_that_are_taken_for_no_images_are_told(class_folders):
     found = folder.scan(class_folders, "train", tell=told.append)
     assert len(found.files) == 13
     [line] = told
-    assert f"1 files in {class_folders / 'train'} are taken for no images: their names" in line
+    assert f"1 file in {class_folders / 'train'} is taken for no image: their names" in line
 
 
 def test_names_need_not_be_text(class_folders):

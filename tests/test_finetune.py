@@ -363,7 +363,7 @@ def test_the_walk_through_from_its_very_text(walk, tmp_path, monkeypatch, here):
         done = here(*words, *QUICK.get(words[0], []))
         said, noted = said + done.stdout, noted + done.stderr
     assert "the classifier is new: 10 classes there, 2 here" in noted
-    assert "error by class" in said and "animal" in said and "thing" in said
+    assert "224 as 32" in said and "error by class" in said and "animal" in said and "thing" in said
     assert (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
     before, now = weights_of(tmp_path / "runs/pretrained"), weights_of(tmp_path / "runs/photos")
     frozen = [name for name in now if re.search(r"stem|stage1|stage2", name)]

@@ -15,6 +15,7 @@ from resnetv2_cli.compare import agreement, notes
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.manifest import environment, environment_in
+from resnetv2_cli.report import facts
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 
 
@@ -156,6 +157,21 @@ def test_what_is_not_a_number_in_both_runs_agrees(theirs, said):
     ours = [(10, 3.0), (20, NAN), (30, NAN)]
     curve = agreement(ours, list(zip((10, 20, 30), theirs, strict=True)))
     assert notes({"curves": {"train_loss": curve}}) == [f"train_loss: {said}"]
+
+
+@pytest.mark.parametrize("classes, told", [(5, False), (6, True)])
+def test_a_top_5_error_is_told_where_a_guess_can_miss(here, lab, tmp_path, classes, told):
+    shutil.copytree(lab, tmp_path / "lab")
+    for file in (tmp_path / "lab").rglob("result.json"):
+        result = json.loads(file.read_text())
+        file.write_text(json.dumps(result | {"classes": classes, "test_top5_error": 0.5}))
+    root = ["--root", tmp_path / "lab"]
+    [run] = [r for r in inventory.runs_in(tmp_path / "lab") if r.result]
+    for command in (["show", run.name], ["compare", run.name, run.name]):
+        said = here("runs", *command, *root).stdout
+        assert "test_error, %" in said and ("test_top5_error" in said) is told
+    results = dict(facts.described(run, {})["results"])
+    assert "test_error, %" in results and ("test_top5_error, %" in results) is told
 
 
 def test_rm_asks_first_and_leaves_nothing_behind(here, lab, tmp_path, monkeypatch):

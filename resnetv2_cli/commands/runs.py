@@ -88,7 +88,7 @@ def age(changed: float) -> str:
 def show(name: Name, root: Root = RUNS, format: Format = "table") -> None:
     """Show what one run is, what became of it, and where it ran."""
     from resnetv2_cli.ablation.studies import unusual
-    from resnetv2_cli.compare import RESULTS, number, word
+    from resnetv2_cli.compare import RESULTS, measured, number, word
     from resnetv2_cli.inventory import choose, runs_in
 
     run = choose(name, runs_in(root) if root.is_dir() else [])
@@ -101,10 +101,11 @@ def show(name: Name, root: Root = RUNS, format: Format = "table") -> None:
     rows = [["state", run.state], ["iteration", f"{run.step:,} of {run.steps:,}"]]
     if run.failure:
         rows.append(["reason", run.failure.get("reason", "")])
+    errors = measured(run.ended)
     for key, value in run.ended.items():
-        if key in RESULTS:
+        if key in errors:
             rows.append([f"{key}, {RESULTS[key]}", number(value)])
-        elif key not in ("environment", "name", "steps") and value != []:
+        elif key not in (*RESULTS, "environment", "name", "steps") and value != []:
             rows.append([key, f"{value:,}" if type(value) is int else word(value)])
     rows += [[flag_name(k), word(v)] for k, v in unusual(run.settings).items()]
     for key, value in run.environment.items():

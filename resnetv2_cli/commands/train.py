@@ -11,10 +11,11 @@ import typer
 from resnetv2_cli import console, paper, trust
 from resnetv2_cli.commands.app import Config, Json, app, of_weights
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.data.catalog import DATASETS, side
+from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.flags import of_panels, seconds, with_flags
-from resnetv2_cli.quantities import NONE
+from resnetv2_cli.quantities import NONE, TOP
 from resnetv2_cli.recipes import asked_for
 
 
@@ -201,7 +202,6 @@ def evaluate(
         console.note(f"confusion matrix: {picture}")
 
 
-TOP = 5  # guesses that the second error allows: among so few classes it is none
 COLUMNS = ["network", "protocol", "error", "top-5", "loss", "images"]
 
 
@@ -209,7 +209,15 @@ def measured(experiment: Experiment, scores: dict[str, Any]) -> list[str]:
     """The scores of a network as cells of a table, under COLUMNS."""
     errors = [f"{scores[key]:.2f} %" for key in ("error", "top5_error")]
     counts = [f"{scores['loss']:.2f}", f"{scores['images']:,}"]
-    return [experiment.name, experiment.protocol, *errors, *counts]
+    return [experiment.name, seen(experiment), *errors, *counts]
+
+
+def seen(experiment: Experiment) -> str:
+    """The protocol, and the side of its crops in pixels where the network trains on smaller ones
+    than it is named after."""
+    protocol = PROTOCOLS[experiment.protocol]
+    size = protocol.view(side(experiment.dataset, experiment.stem_)).side
+    return f"{experiment.protocol}" + (f" as {size}" if size != protocol.crop else "")
 
 
 def published(row: paper.Row) -> list[str]:

@@ -78,7 +78,8 @@ def images_in(place: Path) -> list[Path]:
 
 def left_out(count: int, place: Path) -> str:
     """What is said of files that are no images."""
-    return f"{count:,} files in {place} are taken for no images: {NAMES}"
+    files, are, images = ("file", "is", "image") if count == 1 else ("files", "are", "images")
+    return f"{count:,} {files} in {place} {are} taken for no {images}: {NAMES}"
 
 
 def loose(place: Path, split: str, tell: Tell) -> dict[str, list[Path]]:

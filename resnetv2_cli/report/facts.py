@@ -3,7 +3,7 @@
 from statistics import median
 from typing import Any
 
-from resnetv2_cli.compare import RESULTS, flat, number, word
+from resnetv2_cli.compare import RESULTS, flat, measured, number, word
 from resnetv2_cli.inventory import Run
 from resnetv2_cli.paper import FAIL
 from resnetv2_cli.report.rows import STATES
@@ -22,10 +22,11 @@ def in_common(runs: list[Run]) -> dict[str, Any]:
 def described(run: Run, shared: dict[str, Any]) -> dict[str, Any]:
     """A run in three lists: its own settings, its results, where it ran."""
     own = {k: v for k, v in run.settings.items() if k not in shared}
+    errors = measured(run.result)
     results = [
-        (f"{key}, {RESULTS[key]}", number(value)) if key in RESULTS else (key, word(value))
+        (f"{key}, {RESULTS[key]}", number(value)) if key in errors else (key, word(value))
         for key, value in run.result.items()
-        if key not in ("environment", "name")
+        if key in errors or key not in (*RESULTS, "environment", "name")
     ]
     rate = rate_of(run)
     places = [*([("images a second", f"{rate:,.0f}")] if rate else [])]
