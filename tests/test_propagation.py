@@ -222,6 +222,33 @@ def test_the_product_in_the_line_of_a_stage_is_that_down_to_its_first_unit():
     assert said == pytest.approx([0.5**6, 0.5**4, 0.5**2], rel=0.01)  # two units in each stage
 
 
+def test_the_line_of_a_stage_has_its_first_unit_and_its_last():
+    """The terms those of the first that keeps the shape; numbers that are all others."""
+    ahead = {"x": [2.0, 3.0, 4.0], "residual": [1.0, 9.0, 8.0], "negative": [0.1, 0.2, 0.3]}
+    [said] = cells(forward, ahead | {"stage": [1] * 3, "off": [None, 0.01, 0.5]})
+    ends = {"|x_l|": "2 - 4", "|F_l|/|x_l|": "0.5 - 2", "y_l < 0": "0.1 - 0.3"}
+    assert said == {"stage": "1", "Eq. 4 off by": "0.5"} | ends
+    back = {"gradient": [8.0, 7.0, 6.0], "product": [0.125, 0.25, 0.5], "off": [None, 0.01, 0.02]}
+    back |= {"direct": [None, 3.0, 2.0], "weights": [None, 5.0, 4.0]}
+    gates = [[0.2, 0.1, 0.3], [0.5, 0.4, 0.6], [0.8, 0.7, 0.9]]
+    [said] = cells(backward, back | {"stage": [1] * 3, "gate": gates, "limits": {}})
+    terms = {"direct": "3", "weights": "5", "off by": "0.02", "scales": "0.125"}
+    assert said == {"stage": "1", "|dL/dx_l|": "8 - 6", "g": "0.2 - 0.8"} | terms
+
+
+def test_where_products_leave_a_format_is_said_of_each():
+    limits = backward.limits([0.5**n for n in range(1, 128)])
+    assert backward.notes({"net": {"limits": limits}}) == [
+        "net: the product of shortcut scales " + said
+        for said in (
+            "is below the normal numbers of float32 after 127 units, bfloat16 after 127, "
+            "float16 after 15",
+            "no longer changes a float32 gradient of size 1 after 24 units, bfloat16 after 8, "
+            "float16 after 11",
+        )
+    ]
+
+
 def test_trap_the_derivative_of_a_gated_shortcut():
     """h' = diag(1-g) - diag(x) dg/dx, not diag(1-g) alone; written out by hand."""
     made = traced(shortcut="exclusive-gate", settings={"gate_bias": 0.0})
