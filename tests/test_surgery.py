@@ -136,6 +136,26 @@ def test_pairs_are_all_or_a_sample():
     assert some == lesion.some_pairs(54, 100)
 
 
+def test_each_error_stands_with_the_units_that_it_is_without(monkeypatch):
+    """Of an error here the digits say which units were changed, and its sign, how."""
+
+    def errors(net, x, labels, lesions):
+        assert not net.training
+        return [told(list(net.units), *of) for of in lesions]
+
+    def told(units, start, changed):
+        pairs = zip(units[start:], changed, strict=True)
+        places = [i for i, (a, b) in enumerate(pairs, start + 1) if a is not b]
+        gone = any(isinstance(unit, lesion.Deleted) for unit in changed)
+        return int("".join(map(str, places)) or "0") * (1 if gone else -1)
+
+    monkeypatch.setattr(lesion, "errors", errors)
+    found = measured(lesion, network(20))
+    assert found["whole"] == 0 and found["single"] == list(range(1, 10))
+    assert found["pairs"] == [[i, j, 10 * i + j] for i in range(1, 10) for j in range(i + 1, 10)]
+    assert found["swaps"] == [[i, i + 1, -(11 * i + 1)] for i in (1, 2, 5, 8)]
+
+
 def test_the_line_of_a_stage_is_of_lesions_that_begin_in_it():
     made = measured(lesion, network()) | {
         "single": [20.0, 40.0, 30.0, 35.0, 25.0, 45.0],
