@@ -39,6 +39,38 @@ def test_a_name_is_drawn_as_it_stands(tmp_path, name):
     assert shown in words(to)
 
 
+def test_the_likeliest_class_stands_below_its_picture(tmp_path):
+    top = [("cat", 0.7), ("dog", 0.3)]
+    sheet([Prediction("a.png", top, "", torch.zeros(8, 8, 3))], tmp_path / "a.svg")
+    assert set(words(tmp_path / "a.svg")) == {"a.png", "cat 70 %"}
+
+
+def test_a_value_of_a_unit_stands_above_its_place(tmp_path):
+    """Counted from 1; in percent where another network has other units. A stage ends between."""
+    one, two = {"stage": [1, 1, 2, 2]}, {"stage": [1, 2]}
+    for found, places, change in (
+        ({"a": one}, [1, 2], 2.5),
+        ({"b": one, "a": two}, [50, 100], 62.5),
+    ):
+        panels = Panels(found, "title")
+        panels.over_depth(0, "a", [5.0, None, 7.0, 8.0][: len(found["a"]["stage"])])
+        [ends, curve] = panels.panels[0].lines
+        assert list(curve.get_xdata())[:2] == places and curve.get_ydata()[0] == 5
+        assert list(ends.get_xdata()) == [change] * 2
+        panels.save(tmp_path / "a.svg")
+
+
+def test_a_row_of_the_confusion_matrix_is_of_a_label(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "save", lambda figure, to: drawn.extend(figure.axes))
+    plot.confusion([[3, 1], [0, 4]], ("a", "b"), None)
+    [axes] = drawn
+    shares = {text.get_position(): text.get_text() for text in axes.texts}
+    assert shares == {(0, 0): "75", (1, 0): "25", (0, 1): "0", (1, 1): "100"}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("guess", "label")
+    plot.plt.close(axes.figure)
+
+
 def test_a_class_without_images_has_a_blank_row(tmp_path):
     plot.confusion([[3, 1], [0, 0]], ("a", "b"), tmp_path / "a.svg")
     assert [w for w in words(tmp_path / "a.svg") if w.isdigit() or w == "nan"] == ["75", "25"]
