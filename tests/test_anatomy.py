@@ -49,6 +49,11 @@ def test_units_are_those_of_figure_4(unit):
     assert a.shared == a.shortcut == () and a.formula == "x + F(x)"
 
 
+def test_padding_says_how_many_channels_it_adds_and_its_stride():
+    with torch.device("meta"):
+        assert anatomy(residual_unit(Kind(), 16, 64, stride=2)).shortcut == ("zero-pad +48, /2",)
+
+
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_shortcuts_are_those_of_figure_2(shortcut):
     a = parts(unit="original", shortcut=shortcut)
