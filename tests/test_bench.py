@@ -4,15 +4,19 @@ import json
 import mmap
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+from resnetv2_cli.bench import data, floor, turns
+from resnetv2_cli.bench import train as whole
 from resnetv2_cli.bench.data import PATHS
 from resnetv2_cli.bench.floor import bytes_moved, convolutions
 from resnetv2_cli.bench.step import OPTIONS, PLAIN, bench_step
 from resnetv2_cli.bench.turns import Turn, in_turns, ratios, rows
+from resnetv2_cli.commands.bench import row
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.prepare import Form, prepare
 from resnetv2_cli.describe import describe
@@ -29,6 +33,28 @@ def test_ratios_are_taken_within_a_round():
     assert made["fast"]["ratio"] == 3.0 and made["slow"]["ratio"] == 1.0
     assert made["slow"]["images_per_second"] == pytest.approx(10 / 21)
     assert made["slow"]["peak_bytes"] == 7
+
+
+def test_an_arm_tells_the_seconds_of_an_iteration_without_those_before_the_clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(turns, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    took = iter([50.0, 50.0, 1.0, 2.0, 3.0])
+    assert turns.timed(lambda: now.append(now.pop() + next(took)), CPU)(3) == 2
+
+
+def test_a_line_of_a_bench():
+    arm = {"images_per_second": 1234.4, "ratio": 1.5, "least": 1.25, "most": 2.0}
+    assert row("a", arm | {"peak_bytes": None}) == ["a", "1,234", "1.50", "1.25-2.00", "—"]
+
+
+def test_the_floor_is_the_time_of_the_bytes_at_the_rate_of_a_copy(monkeypatch):
+    """Of which each number is read and written: here 1 KiB in half a second."""
+    times = iter([0.0, 9.0, *(t for i in range(10, 15) for t in (i, i + 0.5))])
+    monkeypatch.setattr(floor, "COPY", 256)
+    monkeypatch.setattr(floor, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    made = floor.floor(Experiment(depth=8, batch_size=4), torch.bfloat16, CPU)
+    assert made["copy_bytes_per_second"] == 2 * 1024 / 0.5
+    assert made["seconds"] == made["bytes"] / made["copy_bytes_per_second"]
 
 
 def test_arms_take_turns_and_their_peaks_are_their_own():
@@ -94,6 +120,22 @@ def test_the_share_of_the_floor_is_the_median_of_an_even_number_of_turns(monkeyp
     assert made["arms"][PLAIN]["of_floor"] == pytest.approx(0.2)
 
 
+def test_what_the_trainer_costs_and_waits_is_counted_by_iterations(monkeypatch):
+    """Of 2 seconds an iteration, 1.5 of them the bare step's; a second was waited in 4 of them."""
+
+    def in_turns(arms, *_):
+        for arm in (whole.PLAIN, whole.TRAIN):
+            arms[arm].waited = 1.0
+        return {name: [Turn(1.5 if name == whole.BARE else 2.0, None)] for name in arms}
+
+    monkeypatch.setattr(whole, "in_turns", in_turns)
+    monkeypatch.setattr(whole, "first_step_seconds", lambda *_: 7.0)
+    e = Experiment(dataset="digits", depth=8, batch_size=64, accelerator="cpu")
+    made = whole.bench_train(e, 1, 4, silent)
+    assert made["trainer_overhead"] == pytest.approx(1 / 3)
+    assert made["arms"][whole.TRAIN]["waiting"] == made["arms"][whole.PLAIN]["waiting"] == 1 / 8
+
+
 def test_the_command_leaves_a_picture_and_the_json_it_prints(here, tmp_path):
     began = time.time()
     small = ["--dataset", "digits", "--depth", 8, "--batch-size", 64]
@@ -129,6 +171,14 @@ def test_photographs_are_read_beside_pil_and_torchvision(here, tmp_path):
     usual = [name for name, path in PATHS.items() if not path.decoded]
     prepared = [f"{where}/raw, {crop}" for where in (tmp_path.name, "again") for crop in CROPS]
     assert list(made["arms"]) == [*usual, *prepared]
+
+
+def test_what_was_prepared_is_read_where_it_lies(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "build", lambda experiment: (None, experiment.data_dir))
+    monkeypatch.setattr(data, "ours", lambda crop: lambda place, device: (crop, place))
+    e = Experiment(dataset="folder", data_dir="loose", depth=18)
+    arms = data.prepared_arms(e, [tmp_path / "raw"], CPU)
+    assert arms == {f"raw, {crop}": (crop, str(tmp_path / "raw")) for crop in CROPS}
 
 
 @pytest.mark.parametrize(
