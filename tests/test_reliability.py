@@ -1,6 +1,7 @@
 """Nothing lost, nothing different: damaged checkpoints, full disks, locks, and bits. Trainings run
 in this process; test_run.py kills them."""
 
+import errno
 import fcntl
 import json
 import math
@@ -13,18 +14,22 @@ import threading
 import time
 from contextlib import suppress
 from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SMALL
+from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 from trainings import At, same, trained_as
 
-from resnetv2_cli import callbacks, jsonfile, run
+from resnetv2_cli import callbacks, files, jsonfile, run, verify
 from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Damaged, NotSaved, Stopped, UserError
 from resnetv2_cli.locks import in_turn, taken
 from resnetv2_cli.runfolder import RunFolder, read_metrics
+from resnetv2_cli.telling import silent
 from resnetv2_cli.verify import difference, differences
 
 # Checkpoints.
@@ -101,6 +106,54 @@ def test_on_a_full_disk_it_stops_if_it_is_asked_to(whole, tmp_path, full):
     folder = RunFolder(tmp_path / "run")
     assert checkpoints.read(folder.last)["global_step"] == 4
     assert same(trained_as(folder.path, resume={}), whole)
+
+
+class Slow(Callback):
+    """Has each iteration take 40 seconds by a clock of its own."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def on_train_batch_start(self, *_) -> None:
+        self.now += 40
+
+
+def test_it_saves_every_ten_minutes(tmp_path, monkeypatch):
+    slow, saved, save = Slow(), [], callbacks.Keeper.save
+    clock = SimpleNamespace(monotonic=lambda: slow.now, perf_counter=lambda: slow.now)
+    monkeypatch.setattr(callbacks, "time", clock)
+
+    def noted(keeper, trainer, *given, **more):
+        saved.append(trainer.global_step)
+        save(keeper, trainer, *given, **more)
+
+    monkeypatch.setattr(callbacks.Keeper, "save", noted)
+    trained_as(tmp_path / "run", display=[slow], steps=41, save_every=0, eval_every=1)
+    assert saved == [20, 40, 41]  # asked every ten iterations: after 800 s, and 800 s later
+
+
+def test_a_best_that_cannot_be_written_is_none(tmp_path, monkeypatch):
+    keeper = callbacks.Keeper(RunFolder(tmp_path), Experiment(val=100), [], silent)
+    monkeypatch.setattr(keeper, "write", lambda *_: False)
+    trainer = SimpleNamespace(state=SimpleNamespace(fn=None))
+    keeper.on_validation_end(trainer, SimpleNamespace(scores={"error": 50.0}))
+    assert keeper.best == math.inf
+
+
+def test_where_a_file_has_one_name_alone_another_is_a_copy(tmp_path, monkeypatch):
+    """As on filesystems without hard links."""
+    path, other = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    other.write_text("older")
+    path.write_text("old")
+
+    def link(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "link", link)
+    files.name_too(path, other)
+    files.write_text(path, "new")
+    assert (path.read_text(), other.read_text()) == ("new", "old")
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_what_cannot_be_saved_at_the_end_is_an_error(tmp_path, full):
@@ -295,6 +348,15 @@ def test_the_part_that_differs_is_named(whole, tmp_path):
     other.last.unlink()  # it has a second name
     checkpoints.write(held, other.last)
     assert [part for part, said in differences(whole, other).items() if said] == ["optimizer"]
+
+
+def test_what_differs_is_the_exit_status_of_verify_resume(here, monkeypatch):
+    made = {"stopped by": "SIGKILL", "went on after": [3], "weights": "", "metrics": "step 4"}
+    monkeypatch.setattr(verify, "verify", lambda *_: [made])
+    done = here("verify-resume", *SMALL, status=1)
+    assert "SIGKILL: metrics differs at step 4" in done.stderr and "same bits" not in done.stdout
+    made["metrics"] = ""
+    assert "every run ended with the same bits" in here("verify-resume", *SMALL).stdout
 
 
 def test_verify_resume_shows_it_to_a_user(resnetv2, tmp_path):
