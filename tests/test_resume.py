@@ -63,7 +63,9 @@ def test_longer_training_is_one_run_where_the_rates_were_the_same(tmp_path):
     flat = {"drops": "1,1", "warmup": 0}
     longer = trained_as(tmp_path / "long", **flat, steps=20)
     short, said = trained_as(tmp_path / "run", **flat), []
+    short.curves.write_text("of 12 iterations")
     trained_as(short.path, said.append, resume={"steps": 20})
+    assert short.curves.read_bytes().startswith(b"\x89PNG")
     assert "its rates so far are those of 20 iterations too: one run" in said
     assert not differences(longer, short)["weights"]
     assert json.loads(short.result.read_text())["extended"] == [
@@ -91,7 +93,8 @@ class Scored(Callback):
 
 
 def test_longer_training_keeps_what_was_chosen_after_the_last_iteration(tmp_path):
-    scored = Scored({5: 80.0, 10: 70.0, 12: 60.0, 14: 65.0})
+    """Also where it finds the same error once more."""
+    scored = Scored({5: 80.0, 10: 70.0, 12: 60.0, 14: 60.0})
     folder = trained_as(tmp_path / "run", display=[scored], val=100, eval_every=0.06)
     assert checkpoints.read(folder.best)["global_step"] == 12
     trained_as(folder.path, display=[scored], resume={"steps": 14})
