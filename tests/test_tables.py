@@ -195,6 +195,15 @@ def test_the_panels_of_figure_6():
     ]
 
 
+def test_the_panels_of_figures_1_and_3():
+    """Beside the original network what its captions name."""
+    assert list(paper.FIGURES[1].panels.values()) == [
+        ("ResNet-1001 original", "ResNet-1001 full-preact")
+    ]
+    beside = ["constant-scale 0.5/0.5", "exclusive-gate b=-6", "shortcut-only-gate b=0", "conv1x1"]
+    assert list(paper.FIGURES[3].panels.values()) == [("identity", row) for row in beside]
+
+
 ALL = [table.values() for table in (TABLE_1, TABLE_2, TABLE_3, TABLE_4)]
 ALL += [[top1 for top1, _ in TABLE_5]]
 
@@ -305,6 +314,13 @@ def test_columns_that_do_not_fit_go_on_below_and_no_cell_is_broken(monkeypatch, 
     assert max(map(len, lines)) <= 60
     assert [sum("a long name" in ln for ln in lines), sum("many" in ln for ln in lines)] == [3, 1]
     assert all(any(f"{i}.25 (±1)" in ln for ln in lines) for i in range(9))
+
+
+def test_a_bar_in_a_cell_ends_no_cell_of_markdown(capsys):
+    console.as_markdown("two\nlines", ["a", "b"], [["x|y", "1"]])
+    assert capsys.readouterr().out == (
+        "**two; lines**\n\n| a | b |\n| --- | --: |\n| x\\|y | 1 |\n\n"
+    )
 
 
 def test_numbers_are_whole_and_words_fold(monkeypatch, capsys):
