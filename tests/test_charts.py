@@ -62,8 +62,17 @@ def test_losses_of_0_do_not_take_the_others_out_of_the_picture(tmp_path, y):
     plot.plt.close(axes.figure)
 
 
+def test_a_loss_that_explodes_leaves_the_frame(tmp_path):
+    for name, loss in (("a", 2.0), ("b", 3.0), ("c", 1e6)):
+        (tmp_path / name).write_text(f"step,train_loss\n5,{loss}\n10,1\n")
+    axes = plot.plt.figure().subplots()
+    plot.panel(axes, {name: tmp_path / name for name in "abc"}, "linear")
+    assert axes.get_ylim()[1] == plot.ABOVE * 3
+    plot.plt.close(axes.figure)
+
+
 def test_runs_of_any_name_are_in_the_legend(tmp_path):
-    (tmp_path / "metrics.csv").write_text("step,test_error\n5,80\n")
+    (tmp_path / "metrics.csv").write_text("step,test_error\n1,90\n5,80\n")
     names = ["_a", r"$\bad$", "$x$", "a_b^c"]
     runs = dict.fromkeys(names, tmp_path / "metrics.csv")
     with plot.plt.rc_context({"svg.fonttype": "none"}):  # words as words
