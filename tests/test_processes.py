@@ -13,6 +13,7 @@ from collections import Counter
 from datetime import timedelta
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -270,6 +271,16 @@ def test_processes_that_would_begin_apart_all_say_so_and_change_nothing(seen, ch
         status, said, kept = one["apart"][change.__name__]
         assert status == 2 and expected in said and kept
         assert said.count("error: ") == 1 and "Traceback" not in said
+
+
+def test_each_may_have_its_images_and_weights_elsewhere(tmp_path):
+    weights = [tmp_path / name for name in "ab"]
+    for file in weights:
+        file.write_bytes(b"of the same bytes")
+    of = [{"weights": str(f), "data_dir": str(f), "workers": i} for i, f in enumerate(weights)]
+    data = SimpleNamespace(digest="0")
+    one, other = (run._state(Experiment(dataset="digits", **e), data, None, 0) for e in of)
+    assert one == other
 
 
 def test_a_new_run_that_would_begin_apart_is_refused(seen):
