@@ -13,6 +13,8 @@ from resnetv2_cli.analysis import study, subject
 from resnetv2_cli.analysis.subject import Batch
 from resnetv2_cli.analysis.topics import TOPICS
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.folder import FolderImages, scan
+from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.source import Source, from_checkpoint
 from resnetv2_cli.telling import silent
@@ -91,6 +93,17 @@ def test_there_may_be_fewer_images_than_training_would_have_in_a_batch():
     assert len(subject.subject(Source(wide), Batch(2, 2), silent).labels) == 2
 
 
+def test_photographs_are_looked_at_in_their_middle(tree):
+    """At equal distances; of ten crops at the one in the middle."""
+    ten = {"dataset": "folder", "data_dir": str(tree), "depth": 18, "protocol": "ten-crop"}
+    one = subject.subject(Source(Experiment(**ten)), Batch(2, 2, "float32"), silent)
+    assert one.x.shape == (2, 3, 224, 224) and one.labels.tolist() == [0, 1]
+    split, view = scan(tree, "train"), PROTOCOLS["224"].view(224)
+    views = FolderImages(split, 224, "scale", 0, view)
+    expected = torch.stack([views[1, -1][0], views[3, -1][0]])
+    assert torch.equal(subject.chosen(split, 2, view)[0], expected)
+
+
 FAST = ["--dataset", "digits", "--depth", 8, "--images", 2]
 
 
@@ -148,6 +161,15 @@ def test_analyze_of_a_run(here, trained):
     here("analyze", trained, "--images", 3, "--topic", "forward", "--bn", "kept")  # seen otherwise
     other = json.loads((folder / "analysis.json").read_text())
     assert set(other["topics"]) == {"forward"}
+
+
+def test_units_are_deleted_of_trained_networks_alone(trained, tmp_path):
+    fresh = Source(Experiment(dataset="digits", depth=8), label="fresh")
+    of = [fresh, from_checkpoint(trained)._replace(label="trained")]
+    made = study.study(of, ["lesion", "shrink"], Batch(2, 2, "float32", pairs=1), tmp_path)
+    assert {topic: list(found) for topic, found in made["topics"].items()} == {
+        "lesion": ["trained"], "shrink": ["fresh", "trained"]
+    }  # fmt: skip
 
 
 def test_weights_to_start_from_are_those_that_are_looked_at(here, trained, tmp_path):
