@@ -51,7 +51,7 @@ def test_a_run_folder_holds_what_scripts_rely_on(trained):
     ]  # fmt: skip
     result = json.loads((trained / "result.json").read_text())
     assert 0 <= result["test_error"] <= 100
-    assert (result["train_images"], result["test_images"]) == (1437, 360)
+    assert (result["train_images"], result["test_images"], result["epochs"]) == (1437, 360, 4)
     assert yaml.safe_load((trained / "config.yaml").read_text())["steps"] == result["steps"] == 92
     assert result["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
     saved = last(trained)
@@ -74,7 +74,9 @@ def test_the_metrics_file(trained):
     wrong = 320 * float(rows[0]["train_error"]) / 100  # of 5 iterations
     assert wrong == pytest.approx(round(wrong), abs=1e-3) and 100 < wrong <= 320
     result = json.loads((trained / "result.json").read_text())
-    assert float(rows[-1]["test_error"]) == pytest.approx(result["test_error"], rel=1e-5)
+    for name in ("train_loss", "train_error", "test_error"):
+        [*_, end] = [float(r[name]) for r in rows if r[name]]
+        assert end == pytest.approx(result[name], rel=1e-5)
 
 
 FLAGS = ["--shortcut", "dropout", "--unit", "original", "--accumulate", 2, "--steps", STEPS]
@@ -238,6 +240,30 @@ def test_an_evaluation_is_no_time_of_training(monkeypatch):
     assert recorder.mark == 102.0
 
 
+def test_sums_of_another_number_of_processes_are_taken_together():
+    recorder = callbacks.Recorder(None, None, 10, "test")
+    recorder.load_state_dict({"sums": torch.tensor([[1.0, 2, 3], [4, 5, 6]])})
+    task = SimpleNamespace(sums=torch.zeros(3))
+    recorder.on_train_start(SimpleNamespace(world_size=1, global_rank=0), task)
+    assert task.sums.tolist() == [5, 7, 9] and recorder.before == 9
+
+
+def test_time_that_goes_by_before_a_training_is_a_part_of_what_it_has(monkeypatch):
+    now = iter([100.0, 107.0, 130.0])
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    left = run.Left(10)
+    assert (left(), left()) == (3, 1) and run.Left(None)() is None
+
+
+def test_a_run_without_a_folder_takes_none_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    e = Experiment(dataset="digits", depth=8)
+    for number in ("", ".2", ".3"):
+        place = RunFolder.free(e).path
+        assert str(place) == f"runs/{e.name}{number}"
+        place.mkdir(parents=True)
+
+
 def test_same_seed_same_run(resnetv2, tmp_path):
     for name in ("a", "b"):
         resnetv2("train", *SMALL, "--steps", 12, "--seed", 4, "--output", tmp_path / name)
@@ -360,4 +386,30 @@ def test_what_comes_before_the_first_iteration_is_in_no_rate(tmp_path, monkeypat
     shown = display.Display(Console(file=said, width=200))
     run.train(e, folder, display=[shown])
     assert dict(read_metrics(folder.speed)["images_per_second"]) == {3: 64.0, 6: 64.0}
-    assert "1.00 it/s" in said.getvalue().splitlines()[-1]
+    lines = said.getvalue().splitlines()
+    assert "1.00 it/s" in lines[-1] and "step 4/6" in lines[1] and "0:02 left" in lines[1]
+    assert [display.clock(s) for s in (9, 123, 3723)] == ["0:09", "2:03", "1:02:03"]
+
+
+@pytest.mark.parametrize(
+    "batch, images, lines",
+    [
+        (128, 45_000, ["128 images an iteration: 32 on each of 2 devices, 2 times"]),
+        (
+            130,
+            40_000,
+            [
+                "note: only a part of cifar10: 40,000 of its 50,000 training images",
+                "130 images an iteration: about 32 on each of 2 devices, 2 times",
+            ],
+        ),
+    ],
+)
+def test_how_a_batch_is_split_and_what_is_left_out_is_said(batch, images, lines):
+    """What is held out is not left out."""
+    said, e = io.StringIO(), Experiment(batch_size=batch, accumulate=2, val=5000)
+    whole = SimpleNamespace(train=50_000)
+    data = SimpleNamespace(experiment=e, train_images=images, dataset=whole)
+    trainer = SimpleNamespace(is_global_zero=True, world_size=2, datamodule=data)
+    display.Display(Console(file=said, width=200)).on_train_start(trainer, None)
+    assert said.getvalue().splitlines() == lines
