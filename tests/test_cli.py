@@ -59,6 +59,8 @@ def test_describe_as_json(here):
 def test_describe_as_a_table(here):
     text = here("describe", "--depth", 20).stdout
     assert "stage3.unit3" in text and "269,722" in text and "40,551,040" in text
+    [head] = [line for line in text.splitlines() if "head" in line]
+    assert head.split()[-4::2] == ["778", "640"]  # BN of 64 channels, and 64x10 with 10 more
 
 
 def test_eval_of_a_checkpoint_and_of_a_run_folder(resnetv2, trained, tmp_path):
