@@ -77,6 +77,9 @@ def test_check_finds_each_fault_that_was_planted(tmp_path, here):
     assert names["classes"] == [["train/ant/0.jpg", "train/bee/twice.jpg"]]
     for words in ("1 unreadable", "2 truncated", "1 classes of val", "1 images in several splits"):
         assert words in done.stderr
+    assert "in several splits" in done.stdout and "twice" not in done.stdout.replace(
+        "twice.jpg", ""
+    )
     assert "1 classes of train without images" in done.stderr
     assert "same pixels" in done.stdout and "colors of print" in done.stdout
 
