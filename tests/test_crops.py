@@ -87,6 +87,11 @@ def test_a_crop_is_decoded_at_the_least_scale_that_has_its_pixels():
         assert min(box.right - box.left, box.bottom - box.top) >= min(side, 224)
 
 
+def test_a_crop_at_the_edge_does_not_reach_over_it():
+    """Both its place and its length are rounded, and so is the picture's."""
+    assert crop.settled([(51, 0, 101, 50)], (101, 50), 25) == ([Box(25, 0, 50, 25)], 2)
+
+
 @pytest.mark.parametrize("kind", ["scale", "scale-aspect"])
 def test_without_the_library_the_pixels_are_the_same(kind, photographs, monkeypatch):
     some = [*list(photographs.values())[:4], encoded(1000, 900, quality=70)]
