@@ -195,6 +195,11 @@ def test_the_panels_of_figure_6():
     ]
 
 
+@pytest.mark.parametrize("table, figure, letters", [(1, 2, "abbbcccddef"), (2, 4, "abcde" * 2)])
+def test_a_row_names_the_drawing_of_its_unit(table, figure, letters):
+    assert [r.figure for r in paper.TABLES[table].rows] == [f"{figure}({c})" for c in letters]
+
+
 def test_the_panels_of_figures_1_and_3():
     """Beside the original network what its captions name."""
     assert list(paper.FIGURES[1].panels.values()) == [
