@@ -66,17 +66,19 @@ def test_one_cycle_rises_for_30_percent_unless_it_is_given():
     assert Experiment(schedule="one-cycle", steps=1000, warmup=7).warmup_ == 7
 
 
-def test_the_update_is_pytorchs_form_of_momentum_with_decay():
-    """v <- 0.9 v + (g + 1e-4 w), w <- w - lr v, on every parameter."""
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_update_is_pytorchs_form_of_momentum_with_decay(nesterov):
+    """v <- 0.9 v + (g + 1e-4 w), w <- w - lr v, on every parameter; Nesterov's looks ahead."""
     net = ResNet(8)
-    optimizer = sgd(net, Experiment())
+    optimizer = sgd(net, Experiment(nesterov=nesterov))
     w = [p.detach().clone() for p in net.parameters()]
     v = [torch.zeros_like(p) for p in w]
     for _ in range(3):
         for i, p in enumerate(net.parameters()):
             p.grad = torch.randn_like(p)
-            v[i] = 0.9 * v[i] + p.grad + 1e-4 * w[i]
-            w[i] = w[i] - 0.1 * v[i]
+            g = p.grad + 1e-4 * w[i]
+            v[i] = 0.9 * v[i] + g
+            w[i] = w[i] - 0.1 * (g + 0.9 * v[i] if nesterov else v[i])
         optimizer.step()
     torch.testing.assert_close(list(net.parameters()), w, rtol=1e-5, atol=1e-6)
 
