@@ -118,6 +118,19 @@ def test_each_run_and_analysis_of_one_name_is_drawn(namesakes, tmp_path):
     assert [one["name"] for one in chart["names"]] == [run.name for run in found.runs]
 
 
+def test_a_panel_has_as_many_runs_as_there_are_colors_and_none_is_left_out(tmp_path, monkeypatch):
+    runs, drawn = [], {}
+    for i in range(len(COLORS) + 2):
+        folder = RunFolder(tmp_path / f"{i:02}")
+        folder.path.mkdir()
+        folder.metrics.write_text("step,test_error\n5,80\n")
+        runs.append(inventory.Run(folder.path.name, folder))
+    monkeypatch.setattr(figures, "panels", lambda groups, *_: drawn.update(groups))
+    list(figures.every(inventory.Found(runs=runs), tmp_path, "png", "paper"))
+    assert list(map(len, drawn.values())) == [len(COLORS), 2]
+    assert [name for group in drawn.values() for name in group] == [run.name for run in runs]
+
+
 def test_analyses_whose_files_would_have_one_name_are_told_apart(tmp_path):
     measured = {"a": {"factor": [1.0], "change": [[0.2]]}}
     made = [
