@@ -10,11 +10,10 @@ import pytest
 
 from resnetv2_cli import inventory
 from resnetv2_cli.ablation.arms import Arm
-from resnetv2_cli.commands.runs import percent
 from resnetv2_cli.compare import agreement, notes
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.manifest import environment, environment_in
+from resnetv2_cli.manifest import ORIGINS, environment, environment_in
 from resnetv2_cli.report import facts
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 
@@ -108,10 +107,13 @@ def test_ls_lists_what_became_of_each(here, lab):
     assert "no run is ever 'dead'" in done.stderr
 
 
-def test_an_open_run_is_listed_with_the_last_error_it_saw(tmp_path):
-    run = RunFolder(tmp_path)
+def test_an_open_run_is_listed_with_its_iteration_and_the_last_error_it_saw(here, tmp_path):
+    run = RunFolder(tmp_path / "a")
+    run.path.mkdir()
+    run.config.write_text("steps: 40\n")
     run.metrics.write_text("step,test_error\n5,80\n10,40\n")
-    assert percent(inventory.Run("a", run)) == "(40.00 % test)"
+    [line] = here("runs", "ls", "--root", tmp_path, "--format", "csv").stdout.splitlines()[1:]
+    assert line.split(",")[2:4] == ["10/40", "(40.00 % test)"]
 
 
 def test_compare_says_what_differs_and_by_how_much(here, lab):
@@ -180,6 +182,7 @@ def test_rm_asks_first_and_leaves_nothing_behind(here, lab, tmp_path, monkeypatc
     here("runs", "rm", "alone", "--root", root, status=2)
     assert (root / "alone").exists()
     [folder] = (root / "lab").glob("digits*conv1x1*")
+    RunFolder(folder / "s0").beside(ORIGINS).write_text("{}")  # as of one that was started
     here("runs", "rm", "alone", f"{folder.name}/s0", "--yes", "--root", root)
     assert not (root / "alone").exists() and not list(folder.iterdir())
     assert len(inventory.runs_in(root)) == 1
