@@ -25,6 +25,8 @@ COLORS = """
     #20262e #2b6cb0 #c2410c #2f855a #b7791f #97266d #0e7490 #7c5cd6 #9b2c2c #5f6b3a #d0619a #4a7fa5
 """.split()  # Table 1 has eleven rows; the first is what the others are compared with
 ERRORS = {"test_error": "test error", "val_error": "validation error"}  # columns of metrics files
+FEW = 4  # curves whose names have room among them; those of more stand below
+LINE = 0.1  # inches of height that a name below takes: two stand in a line
 ABOVE = 1.5  # times the others' largest loss: a curve that explodes leaves the frame
 
 
@@ -46,7 +48,8 @@ def panels(groups: Mapping[str, Mapping[str, Path]], to: Path, y: str = "paper")
     """
     across = min(2, len(groups))
     down = -(-len(groups) // across)
-    size = (7 * across, 4.5 * down)
+    most = max(map(len, groups.values()), default=0)
+    size = (7 * across, (4.5 + (LINE * most if most > FEW else 0)) * down)
     figure, grid = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
     for axes in grid.flat[len(groups) :]:
         axes.set_visible(False)
@@ -60,11 +63,11 @@ def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
     """The curves of some runs, each in a colour of its own."""
     loss_scale, error_scale = YS[y]
     right = left.twinx()
-    largest, lines, shown = [], {}, []
+    losses, lines, shown = [], {}, []
     for i, (name, path) in enumerate(runs.items()):
         series, color = read_metrics(path), COLORS[i % len(COLORS)]
         if "train_loss" in series:
-            largest.append(max(loss for _, loss in series["train_loss"]))
+            losses.append([loss for _, loss in series["train_loss"]])
             mark = "x" if len(series["train_loss"]) == 1 else None
             left.plot(
                 *zip(*series["train_loss"], strict=True), "--", color=color, lw=1, marker=mark
@@ -84,14 +87,16 @@ def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
     right.set(ylabel=f"{named(shown)}, % (solid)", yscale=error_scale)
     label_numbers(left.yaxis)
     label_numbers(right.yaxis)
-    largest = [loss for loss in largest if loss > 0]  # 0 all along is no measure
-    if largest and max(largest) > (most := ABOVE * median(largest)):
-        left.set_ylim(top=most)
+    largest = [most for one in losses if (most := max(one)) > 0]  # 0 all along is no measure
+    if largest and max(largest) > (top := ABOVE * median(largest)):
+        left.set_ylim(0.9 * min(loss for one in losses for loss in one if loss > 0), top)
     if error_scale == "linear":
         right.set_ylim(bottom=0)
     right.grid(axis="y", alpha=0.3)
     if lines:  # named here, since a label that begins with _ would be left out
-        right.legend(lines.values(), lines.keys(), loc="best", fontsize=8)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 2}
+        place = below if len(lines) > FEW else {"loc": "best"}
+        right.legend(lines.values(), lines.keys(), fontsize=8, **place)
 
 
 def named(errors: Iterable[str]) -> str:

@@ -71,6 +71,19 @@ def test_a_loss_that_explodes_leaves_the_frame(tmp_path):
     plot.plt.close(axes.figure)
 
 
+@pytest.mark.parametrize("runs", [plot.FEW, plot.FEW + 1])
+def test_names_stand_among_few_curves_and_below_many(tmp_path, runs):
+    (tmp_path / "metrics.csv").write_text("step,train_loss,test_error\n1,2,90\n5,1,80\n")
+    many = {str(i): tmp_path / "metrics.csv" for i in range(runs)}
+    figure, axes = plot.plt.subplots()
+    plot.panel(axes, many, "paper")
+    figure.canvas.draw()
+    right = figure.axes[1]
+    below = bool(right.get_legend().get_window_extent().y1 < right.get_window_extent().y0)
+    plot.plt.close(figure)
+    assert below is (runs > plot.FEW)
+
+
 def test_runs_of_any_name_are_in_the_legend(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,test_error\n1,90\n5,80\n")
     names = ["_a", r"$\bad$", "$x$", "a_b^c"]
