@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging
 import os
 import re
 import signal
@@ -99,6 +100,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     given = code_first(given)
     trust.admit(given)
     threads.settle()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which tells who has no home of it
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -379,3 +379,15 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "saved" not in said and "Traceback" not in said
     assert not (folder / "checkpoints" / "last.ckpt").exists()
+
+
+def test_pictures_are_drawn_in_silence_without_a_home(resnetv2, tmp_path):
+    to = tmp_path / "units.svg"
+    nowhere = {
+        "HOME": "/proc/nohome",
+        "MPLCONFIGDIR": "",
+        "XDG_CONFIG_HOME": "",
+        "XDG_CACHE_HOME": "",
+    }
+    done = resnetv2("list", "--picture", to, env=nowhere)
+    assert to.stat().st_size and done.stderr.splitlines() == [f"picture: {to}"]
