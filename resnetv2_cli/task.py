@@ -336,9 +336,9 @@ class Classification(L.LightningModule):
     def _evaluated(self, split: str) -> None:
         self.scores = self.counted.compute() | {"step": self.global_step}
         self.counted.reset()
-        # For callbacks that watch them; the tool's own write what loggers get.
+        # For callbacks that watch them, of all processes already; loggers get the tool's own.
         told = {f"{split}_{name}": self.scores[name] for name in ("error", "top5_error", "loss")}
-        self.log_dict(told, logger=False, sync_dist=True)
+        self.log_dict(told, logger=False)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch)
