@@ -115,7 +115,7 @@ INLINE void columns(int64_t j, const uint16_t *dy, const uint16_t *d, const uint
         gradient(dy + r * n, w + 2 * j, x + r * c + j, g + r * c + j, a + r * wide * LANES,
                  saved + j, s, q, c, n, tall, wide);
     widen_both(sums + j, s, q, c, wide);
-    /* Each product asks for its part of the next block's dy, as ahead() does. */
+    /* Each product asks for its part of the next block's dy, which comes meanwhile. */
     int deep = TALLEST(2);
     int64_t part = BLOCK * deep * LANES * wide / c;
     const uint16_t *next = dy + BLOCK * n + j / (LANES * wide) * (n / deep) * part;
