@@ -69,6 +69,14 @@ def test_the_network_is_that_of_the_weights_unless_it_is_said(trained, tmp_path,
     here("train", *given, "--steps", 1, "--output", tmp_path / "run", "--precision", "32-true")
     assert RunFolder(tmp_path / "run").manifest.read()["settings"]["depth"]["from"] == "weights"
     assert json.loads(here("describe", *given, "--json").stdout)["depth"] == 8
+    given_to_gates = {
+        "experiment": asdict(Experiment(**SMALL, shortcut="exclusive-gate", gate_bias=-3))
+    }
+    saved = checkpoints.read(trained / "checkpoints" / "last.ckpt") | given_to_gates
+    checkpoints.write(saved, tmp_path / "gates.ckpt")
+    gates = ["--weights", tmp_path / "gates.ckpt", "--dataset", "digits"]
+    assert "gate_bias: -3.0  # weights" in here("show", *gates).stdout
+    assert "gate_bias: null\n" in here("show", *gates, "--shortcut", "conv1x1").stdout
     other = [*given, "--unit", "original"]
     for command in (["train"], ["analyze", "--topic", "forward"], ["verify-resume"]):
         said = here(*command, *other, status=2, cwd=tmp_path).stderr

@@ -39,7 +39,9 @@ def of_weights(config: Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:
     asked = asked_for(config, flags, [f.name for f in fields(Experiment)])
     if not asked.get("weights"):
         return {}
+    from resnetv2_cli.ablation.planning import fitting
     from resnetv2_cli.finetune import network_of
 
     network = network_of(Path(str(asked["weights"])))
-    return {name: value for name, value in network.items() if name not in asked}
+    unsaid = {name: value for name, value in network.items() if name not in asked}
+    return fitting(unsaid, str(asked.get("shortcut", network.get("shortcut"))))
