@@ -45,7 +45,11 @@ class Experiment:
         form=plans.unit_type,
     )
     shortcut: str = setting(
-        "identity", "What carries x past F (Fig. 2); or your own, as module:Class.", "Network"
+        "identity",
+        "What carries x past F (Fig. 2); or your own, as module:Class or, with settings of its "
+        "own, module:Class:name=value.",
+        "Network",
+        form=plans.shortcut_type,
     )
     shortcut_scale: float | None = setting(
         None, "a in a x + b F(x), of constant-scale: 0.5 unless given.", "Network"
@@ -316,7 +320,7 @@ class Experiment:
         """The shortcut's settings, with what defaults stand for; of one of the user's own, which is
         not imported for them, those that were given."""
         row = plans.shortcuts().get(self.shortcut)
-        return (row.settings if row else {}) | self.settings
+        return (row.settings if row else plans.own_settings(self.shortcut)) | self.settings
 
     @property
     def own(self) -> dict[str, str]:

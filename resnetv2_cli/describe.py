@@ -14,7 +14,7 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.fused import ONE_VALUE
 from resnetv2_cli.paper import TABLES, percent, published
 from resnetv2_cli.resnet import ResNet, default_option
-from resnetv2_cli.shortcuts import settings_of, shortcut_class
+from resnetv2_cli.shortcuts import settings_in, settings_of, shortcut_class
 
 GLOBAL = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)  # what sees the whole image
 COUNTED = "describe, --dry-run and --micro-batch auto count; train, eval and analyze do without"
@@ -147,7 +147,7 @@ def decided(experiment: Experiment) -> dict[str, Any]:
     e = experiment
     known = settings_of(shortcut_class(e.shortcut))
     found = e.architecture | {"option": e.option or default_option(e.block_, e.stem_)}
-    given = found.pop("settings")
+    given = settings_in(e.shortcut, found.pop("settings"))
     return found | known | given
 
 

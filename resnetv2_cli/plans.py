@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from resnetv2_cli.errors import UserError, shown, unknown
+from resnetv2_cli.ownname import OwnName
 from resnetv2_cli.settings import flag_name
 
 UNITS = {  # what stands between two units: + ends one, | begins the next (Fig. 4)
@@ -137,10 +138,7 @@ def unit_type(text: str) -> str:
     Raises:
         UserError: it is no row of UNITS, no module:Class, nor what can stand between two units.
     """
-    if ":" in text:
-        check_own(text, "mine:MyUnit")
-        return text
-    return unit_between(text)
+    return str(OwnName.of(text, "mine:MyUnit")) if ":" in text else unit_between(text)
 
 
 def unit_between(text: str) -> str:
@@ -168,7 +166,7 @@ def unit_between(text: str) -> str:
 
 def in_names(text: str) -> str:
     """A unit or a shortcut as part of a file's name: ``bn + | bn`` -> ``bn-add-split-bn``."""
-    for sign, word in {"+": "add", "|": "split", " ": "-", ":": "."}.items():
+    for sign, word in {"+": "add", "|": "split", " ": "-", ":": ".", "=": "-"}.items():
         text = text.replace(sign, word)
     return text
 
@@ -306,29 +304,34 @@ def check_settings(shortcut: str, given: Iterable[str], known: Iterable[str]) ->
             )
 
 
-def check_shortcut(name: str, given: Iterable[str]) -> None:
-    """Refuse a shortcut that is no row of the table, or that has no such settings.
+def shortcut_type(text: str) -> str:
+    """A shortcut by its name, one for all that mean the same.
 
     A class of the user's own is looked at when it is imported; here only its name is.
 
     Raises:
-        UserError: names what there is.
+        UserError: it is no row of SHORTCUTS, and no module:Class; names what there is.
     """
-    if ":" in name:
-        check_own(name, "mine:LearnedScale")
-        return
-    known = shortcuts()
-    if name not in known:
-        raise unknown("shortcut", name, known)
-    check_settings(name, given, known[name].settings)
+    if ":" in text:
+        return str(OwnName.of(text))
+    if text not in shortcuts():
+        raise unknown("shortcut", text, shortcuts())
+    return text
 
 
-def check_own(name: str, example: str) -> None:
-    """Refuse what cannot be the name of a class of the user's own.
+def own_settings(name: str) -> dict[str, Any]:
+    """What is said behind the name of a unit or a shortcut of one's own; nothing of the paper's."""
+    return OwnName.of(name).settings if ":" in name else {}
+
+
+def check_shortcut(name: str, given: Iterable[str]) -> None:
+    """Refuse flags that a shortcut has not as settings, or that its name has too.
 
     Raises:
-        UserError: it is no module:Class.
+        UserError: names what there is.
     """
-    if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
-        hint = f"a class of your own is named as {example}"
-        raise UserError(f"{shown(name)} is no module:Class", hint)
+    if ":" not in name:
+        check_settings(name, given, shortcuts()[name].settings)
+    elif twice := own_settings(name).keys() & {*given}:
+        flag = flag_name(min(twice))
+        raise UserError(f"{flag} is in the name {name} too", "give it in one of them")

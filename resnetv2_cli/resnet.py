@@ -15,12 +15,11 @@ from resnetv2_cli.layers import Activation, Branch, activation, conv, keep_layou
 from resnetv2_cli.plans import (
     BLOCKS,
     STEMS,
-    check_settings,
     default_block,
     places,
     units_per_stage,
 )
-from resnetv2_cli.shortcuts import settings_of, shortcut_class
+from resnetv2_cli.shortcuts import settings_in
 from resnetv2_cli.units import Kind, refuse_broken, residual_unit, standing_between
 
 
@@ -63,8 +62,8 @@ class ResNet(nn.Module):
         super().__init__()
         block = block or default_block(depth, stem)
         option = option or default_option(block, stem)
-        check_settings(shortcut, settings or {}, settings_of(shortcut_class(shortcut)))
-        kind = Kind(unit, block, shortcut, settings or {}, option, pad, stride_on)
+        made_with = settings_in(shortcut, settings or {})
+        kind = Kind(unit, block, shortcut, made_with, option, pad, stride_on)
         start, c = STEMS[stem], STEMS[stem].channels
         self.forget = False
         self.segments = 0  # of the body whose activations are recomputed in backward; 0: none

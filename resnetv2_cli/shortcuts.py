@@ -5,6 +5,7 @@ SHORTCUTS. A class of your own needs no row: ``--shortcut my_module:MyShortcut``
 """
 
 import inspect
+from collections.abc import Mapping
 from functools import cache
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from resnetv2_cli import own, trust
 from resnetv2_cli.errors import unknown
 from resnetv2_cli.layers import Branch, watched
+from resnetv2_cli.ownname import OwnName, settled
+from resnetv2_cli.plans import check_settings
 
 
 class Shortcut(nn.Module):
@@ -179,7 +182,7 @@ def shortcut_class(name: str) -> type[Shortcut]:
         if name not in SHORTCUTS:
             raise unknown("shortcut", name, SHORTCUTS)
         return SHORTCUTS[name]
-    trust.refuse_strange(name)  # each time: what one command admitted, the next does not
+    trust.refuse_strange(OwnName.of(name).place)  # each time: one command may, and not the next
     return _own(name)
 
 
@@ -188,11 +191,29 @@ def _own(name: str) -> type[Shortcut]:
     """The class of ``module:Class``.
 
     Raises:
-        UserError: there is no such module or class, or the class is no ``Shortcut``, or fails.
+        UserError: there is no such module or class, or the class is no ``Shortcut``, or has no such
+            settings, or fails.
     """
-    found = own.imported("shortcut", name, Shortcut)
+    found = own.imported("shortcut", OwnName.of(name).place, Shortcut)
     refuse_broken(found, name)
     return found
+
+
+def settings_in(name: str, given: Mapping[str, object]) -> dict[str, object]:
+    """A shortcut's settings: those ``given``, and those that are in its name.
+
+    Raises:
+        UserError: it has no such ones.
+    """
+    known = settings_of(shortcut_class(name))
+    check_settings(name, given, known)
+    return {**_named(name, known), **given}
+
+
+def _named(name: str, known: Mapping[str, object]) -> dict[str, object]:
+    if ":" not in name:
+        return {}
+    return settled("shortcut", OwnName.of(name), known, "keyword arguments of its __init__")
 
 
 def refuse_broken(cls: type[Shortcut], name: str) -> None:
@@ -206,7 +227,7 @@ def refuse_broken(cls: type[Shortcut], name: str) -> None:
     with own.tried("shortcut", name, cls, made) as gives:
         for c, stride, carry in ((64, 1, nn.Identity()), (128, 2, nn.Conv2d(64, 128, 1, 2))):
             x, residual = torch.randn(2, 64, 8, 8), torch.randn(2, c, 8 // stride, 8 // stride)
-            shortcut = cls(64, c, stride, carry)
+            shortcut = cls(64, c, stride, carry, **_named(name, settings_of(cls)))
             shortcut.place(1, 2)
             gives(shortcut(x, residual), residual, "F(x)", hint)
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable
 
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.ownname import PLACE
 
 FLAGS = ("--unit", "--shortcut", "--allow-code")  # whose value is such a name
 SETTING = re.compile(r"(^|[\s,=]|--)(unit|shortcut|allow-code)\s*=")  # and words that hold some
@@ -24,7 +25,7 @@ def admit(words: Iterable[str]) -> None:
     flag = ""
     for word in words:
         if flag in FLAGS or SETTING.search(word):
-            _admitted.update(re.split(r"[=,\s]", word))
+            _admitted.update(re.findall(PLACE, word))
         flag = word
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from resnetv2_cli import own, trust
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.layers import Branch, ZeroPad, activation, conv
+from resnetv2_cli.ownname import OwnName, settled
 from resnetv2_cli.plans import BLOCKS, STEMS, UNITS, between, places, unit_between
 from resnetv2_cli.shortcuts import Shortcut, shortcut_class
 
@@ -32,7 +33,8 @@ class ResidualUnit(nn.Module):
     """x_{l+1} = f(h(x_l) + F(x_l, W_l)).
 
     A unit of one's own is a class derived from this one, with its own ``between`` or ``weights``:
-    ``--unit my_module:MyUnit``.
+    ``--unit my_module:MyUnit``. Its settings are numbers, truth values and words of the class:
+    ``--unit my_module:MyUnit:ratio=4``.
 
     Shape: (N, c_in, H, W) -> (N, c_out, H/stride, W/stride).
     Source: Eqns. 1 and 2; ``shared`` acts "before splitting into two paths" (appendix).
@@ -112,8 +114,25 @@ def unit_class(name: str) -> type[ResidualUnit]:
     """
     if ":" not in name:
         return ResidualUnit
-    trust.refuse_strange(name)
-    return own.imported("unit", name, ResidualUnit)
+    trust.refuse_strange(OwnName.of(name).place)
+    return _own(name)
+
+
+@cache
+def _own(name: str) -> type[ResidualUnit]:
+    """The class of ``module:Class``, with the settings that its name has.
+
+    Raises:
+        UserError: there is no such module or class, or the class is no ``ResidualUnit``, or has no
+            such settings.
+    """
+    cls = own.imported("unit", OwnName.of(name).place, ResidualUnit)
+    lineage = cls.__mro__[: cls.__mro__.index(ResidualUnit)]
+    known = {n: v for base in reversed(lineage) for n, v in vars(base).items() if n[0] != "_"}
+    plain = {n: v for n, v in known.items() if isinstance(v, int | float | str) and n != "between"}
+    made = settled("unit", OwnName.of(name), plain, "numbers, truth values and words of the class")
+    same = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), same | made) if made else cls
 
 
 def standing_between(unit: str) -> str:

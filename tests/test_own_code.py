@@ -140,6 +140,8 @@ def units(tmp_path, monkeypatch):
     [
         (["train", "--unit", "evil:Own"], True),
         (["train", "--shortcut=evil:Own"], True),
+        (["train", "--unit", "evil:Own:ratio=4"], True),
+        (["ablate", "--grid", "shortcut=identity,evil:Own:start=0,evil:Own:start=1"], True),
         (["--allow-code", "evil:Own", "eval", "run"], True),
         (["ablate", "--grid", "depth=8", "unit=original,evil:Own"], True),
         (["analyze", "--compare", "depth=8,shortcut=evil:Own"], True),

@@ -90,8 +90,8 @@ def ablate(
     budget = seconds(time) if time else math.inf
     if unit is not None:
         unit = plans.unit_type(unit)
-    if shortcut and ":" not in shortcut and shortcut not in plans.shortcuts():
-        raise unknown("shortcut", shortcut, plans.shortcuts())
+    if shortcut is not None:
+        shortcut = plans.shortcut_type(shortcut)
     if scale not in studies.SCALES:
         raise unknown("scale", scale, studies.SCALES)
     if axes and not grid:
