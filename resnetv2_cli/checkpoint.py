@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, and opened without running anything in them."""
 
+import json
 import pickle
 import zipfile
 from contextlib import suppress
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from safetensors import SafetensorError, safe_open
 
 from resnetv2_cli import files, form
 from resnetv2_cli.config import Experiment
@@ -17,6 +19,7 @@ from resnetv2_cli.settings import renewed
 from resnetv2_cli.telling import Tell
 
 SEALED = "sealed"  # a key that says that the file ends with its digest
+EXPORTED = ("experiment", "classes", "global_step", "imported", "folded")  # by ``export``
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -109,6 +112,45 @@ def read(path: Path) -> dict[str, Any]:
     if checkpoint.get(SEALED) and not sealed:
         raise Damaged(f"{path} is damaged: its checksum at its end is not whole", again)
     return checkpoint
+
+
+def network(path: Path) -> dict[str, Any]:
+    """A checkpoint, or what ``export`` made of one as safetensors: ``state_dict``, ``experiment``,
+    ``classes`` and ``global_step``.
+
+    Raises:
+        UserError: it is neither, or its BN is folded.
+    """
+    saved = weights(path)
+    if "experiment" not in saved:
+        raise form.other(path) or form.misshapen(path, "it names no network")
+    return saved
+
+
+def weights(path: Path) -> dict[str, Any]:
+    """The same, or a safetensors file of weights alone, which has nothing but ``state_dict``.
+
+    Raises:
+        UserError: it is neither, or its BN is folded.
+    """
+    if path.suffix.lower() != ".safetensors" and not form.header(path):
+        return read(path)
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+        ours = metadata if "experiment" in metadata else {}  # in another's, names mean anything
+        known = {key: json.loads(ours[key]) for key in EXPORTED if key in ours}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}", "copy it again") from None
+    if known:
+        form.refuse_misshapen({"state_dict": state, **known}, path)
+    if known.get("folded"):
+        hint = "resnetv2 export --no-fold keeps it"
+        raise UserError(f"{path} has no BN any more: it is folded into the weights", hint)
+    if not any(name.startswith("net.") for name in state):
+        state = {f"net.{name}": value for name, value in state.items()}
+    return {"state_dict": state, **known}
 
 
 def newest(folder: Path, last: Path, tell: Tell) -> tuple[Path, dict[str, Any]] | None:

@@ -1,14 +1,11 @@
 """Start from weights that are there: what is taken of them, what is new, and what does not fit."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import form
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.flags import of_panels, typed
@@ -26,7 +23,7 @@ def network_of(path: Path) -> dict[str, Any]:
     Raises:
         UserError: there is no such file, or it cannot be read.
     """
-    saved = read(find(path))
+    saved = checkpoints.weights(find(path))
     if "experiment" not in saved:
         return {}
     theirs = checkpoints.experiment_of(saved)
@@ -51,7 +48,7 @@ def begin(task: Classification) -> list[str]:
     if sha256(path) != e.weights_sha256:
         hint = "name those with --weights, or begin another run"
         raise UserError(f"{path} is not what this run began with: its SHA-256 differs", hint)
-    saved = read(path)
+    saved = checkpoints.weights(path)
     refuse_another_architecture(saved, e, path)
     given, own = saved["state_dict"], task.state_dict()
     classes = saved.get("classes")
@@ -74,36 +71,6 @@ def begin(task: Classification) -> list[str]:
     if e.freeze_:
         lines.append(f"frozen: {', '.join(e.freeze_)}")
     return lines
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A checkpoint, or a safetensors file as one: with ``experiment`` and ``classes`` if this tool
-    wrote it.
-
-    Raises:
-        UserError: it is neither, or its BN is folded.
-    """
-    if path.suffix.lower() != ".safetensors" and not form.header(path):
-        return checkpoints.read(path)
-    try:
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-        ours = metadata if "experiment" in metadata else {}  # in another's, names mean anything
-        known = {key: json.loads(ours[key]) for key in KEYS if key in ours}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}", "copy it again") from None
-    if known:
-        form.refuse_misshapen({"state_dict": state, **known}, path)
-    if known.get("folded"):
-        hint = "resnetv2 export --no-fold keeps it"
-        raise UserError(f"{path} has no BN to train on: it is folded into the weights", hint)
-    if not any(name.startswith("net.") for name in state):
-        state = {f"net.{name}": value for name, value in state.items()}
-    return {"state_dict": state, **known}
-
-
-KEYS = ("experiment", "classes", "folded", "global_step")
 
 
 def refuse_another_architecture(saved: dict[str, Any], here: Experiment, path: Path) -> None:

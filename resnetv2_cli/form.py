@@ -81,11 +81,9 @@ HEADER = 2**21  # bytes of a safetensors file's header, at most; ResNet-1001's h
 def other(path: Path) -> UserError | None:
     """The error of a file that is something else than a checkpoint by its name; None if that says
     nothing."""
-    kind, about = path.suffix.lower(), metadata(path)
-    if kind in PROGRAMS or "experiment" in about:
+    kind = path.suffix.lower()
+    if kind in PROGRAMS or "experiment" in metadata(path):
         hint = "name the checkpoint that it was made from"
-        if kind not in PROGRAMS and about.get("folded") == "[]":
-            hint += "; train --weights and predict take this file too"
         return UserError(f"{path} was exported from a checkpoint, and is none", hint)
     if kind in WEIGHTS:
         hint = "resnetv2 import makes one of another code base's weights"

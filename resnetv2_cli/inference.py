@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import form
 from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.folder import MIDDLE, NAMES, Folder, FolderImages, below, is_image, left_out
 from resnetv2_cli.data.module import at_a_time, stand_apart, view_of
@@ -23,7 +22,6 @@ from resnetv2_cli.data.picture import BROKEN, FORMATS, Unreadable
 from resnetv2_cli.data.protocols import View
 from resnetv2_cli.data.shards import Member
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.finetune import read
 from resnetv2_cli.machine import trainer_of
 from resnetv2_cli.task import Classification
 from resnetv2_cli.telling import Tell
@@ -57,9 +55,7 @@ def network(path: Path, **overrides: Any) -> Classification:
     Raises:
         UserError: the file is neither, or what it would see does not fit it.
     """
-    saved = read(path)
-    if "experiment" not in saved:
-        raise form.other(path) or form.misshapen(path, "it names no network")
+    saved = checkpoints.network(path)
     experiment = checkpoints.experiment_of(saved, **overrides)
     normalize = Normalize(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))  # the file's are loaded
     task = Classification(experiment, tuple(saved["classes"]), normalize)

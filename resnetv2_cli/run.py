@@ -302,12 +302,13 @@ def draw(experiment: Experiment, folder: RunFolder) -> None:
 
 
 def restore(path: Path, **overrides: Any) -> tuple[dict[str, Any], Classification, ImageData]:
-    """A checkpoint, and its network with its weights, and the images that it says are tested.
+    """A checkpoint or an export of one, its network with its weights, and the images that it says
+    are tested.
 
     Raises:
         UserError: the file is no checkpoint of this tool, or the images are missing.
     """
-    saved = checkpoints.read(path)
+    saved = checkpoints.network(path)
     tested = checkpoints.experiment_of(saved, **overrides)
     task, data = build(tested, tuple(saved["classes"]))
     fill(task, data, saved, path)
@@ -320,7 +321,7 @@ def restore_as(path: Path, experiment: Experiment) -> tuple[Classification, Imag
     Raises:
         UserError: the file is no checkpoint of this tool, or the images are missing.
     """
-    saved = checkpoints.read(path)
+    saved = checkpoints.network(path)
     task, data = build(experiment)
     fill(task, data, saved, path)
     return task, data

@@ -27,13 +27,13 @@ class Source(NamedTuple):
 
 
 def from_checkpoint(path: Path, **overrides: Any) -> Source:
-    """A checkpoint or a run's folder; it names network and images by itself.
+    """A checkpoint, an export of one or a run's folder; it names network and images by itself.
 
     Raises:
         UserError: there is none, or it is none of this tool.
     """
     file = find(path)
-    saved = checkpoints.read(file)
+    saved = checkpoints.network(file)
     experiment = checkpoints.experiment_of(saved, **overrides)
     return Source(experiment, file, saved["global_step"], classes=len(saved["classes"]))
 

@@ -15,13 +15,12 @@ from conftest import REPOSITORY
 from torch import nn
 
 from resnetv2_cli.ablation.studies import identity
-from resnetv2_cli.checkpoint import experiment_of, read, write
+from resnetv2_cli.checkpoint import experiment_of, read, weights, write
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.protocols import View
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.export import card, check, fold, formats, hub, study
-from resnetv2_cli.finetune import read as read_weights
 from resnetv2_cli.inference import network
 from resnetv2_cli.plans import UNITS, shortcuts
 from resnetv2_cli.resnet import ResNet
@@ -192,13 +191,31 @@ def metadata(format: str, file) -> dict[str, str]:
 def test_safetensors_are_weights_to_start_from_unless_bn_is_folded(trained, tmp_path):
     path = trained / "checkpoints" / "last.ckpt"
     made = study.export(path, "safetensors", tmp_path / "a.safetensors", None, None)
-    saved, given = read_weights(made.file), read(path)
+    saved, given = weights(made.file), read(path)
     torch.testing.assert_close(saved["state_dict"], dict(given["state_dict"]), rtol=0, atol=0)
     assert saved["classes"] == given["classes"]
     folded = study.export(path, "safetensors", tmp_path / "b.safetensors", True, None)
-    with pytest.raises(UserError, match="has no BN to train on") as caught:
-        read_weights(folded.file)
+    with pytest.raises(UserError, match="has no BN any more") as caught:
+        weights(folded.file)
     assert "--no-fold" in caught.value.hint
+
+
+def test_an_export_stands_for_its_checkpoint(trained, here, tmp_path):
+    """Wherever a checkpoint is read that is not continued."""
+    path, file = trained / "checkpoints" / "last.ckpt", tmp_path / "a.safetensors"
+    saved = read(path) | {"imported": {"from": "timm"}}
+    write(saved, tmp_path / "a.ckpt")
+    study.export(tmp_path / "a.ckpt", "safetensors", file, None, None)
+    ours, theirs = (json.loads(here("eval", of, "--json").stdout) for of in (path, file))
+    assert ours.pop("picture") != theirs.pop("picture") and ours == theirs and ours["step"] == 92
+    flags = ["--topic", "forward", "--json", "--output", tmp_path / "analysis"]
+    ours, theirs = (json.loads(here("analyze", of, *flags).stdout) for of in (path, file))
+    assert ours["topics"] == theirs["topics"]
+    assert json.loads(here("diff", path, file, "--json").stdout)["settings"] == {}
+    again = study.export(file, "safetensors", tmp_path / "b.safetensors", None, None)
+    before, after = weights(file), weights(again.file)
+    torch.testing.assert_close(before.pop("state_dict"), after.pop("state_dict"), rtol=0, atol=0)
+    assert before == after and after["imported"] == {"from": "timm"}
 
 
 def test_a_failed_check_leaves_no_file_and_the_one_before(trained, tmp_path):
@@ -355,7 +372,7 @@ def test_the_recipe_of_a_run_that_began_with_weights_names_no_place_of_theirs(
         assert str(tmp_path).encode() not in written.read_bytes()
     assert f"weights whose file has the SHA-256 `{e.weights_sha256}`" in made.card.read_text()
     assert identity(read_recipe(made, weights=file)) == identity(e)
-    of_file = experiment_of(read_weights(made.file))
+    of_file = experiment_of(weights(made.file))
     assert (of_file.weights, of_file.weights_sha256) == ("w.safetensors", e.weights_sha256)
 
 

@@ -65,11 +65,14 @@ def header(metadata: dict) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+EXPORT = {"experiment": "{}", "classes": "[]", "global_step": "1", "folded": "[]"}
+
+
 @pytest.mark.parametrize("name, content, said, hint", [
     ("a.safetensors", header({}), "holds weights alone", "resnetv2 import.*train --weights"),
-    ("a.safetensors", b"no header", "holds weights alone", "resnetv2 import"),
-    ("a.safetensors", header({"experiment": "{}", "folded": "[]"}), "was exported", "--weights"),
-    ("a.safetensors", header({"experiment": "{}", "folded": "[1]"}), "was exported", "from$"),
+    ("a.safetensors", b"no header", "cannot read", "copy it again"),
+    ("a.safetensors", header({"experiment": "{}"}), "its classes is None", "another version"),
+    ("a.safetensors", header(EXPORT | {"folded": "[1]"}), "has no BN any more", "--no-fold"),
     ("a.onnx", b"a program", "was exported from a checkpoint", "from$"),
     ("resnet50.pth", b"of before 2020", "holds weights alone", "resnetv2 import makes"),
     ("a.ckpt", header({}), "is no checkpoint, or is cut short", "copy it again"),
@@ -79,8 +82,14 @@ def test_what_is_no_checkpoint_is_named_with_the_way_that_works(
 ):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said) as refused:
-        checkpoints.read(tmp_path / name)
+        checkpoints.network(tmp_path / name)
     assert re.search(hint, refused.value.hint)
+
+
+def test_a_run_is_not_continued_from_an_export(tmp_path):
+    (tmp_path / "last.ckpt").write_bytes(header(EXPORT))
+    with pytest.raises(UserError, match="was exported from a checkpoint, and is none"):
+        checkpoints.read(tmp_path / "last.ckpt")
 
 
 def test_a_checkpoint_that_would_unpack_to_any_size(tmp_path):

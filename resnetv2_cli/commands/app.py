@@ -23,6 +23,8 @@ app = typer.Typer(
 Config = Annotated[
     Path | None, typer.Option("--config", "-c", help="A file of configs/; flags win over it.")
 ]
+SAVED = "A checkpoint, a run's folder, or what export made of one as safetensors"
+Saved = Annotated[Path, typer.Argument(help=f"{SAVED}.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 Format = Annotated[
     Literal["table", "json", "csv", "md"], typer.Option("--format", help="How results are shown.")

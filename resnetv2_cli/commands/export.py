@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from resnetv2_cli import console
-from resnetv2_cli.commands.app import Json, app
+from resnetv2_cli.commands.app import Json, Saved, app
 from resnetv2_cli.export.formats import FORMATS
 from resnetv2_cli.settings import rows
 
@@ -15,7 +15,7 @@ Kind = rows(FORMATS)
 
 @app.command(rich_help_panel="Train")
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run's folder.")],
+    checkpoint: Saved,
     format: Annotated[
         Kind,  # type: ignore[valid-type]
         typer.Option("--format", help="What is written."),

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from resnetv2_cli import console, paper, plans
-from resnetv2_cli.commands.app import Config, Json, app, of_weights
+from resnetv2_cli.commands.app import SAVED, Config, Json, app, of_weights
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS, known_classes
 from resnetv2_cli.flags import with_flags
@@ -96,9 +96,7 @@ def describe(
 
 Network = Annotated[
     str,
-    typer.Argument(
-        help="A checkpoint, a run's folder, a config, or settings, such as depth=110,unit=original."
-    ),
+    typer.Argument(help=f"{SAVED}; a config; or settings, such as depth=110,unit=original."),
 ]
 
 

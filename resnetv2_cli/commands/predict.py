@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from resnetv2_cli import console
-from resnetv2_cli.commands.app import app
+from resnetv2_cli.commands.app import Saved, app
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.flags import with_flags
@@ -26,7 +26,7 @@ UNUSED = [f.name for f in fields(Experiment) if f.name not in USED]
 @app.command(rich_help_panel="Train")
 @with_flags(*UNUSED)
 def predict(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run's folder.")],
+    checkpoint: Saved,
     images: Annotated[
         list[str],
         typer.Argument(

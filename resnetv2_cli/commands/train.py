@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from resnetv2_cli import console, paper, trust
-from resnetv2_cli.commands.app import Config, Json, app, of_weights
+from resnetv2_cli.commands.app import Config, Json, Saved, app, of_weights
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS, side
 from resnetv2_cli.data.protocols import PROTOCOLS
@@ -142,7 +142,7 @@ IN_TRAINING = """
 @app.command("eval", rich_help_panel="Train")
 @with_flags(*of_panels("Optimization", "Fine-tuning", "Run"), *IN_TRAINING)
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run's folder.")],
+    checkpoint: Saved,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder of the confusion matrix, a picture."),

@@ -25,14 +25,14 @@ from resnetv2_cli.weightfile import sha256
 USE = {  # of each format: how it is run on images (N, 3, size, size), 0 to 1
     "safetensors": "# resnetv2 train --weights FILE trains on from it\n"
     "from pathlib import Path\n\nfrom resnetv2_cli.inference import network\n\n"
-    "logits = network(Path({file!r}))(255 * images.permute(0, 2, 3, 1))",
-    "onnx": "import onnxruntime\n\nsession = onnxruntime.InferenceSession({file!r})\n"
+    "logits = network(Path({file}))(255 * images.permute(0, 2, 3, 1))",
+    "onnx": "import onnxruntime\n\nsession = onnxruntime.InferenceSession({file})\n"
     'logits = session.run(["logits"], {{"images": images}})[0]',
-    "torch-export": "import torch\n\nnet = torch.export.load({file!r}).module()\n"
+    "torch-export": "import torch\n\nnet = torch.export.load({file}).module()\n"
     "logits = net(images)",
 }
 FOLDED = (  # weights alone, which no network here has: how they are read
-    "from safetensors.torch import load_file\n\nweights = load_file({file!r})"
+    "from safetensors.torch import load_file\n\nweights = load_file({file})"
 )
 
 
@@ -65,7 +65,7 @@ def export(
     row = FORMATS[format]
     overrides = {"precision": "32-true"} | ({"data_dir": data_dir} if data_dir else {})
     task = network(path, **overrides)
-    saved = checkpoints.read(path)
+    saved = checkpoints.network(path)
     trained = Experiment(**checkpoints.settings_of(saved))  # task is as this machine has it
     run = RunFolder.of(path)
     to = output or (run.path if run else path.parent) / "export" / f"{path.stem}{row.suffix}"
@@ -87,7 +87,7 @@ def export(
         sha256=sha256(to),
         check=str(agreement),
         preprocessing=preprocessing(view),
-        use=use.format(file=to.name),
+        use=use.format(file=json.dumps(to.name)),
     )
     beside = to.with_name(to.name + ".md")
     write_text(beside, card(facts))
