@@ -79,15 +79,15 @@ HEADER = 2**21  # bytes of a safetensors file's header, at most; ResNet-1001's h
 
 
 def other(path: Path) -> UserError | None:
-    """The error of a file that is something else than a checkpoint by its name; None if that says
-    nothing."""
+    """The error of a file that is something else than a checkpoint by its name or its header; None
+    if these say nothing."""
     kind = path.suffix.lower()
     if kind in PROGRAMS or "experiment" in metadata(path):
         hint = "name the checkpoint that it was made from"
         return UserError(f"{path} was exported from a checkpoint, and is none", hint)
-    if kind in WEIGHTS:
+    if kind in WEIGHTS or header(path):
         hint = "resnetv2 import makes one of another code base's weights"
-        if kind == ".safetensors":
+        if kind == ".safetensors" or header(path):
             hint += "; train --weights takes such a file if the names in it are this tool's"
         return UserError(f"{path} is no checkpoint: it holds weights alone", hint)
     return None

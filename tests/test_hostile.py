@@ -75,7 +75,8 @@ EXPORT = {"experiment": "{}", "classes": "[]", "global_step": "1", "folded": "[]
     ("a.safetensors", header(EXPORT | {"folded": "[1]"}), "has no BN any more", "--no-fold"),
     ("a.onnx", b"a program", "was exported from a checkpoint", "from$"),
     ("resnet50.pth", b"of before 2020", "holds weights alone", "resnetv2 import makes"),
-    ("a.ckpt", header({}), "is no checkpoint, or is cut short", "copy it again"),
+    ("a.ckpt", header({}), "holds weights alone", "train --weights"),
+    ("a.ckpt", b"half of one", "is no checkpoint, or is cut short", "copy it again"),
 ])  # fmt: skip
 def test_what_is_no_checkpoint_is_named_with_the_way_that_works(
     tmp_path, name, content, said, hint
