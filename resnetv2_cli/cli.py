@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from resnetv2_cli import __version__, console, files, threads, trust
+from resnetv2_cli import __version__, console, files, lean, threads, trust
 from resnetv2_cli.commands.app import app
 from resnetv2_cli.errors import OfAll, Stopped, UserError
 from resnetv2_cli.quantities import size
@@ -100,6 +100,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     given = code_first(given)
     trust.admit(given)
     threads.settle()
+    lean.start()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which tells who has no home of it
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
         sys.stdout.reconfigure(errors="backslashreplace")

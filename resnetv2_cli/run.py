@@ -26,7 +26,6 @@ from resnetv2_cli.finetune import begin, refuse_another_architecture
 from resnetv2_cli.leaving import Leaver
 from resnetv2_cli.machine import devices_of, precision, processes, trainer_of
 from resnetv2_cli.manifest import READINGS, Manifest, begun, environment, rewritten
-from resnetv2_cli.plot import curves
 from resnetv2_cli.resume import extend, finished, same_run
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 from resnetv2_cli.shortcuts import shortcut_class
@@ -298,6 +297,8 @@ def finish(task: Classification, data: ImageData, folder: RunFolder) -> dict[str
 def draw(experiment: Experiment, folder: RunFolder) -> None:
     """Draw ``curves.png``, unless it is there."""
     if not folder.curves.exists():
+        from resnetv2_cli.plot import curves  # with matplotlib, which no first iteration waits for
+
         curves({experiment.name: folder.metrics}, folder.curves)
 
 

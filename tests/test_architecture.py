@@ -11,7 +11,7 @@ import pytest
 import resnetv2_cli
 
 ORDER = """
-    signals errors telling quantities ownname trust threads memory locks files jsonfile
+    signals errors telling quantities ownname trust threads lean memory locks files jsonfile
     settings plans paper
     native fused triton_joined joined triton_augment
     own layers shortcuts units resnet compiling graphs
