@@ -50,19 +50,22 @@ def predict(
     For instance: resnetv2 predict runs/mine holiday/ --picture seen.png
     """
     from resnetv2_cli import inference
-    from resnetv2_cli.plot import refuse_suffix
-    from resnetv2_cli.sheet import MOST, sheet
     from resnetv2_cli.weightfile import find
 
+    drawn = 0
     if picture:
+        from resnetv2_cli.plot import refuse_suffix
+        from resnetv2_cli.sheet import MOST, sheet
+
         refuse_suffix(picture)
+        drawn = MOST
     task = inference.network(find(checkpoint), **flags, devices="1")
     first: list[Prediction] = []
     broken: list[Prediction] = []
 
     def noted(predictions: Iterable["Prediction"]) -> Iterator["Prediction"]:
         for prediction in predictions:
-            if picture and len(first) < MOST:
+            if len(first) < drawn:
                 first.append(prediction)
             if prediction.error:
                 broken.append(prediction)
@@ -74,7 +77,7 @@ def predict(
         count = len(found)
     if picture:
         sheet(first, picture)
-        console.note(f"picture: {picture}" + (f" ({MOST} of {count})" if count > MOST else ""))
+        console.note(f"picture: {picture}" + (f" ({drawn} of {count})" if count > drawn else ""))
     if len(broken) == count:
         raise UserError(f"none of the {count} files can be read", f"{broken[0].error}")
     if broken:
