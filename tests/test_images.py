@@ -137,3 +137,14 @@ def test_a_damaged_copy_is_one_clear_error(small, tmp_path, damage, message):
     damage(root)
     with pytest.raises(UserError, match=message):
         images.load("cifar10", root)
+
+
+def test_the_digits_are_kept_and_then_need_no_scikit_learn(tmp_path, monkeypatch):
+    first = images.digits()
+    assert len(list((tmp_path / "cache").rglob("digits-*.npz"))) == 1
+    monkeypatch.setattr(images, "embedded", lambda: pytest.fail("they were made again"))
+    again = images.digits()
+    assert again.digest == first.digest
+    for split in ("train", "test"):
+        for kept, made in zip(getattr(again, split), getattr(first, split), strict=True):
+            np.testing.assert_array_equal(kept, made)

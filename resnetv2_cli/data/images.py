@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +74,17 @@ def load(name: str, root: Path, tell: Tell = silent) -> Images:
 
 
 def digits() -> Images:
-    """scikit-learn's digits (1,797 of 8x8, 17 greys) at 32x32 RGB; every fifth is a test image."""
+    """scikit-learn's digits (1,797 of 8x8, 17 greys) at 32x32 RGB; every fifth is a test image.
+
+    They are kept too: to import scikit-learn takes as long as to train on them for a while.
+    """
+    installed = find_spec("sklearn")
+    sources = [Path(installed.origin)] if installed and installed.origin else []
+    return cached("digits", sources, embedded, silent)
+
+
+def embedded() -> tuple[Split, Split]:
+    """Train and test from what scikit-learn has in it."""
     from sklearn.datasets import load_digits
 
     small = load_digits()
@@ -81,7 +92,7 @@ def digits() -> Images:
     large = [im.resize((SIZE, SIZE), Image.Resampling.BILINEAR).convert("RGB") for im in grey]
     images, labels = np.stack([np.asarray(im) for im in large]), small.target.astype(np.int64)
     test = np.arange(len(labels)) % 5 == 0
-    return finished(Split(images[~test], labels[~test]), Split(images[test], labels[test]))
+    return Split(images[~test], labels[~test]), Split(images[test], labels[test])
 
 
 def folder_copy(name: str, root: Path) -> list[Path]:
