@@ -5,6 +5,7 @@ once.
 """
 
 import io
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -43,7 +44,18 @@ def write_safetensors(model: "Exported", example: "Tensor", path: Path, metadata
 
     # Counters of batches are the training's alone, but --weights wants every tensor.
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    path.write_bytes(save(state, metadata))  # its own writing has an error of its own
+    path.write_bytes(ordered(save(state, metadata)))  # its own writing has an error of its own
+
+
+def ordered(file: bytes) -> bytes:
+    """A safetensors file with its metadata in the order of their names. They are written in any, so
+    that the bytes of the same weights were others each time."""
+    size = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin where 8 divides
+    return len(text).to_bytes(8, "little") + text + file[8 + size :]
 
 
 def read_safetensors(model: "Exported", path: Path) -> Run:
