@@ -262,6 +262,12 @@ def test_names_cannot_break_out_of_the_page(here, lab, tmp_path):
     assert "<img" not in (tmp_path / "r.html").read_text()
 
 
+def test_a_name_that_is_no_text_stands_on_the_page(here, lab, tmp_path):
+    shutil.copytree(lab / "alone", tmp_path / "runs" / "l\udce4ufe")
+    here("report", tmp_path / "runs", "-o", tmp_path / "r.html")
+    assert '<span class="name">l?ufe</span>' in (tmp_path / "r.html").read_text()
+
+
 def test_there_is_a_color_by_night_for_each_by_day():
     assert len(DARK) == len(COLORS) == len(set(COLORS)) == len(set(DARK))
 

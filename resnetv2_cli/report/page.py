@@ -86,5 +86,6 @@ def render(found: Found, detect: float, refresh: int, states: Counter[str]) -> s
         ).replace("<", "\\u003c"),
     }
     template = templates.get_template("page.html.j2")
-    room = MOST_BYTES - len(template.render(**page, analyses=[]).encode()) - 10_000
-    return template.render(**page, analyses=embedded(found.analyses, room))
+    room = MOST_BYTES - len(template.render(**page, analyses=[]).encode(errors="replace")) - 10_000
+    html = template.render(**page, analyses=embedded(found.analyses, room))
+    return html.encode(errors="replace").decode()  # names of files need not be text
