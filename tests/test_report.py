@@ -13,7 +13,7 @@ from resnetv2_cli import figures, inventory, plot
 from resnetv2_cli.ablation import record, tables
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.plot import COLORS, plt, save
-from resnetv2_cli.report import charts, facts, pictures
+from resnetv2_cli.report import charts, facts, pictures, rows
 from resnetv2_cli.report.page import DARK, MOST_BYTES
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 
@@ -209,6 +209,20 @@ def test_a_run_is_described_by_what_is_not_shared_and_by_its_usual_speed(tmp_pat
     made = facts.described(runs[1], shared)
     assert made["settings"] == [("--lr", "0.2")]
     assert made["environment"] == [("images a second", "300")]
+
+
+def test_versions_of_code_of_ones_own_are_told_apart(here, tmp_path):
+    planned, said = two_rows(tmp_path, 2), ("code of the shortcut", "abababababab")
+    run = planned.lines[1].arms[1].run
+    run.path.mkdir(parents=True)
+    run.config.write_text("depth: 8\n")
+    run.manifest.path.write_text(json.dumps({"code": {"shortcut": {"sha256": 32 * "ab"}}}))
+    assert [rows.note(line) for line in planned.lines] == ["", " ".join(said)]
+    assert said in facts.described(inventory.Run("x", run), {})["settings"]
+    shown = here("runs", "show", run.path, "--format", "csv").stdout
+    assert ",".join(said) in shown.splitlines()
+    shown = here("runs", "show", run.path, "--format", "json").stdout
+    assert json.loads(shown)["code"] == dict([said])
 
 
 def test_the_mistakes_of_a_page(here, lab, tmp_path):

@@ -96,7 +96,7 @@ def show(name: Name, root: Root = RUNS, format: Format = "table") -> None:
         facts = {k: v for k, v in run.ended.items() if k != "environment"}
         more = {"failure": run.failure} if run.failure else {}
         made = listed(run) | {"settings": run.settings, "result": facts} | more
-        console.as_json(made | {"environment": run.environment})
+        console.as_json(made | {"code": run.own_code, "environment": run.environment})
         return
     rows = [["state", run.state], ["iteration", f"{run.step:,} of {run.steps:,}"]]
     if run.failure:
@@ -108,6 +108,7 @@ def show(name: Name, root: Root = RUNS, format: Format = "table") -> None:
         elif key not in (*RESULTS, "environment", "name", "steps") and value != []:
             rows.append([key, f"{value:,}" if type(value) is int else word(value)])
     rows += [[flag_name(k), word(v)] for k, v in unusual(run.settings).items()]
+    rows += [[what, code] for what, code in run.own_code.items()]
     for key, value in run.environment.items():
         several = isinstance(value, dict)
         words = ", ".join(f"{k} {v}" for k, v in value.items()) if several else word(value)

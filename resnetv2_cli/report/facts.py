@@ -40,7 +40,7 @@ def described(run: Run, shared: dict[str, Any]) -> dict[str, Any]:
         "steps": run.steps,
         "error": "" if error is None or error == FAIL else f"{error:.2f} %",
         "reason": run.failure.get("reason", ""),
-        "settings": [(flag_name(k), word(v)) for k, v in own.items()],
+        "settings": [*((flag_name(k), word(v)) for k, v in own.items()), *run.own_code.items()],
         "results": results,
         "environment": places,
     }

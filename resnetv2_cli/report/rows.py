@@ -30,7 +30,7 @@ def study(ablation: Ablation, charts: list[dict[str, Any]], detect: float) -> di
             {
                 "name": line.row.name,
                 "figure": line.row.figure,
-                "note": line.row.note,
+                "note": note(line),
                 "color": i % len(COLORS),
                 "cells": cells[1:],
                 "marks": axis.marks(line),
@@ -42,6 +42,13 @@ def study(ablation: Ablation, charts: list[dict[str, Any]], detect: float) -> di
         "shaded": axis.shaded,
         "charts": charts,
     }
+
+
+def note(line: Line) -> str:
+    """What there is to say of a row, and which code of one's own it is of: another version has a
+    row of the same name."""
+    code = {k: v for a in line.arms for k, v in Run(a.row, a.run).own_code.items()}
+    return ", ".join(filter(None, [line.row.note, *(f"{k} {v}" for k, v in code.items())]))
 
 
 def arm(one: Arm) -> dict[str, str]:
