@@ -47,7 +47,7 @@ def test_a_curve_has_the_color_of_its_row_where_there_are_more_rows_than_colors(
 
 def test_a_picture_has_the_first_seed_of_each_row(of_two_seeds):
     [(title, drawn)] = of_two_seeds.curves().items()
-    assert title == of_two_seeds.title and "here with depth 8" in title
+    assert title == f"{of_two_seeds.title}\nfirst seed of each row" and "with depth 8" in title
     first = {line.row.name: line.arms[0].folder for line in of_two_seeds.lines}
     assert {name: file.parent for name, file in drawn.items()} == first
 

@@ -162,16 +162,19 @@ class Ablation:
 
     def curves(self) -> dict[str, dict[str, Path]]:
         """Metrics files of each panel's rows, first seed; all rows in one if it has no panels. A
-        panel's title says all that differs from the paper's recipe, too."""
+        panel's title says all that differs from the paper's recipe, too, and where there are more
+        seeds, since the table beside it is of all."""
         table = self.study.table
         panels = table.panels or {table.title: tuple(line.row.name for line in self.lines)}
-        differing = self.title.removeprefix(table.title)
+        below = self.title.removeprefix(table.title)
+        if any(len(line.arms) > 1 for line in self.lines):
+            below += "\nfirst seed of each row"
         drawn = {
             line.row.name: metrics
             for line in self.lines
             if (metrics := line.arms[0].run.metrics).exists()
         }
         return {
-            panel + differing: {name: drawn[name] for name in names if name in drawn}
+            panel + below: {name: drawn[name] for name in names if name in drawn}
             for panel, names in panels.items()
         }
