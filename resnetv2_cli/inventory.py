@@ -1,6 +1,7 @@
 """What is on disk: runs, ablations and analyses below some folders, and what became of each run."""
 
 import os
+import re
 import shutil
 import time
 from collections import Counter
@@ -22,6 +23,7 @@ from resnetv2_cli.runfolder import RUNS, RunFolder, read_metrics
 
 FRESH = 1200.0  # seconds; a run that trains saves every ten minutes
 STATES = ("done", "fail", "crashed", "running", "stopped", "waiting")
+SEED = re.compile(r"s\d+(/|$)")  # the folder of a run, in one that says of what network
 LIST = "resnetv2 runs ls shows what there is"
 
 
@@ -29,8 +31,8 @@ LIST = "resnetv2 runs ls shows what there is"
 class Run:
     """One run as its folder has it at the first look; what is read is kept.
 
-    ``name``: the folder's, below the one that was looked through; where another has the same, with
-    folders above it.
+    ``name``: the folder's, below the one that was looked through; where another has the same, or it
+    is that of a seed, with folders above it.
     """
 
     name: str
@@ -210,13 +212,15 @@ def told_apart(found: list[Named]) -> list[Named]:
 
 
 def apart(names: list[str], paths: list[Path]) -> list[str]:
-    """Names that are the ends of paths; where several are one, with so many of the folders before
-    it that none is another's."""
+    """Names that are the ends of paths; where several are one, or one begins with a seed, which
+    many networks have, with so many of the folders before it that none is another's."""
     whole = [path.resolve().parts for path in paths]
     for _ in range(max(map(len, whole), default=0)):
         counted = Counter(names)
         names = [
-            name if counted[name] == 1 else str(Path(*parts[-1 - len(Path(name).parts) :]))
+            str(Path(*parts[-1 - len(Path(name).parts) :]))
+            if counted[name] > 1 or SEED.match(name)
+            else name
             for name, parts in zip(names, whole, strict=True)
         ]
     return names

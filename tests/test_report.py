@@ -99,6 +99,24 @@ def test_a_name_with_folders_before_it_is_not_anothers(namesakes, tmp_path):
     assert [run.name for run in found.runs] == ["m1/runs/x", "m2/runs/x", "old/runs/x"]
 
 
+@pytest.mark.parametrize(
+    "asked, expected",
+    [
+        (["a/s1", "b/s0"], ["a/s1", "b/s0"]),
+        (["a/s0", "a/s1", "b/s0"], ["a/s0", "a/s1", "b/s0"]),
+        (["a"], ["a/s0", "a/s1"]),
+        (["."], ["a/s0", "a/s1", "b/s0"]),
+    ],
+)
+def test_a_run_that_is_called_by_its_seed_is_called_by_its_network_too(
+    lab, tmp_path, asked, expected
+):
+    for place in ("a/s0", "a/s1", "b/s0"):
+        shutil.copytree(lab / "alone", tmp_path / place)
+    found = inventory.look([tmp_path / place for place in asked])
+    assert [run.name for run in found.runs] == [run.name for run in found.every] == expected
+
+
 def test_runs_of_two_ablations_are_told_apart(lab, tmp_path):
     for place in ("m1", "m2"):
         shutil.copytree(lab / "lab", tmp_path / place)
