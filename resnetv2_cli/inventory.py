@@ -24,6 +24,7 @@ from resnetv2_cli.runfolder import RUNS, RunFolder, read_metrics
 FRESH = 1200.0  # seconds; a run that trains saves every ten minutes
 STATES = ("done", "fail", "crashed", "running", "stopped", "waiting")
 SEED = re.compile(r"s\d+(/|$)")  # the folder of a run, in one that says of what network
+NAMED = "name runs, or folders that hold some"
 LIST = "resnetv2 runs ls shows what there is"
 
 
@@ -194,7 +195,7 @@ def look(paths: Iterable[Path]) -> Found:
     seen: set[Path] = set()
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"there is no folder {path}", "name runs, or folders that hold some")
+            raise UserError(f"there is no folder {path}", NAMED)
         for folder in folders(path):
             if folder.resolve() not in seen:
                 seen.add(folder.resolve())
@@ -336,6 +337,8 @@ def places(words: Iterable[str], root: Path = RUNS) -> list[Path]:
     for word in words:
         if Path(word).is_dir():
             chosen.append(Path(word))
+        elif runs := runs_in(root) if root.is_dir() else []:
+            chosen.append(choose(word, runs).folder.path)
         else:
-            chosen.append(choose(word, runs_in(root)).folder.path)
+            raise UserError(f"there is no folder {word}, nor a run in {root}", NAMED)
     return chosen

@@ -44,6 +44,14 @@ def test_where_nothing_is_there_is_no_report(here, tmp_path):
     assert "nothing to report in" in done.stderr and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", ["report", "plot"])
+def test_what_names_neither_a_folder_nor_a_run_is_told_so(here, tmp_path, command):
+    said = ["error: there is no folder lab, nor a run in runs", f"hint: {inventory.NAMED}"]
+    assert here(command, "lab", status=2, cwd=tmp_path).stderr.splitlines() == said
+    (tmp_path / "runs").mkdir()
+    assert here(command, "lab", status=2).stderr.splitlines() == said
+
+
 def test_a_picture_has_the_suffix_of_one(tmp_path):
     with pytest.raises(UserError, match="no picture is called .*seen.xyz"):
         save(plt.figure(), tmp_path / "seen.xyz")
