@@ -281,6 +281,14 @@ def test_watching_ends_with_the_last_open_run(here, lab, tmp_path, monkeypatch):
     assert json.loads(Page(to.read_text()).data)["refresh"] == 0
 
 
+def test_watching_begins_where_nothing_is_yet(here, lab, tmp_path, monkeypatch):
+    root, to = tmp_path / "runs", tmp_path / "r.html"
+    root.mkdir()
+    monkeypatch.setattr("time.sleep", lambda _: shutil.copytree(lab / "alone", root / "alone"))
+    said = here("report", root, "-o", to, "--watch", "5s").stderr
+    assert [line.partition("r.html: ")[2] for line in said.splitlines()] == ["no runs", "1 fail"]
+
+
 def test_watching_ends_where_an_ablation_was_stopped_long_ago(here, lab, tmp_path, monkeypatch):
     """Though rows wait. While an ablation has one of them, in a queue say, more is to come."""
     root, to = shutil.copytree(lab, tmp_path / "runs"), tmp_path / "r.html"

@@ -33,18 +33,19 @@ def write(
     is to come.
 
     ``detect``: points for which the needed number of seeds is given; ``refresh``: seconds after
-    which the page reads itself again while runs are open, 0 for never.
+    which the page reads itself again while runs are open, 0 for never. It waits for the first, too.
 
     Raises:
-        UserError: a folder is not there, or has nothing to report, or what is in it cannot be
-            read.
+        UserError: a folder is not there, or has nothing to report and is not waited for, or what
+            is in it cannot be read.
     """
     found = look(paths)
-    if not (found.ablations or found.every or found.analyses):
+    empty = not (found.ablations or found.every or found.analyses)
+    if empty and not refresh:
         named = ", ".join(map(str, paths))
         raise UserError(f"nothing to report in {named}", "no run there has begun")
     states = Counter(run.state for run in found.every)
-    html = render(found, detect, refresh if (more := found.open) else 0, states)
+    html = render(found, detect, refresh if (more := found.open or empty) else 0, states)
     to.parent.mkdir(parents=True, exist_ok=True)
     write_text(to, html)
     return dict(states), more
