@@ -91,6 +91,19 @@ def code_first(given: list[str]) -> list[str]:
     return first + left
 
 
+@contextmanager
+def heard() -> Iterator[None]:
+    """Meanwhile a reader who leaves, as ``head`` does, ends what is done with UNHEARD: typer and
+    rich would with 1, by which ``verify-resume`` says that it found a difference."""
+    try:
+        yield
+    except SystemExit as left:
+        if left.code == 1 and began_with(left, BrokenPipeError):
+            sys.exit(UNHEARD)
+        raise
+
+
+@heard()
 def main(arguments: Iterable[str] | None = None) -> None:
     """The console script: every mistake of the user ends here, in one line and a hint."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -162,6 +175,7 @@ def more(error: BaseException) -> str:
     return f": {asked[1] if asked[2] else size(int(asked[1]))} more were asked for"
 
 
+UNHEARD = 141  # as a shell says it of who ends by SIGPIPE
 ENDS = (
     (KeyboardInterrupt, "interrupted", SIGNALS[signal.SIGINT]),
     (Terminated, "terminated", SIGNALS[signal.SIGTERM]),

@@ -327,6 +327,16 @@ def test_another_error_keeps_its_traceback(monkeypatch, here):
         here("list")
 
 
+@pytest.mark.parametrize("words", [["list"], ["train", "--depth", "9"]])
+def test_a_reader_who_leaves_is_no_difference_that_verify_resume_found(words):
+    """A table, as the message of a mistake; 1 is kept for that."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([SCRIPT, *words], stdout=writing, stderr=writing)
+    os.close(writing)
+    assert done.returncode == cli.UNHEARD == 141
+
+
 def test_ctrl_c_saves_and_exits_with_130(tmp_path):
     folder = tmp_path / "run"
     command = [SCRIPT, "train", *SMALL, "--steps", 5000, "--output", folder]

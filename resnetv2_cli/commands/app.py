@@ -15,7 +15,8 @@ app = typer.Typer(
     help="Deep residual networks with identity mappings (He, Zhang, Ren, Sun 2016).",
     epilog="Exit status: 0 done, or saved when --time was over; 1 verify-resume found a "
     "difference; 2 a mistake that the message explains, or a run of an ablation crashed or was "
-    "stopped; 130, 143, 138, 140 saved and left on Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2.",
+    "stopped; 130, 143, 138, 140 saved and left on Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2; 141 who "
+    "read the output left.",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
