@@ -1,6 +1,5 @@
 """Checkpoints: written whole or not at all, and opened without running anything in them."""
 
-import json
 import pickle
 import zipfile
 from contextlib import suppress
@@ -10,7 +9,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 
 from resnetv2_cli import files, form
 from resnetv2_cli.config import Experiment
@@ -19,7 +19,6 @@ from resnetv2_cli.settings import renewed
 from resnetv2_cli.telling import Tell
 
 SEALED = "sealed"  # a key that says that the file ends with its digest
-EXPORTED = ("experiment", "classes", "global_step", "imported", "folded")  # by ``export``
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -136,14 +135,10 @@ def weights(path: Path) -> dict[str, Any]:
     if path.suffix.lower() != ".safetensors" and not form.header(path):
         return read(path)
     try:
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-        ours = metadata if "experiment" in metadata else {}  # in another's, names mean anything
-        known = {key: json.loads(ours[key]) for key in EXPORTED if key in ours}
+        state = load(path.read_bytes())
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}", "copy it again") from None
-    if known:
+    if known := form.exported(path):
         form.refuse_misshapen({"state_dict": state, **known}, path)
     if known.get("folded"):
         hint = "resnetv2 export --no-fold keeps it"

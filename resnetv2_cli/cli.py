@@ -113,7 +113,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     given = code_first(given)
     trust.admit(given)
     threads.settle()
-    lean.start()
+    if not trust.some():  # which may have any use for any metric
+        lean.start()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which tells who has no home of it
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
         sys.stdout.reconfigure(errors="backslashreplace")

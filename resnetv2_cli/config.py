@@ -318,9 +318,9 @@ class Experiment:
     @property
     def shortcut_settings(self) -> dict[str, Any]:
         """The shortcut's settings, with what defaults stand for; of one of the user's own, which is
-        not imported for them, those that were given."""
+        not imported for them, those that are given beside its name."""
         row = plans.shortcuts().get(self.shortcut)
-        return (row.settings if row else plans.own_settings(self.shortcut)) | self.settings
+        return (row.settings if row else {}) | self.settings
 
     @property
     def own(self) -> dict[str, str]:

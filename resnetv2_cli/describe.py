@@ -147,8 +147,10 @@ def decided(experiment: Experiment) -> dict[str, Any]:
     e = experiment
     known = settings_of(shortcut_class(e.shortcut))
     found = e.architecture | {"option": e.option or default_option(e.block_, e.stem_)}
-    given = settings_in(e.shortcut, found.pop("settings"))
-    return found | known | given
+    made = known | settings_in(e.shortcut, found.pop("settings"))
+    if ":" in e.shortcut:  # whose names mean what they mean there
+        made = {f"{name} of the shortcut": value for name, value in made.items()}
+    return found | made
 
 
 def errors(experiment: Experiment) -> dict[str, str]:

@@ -75,6 +75,7 @@ def misshapen(path: Path, why: str) -> UserError:
 
 WEIGHTS = (".safetensors", ".pth", ".h5", ".hdf5", ".keras")  # that import reads
 PROGRAMS = (".onnx", ".pt2")  # that export writes
+EXPORTED = ("experiment", "classes", "global_step", "imported", "folded")  # and says beside them
 HEADER = 2**21  # bytes of a safetensors file's header, at most; ResNet-1001's has 664,080
 
 
@@ -82,7 +83,7 @@ def other(path: Path) -> UserError | None:
     """The error of a file that is something else than a checkpoint by its name or its header; None
     if these say nothing."""
     kind = path.suffix.lower()
-    if kind in PROGRAMS or "experiment" in metadata(path):
+    if kind in PROGRAMS or exported(path):
         hint = "name the checkpoint that it was made from"
         return UserError(f"{path} was exported from a checkpoint, and is none", hint)
     if kind in WEIGHTS or header(path):
@@ -93,11 +94,14 @@ def other(path: Path) -> UserError | None:
     return None
 
 
-def metadata(path: Path) -> dict[str, Any]:
-    """What the header of a safetensors file says besides its tensors; nothing, of any other."""
-    with suppress(ValueError, TypeError):
-        return dict(header(path).get("__metadata__", {}))
-    return {}
+def exported(path: Path) -> dict[str, Any]:
+    """What ``export`` says beside the weights in a safetensors file; nothing of any other file, nor
+    of another tool's, where names mean anything."""
+    known: dict[str, Any] = {}
+    with suppress(ValueError, TypeError, RecursionError):
+        metadata = dict(header(path).get("__metadata__", {}))
+        known = {key: json.loads(metadata[key]) for key in EXPORTED if key in metadata}
+    return known if isinstance(known.get("experiment"), dict) else {}
 
 
 def header(path: Path) -> dict[str, Any]:

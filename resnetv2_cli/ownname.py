@@ -29,39 +29,46 @@ class OwnName(NamedTuple):
         Raises:
             UserError: it is no module:Class with settings behind it, or has one of them twice.
         """
-        if not re.fullmatch(f"{PLACE}(?:{SETTING})*", text):
+        if not (found := named(text)):
             hint = f"a class of your own is named as {example}, a setting of it {example}:name=0.5"
             raise UserError(f"{shown(text)} is no module:Class", hint)
-        given = re.findall(SETTING, text)
-        names = [name for name, _ in given]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"{shown(text)} has {twice[0]} twice", "give it once")
-        place = re.match(PLACE, text)
-        assert place
-        return cls(place[0], {name: value(said) for name, said in sorted(given)})
+        given = re.findall(SETTING, found[2])
+        settings = {name: value(said) for name, said in sorted(given)}
+        if len(settings) < len(given):
+            raise UserError(f"{shown(text)} has a setting twice", "give it once")
+        return cls(found[1], settings)
 
     def __str__(self) -> str:
-        said = [
-            f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in self.settings.items()
-        ]
-        return ":".join([self.place, *said])
+        return ":".join([self.place, *(f"{k}={spelled(v)}" for k, v in self.settings.items())])
+
+
+def named(text: str) -> re.Match[str] | None:
+    """The whole text as the name of a class, and the settings behind it; None if it is none."""
+    return re.fullmatch(rf"({PLACE})((?:{SETTING})*)", text)
 
 
 def value(text: str) -> Any:
-    """A number, true, false or a word. 1.0 is 1, as the same number has one text.
+    """A number, whole where it is written so, true, false or a word.
 
     Raises:
         UserError: it is a number that is not finite.
     """
     if text.lower() in WORDS:
         return WORDS[text.lower()]
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    if not math.isfinite(number):
-        raise UserError(f"{text} is not finite", "numbers, true, false and words may be given")
-    return int(number) if number.is_integer() else number
+    for kind in (int, float):
+        try:
+            number = kind(text)
+        except ValueError:
+            continue
+        if abs(number) == math.inf or number != number:
+            raise UserError(f"{text} is not finite", "numbers, true, false and words may be given")
+        return number
+    return text
+
+
+def spelled(given: object) -> str:
+    """A value as it is written."""
+    return str(given).lower() if isinstance(given, bool) else str(given)
 
 
 def settled(kind: str, name: OwnName, known: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -75,10 +82,13 @@ def settled(kind: str, name: OwnName, known: Mapping[str, Any], where: str) -> d
         if setting not in known:
             hint = f"its settings: {', '.join(known) or 'none'} ({where})"
             raise UserError(f"{kind} {name.place} has no setting {setting!r}", hint)
-        if (wanted := _sort(known[setting])) not in ("", _sort(given)):
+        usual = known[setting]
+        if isinstance(usual, str):
+            given = spelled(given)
+        elif (wanted := _sort(usual)) not in ("", _sort(given)):
             said = f"{setting} of {kind} {name.place} must be {wanted}, not {shown(given)}"
-            raise UserError(said, f"its default is {shown(known[setting])}")
-        made[setting] = float(given) if isinstance(known[setting], float) else given
+            raise UserError(said, f"its default is {shown(usual)}")
+        made[setting] = float(given) if isinstance(usual, float) else given
     return made
 
 
@@ -86,6 +96,4 @@ def _sort(given: object) -> str:
     """What kind of value it is; empty where that says nothing."""
     if isinstance(given, bool):
         return "true or false"
-    if isinstance(given, int | float):
-        return "a number"
-    return "a word" if isinstance(given, str) else ""
+    return "a number" if isinstance(given, int | float) else "a word" if given is not None else ""

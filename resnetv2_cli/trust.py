@@ -9,10 +9,11 @@ import sys
 from collections.abc import Iterable
 
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.ownname import PLACE
+from resnetv2_cli.ownname import named
 
 FLAGS = ("--unit", "--shortcut", "--allow-code")  # whose value is such a name
 SETTING = re.compile(r"(^|[\s,=]|--)(unit|shortcut|allow-code)\s*=")  # and words that hold some
+GIVEN = re.compile(r"^(--)?(unit|shortcut|allow-code)=")
 
 _admitted: set[str] = set()
 
@@ -25,8 +26,15 @@ def admit(words: Iterable[str]) -> None:
     flag = ""
     for word in words:
         if flag in FLAGS or SETTING.search(word):
-            _admitted.update(re.findall(PLACE, word))
+            for piece in re.split(r"[,\s]", re.sub(r"\s*=\s*", "=", word)):
+                if found := named(GIVEN.sub("", piece)):
+                    _admitted.add(found[1])
         flag = word
+
+
+def some() -> bool:
+    """Whether the command line admits any code."""
+    return bool(_admitted)
 
 
 def refuse_strange(name: str) -> None:

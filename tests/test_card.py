@@ -1,6 +1,7 @@
 """The card beside an exported file: its recipe makes the run again, its script runs, and it claims
 nothing that was not measured."""
 
+import ast
 import json
 import re
 import shutil
@@ -104,7 +105,7 @@ def test_the_recipe_of_a_card_makes_the_same_experiment(given, trained, tmp_path
     e, made = exported_as(trained, tmp_path, **given)
     assert identity(read_recipe(made)) == identity(e)
     assert ("accumulate" in made.card.read_text()) is ("accumulate" in given)
-    says = json.loads(form.metadata(made.file)["experiment"])
+    says = form.exported(made.file)["experiment"]
     assert identity(Experiment(**says)) == identity(e)
 
 
@@ -158,6 +159,12 @@ def test_a_checkpoint_is_in_its_run_from_wherever_it_is_called(trained, tmp_path
     assert RunFolder.of(Path("run/last.ckpt")) is RunFolder.of(Path("last.ckpt")) is None
 
 
+@pytest.mark.parametrize("name", ["net", "it's", 'a "b"', 'it\'s "b"', "n😀t", "caf\udce9", "a\\b"])
+def test_a_name_in_a_script_is_that_name(name):
+    assert ast.literal_eval(study.quoted(name)) == name
+    assert study.quoted("net") == '"net"'
+
+
 def test_a_card_has_classes_whose_names_are_no_text(trained, tmp_path):
     saved = read(trained / "checkpoints" / "last.ckpt")
     write(saved | {"classes": ["caf\udce9", *saved["classes"][1:]]}, tmp_path / "a.ckpt")
@@ -172,7 +179,7 @@ def test_a_card_claims_no_recipe_for_imported_weights(trained, tmp_path):
     made = study.export(tmp_path / "a.ckpt", "safetensors", None, None, None)
     text = made.card.read_text()
     assert "lr: 0.1" not in text and all(f"`{value}`" in text for value in imported.values())
-    assert json.loads(form.metadata(made.file)["imported"]) == imported
+    assert form.exported(made.file)["imported"] == imported
     for mistaken in (3, {"from": [3]}):
         write(saved | {"imported": mistaken}, tmp_path / "b.ckpt")
         with pytest.raises(UserError, match="is not a checkpoint of resnetv2"):

@@ -75,6 +75,9 @@ EXPORT = {"experiment": "{}", "classes": "[]", "global_step": "1", "folded": "[]
     ("a.safetensors", header(EXPORT | {"folded": "[1]"}), "has no BN any more", "--no-fold"),
     ("a.onnx", b"a program", "was exported from a checkpoint", "from$"),
     ("resnet50.pth", b"of before 2020", "holds weights alone", "resnetv2 import makes"),
+    ("a.safetensors", header({"experiment": "baseline-7"}), "holds weights alone", "import"),
+    ("a.safetensors", header({"experiment": 30_000 * "["}), "holds weights alone", "import"),
+    ("caf\udce9.safetensors", header({"experiment": "{}"}), "its classes is None", "version"),
     ("a.ckpt", header({}), "holds weights alone", "train --weights"),
     ("a.ckpt", b"half of one", "is no checkpoint, or is cut short", "copy it again"),
 ])  # fmt: skip

@@ -4,43 +4,48 @@ import subprocess
 import sys
 
 import pytest
-from conftest import THREADS
+from conftest import REPOSITORY, THREADS
+from PIL import Image
 
 from resnetv2_cli import lean
 
 AFTER = """
 import sys
-from resnetv2_cli import lean
-{}
-import lightning.pytorch
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
+from resnetv2_cli.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as left:
+    assert not left.code
+import resnetv2_cli.run
+names = ("matplotlib", "scipy", "sklearn", "torchvision")
+imported = [name for name in names if name in sys.modules]
 import torch
+from torchmetrics.classification import MulticlassAccuracy
 score = MulticlassAccuracy(3)
 score.update(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1]))
 assert round(float(score.compute()), 2) == 0.5
 from lightning_utilities.core.imports import RequirementCache, module_available, package_available
-assert all(package_available(name) and module_available(name) for name in lean.UNUSED)
-assert all(RequirementCache(name) for name in lean.UNUSED)
-assert not [finder for finder in sys.meta_path if isinstance(finder, lean.Lean)]
-print([name for name in (*lean.UNUSED, "scipy.signal") if name in {}])
+for name in names[:2]:
+    assert package_available(name) and module_available(name) and RequirementCache(name)
+sys.exit(f"imported: {imported}")
 """
 
 
-def imported(start: str) -> str:
-    before = "set(sys.modules)" if "start" in start else "sys.modules"
-    text = AFTER.format(start, "there").replace("score = ", f"there = {before}\nscore = ")
-    done = subprocess.run(
-        [sys.executable, "-c", text], capture_output=True, text=True, env={**THREADS, "HOME": "/"}
+def test_a_command_imports_nothing_that_it_does_not_use(tmp_path):
+    """Nor does training before its end; once torchmetrics is there, everybody hears the truth."""
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    weights = REPOSITORY / "results" / "weights" / "cifar10-resnet56.safetensors"
+    words = [sys.executable, "-c", AFTER, "predict", weights, tmp_path / "a.png"]
+    done = subprocess.run(words, capture_output=True, text=True, env={**THREADS, "HOME": "/"})
+    assert done.stderr.endswith("imported: []\n"), done.stderr
+
+
+def test_code_of_ones_own_has_all_of_torchmetrics(resnetv2, tmp_path):
+    (tmp_path / "boxes.py").write_text(
+        "from torchmetrics.detection import IntersectionOverUnion\n"
+        "from resnetv2_cli.shortcuts import Shortcut\n\n\nclass Own(Shortcut):\n    pass\n"
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def test_torchmetrics_starts_without_what_nothing_uses_and_computes_as_ever():
-    """Once it is there, everybody is told what is installed again."""
-    assert imported("lean.start(); lean.start()") == "[]"
-    assert imported("") == str([*lean.UNUSED, "scipy.signal"])
+    resnetv2("describe", "--depth", 8, "--shortcut", "boxes:Own", cwd=tmp_path)
 
 
 def test_where_it_asks_otherwise_it_hears_the_truth(monkeypatch):

@@ -37,6 +37,11 @@ class Scaled(Shortcut):
         return self.a * self.carry(x) + residual
 
 
+class Deep(Shortcut):
+    def __init__(self, *given, depth=1, pad=0):
+        super().__init__(*given)
+
+
 class Wide(ResidualUnit):
     """F of more channels inside."""
 
@@ -54,13 +59,16 @@ class Wider(Wide):
 '''
 
 
+CLASSES = re.findall(r"class (\w+)", CODE)
+
+
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
     """The name of a module with this code, in the current folder."""
     name = f"settled{abs(hash(tmp_path))}"
     (tmp_path / f"{name}.py").write_text(CODE)
     monkeypatch.chdir(tmp_path)
-    words = [w for cls in ("Scaled", "Wide", "Wider") for w in ("--allow-code", f"{name}:{cls}")]
+    words = [w for cls in CLASSES for w in ("--allow-code", f"{name}:{cls}")]
     trust.admit(words)
     return name
 
@@ -70,7 +78,10 @@ def mine(tmp_path, monkeypatch):
     [
         ("mine:Own", {}, None),
         ("a.b:Own:x=0.50", {"x": 0.5}, "a.b:Own:x=0.5"),
-        ("mine:Own:x=1.0", {"x": 1}, "mine:Own:x=1"),
+        ("mine:Own:x=1.0", {"x": 1.0}, None),
+        ("mine:Own:x=1", {"x": 1}, None),
+        ("mine:Own:x=12345678901234567", {"x": 12345678901234567}, None),
+        ("mine:Own:x=1e300", {"x": 1e300}, "mine:Own:x=1e+300"),
         ("mine:Own:x=-6", {"x": -6}, None),
         ("mine:Own:x=1e-4", {"x": 1e-4}, "mine:Own:x=0.0001"),
         ("mine:Own:x=1e-07", {"x": 1e-7}, None),
@@ -95,7 +106,7 @@ def test_a_class_with_settings_has_one_name_however_it_is_written(text, settings
         ("mine:Own:x=1 ", "is no module:Class"),
         ("mine:Own:x=a/b", "is no module:Class"),
         ("mine:Own(x=1)", "is no module:Class"),
-        ("mine:Own:x=1:x=2", "has x twice"),
+        ("mine:Own:x=1:x=2", "has a setting twice"),
         ("mine:Own:x=nan", "nan is not finite"),
         ("mine:Own:x=-inf", "-inf is not finite"),
         ("mine:Own:x=1e999", "1e999 is not finite"),
@@ -110,8 +121,9 @@ def test_what_is_no_such_name_is_refused(text, message):
 def test_a_shortcut_is_made_with_its_settings(mine):
     made = ResNet(8, shortcut=f"{mine}:Scaled:start=2:learned=false:kind=b").units[0].shortcut
     assert float(made.a) == 2 and not made.a.requires_grad and made.kind == "b"
-    made = ResNet(8, shortcut=f"{mine}:Scaled:gate_bias=-3").units[0].shortcut
-    assert made.a.item() == 1 and made.a.requires_grad and made.bias == -3 and made.kind == "a"
+    made = ResNet(8, shortcut=f"{mine}:Scaled:gate_bias=-3.0:kind=3").units[0].shortcut
+    assert made.a.item() == 1 and made.a.requires_grad and made.kind == "3"
+    assert made.bias == -3 and isinstance(made.bias, float)  # as written, where no default says
     made = ResNet(8, shortcut=f"{mine}:Scaled:start=0", settings={"gate_bias": -1.0})
     assert made.units[0].shortcut.bias == -1 and made.units[0].shortcut.a.item() == 0
 
@@ -124,7 +136,6 @@ def test_a_shortcut_is_made_with_its_settings(mine):
         ("Scaled", "start=x", "start of shortcut .* must be a number, not 'x'", "default is 1.0"),
         ("Scaled", "start=true", "must be a number, not True", "default is 1.0"),
         ("Scaled", "learned=1", "must be true or false, not 1", "default is True"),
-        ("Scaled", "kind=1", "must be a word, not 1", "default is 'a'"),
         ("Wide", "wide=1", "has no setting 'wide'", "ratio (numbers"),
         ("Wide", "between=1", "has no setting 'between'", "ratio"),
         ("Wide", "_hidden=1", "has no setting '_hidden'", "ratio"),
@@ -160,17 +171,39 @@ def test_a_unit_has_its_settings_and_its_class_is_one(mine):
 
 
 def test_rows_that_differ_in_a_setting_are_different_experiments(mine, tmp_path):
-    values = [f"{mine}:Scaled:start={start}" for start in ("0", "0.0", "1", "1.5")]
+    values = [f"{mine}:Scaled:start={start}" for start in ("0.0", "0.00", "1", "1.5")]
     [study] = studies.studies(grid=[f"shortcut={','.join(values)}"])
     experiments = [Experiment(**row.settings) for row in study.table.rows]
     folders = [arms.Arm.of("row", e, tmp_path).folder for e in experiments]
     assert len({*folders}) == 3 and folders[0] == folders[1]
     assert all(re.fullmatch(r"[\w.-]+", folder.parent.name) for folder in folders)
     assert {files[0].name for e in experiments for files in own_files(e).values()} == {f"{mine}.py"}
-    assert [decided(e)["start"] for e in experiments] == [0, 0, 1, 1.5]
-    assert experiments[3].shortcut_settings == {"start": 1.5}
+    assert [decided(e)["start of the shortcut"] for e in experiments] == [0, 0, 1, 1.5]
     small = Experiment(depth=8, shortcut=values[0])
     assert describe(small, 10)["parameters"] == describe(Experiment(depth=8), 10)["parameters"] + 3
+
+
+def test_settings_are_called_as_one_likes(mine, here):
+    """Another's depth is not the network's."""
+    words = here("diff", f"dataset=digits,depth=8,shortcut={mine}:Deep:depth=3", "depth=14").stdout
+    assert re.search(r"depth +│ +8 │ +14 │", words) and "are the same" not in words
+    made = here(
+        "diff", f"dataset=digits,depth=8,shortcut={mine}:Deep", "shortcut=identity", "--json"
+    )
+    assert json.loads(made.stdout)["settings"] == {
+        "shortcut": [f"{mine}:Deep", "identity"],
+        "depth of the shortcut": [1, None],
+        "pad of the shortcut": [0, None],
+    }
+
+
+def test_weights_of_other_settings_are_refused_with_the_flags_that_fit(mine, here, tmp_path):
+    given = ["--shortcut", f"{mine}:Scaled:start=0.5", "--steps", 1, "--output", tmp_path / "run"]
+    here("train", *SMALL, *given)
+    for other in ("identity", f"{mine}:Scaled:start=1"):
+        given = ["--weights", tmp_path / "run", "--shortcut", other, "--output", tmp_path / "b"]
+        said = here("train", *SMALL, *given, "--steps", 1, status=2).stderr.splitlines()[-1]
+        assert said == f"hint: it is that of --shortcut {mine}:Scaled:start=0.5"
 
 
 def test_a_run_keeps_its_settings(mine, here, resnetv2, tmp_path):

@@ -87,11 +87,17 @@ def export(
         sha256=sha256(to),
         check=str(agreement),
         preprocessing=preprocessing(view),
-        use=use.format(file=json.dumps(to.name)),
+        use=use.format(file=quoted(to.name)),
     )
     beside = to.with_name(to.name + ".md")
     write_text(beside, card(facts))
     return Export(to, beside, size, norms, folded, agreement)
+
+
+def quoted(name: str) -> str:
+    """A name as Python has it in its text, between the quotes that are usual there."""
+    said = repr(name)
+    return said if '"' in name else f'"{said[1:-1]}"'
 
 
 def preprocessing(view: View) -> str:
