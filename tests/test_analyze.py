@@ -164,12 +164,15 @@ def test_analyze_of_a_run(here, trained):
 
 
 def test_units_are_deleted_of_trained_networks_alone(trained, tmp_path):
+    said: list[str] = []
     fresh = Source(Experiment(dataset="digits", depth=8), label="fresh")
     of = [fresh, from_checkpoint(trained)._replace(label="trained")]
-    made = study.study(of, ["lesion", "shrink"], Batch(2, 2, "float32", pairs=1), tmp_path)
+    few = Batch(2, 2, "float32", pairs=1)
+    made = study.study(of, ["lesion", "shrink"], few, tmp_path, said.append)
     assert {topic: list(found) for topic, found in made["topics"].items()} == {
         "lesion": ["trained"], "shrink": ["fresh", "trained"]
     }  # fmt: skip
+    assert [line for line in said if "lesion" in line] == ["no lesion of fresh: it is not trained"]
 
 
 def test_weights_to_start_from_are_those_that_are_looked_at(here, trained, tmp_path):

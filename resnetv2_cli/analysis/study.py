@@ -70,6 +70,8 @@ def study(
         for topic in topics:
             if source.checkpoint or not TOPICS[topic].trained:
                 measured[topic][source.label] = module(topic).measure(studied, traced)
+            else:
+                tell(f"no {topic} of {source.label}: it is not trained")
     head = {
         "networks": [
             {
