@@ -5,7 +5,7 @@ import torch
 from networks import batch, cells, measured, network, traced
 from torch import nn
 
-from resnetv2_cli.analysis import backward, lesion, paths, shrink
+from resnetv2_cli.analysis import backward, draw, lesion, paths, shrink
 from resnetv2_cli.analysis.trace import trace
 from resnetv2_cli.plans import UNITS
 from resnetv2_cli.resnet import ResNet
@@ -169,6 +169,17 @@ def test_the_line_of_a_stage_is_of_lesions_that_begin_in_it():
         ["32.5, 35.0 (4)", "80.0, 80.0 (4-5)", "—"],
         ["35.0, 45.0 (6)", "—", "—"],
     ]
+
+
+def test_what_no_network_has_is_not_drawn(monkeypatch, tmp_path):
+    """Swaps, where no neighbours keep their shape; and units, which are whole, are ticked so."""
+    drawn = []
+    monkeypatch.setattr(draw, "save", lambda figure, to: drawn.append(figure.axes))
+    for depth in (8, 14):
+        lesion.draw({"net": measured(lesion, network(depth))}, tmp_path)
+    assert [len(axes) for axes in drawn] == [2, 3]
+    assert all(tick % 1 == 0 for axes in drawn for tick in axes[-1].get_xticks())
+    draw.plt.close("all")
 
 
 def test_110_layers_of_small_weights():

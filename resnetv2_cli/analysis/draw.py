@@ -9,6 +9,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import MaxNLocator
+
 from resnetv2_cli.plot import COLORS, as_is, plt, save
 from resnetv2_cli.quantities import NONE
 
@@ -39,6 +41,7 @@ class Panels:
             panel.set_title(title, loc="left", fontsize=9)
             panel.grid(axis="y", alpha=0.3)
             panel.tick_params(which="both", labelsize=8)
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         if over_depth:
             self._depth(measured)
 

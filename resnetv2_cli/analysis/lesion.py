@@ -156,20 +156,23 @@ def table(measured: Measured) -> Table:
 
 def draw(measured: Measured, to: Path) -> None:
     """Errors over depth, those of pairs at the first of the two units."""
-    panels = Panels(
-        measured,
+    titles = [
         "test error without unit l, % (dashed: the whole network)",
         "test error without l and a later unit, %",
-        "test error with l and l+1 swapped, %",
-    )
+    ]
+    with_swaps = {label: m for label, m in measured.items() if m["swaps"]}
+    if with_swaps:
+        titles.append("test error with l and l+1 swapped, %")
+    panels = Panels(measured, *titles)
     for label, m in measured.items():
         n = len(m["stage"])
-        swaps = {row[0]: row[2] for row in m["swaps"]}
         panels.over_depth(0, label, m["single"], "o-")
         panels.over_depth(0, label, [m["whole"]] * n, "--")
-        panels.over_depth(2, label, [swaps.get(i + 1) for i in range(n)], "o-")
         for first, _, error in m["pairs"]:
             values: list[float | None] = [None] * n
             values[first - 1] = error
             panels.over_depth(1, label, values, ".")
+    for label, m in with_swaps.items():
+        swaps = {row[0]: row[2] for row in m["swaps"]}
+        panels.over_depth(2, label, [swaps.get(i + 1) for i in range(len(m["stage"]))], "o-")
     panels.save(to)
