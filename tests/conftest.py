@@ -209,6 +209,9 @@ def lab(tmp_path_factory):
     return root
 
 
+CUT_OFF = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"  # EXIF of which the first entry is not whole
+
+
 def encoded(width: int = 90, height: int = 70, mode: str = "RGB", **how) -> bytes:
     """A smooth picture with some noise on it, as photographs have."""
     rng = np.random.default_rng(width * height)

@@ -10,11 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import STOPPED, encoded
+from conftest import CUT_OFF, STOPPED, encoded
 from PIL import Image
 
 from resnetv2_cli.data import folder, survey
 from resnetv2_cli.errors import UserError
+
+
+def oriented(how: int) -> Image.Exif:
+    """What a camera that was held so writes beside the pixels."""
+    exif = Image.Exif()
+    exif[survey.ORIENTATION] = how
+    return exif
 
 
 def plant(root: Path) -> dict[str, list[str]]:
@@ -40,6 +47,8 @@ def plant(root: Path) -> dict[str, list[str]]:
         "val/ant/moves.webp": encoded(
             37, 30, format="WEBP", save_all=True, append_images=[Image.new("RGB", (37, 30))]
         ),
+        "train/bee/lies.jpg": encoded(38, 30, exif=oriented(6)),
+        "train/bee/stands.jpg": encoded(39, 30, exif=oriented(1)),
         "val/ant/notes.txt": b"by hand",
         "train/ant/deep/er.jpg": good["train"],
     }
@@ -53,6 +62,7 @@ def plant(root: Path) -> dict[str, list[str]]:
         "CMYK": ["train/bee/print.jpg"],
         "grey": ["val/ant/grey.png"],
         "animated": ["val/ant/moves.webp"],
+        "turned": ["train/bee/lies.jpg"],
         "ignored": ["train/ant/deep/er.jpg", "val/ant/notes.txt"],
     }
 
@@ -67,7 +77,7 @@ def test_check_finds_each_fault_that_was_planted(tmp_path, here):
     assert found == planted and set(planted) == set(survey.FAULTS)
     taken = sum(p.stat().st_size for p in (tmp_path / "tree/train").glob("*/*.*"))
     assert made["splits"]["train"] == {
-        "classes": 3, "images": 7, "bytes": taken, "least": 0, "most": 4, "empty": ["cow"],
+        "classes": 3, "images": 9, "bytes": taken, "least": 0, "most": 6, "empty": ["cow"],
     }  # fmt: skip
     assert made["classes"] == {"val": {"missing": ["cow"], "strange": ["dog"]}}
     names = {
@@ -125,6 +135,20 @@ def test_check_reads_what_lies_behind_links(tree, tmp_path, capsys):
     seen = survey.survey(tmp_path / "tree", 1, lambda *_: None)
     assert {split: s["images"] for split, s in seen["splits"].items()} == {"train": 4, "val": 2}
     assert seen["faults"]["ignored"] == []
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, which only a program of its own leaves out
+def test_broken_exif_is_no_fault(tmp_path):
+    """Who reads the pixels does not look at it."""
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for name, exif in (
+        ("cut.png", CUT_OFF),
+        ("none.png", b"Exif\0\0nothing"),
+        ("9.png", oriented(9)),
+    ):
+        (tmp_path / "train" / "a" / name).write_bytes(encoded(format="PNG", exif=exif))
+    seen = survey.survey(tmp_path, 1, lambda *_: None)
+    assert seen["splits"]["train"]["images"] == 3 and not any(seen["faults"].values())
 
 
 def test_a_file_is_not_truncated_by_its_name(tmp_path):

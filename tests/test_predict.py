@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import CUT_OFF
 from PIL import Image
 from safetensors.torch import save
 
@@ -62,21 +63,25 @@ def test_any_size_and_mode(trained, tmp_path, here, mode):
 
 
 def test_what_is_odd_but_can_be_read_warns_of_nothing(tmp_path):
-    """A palette with transparency, and more pixels than Pillow likes, which counts to 1000 here."""
+    """A palette with transparency, and more pixels than Pillow likes, which counts to 1000 here;
+    and EXIF that is cut off."""
     image = Image.new("P", (40, 30))
     image.putpalette([200, 100, 50, 1, 2, 3])
     image.save(tmp_path / "a.png", transparency=b"\x80\xff")
+    image.convert("RGB").save(tmp_path / "b.jpg", exif=CUT_OFF)
     code = """
 import sys
 from pathlib import Path
 from PIL import Image
 from resnetv2_cli.data import picture
 Image.MAX_IMAGE_PIXELS = 1000
-print(picture.rgb(Path(sys.argv[1]), "a").getpixel((0, 0)))
+for name in sys.argv[1:]:
+    print(picture.rgb(Path(name), name).getpixel((0, 0)))
 """
-    command = [sys.executable, "-W", "error", "-c", code, str(tmp_path / "a.png")]
+    files = [str(tmp_path / "a.png"), str(tmp_path / "b.jpg")]
+    command = [sys.executable, "-W", "error", "-c", code, *files]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout == "(200, 100, 50)\n" and not done.stderr
+    assert done.stdout == "(200, 100, 50)\n" * 2 and not done.stderr
 
 
 def test_sixteen_bits_of_grey_are_not_cut_off_at_white(tmp_path):

@@ -6,6 +6,7 @@ To add a fault that a file can have: a row in FAULTS, and the place in ``look`` 
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,8 +34,10 @@ FAULTS = {
     "CMYK": Fault("colors of print; read as RGB"),
     "grey": Fault("no colors; read as RGB"),
     "animated": Fault("several pictures; the first is read"),
+    "turned": Fault("by EXIF alone; read as stored, unless mogrify -auto-orient turns its pixels"),
     "ignored": Fault("its name ends as no image's does, or it is in no class folder"),
 }
+ORIENTATION, TURNED = 0x0112, range(2, 9)  # of EXIF, where 1 is upright, and others mean nothing
 GREY = {"1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L"}
 
 
@@ -93,12 +96,22 @@ def look(entry: Entry) -> Seen:
             if image.format != "MPO" and getattr(image, "is_animated", False):
                 faults["animated"] = f"{image.n_frames} pictures"  # type: ignore[attr-defined]
             pixels = picture.converted(image)
+            if (way := orientation(image)) in TURNED:
+                faults["turned"] = f"orientation {way}"
     except picture.Unreadable as error:  # whose name may say so
         kind = "truncated" if "truncated" in error.why.lower() else "unreadable"
         return Seen(entry, len(content), faults | {kind: str(error)})
     made = hashlib.blake2b(f"{pixels.size}".encode(), digest_size=16)
     made.update(pixels.tobytes())
     return Seen(entry, len(content), faults, made.digest())
+
+
+def orientation(image: Image.Image) -> Any:
+    """What EXIF says of how a decoded picture is to be turned; None where it says nothing, or is
+    broken, which whoever reads the picture does not mind."""
+    with suppress(*picture.BROKEN):
+        return image.getexif().get(ORIENTATION)
+    return None
 
 
 def named(image: Image.Image) -> str:
