@@ -13,12 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from resnetv2_cli import files, form
-from resnetv2_cli.config import Experiment
+from resnetv2_cli.config import OF_FILES, Experiment
+from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import Damaged, NotSaved, UserError, shown
 from resnetv2_cli.settings import renewed
 from resnetv2_cli.telling import Tell
 
 SEALED = "sealed"  # a key that says that the file ends with its digest
+WHOLE = [name for name, row in DATASETS.items() if row.decoded]  # datasets
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -173,8 +175,8 @@ def newest(folder: Path, last: Path, tell: Tell) -> tuple[Path, dict[str, Any]] 
     return path, held
 
 
-def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The settings a checkpoint was made by, all of them.
+def settings_of(checkpoint: dict[str, Any], **overrides: Any) -> dict[str, Any]:
+    """The settings a checkpoint was made by, all of them that say something beside ``overrides``.
 
     Raises:
         UserError: it has a setting that this version does not know.
@@ -188,6 +190,9 @@ def settings_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
             )
     if not written.get("weights"):  # as older exports left it
         written.pop("weights_sha256", None)
+    # Of a network of photographs, or as a version wrote it that ignored it.
+    if overrides.get("dataset", written.get("dataset")) in WHOLE:
+        written = {name: value for name, value in written.items() if name not in OF_FILES}
     return written
 
 
@@ -199,7 +204,7 @@ def experiment_of(checkpoint: dict[str, Any], **overrides: Any) -> Experiment:
         UserError: it has a setting that this version does not know.
     """
     known = {f.name: f for f in fields(Experiment)}
-    written = settings_of(checkpoint)
+    written = settings_of(checkpoint, **overrides)
     saved = {
         name: value for name, value in written.items() if known[name].metadata["panel"] != "Engine"
     }

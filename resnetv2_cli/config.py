@@ -18,6 +18,7 @@ from resnetv2_cli.settings import BITS, LATER, PARTS, SAME, checked, rows, setti
 from resnetv2_cli.weightfile import find, sha256
 
 PAPER_STEPS, PAPER_WARMUP = 64_000, 400  # iterations
+OF_FILES = ("crop", "protocol")  # settings that do nothing to images that are decoded whole
 
 Block = rows(plans.BLOCKS)
 Stem = rows(plans.STEMS)
@@ -278,7 +279,17 @@ class Experiment:
             raise UserError("Nesterov's momentum needs a momentum", "--momentum 0.9")
         plans.units_per_stage(self.depth, self.block_, self.stem_)
         plans.check_frozen(self.freeze_, self.stem_)
+        self._check_images()
         self._check_start()
+
+    def _check_images(self) -> None:
+        for f in fields(self):
+            given = getattr(self, f.name)
+            if f.name in OF_FILES and given != f.default and DATASETS[self.dataset].decoded:
+                raise UserError(
+                    f"{f.name} {given} is for larger images than those of {self.dataset}",
+                    f"leave it out, or say --{f.name} {f.default}",
+                )
 
     def _check_start(self) -> None:
         if self.weights and not self.weights_sha256:

@@ -2,7 +2,7 @@
 
 import math
 import runpy
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import pytest
 import yaml
@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resnetv2_cli import config, plans
+from resnetv2_cli.checkpoint import experiment_of
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS, Dataset
 from resnetv2_cli.describe import describe
@@ -92,6 +93,8 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
         ("nesterov: true\nmomentum: 0", "Nesterov's momentum needs a momentum", "--momentum 0.9"),
         ("gate_bias: 1", "shortcut identity has no setting 'gate_bias'", "its settings: none"),
         ("dropout_ratio: 1.5", "dropout_ratio must be at most 1", "Share"),
+        ("crop: scale-aspect", "is for larger images than those of cifar10", "say --crop scale"),
+        ("protocol: 320\ndataset: digits", "protocol 320 is for larger", "say --protocol 224"),
         ("- depth", "holds no keys", "one 'key: value' a line"),
         ("a: [", "is not YAML", "one 'key: value' a line"),
     ],
@@ -128,6 +131,17 @@ def test_a_dataset_is_one_row(monkeypatch, decoded, stem):
     monkeypatch.setitem(DATASETS, "svhn", Dataset("house numbers", decoded=decoded))
     anew = runpy.run_path(config.__file__)["Experiment"]
     assert anew(dataset="svhn", depth=50).stem_ == stem
+
+
+@pytest.mark.parametrize("written, read", [("folder", "digits"), ("digits", "digits")])
+def test_what_a_checkpoint_says_of_photographs_is_no_matter_of_small_images(written, read):
+    """Neither where it learned from photographs, nor where it was asked for and ignored."""
+    saved = asdict(Experiment(dataset="folder", depth=8, stem="cifar", crop="scale-aspect"))
+    saved |= {"dataset": written, "protocol": "320"}
+    found = experiment_of({"experiment": saved}, dataset=read)
+    assert (found.crop, found.protocol) == ("scale", "224")
+    with pytest.raises(UserError, match="protocol 320"):
+        experiment_of({"experiment": saved}, dataset=read, protocol="320")
 
 
 def test_a_missing_file_names_the_nearest():

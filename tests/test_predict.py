@@ -239,9 +239,12 @@ main(sys.argv[1:])
         assert done.returncode == 7 and known in done.stdout.splitlines()[-1], done.stderr
 
 
-def test_small_images_are_looked_at_whole_whatever_the_protocol(trained):
-    task = network(trained / "checkpoints" / "last.ckpt", protocol="320")
+def test_small_images_are_looked_at_whole_and_no_protocol_is_taken_for_more(trained):
+    file = trained / "checkpoints" / "last.ckpt"
+    task = network(file, protocol="224")
     assert view_of(task.experiment, task.normalize) == (32, 1.0, False)
+    with pytest.raises(UserError, match="protocol 320 is for larger images than those of digits"):
+        network(file, protocol="320")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
