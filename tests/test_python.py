@@ -1,4 +1,4 @@
-"""docs/python.md: its scripts run as they are written, one after the other in one session."""
+"""docs/python.md: its scripts run as they are written, each alone."""
 
 import contextlib
 import io
@@ -6,16 +6,17 @@ import re
 
 from conftest import REPOSITORY
 
-SCRIPTS = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/python.md").read_text(), re.DOTALL)
+PAGE = (REPOSITORY / "docs/python.md").read_text()
+SCRIPTS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 def test_the_scripts_of_the_page_run_and_print(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/mine").symlink_to(trained)
-    names: dict = {}
     said = []
     for script in SCRIPTS:
+        names: dict = {}
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(script, names)
         said.append(out.getvalue().splitlines()[-1])
@@ -26,5 +27,6 @@ def test_the_scripts_of_the_page_run_and_print(trained, tmp_path, monkeypatch):
     values = names["trainer"].callback_metrics
     assert {"val_error", "val_top5_error", "val_loss"} == values.keys()
     assert f"{float(values['val_error']):.2f}" == error
+    assert all(f"`{key}`" in PAGE for key in names["task"].scores)
     assert float(names["best"].best_model_score) <= float(error) + 0.01
     assert (tmp_path / kept).is_file()
