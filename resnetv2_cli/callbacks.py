@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.utils import get_total_norm
 
-from resnetv2_cli.checkpoint import WholeFiles, read
+from resnetv2_cli.checkpoint import WholeFiles, left_in, read
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.csvlog import CSVMetrics
 from resnetv2_cli.errors import Diverged, NotSaved, UserError
@@ -291,8 +291,8 @@ class Keeper(Callback):
             for file in self.metrics:
                 file.write(flush=True)
         except OSError as error:
-            said = error.strerror or str(error)
-            return NotSaved(f"cannot write {file.path}: {said}", "the last checkpoint is kept")
+            said = f"cannot write {file.path}: {error.strerror or error}"
+            return NotSaved(said, left_in(self.folder.checkpoints))
         return None
 
     def on_validation_end(self, trainer: Trainer, task: Classification) -> None:

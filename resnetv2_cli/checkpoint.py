@@ -54,9 +54,15 @@ class WholeFiles(TorchCheckpointIO):
         except OSError as error:
             with suppress(OSError):
                 beside.unlink(missing_ok=True)
-            self.failure = NotSaved(
-                f"cannot save {path}: {error.strerror or error}", "the checkpoint before it is kept"
-            )
+            said = f"cannot save {path}: {error.strerror or error}"
+            self.failure = NotSaved(said, left_in(path.parent))
+
+
+def left_in(folder: Path) -> str:
+    """What there is where a checkpoint cannot be saved, as a hint."""
+    if any(folder.glob("*.ckpt")):
+        return "the checkpoint before it is kept"
+    return "none is saved yet: make room for the first"
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:

@@ -156,9 +156,21 @@ def test_where_a_file_has_one_name_alone_another_is_a_copy(tmp_path, monkeypatch
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("size", [100, 9000])  # no line of metrics; no checkpoint
+def test_where_no_checkpoint_could_be_saved_none_is_said_to_be_kept(tmp_path, full, size):
+    said = []
+    with pytest.raises(NotSaved) as caught:
+        trained_as(tmp_path / "run", said.append, display=[At(1, lambda: full(size))])
+    full()
+    assert caught.value.hint == "none is saved yet: make room for the first"
+    assert f"; {caught.value.hint}; training goes on" in said[-1]
+    assert not RunFolder(tmp_path / "run").last.exists()
+
+
 def test_what_cannot_be_saved_at_the_end_is_an_error(tmp_path, full):
-    with pytest.raises(NotSaved):
+    with pytest.raises(NotSaved) as caught:
         trained_as(tmp_path / "run", display=[At(5, lambda: full(9000))])
+    assert caught.value.hint == "the checkpoint before it is kept"
     assert checkpoints.read(RunFolder(tmp_path / "run").last)["global_step"] == 4
 
 
