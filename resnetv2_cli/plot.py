@@ -35,6 +35,12 @@ def as_is(name: str) -> str:
     return name.replace("$", r"\$").encode(errors="replace").decode()
 
 
+def short(text: str, most: int = 22) -> str:
+    """A text, cut in its middle where it is long."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
+
+
 def curves(runs: Mapping[str, Path], to: Path) -> None:
     """One panel: training loss (dashed) and error (solid) of each run's metrics file."""
     panels({"": runs}, to)
@@ -119,7 +125,7 @@ def confusion(counts: list[list[int]], classes: tuple[str, ...], to: Path) -> No
     figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     if len(classes) <= 20:
-        places, names = range(len(classes)), [*map(as_is, classes)]
+        places, names = range(len(classes)), [as_is(short(name, 18)) for name in classes]
         axes.set_xticks(places, names, rotation=60, ha="right")
         axes.set_yticks(places, names)
         for i, row in enumerate(shares):
@@ -127,7 +133,8 @@ def confusion(counts: list[list[int]], classes: tuple[str, ...], to: Path) -> No
                 said = "" if math.isnan(share) else f"{share:.0f}"
                 ink = "white" if share > 50 else "black"
                 axes.text(j, i, said, ha="center", va="center", color=ink, fontsize=8)
-    axes.set(xlabel="guess", ylabel="label", title="% of each label's images")
+    axes.set(xlabel="guess", ylabel="label")
+    axes.set_title("% of each label's images", fontsize=10)
     save(figure, to)
 
 

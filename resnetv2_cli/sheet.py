@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 
 from resnetv2_cli.inference import Prediction
-from resnetv2_cli.plot import as_is, save
+from resnetv2_cli.plot import as_is, save, short
 
 MOST = 60  # pictures on one sheet
 
@@ -34,9 +34,3 @@ def sheet(predictions: Sequence[Prediction], to: Path) -> None:
         where = {"x": 0.5, "y": -0.05, "ha": "center", "va": "top"}
         axes.text(s=said, color=color, fontsize=7, transform=axes.transAxes, **where)
     save(figure, to)
-
-
-def short(text: str, most: int = 22) -> str:
-    """A text, cut in its middle where it is long."""
-    half = (most - 1) // 2
-    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"

@@ -71,6 +71,23 @@ def test_a_row_of_the_confusion_matrix_is_of_a_label(monkeypatch):
     plot.plt.close(axes.figure)
 
 
+def test_a_long_name_of_a_class_is_cut_in_its_middle_and_all_words_are_in_the_picture(monkeypatch):
+    """As ImageNet has them."""
+    drawn = []
+    monkeypatch.setattr(plot, "save", lambda figure, to: drawn.append(figure))
+    long = "American Staffordshire terrier, Staffordshire terrier, American pit bull terrier"
+    plot.confusion([[1, 0], [0, 1]], (long, "Staffordshire bull"), None)
+    [figure] = drawn
+    figure.canvas.draw()
+    [axes] = figure.axes
+    labels = axes.get_yticklabels()
+    assert [label.get_text() for label in labels] == ["American… terrier", "Staffordshire bull"]
+    words = [*labels, *axes.get_xticklabels(), axes.xaxis.label, axes.yaxis.label, axes.title]
+    for box in [word.get_window_extent() for word in words]:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1
+    plot.plt.close(figure)
+
+
 def test_a_class_without_images_has_a_blank_row(tmp_path):
     plot.confusion([[3, 1], [0, 0]], ("a", "b"), tmp_path / "a.svg")
     assert [w for w in words(tmp_path / "a.svg") if w.isdigit() or w == "nan"] == ["75", "25"]
