@@ -69,7 +69,7 @@ def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
     """The curves of some runs, each in a colour of its own."""
     loss_scale, error_scale = YS[y]
     right = left.twinx()
-    losses, lines, shown = [], {}, []
+    losses, percents, lines, shown = [], [], {}, []
     for i, (name, path) in enumerate(runs.items()):
         series, color = read_metrics(path), COLORS[i % len(COLORS)]
         if "train_loss" in series:
@@ -80,29 +80,36 @@ def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
             )
         for column, what in ERRORS.items():
             if error := series.get(column):
+                percents.append([percent for _, percent in error])
                 shown.append(what)
                 mark = "o" if len(error) == 1 else None
                 label = f"{as_is(name)}: {error[-1][1]:.2f} % {what}"
                 [lines[label]] = right.plot(
                     *zip(*error, strict=True), color=color, lw=1.6, marker=mark
                 )
-    left.set(xlabel="iterations", ylabel="training loss (dashed)", yscale=loss_scale)
+    left.set(xlabel="iterations", ylabel="training loss (dashed)")
+    left.set_yscale(fitting(loss_scale, losses))
     left.set_xlim(left=0)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    right.set(ylabel=f"{named(shown)}, % (solid)", yscale=error_scale)
+    right.set(ylabel=f"{named(shown)}, % (solid)", yscale=fitting(error_scale, percents))
     label_numbers(left.yaxis)
     label_numbers(right.yaxis)
     largest = [most for one in losses if (most := max(one)) > 0]  # 0 all along is no measure
     if largest and max(largest) > (top := ABOVE * median(largest)):
         left.set_ylim(0.9 * min(loss for one in losses for loss in one if loss > 0), top)
-    if error_scale == "linear":
+    if right.get_yscale() == "linear":
         right.set_ylim(bottom=0)
     right.grid(axis="y", alpha=0.3)
     if lines:  # named here, since a label that begins with _ would be left out
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 2}
         place = below if len(lines) > FEW else {"loc": "best"}
         right.legend(lines.values(), lines.keys(), fontsize=8, **place)
+
+
+def fitting(scale: str, curves: list[list[float]]) -> str:
+    """How an axis is scaled: as asked for, but linear where nothing has a logarithm."""
+    return "linear" if curves and not any(y > 0 for curve in curves for y in curve) else scale
 
 
 def named(errors: Iterable[str]) -> str:

@@ -62,6 +62,17 @@ def test_losses_of_0_do_not_take_the_others_out_of_the_picture(tmp_path, y):
     plot.plt.close(axes.figure)
 
 
+@pytest.mark.filterwarnings("error")  # of matplotlib, which has no logarithm to show
+def test_what_is_0_all_along_is_drawn_on_an_axis_without_logarithms(tmp_path):
+    """As of one class, of which every guess is right."""
+    (tmp_path / "a").write_text("step,train_loss,test_error\n5,0,0\n10,0,0\n")
+    axes = plot.plt.figure().subplots()
+    plot.panel(axes, {"a": tmp_path / "a"}, "log")
+    axes.figure.canvas.draw()
+    assert [side.get_yscale() for side in axes.figure.axes] == ["linear"] * 2
+    plot.plt.close(axes.figure)
+
+
 def test_a_loss_that_explodes_leaves_the_frame(tmp_path):
     for name, loss in (("a", 2.0), ("b", 3.0), ("c", 1e6)):
         (tmp_path / name).write_text(f"step,train_loss\n5,{loss}\n10,1\n")
