@@ -173,6 +173,13 @@ def test_check_says_that_a_split_has_class_folders_but_no_images(tree, tmp_path,
     assert "nothing is wrong" not in done.stdout
 
 
+def test_a_class_that_is_alone_has_a_row(tree, tmp_path, here):
+    root = shutil.copytree(tree, tmp_path / "tree", ignore=lambda *_: {"bee"})
+    done = here("data", "check", root, "--output", tmp_path / "report.json")
+    row = "class alone 1 there is no other to tell it from"
+    assert row in " ".join(done.stdout.replace("│", "").split())
+
+
 def test_check_says_that_photographs_of_train_are_in_no_class_folder(tree, tmp_path, here):
     root = shutil.copytree(tree, tmp_path / "tree")
     for file in (root / "train").glob("*/*"):

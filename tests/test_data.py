@@ -300,6 +300,15 @@ def test_hidden_names_and_folders_are_no_images(class_folders):
     assert (after.files, after.classes) == (before.files, before.classes)
 
 
+def test_a_class_that_is_alone_is_told(class_folders):
+    told: list[str] = []
+    shutil.rmtree(class_folders / "train" / "bee")
+    folder.scan(class_folders, "train", tell=told.append)
+    shutil.rmtree(class_folders / "val" / "bee")
+    folder.scan(class_folders, "test", ("ant",), tell=told.append)
+    assert told == [f"{class_folders} has one class to learn, ant, and none to tell it from"]
+
+
 def test_files_that_are_taken_for_no_images_are_told(class_folders):
     told: list[str] = []
     for name in ("a.gif", "b.jfif"):  # the latter is JPEG, as browsers save it

@@ -99,6 +99,9 @@ def show(report: dict[str, Any], docs: dict[str, str]) -> bool:
         if s["empty"]:
             doc = f"no image of it in {split}"
             found.append(["class empty", f"{len(s['empty']):,}", doc, s["empty"][0]])
+    if (trained := report["splits"].get("train")) and trained["classes"] == 1:
+        doc = "there is no other to tell it from: does each have a folder in train?"
+        found.append(["class alone", "1", doc, str(Path(report["folder"]) / "train")])
     if found:
         console.table("", ["what", "files", "", "for instance"], found)
     return bool(found)

@@ -115,7 +115,8 @@ def scan(
     tell: Tell = silent,
 ) -> Folder:
     """The images of ``root/split/<class>/``, or of prepared shards; ``classes``: those that the
-    other split has, or whoever ``of`` names. ``tell``: hears what is left out.
+    other split has, or whoever ``of`` names. ``tell``: hears what is left out, and of a class that
+    is alone.
 
     Raises:
         UserError: there is no such folder, no image in it, some outside of class folders, a class
@@ -141,6 +142,8 @@ def scan(
     pairs = [(file, i) for i, name in enumerate(classes) for file in found.get(name, ())]
     if not pairs:
         raise UserError(f"no images in {place}/<class>/", "images go into one folder a class")
+    if split == "train" and len(classes) == 1:
+        tell(f"{root} has one class to learn, {classes[0]}, and none to tell it from")
     files, labels = zip(*pairs, strict=True)
     return Folder(list(files), torch.tensor(labels), classes)
 
