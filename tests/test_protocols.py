@@ -120,7 +120,9 @@ def test_a_network_of_the_paper_has_its_published_errors():
 def test_files_of_older_versions_say_test_size(tmp_path):
     (tmp_path / "old.yaml").write_text("depth: 50\ndataset: imagenet\ntest_size: 320\n")
     assert Experiment.load(tmp_path / "old.yaml").protocol == "320"
-    (tmp_path / "old.yaml").write_text("test_size: null\nprotocol: 320\n")
+    (tmp_path / "old.yaml").write_text(
+        "depth: 50\ndataset: imagenet\ntest_size: null\nprotocol: 320\n"
+    )
     assert Experiment.load(tmp_path / "old.yaml").protocol == "320"
     (tmp_path / "old.yaml").write_text("test_size: 64\n")
     with pytest.raises(UserError, match="test_size 64 is no longer known"):
