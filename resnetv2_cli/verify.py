@@ -106,15 +106,19 @@ class Child:
         self.process.wait()
         self.said.close()
 
-    def begun(self) -> float:
-        """Wait until it has a folder and has begun; the time then."""
+    def begun(self) -> None:
+        """Wait until it has a folder and has begun."""
         lock = self.folder.lock
         mark = lock.stat().st_mtime_ns if lock.exists() else 0
         while self.process.poll() is None:
             if lock.exists() and lock.stat().st_mtime_ns != mark:
                 break
             time.sleep(POLL)
-        return time.monotonic()
+        self.since = time.time()
+
+    def trained(self) -> float:
+        """Seconds from there to its result, which it has: then it draws, and cannot be stopped."""
+        return self.folder.result.stat().st_mtime - self.since
 
     def ended(self, within: float | None = None) -> bool:
         """Whether it has ended, after so many seconds at most."""
@@ -166,18 +170,18 @@ class Trial:
         return ["--config", str(self.config), "--output", str(folder.path), *self.more]
 
     def whole(self, name: str) -> RunFolder:
-        """A run that is never stopped; moments are drawn from the time it took."""
+        """A run that is never stopped; moments are drawn from the time that it trained."""
         folder = self.folder(name)
         self.seconds = self.to_its_end(folder)
         return folder
 
     def to_its_end(self, folder: RunFolder) -> float:
-        """Begin a run, or continue it; the seconds that it took."""
+        """Begin a run, or continue it; the seconds that it trained."""
         with Child(self.arguments(folder), folder) as child:
-            began = child.begun()
+            child.begun()
             child.ended()
             child.check(0)
-            return time.monotonic() - began
+            return child.trained()
 
     def stopped(self, name: str, number: int, times: int) -> tuple[RunFolder, list[int]]:
         """A run that gets a signal at random moments and is continued; and after how many
@@ -186,11 +190,11 @@ class Trial:
         steps: list[int] = []
         while len(steps) < times:
             with Child(self.arguments(folder), folder) as child:
-                began = child.begun()
+                child.begun()
                 if child.ended(self.random.uniform(0, self.seconds)):
                     child.check(0)
                     if not steps:  # it was faster than the moment that was drawn
-                        self.seconds = min(self.seconds, time.monotonic() - began)
+                        self.seconds = min(self.seconds, child.trained())
                     break
                 child.send(number)
                 child.ended()

@@ -155,9 +155,9 @@ def test_an_older_export_has_the_digest_of_the_weights_it_began_with_and_not_the
 
     file = tmp_path / "a.safetensors"
     study.export(trained / "checkpoints" / "last.ckpt", "safetensors", file, None, None)
-    about = form.metadata(file)
-    said = json.loads(about["experiment"]) | {"weights_sha256": 64 * "a"}
-    save_file(load_file(file), file, about | {"experiment": json.dumps(said)})
+    about = form.exported(file)
+    about["experiment"] |= {"weights_sha256": 64 * "a"}
+    save_file(load_file(file), file, {key: json.dumps(said) for key, said in about.items()})
     _, [line], _ = started(Experiment(**SMALL, weights=str(file)))
     assert line.startswith("weights: ")
 
