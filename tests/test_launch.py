@@ -100,6 +100,25 @@ def test_what_ends_a_job_lets_its_run_save(tmp_path, number, ends):
     assert log.read_text() == "begun\nsaved\n"
 
 
+def test_what_ends_a_job_that_is_only_starting_ends_it_too(tmp_path, monkeypatch):
+    """A signal that comes before it is known whom to pass it on to."""
+    start = subprocess.Popen
+
+    def slowly(*given, **more):
+        run = start(*given, **more)
+        while not (tmp_path / "s0.log").read_text():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return run
+
+    monkeypatch.setattr(subprocess, "Popen", slowly)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        assert launch.logged(["bash", "-c", TRAINING], tmp_path / "s0.log") == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_job_of_the_stand_in_is_asked_by_a_signal_and_has_no_ctrl_c(tmp_path, monkeypatch, arm):
     """Its controller passes SIGTERM on, and on Ctrl-C has the job killed a second later."""
     with subprocess.Popen(["sleep", "60"]) as controller:

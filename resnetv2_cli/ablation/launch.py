@@ -162,20 +162,31 @@ class Queue:
 def logged(command: list[str], log: Path) -> int:
     """In a job: run a command that says what it has to say in a file; its exit status. Whatever
     ends the job before lets it save and leave."""
-    with log.open("ab") as to:
-        run = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=to,
-            stderr=to,
-            preexec_fn=leave_with_parent,
-        )
-    before = signal.signal(signal.SIGTERM, lambda *_: run.terminate())  # submitit lets it pass
+    run: subprocess.Popen[bytes] | None = None
+    asked: list[int] = []
+
+    def leave(number: int, frame: object) -> None:
+        asked.append(number)  # it may come while the command is being started
+        if run:
+            run.terminate()
+
+    before = signal.signal(signal.SIGTERM, leave)  # submitit lets it pass
     try:
+        with log.open("ab") as to:
+            run = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=to,
+                stderr=to,
+                preexec_fn=leave_with_parent,
+            )
+        if asked:
+            run.terminate()
         return run.wait()
     finally:
-        run.terminate()
-        run.wait()
+        if run:
+            run.terminate()
+            run.wait()
         signal.signal(signal.SIGTERM, before)
 
 
