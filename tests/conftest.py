@@ -67,16 +67,6 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def cifar10(shared_data, tmp_path_factory):
-    """All of CIFAR-10, decoded once for all tests."""
-    from resnetv2_cli.data import images
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield images.load("cifar10", shared_data)
-
-
-@pytest.fixture(scope="session")
 def resnetv2(tmp_path_factory):
     """Run the console script: ``resnetv2("train", "--depth", 8)`` -> the finished process."""
 

@@ -15,6 +15,14 @@ from resnetv2_cli.errors import UserError
 pytestmark = pytest.mark.usefixtures("no_cache")
 
 
+@pytest.fixture(scope="session")
+def cifar10(shared_data, tmp_path_factory):
+    """All of CIFAR-10, decoded once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield images.load("cifar10", shared_data)
+
+
 def test_cifar10_is_whole_and_in_the_official_order_of_classes(cifar10):
     assert cifar10.train.images.shape == (50_000, 32, 32, 3)
     assert np.bincount(cifar10.train.labels).tolist() == [5000] * 10

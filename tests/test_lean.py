@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, THREADS
+from conftest import THREADS
 from PIL import Image
 
 from resnetv2_cli import lean
@@ -31,11 +31,10 @@ sys.exit(f"imported: {imported}")
 """
 
 
-def test_a_command_imports_nothing_that_it_does_not_use(tmp_path):
+def test_a_command_imports_nothing_that_it_does_not_use(trained, tmp_path):
     """Nor does training before its end; once torchmetrics is there, everybody hears the truth."""
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
-    weights = REPOSITORY / "results" / "weights" / "cifar10-resnet56.safetensors"
-    words = [sys.executable, "-c", AFTER, "predict", weights, tmp_path / "a.png"]
+    words = [sys.executable, "-c", AFTER, "predict", trained, tmp_path / "a.png"]
     done = subprocess.run(words, capture_output=True, text=True, env={**THREADS, "HOME": "/"})
     assert done.stderr.endswith("imported: []\n"), done.stderr
 
