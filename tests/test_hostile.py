@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from layouts import write_archive
+from safetensors.torch import save_file
 from torchvision.datasets import CIFAR10
 
 from resnetv2_cli import checkpoint as checkpoints
@@ -282,3 +283,9 @@ def test_names_that_a_terminal_would_obey(capsys):
     said = capsys.readouterr().out
     assert "[/].ckpt" in said and "cat" in said
     assert not any(c in said for c in "\x1b\x07")
+
+
+def test_what_a_file_says_beside_its_weights_is_none_of_them(tmp_path):
+    file = tmp_path / "a.safetensors"
+    save_file({"net.a": torch.ones(2)}, file, EXPORT | {"state_dict": '{"net.b": 1}'})
+    assert checkpoints.network(file)["state_dict"].keys() == {"net.a"}

@@ -381,3 +381,12 @@ def test_verify_resume_shows_it_to_a_user(resnetv2, tmp_path):
     assert [r["stopped by"] for r in made["runs"]] == ["nothing, run twice", "SIGKILL", "SIGTERM"]
     assert all(r["weights"] == r["metrics"] == "" for r in made["runs"])
     assert [len(r["went on after"]) for r in made["runs"]] == [0, 1, 1]  # each was stopped
+
+
+def test_a_run_trains_until_it_has_its_result(tmp_path):
+    """What it draws after that is no time to stop it in."""
+    child = verify.Child([], RunFolder(tmp_path))
+    child.since = 100.0
+    child.folder.result.write_text("{}")
+    os.utime(child.folder.result, (0, 103.5))
+    assert child.trained() == 3.5
