@@ -16,17 +16,31 @@ typedef struct {
     int64_t height, width, pitch;
     int64_t start;  /* of the first pixel that is no border */
     int64_t pixels; /* with the border, and a few more zeros that the last pairs reach into */
-    int64_t pairs;  /* of pixels from the first to the last, with the borders between rows */
-    int64_t filled; /* of these, those before the zeros that fill up the last of a sum */
+    int64_t filled; /* pairs of pixels from the first to the last, with the borders between rows */
+    int64_t runs;   /* of pairs, that dW sums over: rows; of AMX one, of ``filled``, */
+    int64_t pairs;  /* of a run; of AMX with the zeros that fill up the last of a sum */
     int tall;       /* pixels of a row that a tile takes */
 } Shape;
 
 static Shape shape_of(int64_t height, int64_t width) {
     int64_t pitch = width + 2, filled = height * pitch / 2;
     int64_t pairs = (filled + EVEN - 1) / EVEN * EVEN, pixels = 2 * pairs + 2 * pitch + 6;
-    Shape s = {height, width, pitch, pitch + 2, pixels, pairs, filled, width % 16 ? 8 : 16};
-    return s;
+    int tall = width % 16 ? 8 : 16;
+    if (AMX) return (Shape){height, width, pitch, pitch + 2, pixels, filled, 1, pairs, tall};
+    return (Shape){height, width, pitch, pitch + 2, pixels, filled, height, width / 2, tall};
 }
+
+struct Work {
+    const Shape *s;
+    int64_t c, n;
+    const uint16_t *x, *plus, *w;
+    uint16_t *y, *g;
+    const float *saved;
+    double *sums;
+    float *dw;
+    uint16_t *dy, *dy_pairs; /* room for an image: dy; by pairs, run by run */
+    uint16_t *a, *a_pairs[2]; /* what is activated; by pairs from even pixels on, and from odd ones */
+};
 
 /* Where a pixel of the image lies, from the first on. */
 INLINE int64_t place(const Shape *s, int64_t pixel) {
@@ -43,49 +57,43 @@ INLINE void around(F sum[][TALL][WIDE], const uint16_t *image, int64_t pixel, co
         const uint16_t *left[MOST_HIGH], *right[WIDE] = {w, w + 2 * LANES};
         for (int h = 0; h < high; h++)
             left[h] = image + (upper_left + place(s, pixel + h * tall) + row * s->pitch) * channels;
-        tile(sum, left, channels, 2, right, columns, 3 * channels / 2, tall, wide, high);
+        tile(sum, left, channels, right, columns, 3 * channels / 2, tall, wide, high);
         w += 3 * channels * columns;
     }
     done(sum, wide, high);
 }
 
-/* y of tiles from a pixel on, as below. */
-INLINE void output(int64_t pixel, int64_t j, const uint16_t *a, const uint16_t *w,
-                   const uint16_t *plus, uint16_t *y, const Shape *s, int64_t c, int64_t n,
-                   int tall, int wide, int high) {
+/* y of tiles from a pixel on. */
+INLINE void output(const Work *of, int64_t pixel, int64_t j, int tall, int wide, int high) {
     F sum[MOST_HIGH][TALL][WIDE];
-    around(sum, a, pixel, s, c, w + 2 * j, n, tall, wide, high);
+    around(sum, of->a, pixel, of->s, of->c, of->w + 2 * j, of->n, tall, wide, high);
     for (int h = 0; h < high; h++) {
-        int64_t i = (pixel + h * tall) * n + j;
-        put(sum[h], plus ? plus + i : 0, y + i, n, tall, wide);
+        int64_t i = (pixel + h * tall) * of->n + j;
+        put(sum[h], of->plus ? of->plus + i : 0, of->y + i, of->n, tall, wide);
     }
 }
 
-/* Columns j on of y of an image; a: the image activated. */
-INLINE void outputs(int64_t j, const uint16_t *a, const uint16_t *w, const uint16_t *plus,
-                    uint16_t *y, const Shape *s, int64_t c, int64_t n, int tall, int wide) {
-    int64_t pixel = 0, size = s->height * s->width;
+/* y of an image. */
+INLINE void outputs(const Work *of, int64_t j, int tall, int wide) {
+    int64_t pixel = 0, size = of->s->height * of->s->width;
     for (; pixel + HIGH(tall) * tall <= size; pixel += HIGH(tall) * tall)
-        output(pixel, j, a, w, plus, y, s, c, n, tall, wide, HIGH(tall));
-    if (pixel < size) output(pixel, j, a, w, plus, y, s, c, n, tall, wide, 1);
+        output(of, pixel, j, tall, wide, HIGH(tall));
+    if (pixel < size) output(of, pixel, j, tall, wide, 1);
 }
 
-static void forward_image(const uint16_t *x, const uint16_t *w, const uint16_t *plus, uint16_t *y,
-                          const float *saved, uint16_t *a, const Shape *s, int64_t c, int64_t n) {
+COLUMNS(outputs, 8, 1)
+COLUMNS(outputs, 16, 1)
+COLUMNS(outputs, 8, 2)
+COLUMNS(outputs, 16, 2)
+
+static void forward_image(const Work *of) {
+    static Columns *const low[] = {outputs_8x1, outputs_8x2};
+    static Columns *const high[] = {outputs_16x1, AMX ? outputs_16x2 : outputs_8x2};
+    const Shape *s = of->s;
     for (int64_t row = 0; row < s->height; row++)
-        activate_rows(x + row * s->width * c, saved, a + (s->start + row * s->pitch) * c, s->width,
-                      c);
-    int64_t j = 0;
-    for (; j + 2 * LANES <= n; j += 2 * LANES)
-        if (s->tall < TALLEST(2))
-            outputs(j, a, w, plus, y, s, c, n, 8, 2);
-        else
-            outputs(j, a, w, plus, y, s, c, n, TALLEST(2), 2);
-    for (; j < n; j += LANES)
-        if (s->tall < TALL)
-            outputs(j, a, w, plus, y, s, c, n, 8, 1);
-        else
-            outputs(j, a, w, plus, y, s, c, n, TALL, 1);
+        activate_rows(of->x + row * s->width * of->c, of->saved,
+                      of->a + (s->start + row * s->pitch) * of->c, s->width, of->c);
+    each_column(s->tall < TALL ? low : high, of, of->n);
 }
 
 /* again: with the statistics that are saved, which stay as they are. */
@@ -114,40 +122,47 @@ void conv3x3_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, const
         }
         uint16_t a[s.pixels * c] __attribute__((aligned(64)));
         memset(a, 0, sizeof a);
+        Work of = {.s = &s, .c = c, .n = n, .w = w, .saved = saved, .a = a};
         begin(s.tall);
-        for (int64_t i = first * size; i < last * size; i += size)
-            forward_image(x + i * c, w, plus ? plus + i * n : 0, y + i * n, saved, a, &s, c, n);
+        for (int64_t i = first * size; i < last * size; i += size) {
+            of.x = x + i * c;
+            of.plus = plus ? plus + i * n : 0;
+            of.y = y + i * n;
+            forward_image(&of);
+        }
         end();
     }
 }
 
-/* g, its sums and a of tiles from a pixel on, as below. */
-INLINE void gradient(int64_t pixel, int64_t j, const uint16_t *dy, const uint16_t *w,
-                     const uint16_t *x, uint16_t *g, uint16_t *a, const float *saved, F *total,
-                     F *product, const Shape *s, int64_t c, int64_t n, int tall, int wide,
-                     int high) {
+/* g, its sums and a of tiles from a pixel on. */
+INLINE void gradient(const Work *of, int64_t pixel, int64_t j, F *total, F *product, int tall,
+                     int wide, int high) {
+    const Shape *s = of->s;
     F sum[MOST_HIGH][TALL][WIDE];
-    around(sum, dy, pixel, s, n, w + 2 * j, c, tall, wide, high);
+    around(sum, of->dy, pixel, s, of->n, of->w + 2 * j, of->c, tall, wide, high);
     for (int h = 0; h < high; h++) {
-        int64_t i = (pixel + h * tall) * c + j;
-        let_through(sum[h], x + i, g + i, saved + j, total, product, c, tall, wide);
-        put_pairs(sum[h], a + (s->start + place(s, pixel + h * tall)) * c + 2 * j, c, tall, wide);
+        int64_t i = (pixel + h * tall) * of->c + j;
+        uint16_t *a = of->a_pairs[0] + (s->start + place(s, pixel + h * tall)) * of->c + 2 * j;
+        let_through(sum[h], of->x + i, of->g + i, of->saved + j, total, product, of->c, tall, wide);
+        put_pairs(sum[h], a, of->c, tall, wide);
     }
 }
 
-/* g, its sums, and a by pairs, of columns j on of an image; dy with its border. */
-INLINE void gradients_of(int64_t j, const uint16_t *dy, const uint16_t *w, const uint16_t *x,
-                         uint16_t *g, uint16_t *a, const float *saved, double *sums,
-                         const Shape *s, int64_t c, int64_t n, int tall, int wide) {
+/* g, its sums, and a by pairs, of an image. */
+INLINE void gradients_of(const Work *of, int64_t j, int tall, int wide) {
     F total[WIDE], product[WIDE];
     for (int v = 0; v < wide; v++) total[v] = product[v] = (F){0};
-    int64_t pixel = 0, size = s->height * s->width;
+    int64_t pixel = 0, size = of->s->height * of->s->width;
     for (; pixel + HIGH(tall) * tall <= size; pixel += HIGH(tall) * tall)
-        gradient(pixel, j, dy, w, x, g, a, saved, total, product, s, c, n, tall, wide, HIGH(tall));
-    if (pixel < size)
-        gradient(pixel, j, dy, w, x, g, a, saved, total, product, s, c, n, tall, wide, 1);
-    widen_both(sums + j, total, product, c, wide);
+        gradient(of, pixel, j, total, product, tall, wide, HIGH(tall));
+    if (pixel < size) gradient(of, pixel, j, total, product, tall, wide, 1);
+    widen_both(of->sums + j, total, product, of->c, wide);
 }
+
+COLUMNS(gradients_of, 8, 1)
+COLUMNS(gradients_of, 16, 1)
+COLUMNS(gradients_of, 8, 2)
+COLUMNS(gradients_of, 16, 2)
 
 /* Pairs that begin with an odd pixel, from those that begin with an even one. */
 static void between(const uint16_t *even, uint16_t *odd, const Shape *s, int64_t c) {
@@ -155,61 +170,41 @@ static void between(const uint16_t *even, uint16_t *odd, const Shape *s, int64_t
         *(U_ *)(odd + i) = *(const U_ *)(even + i) >> 16 | *(const U_ *)(even + i + 2 * c) << 16;
 }
 
-/* Room for one image: dy, and by pairs without the border; a by pairs, even and odd. */
-typedef struct {
-    uint16_t *dy, *dy_two, *a[2];
-} Room;
-
-/* dW of outputs i on and columns j on, of all taps: at each the image is moved. */
-INLINE void weights(int64_t i, int64_t j, const Room *room, float *dw, const Shape *s, int64_t c,
-                    int64_t n, int tall, int wide) {
-    for (int row = 0; row < 3; row++) {
-        const uint16_t *right[3];
-        float *to[3];
-        for (int tap = 0; tap < 3; tap++) {
-            int64_t moved = s->start + (row - 1) * s->pitch + tap - 1;
-            right[tap] = room->a[moved % 2] + (moved - moved % 2) * c + 2 * j;
-            to[tap] = dw + (i * 9 + row * 3 + tap) * c + j;
+/* dW of all outputs and taps: at each the image is moved. */
+INLINE void weights(const Work *of, int64_t j, int tall, int wide) {
+    const Shape *s = of->s;
+    int64_t c = of->c;
+    for (int64_t i = 0; i < of->n; i += tall)
+        for (int row = 0; row < 3; row++) {
+            const uint16_t *right[TAPS];
+            float *to[TAPS];
+            for (int tap = 0; tap < TAPS; tap++) {
+                int64_t moved = s->start + (row - 1) * s->pitch + tap - 1;
+                right[tap] = of->a_pairs[moved % 2] + (moved - moved % 2) * c + 2 * j;
+                to[tap] = of->dw + (i * 9 + row * 3 + tap) * c + j;
+            }
+            weigh(of->dy_pairs, i, of->n, right, c, s->runs, s->pairs, to, 9 * c, tall, TAPS);
         }
-        if (AMX) {
-            weigh(room->dy_two, i, n, right, c, s->pairs, to, 9 * c, tall, 3);
-            continue;
-        }
-        for (int tap = 0; tap < 3; tap++) {
-            const uint16_t *both[2] = {right[tap], right[tap] + 2 * LANES};
-            float *to_both[2] = {to[tap], to[tap] + LANES};
-            weigh(room->dy_two, i, n, both, c, s->pairs, to_both, 9 * c, tall, wide);
-        }
-    }
 }
 
-static void backward_image(const uint16_t *dy, const uint16_t *x, const uint16_t *w, uint16_t *g,
-                           const float *saved, double *sums, float *dw, const Room *room,
-                           const Shape *s, int64_t c, int64_t n) {
-    for (int64_t row = 0; row < s->height; row++)
-        memcpy(room->dy + (s->start + row * s->pitch) * n, dy + row * s->width * n,
-               2 * s->width * n);
-    begin(s->tall);
-    int64_t j = 0;
-    for (; j + 2 * LANES <= c; j += 2 * LANES)
-        if (s->tall < TALLEST(2))
-            gradients_of(j, room->dy, w, x, g, room->a[0], saved, sums, s, c, n, 8, 2);
-        else
-            gradients_of(j, room->dy, w, x, g, room->a[0], saved, sums, s, c, n, TALLEST(2), 2);
-    for (; j < c; j += LANES)
-        if (s->tall < TALL)
-            gradients_of(j, room->dy, w, x, g, room->a[0], saved, sums, s, c, n, 8, 1);
-        else
-            gradients_of(j, room->dy, w, x, g, room->a[0], saved, sums, s, c, n, TALL, 1);
+COLUMNS(weights, 8, 1)
+COLUMNS(weights, 16, 1)
 
-    lay_pairs(room->dy + s->start * n, room->dy_two, s->pairs, n);
-    between(room->a[0], room->a[1], s, c);
+static void backward_image(const uint16_t *dy, const Work *of) {
+    static Columns *const low[] = {gradients_of_8x1, gradients_of_8x2};
+    static Columns *const high[] = {gradients_of_16x1, AMX ? gradients_of_16x2 : gradients_of_8x2};
+    const Shape *s = of->s;
+    int64_t n = of->n;
+    for (int64_t row = 0; row < s->height; row++)
+        memcpy(of->dy + (s->start + row * s->pitch) * n, dy + row * s->width * n, 2 * s->width * n);
+    begin(s->tall);
+    each_column(s->tall < TALL ? low : high, of, of->c);
+    for (int64_t run = 0; run < s->runs; run++)
+        lay_pairs(of->dy + (s->start + run * s->pitch) * n, of->dy_pairs + 2 * run * s->pairs * n,
+                  s->pairs, n);
+    between(of->a_pairs[0], of->a_pairs[1], s, of->c);
     begin(TALL);
-    for (j = 0; !AMX && j + 2 * LANES <= c; j += 2 * LANES)
-        for (int64_t i = 0; i < n; i += TALLEST(2))
-            weights(i, j, room, dw, s, c, n, TALLEST(2), 2);
-    for (; j < c; j += LANES)
-        for (int64_t i = 0; i < n; i += TALL) weights(i, j, room, dw, s, c, n, TALL, 1);
+    for (int64_t j = 0; j < of->c; j += LANES) AMX ? weights_16x1(of, j) : weights_8x1(of, j);
 }
 
 /* alone: a convolution without BN, by what is ``saved`` of no BN; dgamma, dbeta are not written.
@@ -233,15 +228,19 @@ void conv3x3_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *plu
         int64_t first, last;
         rows_of(images, 1, &first, &last);
         uint16_t dy_[s.pixels * n] __attribute__((aligned(64)));
-        uint16_t dy_two[s.pairs * 2 * n] __attribute__((aligned(64)));
+        uint16_t dy_pairs[2 * s.runs * s.pairs * n] __attribute__((aligned(64)));
         uint16_t even[s.pixels * c] __attribute__((aligned(64)));
         uint16_t odd[s.pixels * c] __attribute__((aligned(64)));
         memset(dy_, 0, sizeof dy_);
         memset(even, 0, sizeof even);
         memset(odd, 0, sizeof odd);
-        Room room = {dy_, dy_two, {even, odd}};
-        for (int64_t i = first * size; i < last * size; i += size)
-            backward_image(dy + i * n, x + i * c, w, dx + i * c, saved, mine, dw_, &room, &s, c, n);
+        Work of = {.s = &s, .c = c, .n = n, .w = w, .saved = saved, .sums = mine, .dw = dw_,
+                   .dy = dy_, .dy_pairs = dy_pairs, .a_pairs = {even, odd}};
+        for (int64_t i = first * size; i < last * size; i += size) {
+            of.x = x + i * c;
+            of.g = dx + i * c;
+            backward_image(dy + i * n, &of);
+        }
         end();
 #pragma omp barrier
         add_parts(dw, parts, weights);

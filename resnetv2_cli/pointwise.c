@@ -8,20 +8,32 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+struct Work {
+    int64_t c, n;
+    const uint16_t *x, *plus, *dy, *w;
+    uint16_t *y, *g;
+    const float *saved;
+    double *sums;
+    float *dw;
+    uint16_t *a, *dy_pairs; /* room for what is activated, and for dy by pairs of rows */
+};
+
 /* A tile of sums over the c channels of a. */
 INLINE void sums_of(F sum[][TALL][WIDE], const uint16_t *a, int64_t c, const uint16_t *w, int64_t n,
                     int tall, int wide) {
     const uint16_t *right[WIDE] = {w, w + 2 * LANES};
     clear(sum, tall, wide, 1);
-    tile(sum, &a, c, 2, right, n, c / 2, tall, wide, 1);
+    tile(sum, &a, c, right, n, c / 2, tall, wide, 1);
     done(sum, wide, 1);
 }
 
-/* y of a tile. */
-INLINE void product(const uint16_t *a, const uint16_t *w, const uint16_t *plus, uint16_t *y,
-                    int64_t c, int64_t n, int tall, int wide) {
+/* y of a tile from a row on. */
+INLINE void output(const Work *of, int64_t row, int64_t j, int tall, int wide) {
+    int64_t c = of->c, n = of->n;
+    const uint16_t *plus = of->plus ? of->plus + row * n + j : 0;
+    uint16_t *y = of->y + row * n + j;
     F sum[1][TALL][WIDE];
-    sums_of(sum, a, c, w, n, tall, wide);
+    sums_of(sum, of->a + row * c, c, of->w + 2 * j, n, tall, wide);
     put(sum[0], plus, y, n, tall, wide);
 #pragma GCC unroll 16
     for (int r = 0; r < tall; r++) {
@@ -30,22 +42,19 @@ INLINE void product(const uint16_t *a, const uint16_t *w, const uint16_t *plus, 
     }
 }
 
-/* y of a block; a: room for what is activated. */
-static void forward_block(const uint16_t *x, const uint16_t *w, const uint16_t *plus, uint16_t *y,
-                          const float *saved, uint16_t *a, int64_t c, int64_t n) {
-    activate_rows(x, saved, a, BLOCK, c);
-#define TILES(J, TALL_, WIDE_)                                                                   \
-    product(a + r * c, w + 2 * J, plus ? plus + r * n + J : 0, y + r * n + J, c, n, TALL_, WIDE_)
-    int64_t j = 0;
-    for (; j + 2 * LANES <= n; j += 2 * LANES) {
-        int64_t r = 0;
-        for (; AMX && r < BLOCK; r += 16) TILES(j, 16, 2);
-        for (; r + 12 <= BLOCK; r += 12) TILES(j, 12, 2);
-        for (; r < BLOCK; r += 4) TILES(j, 4, 2);
-    }
-    for (; j < n; j += LANES)
-        for (int64_t r = 0; r < BLOCK; r += 16) TILES(j, 16, 1);
-#undef TILES
+/* y of a block. */
+INLINE void outputs(const Work *of, int64_t j, int tall, int wide) {
+    for (int64_t r = 0; r < BLOCK; r += tall) output(of, r, j, tall, wide);
+}
+
+COLUMNS(outputs, 16, 1)
+COLUMNS(outputs, 8, 2)
+COLUMNS(outputs, 16, 2)
+
+static void forward_block(const Work *of) {
+    static Columns *const by[] = {outputs_16x1, AMX ? outputs_16x2 : outputs_8x2};
+    activate_rows(of->x, of->saved, of->a, BLOCK, of->c);
+    each_column(by, of, of->n);
 }
 
 /* again: with the statistics that are saved, which stay as they are. */
@@ -71,33 +80,39 @@ void pointwise_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, con
             memset(saved + 4 * c, 0, c * sizeof(float));
         }
         uint16_t a[BLOCK * c] __attribute__((aligned(64)));
+        Work of = {.c = c, .n = n, .w = w, .saved = saved, .a = a};
         begin(TALL);
         for (int64_t b = first; b < last; b += BLOCK) {
-            const uint16_t *xb = x + b * c, *pb = plus ? plus + b * n : 0;
-            uint16_t *yb = y + b * n;
+            of.x = x + b * c;
+            of.plus = plus ? plus + b * n : 0;
+            of.y = y + b * n;
             if (b + BLOCK <= last)
-                forward_block(xb, w, pb, yb, saved, a, c, n);
+                forward_block(&of);
             else { /* fewer rows than a block: in a whole one aside */
                 uint16_t x_[BLOCK * c], plus_[BLOCK * n], y_[BLOCK * n];
                 memset(x_, 0, sizeof x_);
-                memcpy(x_, xb, 2 * c * (last - b));
-                if (plus) memcpy(plus_, pb, 2 * n * (last - b));
-                forward_block(x_, w, plus ? plus_ : 0, y_, saved, a, c, n);
-                memcpy(yb, y_, 2 * n * (last - b));
+                memcpy(x_, of.x, 2 * c * (last - b));
+                if (plus) memcpy(plus_, of.plus, 2 * n * (last - b));
+                of.x = x_;
+                of.plus = plus ? plus_ : 0;
+                of.y = y_;
+                forward_block(&of);
+                memcpy(y + b * n, y_, 2 * n * (last - b));
             }
         }
         end();
     }
 }
 
-/* g of a tile, its sums, and a as pairs of rows. */
-INLINE void gradient(const uint16_t *dy, const uint16_t *w, const uint16_t *x, uint16_t *g,
-                     uint16_t *a, const float *saved, F *s, F *q, int64_t c, int64_t n, int tall,
-                     int wide) {
+/* g of a tile from a row on, its sums, and a as pairs of rows. */
+INLINE void gradient(const Work *of, int64_t row, int64_t j, F *s, F *q, int tall, int wide) {
+    int64_t c = of->c, n = of->n;
+    const uint16_t *x = of->x + row * c + j;
+    uint16_t *g = of->g + row * c + j;
     F sum[1][TALL][WIDE];
-    sums_of(sum, dy, n, w, c, tall, wide);
-    let_through(sum[0], x, g, saved, s, q, c, tall, wide);
-    put_pairs(sum[0], a, wide * LANES, tall, wide);
+    sums_of(sum, of->dy + row * n, n, of->w + 2 * j, c, tall, wide);
+    let_through(sum[0], x, g, of->saved + j, s, q, c, tall, wide);
+    put_pairs(sum[0], of->a + row * wide * LANES, wide * LANES, tall, wide);
 #pragma GCC unroll 16
     for (int r = 0; r < tall; r++) {
         soon(x + r * c);
@@ -105,38 +120,49 @@ INLINE void gradient(const uint16_t *dy, const uint16_t *w, const uint16_t *x, u
     }
 }
 
-/* g and dW of the columns from j on; d: dy as pairs of rows; a: room for these columns. */
-INLINE void columns(int64_t j, const uint16_t *dy, const uint16_t *d, const uint16_t *w,
-                    const uint16_t *x, uint16_t *g, uint16_t *a, const float *saved, double *sums,
-                    float *dw, int64_t c, int64_t n, int tall, int wide) {
+/* g of a block, its sums, and a of these columns. */
+INLINE void gradients_of(const Work *of, int64_t j, int tall, int wide) {
     F s[WIDE], q[WIDE];
     for (int v = 0; v < wide; v++) s[v] = q[v] = (F){0};
-    for (int64_t r = 0; r < BLOCK; r += tall)
-        gradient(dy + r * n, w + 2 * j, x + r * c + j, g + r * c + j, a + r * wide * LANES,
-                 saved + j, s, q, c, n, tall, wide);
-    widen_both(sums + j, s, q, c, wide);
-    /* Each product asks for its part of the next block's dy, which comes meanwhile. */
-    int deep = TALLEST(2);
-    int64_t part = BLOCK * deep * LANES * wide / c;
-    const uint16_t *next = dy + BLOCK * n + j / (LANES * wide) * (n / deep) * part;
-    for (int64_t i = 0; i < n; i += deep, next += part) {
-        const uint16_t *right[WIDE] = {a, a + 2 * LANES};
-        float *to[WIDE] = {dw + i * c + j, dw + i * c + j + LANES};
-        weigh(d, i, n, right, wide * LANES, BLOCK / 2, to, c, deep, wide);
+    for (int64_t r = 0; r < BLOCK; r += tall) gradient(of, r, j, s, q, tall, wide);
+    widen_both(of->sums + j, s, q, of->c, wide);
+}
+
+/* dW of these columns. Each product asks for its part of the next block's dy, which comes
+   meanwhile. */
+INLINE void weights(const Work *of, int64_t j, int tall, int wide) {
+    int64_t c = of->c, n = of->n, part = BLOCK * tall * LANES * wide / c;
+    const uint16_t *next = of->dy + BLOCK * n + j / (LANES * wide) * (n / tall) * part;
+    for (int64_t i = 0; i < n; i += tall, next += part) {
+        const uint16_t *right[WIDE] = {of->a, of->a + 2 * LANES};
+        float *to[WIDE] = {of->dw + i * c + j, of->dw + i * c + j + LANES};
+        weigh(of->dy_pairs, i, n, right, wide * LANES, 1, BLOCK / 2, to, c, tall, wide);
         for (int64_t k = 0; k < part; k += 32) __builtin_prefetch(next + k, 0, 2);
     }
 }
 
-/* g of a block, its sums, and its part of dW; d: room for dy as pairs of rows. */
-static void backward_block(const uint16_t *dy, const uint16_t *x, const uint16_t *w, uint16_t *g,
-                           const float *saved, double *sums, float *dw, uint16_t *d, int64_t c,
-                           int64_t n) {
-    uint16_t a[BLOCK * WIDE * LANES] __attribute__((aligned(64)));
-    lay_pairs(dy, d, BLOCK / 2, n);
-    int64_t j = 0;
-    for (; j + 2 * LANES <= c; j += 2 * LANES)
-        columns(j, dy, d, w, x, g, a, saved, sums, dw, c, n, TALLEST(2), 2);
-    for (; j < c; j += LANES) columns(j, dy, d, w, x, g, a, saved, sums, dw, c, n, 16, 1);
+COLUMNS(gradients_of, 16, 1)
+COLUMNS(gradients_of, 8, 2)
+COLUMNS(gradients_of, 16, 2)
+COLUMNS(weights, 16, 1)
+COLUMNS(weights, 8, 2)
+COLUMNS(weights, 16, 2)
+
+static void one_vector(const Work *of, int64_t j) {
+    gradients_of_16x1(of, j);
+    weights_16x1(of, j);
+}
+
+static void two_vectors(const Work *of, int64_t j) {
+    AMX ? gradients_of_16x2(of, j) : gradients_of_8x2(of, j);
+    AMX ? weights_16x2(of, j) : weights_8x2(of, j);
+}
+
+/* g of a block, its sums, and its part of dW. */
+static void backward_block(const Work *of) {
+    static Columns *const by[] = {one_vector, two_vectors};
+    lay_pairs(of->dy, of->dy_pairs, BLOCK / 2, of->n);
+    each_column(by, of, of->c);
 }
 
 /* alone: a convolution without BN, by what is ``saved`` of no BN; dgamma, dbeta are not written.
@@ -158,21 +184,28 @@ void pointwise_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *p
         pack_outputs(weight, w, c, n, 1);
         int64_t first, last;
         rows_of(rows, BLOCK, &first, &last);
-        uint16_t d[BLOCK * n] __attribute__((aligned(64)));
+        uint16_t dy_pairs[BLOCK * n] __attribute__((aligned(64)));
+        uint16_t a[BLOCK * WIDE * LANES] __attribute__((aligned(64)));
+        Work of = {.c = c, .n = n, .w = w, .saved = saved, .sums = mine, .dw = dw_, .a = a,
+                   .dy_pairs = dy_pairs};
         begin(TALL);
         for (int64_t b = first; b < last; b += BLOCK) {
-            const uint16_t *dyb = dy + b * n, *xb = x + b * c;
-            uint16_t *gb = dx + b * c;
+            of.dy = dy + b * n;
+            of.x = x + b * c;
+            of.g = dx + b * c;
             if (b + BLOCK <= last)
-                backward_block(dyb, xb, w, gb, saved, mine, dw_, d, c, n);
+                backward_block(&of);
             else { /* rows of zeros add nothing to the sums */
                 uint16_t dy_[BLOCK * n], x_[BLOCK * c], g_[BLOCK * c];
                 memset(dy_, 0, sizeof dy_);
                 memset(x_, 0, sizeof x_);
-                memcpy(dy_, dyb, 2 * n * (last - b));
-                memcpy(x_, xb, 2 * c * (last - b));
-                backward_block(dy_, x_, w, g_, saved, mine, dw_, d, c, n);
-                memcpy(gb, g_, 2 * c * (last - b));
+                memcpy(dy_, of.dy, 2 * n * (last - b));
+                memcpy(x_, of.x, 2 * c * (last - b));
+                of.dy = dy_;
+                of.x = x_;
+                of.g = g_;
+                backward_block(&of);
+                memcpy(dx + b * c, g_, 2 * c * (last - b));
             }
         }
         end();

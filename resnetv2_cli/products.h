@@ -12,11 +12,15 @@
 
    A block (rows, or an image) is gone through by tiles of sums. The processor multiplies and adds
    pairs of bf16, so each factor of a product lies as pairs along what is summed over: W by two
-   inputs (forward) or two outputs (backward), a and dy by two rows (dW). The sums of a tile fill
-   the vector registers. Where the processor has AMX, they are in up to four of its eight registers
-   of tiles, into which it adds the products of 16 rows of sixteen pairs with 16 columns of them at
-   once, or of eight pairs at the end. To load a factor takes about as long, so that each serves
-   several sums where it can. */
+   inputs (forward) or two outputs (backward), a and dy by two rows (dW). The sums of a tile are
+   16 or 24 vector registers: fewer, and each waits for its last product; more, and the factors have
+   none. Where the processor has AMX, they are in up to four of its eight registers of tiles, into
+   which it adds the products of 16 rows of sixteen pairs with 16 columns of them at once, or of
+   eight pairs at the end. To load a factor takes about as long, so that each serves several sums
+   where it can.
+
+   What goes along the rows of a block for the columns of a tile is a function of its own for each
+   shape of tile (COLUMNS): gcc keeps the sums in registers where nothing else asks for them. */
 
 #include "vectors.h"
 
@@ -24,6 +28,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define WIDE 2 /* vectors in a row of a tile, at most */
+#define TAPS 3 /* and of a tile of dW, of a 3x3 convolution */
 #define TALL 16 /* rows of a tile, at most */
 #ifdef __AMX_BF16__
 #define AMX 1
@@ -34,12 +39,34 @@
 #endif
 #define TALLEST(WIDE_) (AMX || WIDE_ == 1 ? TALL : 8) /* rows that there are registers for */
 
+typedef struct Work Work; /* of a block: what its functions read and write */
+typedef void Columns(const Work *of, int64_t j); /* of columns j on */
+
+/* NAME by tiles of one shape. */
+#define COLUMNS(NAME, TALL_, WIDE_)                                                              \
+    static __attribute__((noinline)) void NAME##_##TALL_##x##WIDE_(const Work *of, int64_t j) {  \
+        NAME(of, j, TALL_, WIDE_);                                                               \
+    }
+
+/* All columns, by tiles of one vector and of two. */
+static void each_column(Columns *const by[2], const Work *of, int64_t columns) {
+    int64_t j = 0;
+    for (; j + 2 * LANES <= columns; j += 2 * LANES) by[1](of, j);
+    for (; j < columns; j += LANES) by[0](of, j);
+}
+
 INLINE F dot(F sum, U a, U b) {
     return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
 
 /* A NaN stays one. */
 INLINE F at_least(F least, F z) { return (F)_mm512_max_ps((__m512)least, (__m512)z); }
+
+/* x where z is above least, or a NaN; elsewhere 0. */
+INLINE F where_above(F z, F least, F x) {
+    __mmask16 above = _mm512_cmp_ps_mask((__m512)z, (__m512)least, _CMP_NLE_UQ);
+    return (F)_mm512_maskz_mov_ps(above, (__m512)x);
+}
 
 /* The first of two vectors to bf16, and then the other. */
 INLINE U both(F first, F other) {
@@ -128,8 +155,8 @@ INLINE void clear(F sum[][TALL][WIDE], int tall, int wide, int high) {
         }                                                                                        \
     } while (0)
 
-/* As below; ``step`` is 2, and ``many`` a multiple of 8. */
-INLINE void tile(F sum[][TALL][WIDE], const uint16_t *const *left, int64_t stride, int64_t step,
+/* As below; ``many`` is a multiple of 8. */
+INLINE void tile(F sum[][TALL][WIDE], const uint16_t *const *left, int64_t stride,
                  const uint16_t *const *right, int64_t columns, int64_t many, int tall, int wide,
                  int high) {
     int64_t k = 0;
@@ -144,11 +171,12 @@ INLINE void done(F sum[][TALL][WIDE], int wide, int high) {
     if (wide > 1 && high > 1) _tile_stored(3, &sum[1][0][1], sizeof sum[0][0]);
 }
 
-/* dW of a tile, outputs i on, over ``many`` pairs of rows, added to what is there. dy: as laid by
-   lay_pairs; a, dw: where each vector begins; dw: rows of ``row`` numbers. */
+/* dW of a tile, outputs i on, over ``many`` pairs of rows, ``runs`` times, added to what is there.
+   Between two runs a has a pair that is left out. dy: as laid by lay_pairs, run by run; a, dw:
+   where each vector begins; dw: rows of ``row`` numbers. Of AMX it is one run. */
 INLINE void weigh(const uint16_t *dy, int64_t i, int64_t n, const uint16_t *const *a,
-                  int64_t columns, int64_t many, float *const *dw, int64_t row, int tall,
-                  int wide) {
+                  int64_t columns, int64_t runs, int64_t many, float *const *dw, int64_t row,
+                  int tall, int wide) {
     const uint16_t *left = dy + 2 * i * many;
     __asm__ volatile("" ::: "memory");
 #define EACH(DO)                                                                                 \
@@ -156,7 +184,7 @@ INLINE void weigh(const uint16_t *dy, int64_t i, int64_t n, const uint16_t *cons
     if (wide > 1) DO(1, dw[1], 4 * row);                                                         \
     if (wide > 2) DO(2, dw[2], 4 * row);
     EACH(_tile_loadd)
-    tile(0, &left, 2 * many, 2, a, columns, many, tall, wide, 1);
+    tile(0, &left, 2 * many, a, columns, many, tall, wide, 1);
     EACH(_tile_stored)
 #undef EACH
 }
@@ -216,21 +244,32 @@ INLINE void clear(F sum[][TALL][WIDE], int tall, int wide, int high) {
         for (int v = 0; v < wide; v++) sum[0][r][v] = (F){0};
 }
 
-/* sum[h][r][v] += left[h][r][k] right[v][k], k in pairs. One row of pairs of the left factor is
-   ``step`` numbers from the next pair, and ``stride`` from the next row. */
-INLINE void tile(F sum[][TALL][WIDE], const uint16_t *const *left, int64_t stride, int64_t step,
+/* sum[h][r][v] += left[h][r][k] right[v][k], k in pairs. One row of the left factor is ``stride``
+   numbers from the next. */
+INLINE void tile(F sum[][TALL][WIDE], const uint16_t *const *left, int64_t stride,
                  const uint16_t *const *right, int64_t columns, int64_t many, int tall, int wide,
                  int high) {
+    const uint16_t *of[WIDE], *rows[TALL / 4]; /* each fourth */
+    for (int v = 0; v < wide; v++) of[v] = right[v];
+    for (int q = 0; q < tall / 4; q++) rows[q] = left[0] + 4 * q * stride;
     for (int64_t k = 0; k < many; k++) {
         U w[WIDE];
 #pragma GCC unroll 2
-        for (int v = 0; v < wide; v++)
-            w[v] = *(const U_ *)(right[v] + 2 * k * columns);
-#pragma GCC unroll 16
-        for (int r = 0; r < tall; r++) {
-            U l = spread(left[0] + r * stride + k * step);
+        for (int v = 0; v < wide; v++) {
+            w[v] = *(const U_ *)of[v];
+            of[v] += 2 * columns;
+        }
+#pragma GCC unroll 4
+        for (int q = 0; q < tall / 4; q++) {
+            __asm__("" : "+r"(rows[q])); /* or gcc has an address for each row, and no register */
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; r++) {
+                U l = spread(rows[q] + r * stride);
 #pragma GCC unroll 2
-            for (int v = 0; v < wide; v++) sum[0][r][v] = dot(sum[0][r][v], w[v], l);
+                for (int v = 0; v < wide; v++)
+                    sum[0][4 * q + r][v] = dot(sum[0][4 * q + r][v], w[v], l);
+            }
+            rows[q] += 2;
         }
     }
 }
@@ -239,15 +278,37 @@ INLINE void tile(F sum[][TALL][WIDE], const uint16_t *const *left, int64_t strid
 INLINE void done(F sum[][TALL][WIDE], int wide, int high) {}
 
 INLINE void weigh(const uint16_t *dy, int64_t i, int64_t n, const uint16_t *const *a,
-                  int64_t columns, int64_t many, float *const *dw, int64_t row, int tall,
-                  int wide) {
-    F sum[1][TALL][WIDE];
-    const uint16_t *left = dy + 2 * i;
-    for (int r = 0; r < tall; r++)
-        for (int v = 0; v < wide; v++) sum[0][r][v] = load_float(dw[v] + r * row);
-    tile(sum, &left, 2, 2 * n, a, columns, many, tall, wide, 1);
-    for (int r = 0; r < tall; r++)
-        for (int v = 0; v < wide; v++) store_float(dw[v] + r * row, sum[0][r][v]);
+                  int64_t columns, int64_t runs, int64_t many, float *const *dw, int64_t row,
+                  int tall, int wide) {
+    F sum[TALL][TAPS];
+    const uint16_t *left = dy + 2 * i, *right[TAPS];
+#pragma GCC unroll 3
+    for (int v = 0; v < wide; v++) {
+        right[v] = a[v];
+#pragma GCC unroll 16
+        for (int r = 0; r < tall; r++) sum[r][v] = load_float(dw[v] + r * row);
+    }
+    for (int64_t run = 0; run < runs; run++) {
+        for (int64_t k = 0; k < many; k++, left += 2 * n) {
+            U w[TAPS];
+#pragma GCC unroll 3
+            for (int v = 0; v < wide; v++) {
+                w[v] = *(const U_ *)right[v];
+                right[v] += 2 * columns;
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < tall; r++) {
+                U l = spread(left + 2 * r);
+#pragma GCC unroll 3
+                for (int v = 0; v < wide; v++) sum[r][v] = dot(sum[r][v], w[v], l);
+            }
+        }
+        for (int v = 0; v < wide; v++) right[v] += 2 * columns;
+    }
+#pragma GCC unroll 3
+    for (int v = 0; v < wide; v++)
+#pragma GCC unroll 16
+        for (int r = 0; r < tall; r++) store_float(dw[v] + r * row, sum[r][v]);
 }
 
 /* Rows of n numbers two by two, ``many`` times: [many][n][2]. */
@@ -311,7 +372,7 @@ INLINE void let_through(F sum[TALL][WIDE], const uint16_t *x, uint16_t *g, const
 #pragma GCC unroll 16
         for (int r = 0; r < tall; r++) {
             int64_t i = r * c + v * LANES;
-            F u = load_bf16(x + i), z = scale * u + shift, d = only(sum[r][v], ~(U)(z <= least));
+            F u = load_bf16(x + i), z = scale * u + shift, d = where_above(z, least, sum[r][v]);
             store_bf16(g + i, d);
             s[v] += d;
             q[v] += d * (u - mean);
@@ -353,19 +414,25 @@ static void pack_outputs(const float *weight, uint16_t *w, int64_t c, int64_t n,
             }
 }
 
-/* Sums of x - origin and of its square, up to four vectors at a time: whole lines of a row. */
+/* Sums of x - origin and of its square, of ``wide`` vectors of ``high`` rows at a time. */
 INLINE void moments(const uint16_t *x, const float *origin, double *sums, int64_t rows, int64_t c,
-                    int wide) {
+                    int wide, int high) {
     F s[4], q[4];
-    for (int v = 0; v < wide; v++) s[v] = q[v] = (F){0};
-    for (int64_t r = 0; r < rows; r++) {
-        for (int v = 0; v < wide; v += 2) soon(x + r * c + v * LANES);
 #pragma GCC unroll 4
-        for (int v = 0; v < wide; v++) {
-            F d = load_bf16(x + r * c + v * LANES) - load_float(origin + v * LANES);
+    for (int v = 0; v < wide * high; v++) s[v] = q[v] = (F){0};
+    for (int64_t r = 0; r < rows; r += high)
+#pragma GCC unroll 4
+        for (int v = 0; v < wide * high; v++) {
+            const uint16_t *from = x + (r + v / wide) * c + v % wide * LANES;
+            if (v % wide % 2 == 0) soon(from);
+            F d = load_bf16(from) - load_float(origin + v % wide * LANES);
             s[v] += d;
             q[v] += d * d;
         }
+#pragma GCC unroll 4
+    for (int v = wide; v < wide * high; v++) {
+        s[v % wide] += s[v];
+        q[v % wide] += q[v];
     }
     widen_both(sums, s, q, c, wide);
 }
@@ -377,8 +444,12 @@ static void count(const uint16_t *x, const float *origin, double *sums, int64_t 
     for (int64_t b = first; b < last; b += BLOCK) {
         int64_t many = b + BLOCK < last ? BLOCK : last - b, j = 0;
         for (; j + 4 * LANES <= c; j += 4 * LANES)
-            moments(x + b * c + j, origin + j, sums + j, many, c, 4);
-        for (; j < c; j += LANES) moments(x + b * c + j, origin + j, sums + j, many, c, 1);
+            moments(x + b * c + j, origin + j, sums + j, many, c, 4, 1);
+        for (; j < c; j += LANES) {
+            int64_t whole = many / 4 * 4;
+            moments(x + b * c + j, origin + j, sums + j, whole, c, 1, 4);
+            moments(x + (b + whole) * c + j, origin + j, sums + j, many - whole, c, 1, 1);
+        }
     }
 }
 

@@ -7,7 +7,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 #include <omp.h>
@@ -29,7 +29,11 @@ typedef uint16_t H_ __attribute__((vector_size(32), aligned(2)));
 static inline void soon(const void *p) { __builtin_prefetch((const char *)p + AHEAD, 0, 2); }
 
 static inline F load_bf16(const uint16_t *p) {
+#ifdef __AVX512F__ /* in one instruction what the compiler makes of the other way in five */
+    return (F)((U)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)) << 16);
+#else
     return (F)(__builtin_convertvector(*(const H_ *)p, U) << 16);
+#endif
 }
 
 static inline H to_bf16(F x) {
