@@ -24,7 +24,7 @@ from torch import Tensor
 from resnetv2_cli import files
 
 HERE = Path(__file__).parent
-HEADERS = [HERE / "vectors.h", HERE / "products.h"]
+HEADERS = [HERE / f"{name}.h" for name in ("vectors", "products", "amx", "avx512")]
 SOURCES = [HERE / "kernels.c", HERE / "pointwise.c", HERE / "conv3x3.c"]
 CPUS = Path("/proc/cpuinfo")
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]

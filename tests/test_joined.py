@@ -2,6 +2,7 @@
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,28 +124,57 @@ FAULTS = {  # file, what stands there, what is planted, and the kernel
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_seen(fault, monkeypatch, tmp_path):
-    """What the test above compares cannot be right by chance."""
-    file, right, wrong, kernel = FAULTS[fault]
-    for source in (*native.HEADERS, *native.SOURCES):
-        text = source.read_text()
-        assert source.name != file or right in text
-        (tmp_path / source.name).write_text(text.replace(right, wrong))
-    sources = [tmp_path / source.name for source in native.SOURCES]
-    monkeypatch.setattr(native, "HEADERS", [tmp_path / h.name for h in native.HEADERS])
-    monkeypatch.setattr(native, "SOURCES", sources)
-    monkeypatch.setattr(native, "FLAGS", ["-O1", *native.FLAGS[1:]])
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+@pytest.fixture
+def compiled_from(monkeypatch, tmp_path):
+    """Has the operations compiled anew: ``compiled_from(edits, flags)``, with (file, what stands
+    there, what is to) and further flags, on three threads."""
+
+    def make(edits, flags):
+        texts = {f.name: f.read_text() for f in (*native.HEADERS, *native.SOURCES)}
+        for name, old, new in edits:
+            assert old in texts[name]
+            texts[name] = texts[name].replace(old, new)
+        for name, text in texts.items():
+            (tmp_path / name).write_text(text)
+        for part in ("HEADERS", "SOURCES"):
+            monkeypatch.setattr(native, part, [tmp_path / f.name for f in getattr(native, part)])
+        monkeypatch.setattr(native, "FLAGS", ["-O1", *native.FLAGS[1:], *flags])
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        torch.set_num_threads(3)
+        forget()
+
+    def forget():
+        for cached in (native._found, native.multiplies):
+            cached.cache_clear()
+
     before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    native._found.cache_clear()
-    try:
-        with pytest.raises(AssertionError, match=re.escape("{'y': ")):
-            check(example(64, 16, (3, 9, 9) if kernel == 1 else (4, 9, 8), True, kernel))
-    finally:
-        native._found.cache_clear()
-        torch.set_num_threads(before)
+    yield make
+    forget()
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_seen(fault, compiled_from):
+    """What the test above compares cannot be right by chance."""
+    *edit, kernel = FAULTS[fault]
+    compiled_from([edit], [])
+    with pytest.raises(AssertionError, match=re.escape("{'y': ")):
+        check(example(64, 16, (3, 9, 9) if kernel == 1 else (4, 9, 8), True, kernel))
+
+
+def test_tiles_give_the_same(compiled_from):
+    """What is computed by AMX, on processors without it too: its instructions by vectors."""
+    edits = [
+        ("amx.h", '__asm__ volatile("ldtilecfg %0" : : "m"(tiles))', "load_config(&tiles)"),
+        ("pointwise.c", "return !syscall(SYS_arch_prctl, REQUEST, TILES)", "return 1"),
+    ]
+    compiled_from(edits, ["-include", str(Path(__file__).with_name("tiles.h"))])
+    assert native.multiplies(), native.why_not()
+    for kernel, shapes in SHAPES.items():
+        for shape in shapes:
+            for c, n in ((64, 16), (16, 64), (48, 112)):
+                for added in (False, True):
+                    check(example(c, n, shape, added, kernel))
 
 
 def test_what_is_not_a_number_stays_none():
