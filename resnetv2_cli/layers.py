@@ -83,8 +83,10 @@ def still(norm: nn.Module | None) -> bool:
 
 def watched(*modules: nn.Module) -> bool:
     """Whether somebody sees them run, forward or backward, through hooks."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(m, kind) for m in modules for kind in kinds)
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
+    )
 
 
 class Joined(NamedTuple):
