@@ -5,7 +5,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -208,19 +208,21 @@ def look(paths: Iterable[Path]) -> Found:
 
 def told_apart(found: list[Named]) -> list[Named]:
     """The same, each with a name of its own."""
-    names = apart([one.name for one in found], [one.place for one in found])
+    names = apart([one.name for one in found], [one.place for one in found], SEED.match)
     return [replace(one, name=name) for one, name in zip(found, names, strict=True)]
 
 
-def apart(names: list[str], paths: list[Path]) -> list[str]:
-    """Names that are the ends of paths; where several are one, or one begins with a seed, which
-    many networks have, with so many of the folders before it that none is another's."""
+def apart(
+    names: list[str], paths: list[Path], vague: Callable[[str], Any] = lambda name: False
+) -> list[str]:
+    """Names that are the ends of paths; where several are one, or one is ``vague``, as a seed is
+    that many networks have, with so many of the folders before it that none is another's."""
     whole = [path.resolve().parts for path in paths]
     for _ in range(max(map(len, whole), default=0)):
         counted = Counter(names)
         names = [
             str(Path(*parts[-1 - len(Path(name).parts) :]))
-            if counted[name] > 1 or SEED.match(name)
+            if counted[name] > 1 or vague(name)
             else name
             for name, parts in zip(names, whole, strict=True)
         ]

@@ -177,8 +177,8 @@ def test_what_was_prepared_is_read_where_it_lies(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "build", lambda experiment: (None, experiment.data_dir))
     monkeypatch.setattr(data, "ours", lambda crop: lambda place, device: (crop, place))
     e = Experiment(dataset="folder", data_dir="loose", depth=18)
-    arms = data.prepared_arms(e, [tmp_path / "raw"], CPU)
-    assert arms == {f"raw, {crop}": (crop, str(tmp_path / "raw")) for crop in CROPS}
+    arms = data.prepared_arms(e, [tmp_path / "s512"], CPU)  # no seed, as in the names of runs
+    assert arms == {f"s512, {crop}": (crop, str(tmp_path / "s512")) for crop in CROPS}
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,9 @@ def test_the_cache_serves_until_a_file_changes(small, tmp_path, monkeypatch):
     assert told == [f"cifar10 is decoded, once: it is kept in {tmp_path / 'cache' / 'resnetv2'}"]
     with monkeypatch.context() as patch:
         patch.setattr(images, "decode", None)  # a second decoding would fail
-        assert images.load("cifar10", root, told.append).digest == first.digest
+        (tmp_path / "link").symlink_to(root)
+        for way in (root, tmp_path / "cache" / ".." / "a", tmp_path / "link"):
+            assert images.load("cifar10", way, told.append).digest == first.digest
     assert len(told) == 1
     changed = np.zeros((32, 32, 3), np.uint8)
     Image.fromarray(changed).save(root / "train" / "cat" / "9.png")

@@ -220,7 +220,7 @@ def cached(
     stamp = hashlib.sha256()
     for path in sources:
         stat = path.stat()
-        stamp.update(f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        stamp.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     file = folder / f"{name}-{stamp.hexdigest()[:16]}.npz"
     try:
         with np.load(file, allow_pickle=False) as kept:
