@@ -92,6 +92,24 @@ def test_a_flag_does_not_change_what_rows_are_named_after(tmp_path, table, given
         assert all(given.items() <= asdict(line.arms[0].experiment).items() for line in made)
 
 
+def test_a_file_has_the_recipe_of_all_rows(tmp_path):
+    """What a row is named after is the row's, and flags win."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("depth: 8\nunit: full-preact\nlr: 0.02\nepochs: 3\nwarmup: 7\n")
+    by_lr = runs(tmp_path, "lr=0.1,0.3", given={"steps": 9}, config=file)
+    assert [arm.experiment.lr for arm in by_lr] == [0.1, 0.3]
+    for arm in by_lr:
+        e = arm.experiment
+        assert (e.depth, e.unit, e.warmup, e.epochs, e.steps) == (8, "full-preact", 7, None, 9)
+        assert arm.origins["warmup"] == f"file {file}" and arm.origins["steps"] == "flag of ablate"
+    [study] = studies.studies(shortcut="exclusive-gate")
+    made = planning.plan(study, 1, {}, tmp_path, config=file)
+    names = {line.arms[0].experiment.shortcut for line in made.lines}
+    assert names == {"identity", "exclusive-gate"} and "here with depth 8" in made.title
+    lengths = experiments(tmp_path, "steps=4,5", config=file)
+    assert [(e.steps, e.epochs) for e in lengths] == [(4, None), (5, None)]
+
+
 def test_a_grid_has_one_length():
     with pytest.raises(UserError, match="steps and epochs are both the length"):
         studies.studies(grid=["steps=100,200", "epochs=1"])

@@ -1,7 +1,7 @@
 """What runs a study takes: rows, settings and seeds, refused where a row is not what it says."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.paper import PaperTable
+from resnetv2_cli.recipes import asked_for
 
 PROTOCOLS = {
     "paper": {},  # 50k training images, test error of the last iteration
@@ -27,13 +28,16 @@ def plan(
     root: Path,
     scale: str = "paper",
     protocol: str = "paper",
+    config: Path | None = None,
 ) -> Ablation:
     """A line for each row, with a run for each seed; seeds are the same in all rows.
 
-    ``given``: settings that win over the rows' own.
+    ``given``: settings that win over the rows' own; and over those of the file ``config``, which
+    are as if given where they are none that the rows differ in.
 
     Raises:
-        UserError: a setting does not fit a row, or two rows would be one run.
+        UserError: a setting does not fit a row, or two rows would be one run; or there is no such
+            file, or it has no settings.
     """
     settled = {*given, *PROTOCOLS[protocol]}
     if settled & LENGTH:  # an axis of either would be nothing but a name
@@ -45,6 +49,7 @@ def plan(
         table = study.table.title.partition(":")[0]
         hint = f"leave rows out with --row, or make some of your own: --grid {name}=..."
         raise UserError(f"rows of {table} have a {name} of their own", hint)
+    flags, given = given, beside(study, config, given)
     changed = {k: v for k, v in given.items() if k not in HARMLESS}
     asked = {row.name: row.settings for row in study.table.rows}
     study = study.at(scale)
@@ -56,7 +61,8 @@ def plan(
             dict.fromkeys(study.table.base, f"recipe of {study.name}, scale {scale}")
             | dict.fromkeys(row.settings, f"row {row.name!r} of {study.name}")
             | dict.fromkeys(PROTOCOLS[protocol], f"protocol {protocol}")
-            | dict.fromkeys(given, "flag of ablate")
+            | dict.fromkeys(given, f"file {config}")
+            | dict.fromkeys(flags, "flag of ablate")
             | {"seed": "ablate --runs"}
         )
         if LENGTH & {*given}:
@@ -79,6 +85,17 @@ def plan(
     title = titled(study.table, scale, protocol, changed)
     study = replace(study, name=named(study.name, lines, root))
     return Ablation(study, lines, root, title, scale, protocol, comparable)
+
+
+def beside(study: Study, config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are given, and those of a file that say nothing of what the rows differ in.
+
+    Raises:
+        UserError: there is no such file, or it has no settings.
+    """
+    asked = asked_for(config, given, [f.name for f in fields(Experiment)])
+    differ = study.varied | (LENGTH if LENGTH & {*study.axes} else set())
+    return {k: v for k, v in asked.items() if k in given or k not in differ} | {**given}
 
 
 def check_held_out(experiment: Experiment) -> None:

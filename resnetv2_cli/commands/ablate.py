@@ -46,6 +46,10 @@ def ablate(
     row: Annotated[
         list[str] | None, typer.Option(help="Only this row, by its name; may be given often.")
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="A file of configs/ for all rows; flags win over it."),
+    ] = None,
     runs: Annotated[int, typer.Option(help="Seeds of each row; the paper takes 5.", min=1)] = 1,
     scale: Annotated[
         str, typer.Option(help="paper: the full recipe; laptop: a small one for a CPU.")
@@ -103,7 +107,7 @@ def ablate(
             raise unknown("row", name, known)
     chosen = [study.only(row or []) for study in chosen]
     made = [
-        planning.plan(study, runs, flags, output, scale, protocol)
+        planning.plan(study, runs, flags, output, scale, protocol, config)
         for study in chosen
         if study.table.rows
     ]
