@@ -120,8 +120,8 @@ void conv3x3_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, const
                        c, momentum, eps);
             memset(saved + 4 * c, 0, c * sizeof(float));
         }
-        uint16_t a[s.pixels * c] __attribute__((aligned(64)));
-        memset(a, 0, sizeof a);
+        uint16_t *a = room(s.pixels * c);
+        memset(a, 0, 2 * s.pixels * c);
         Work of = {.s = &s, .c = c, .n = n, .w = w, .saved = saved, .a = a};
         begin(s.tall);
         for (int64_t i = first * size; i < last * size; i += size) {
@@ -227,13 +227,10 @@ void conv3x3_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *plu
         pack_outputs(weight, w, c, n, 9);
         int64_t first, last;
         rows_of(images, 1, &first, &last);
-        uint16_t dy_[s.pixels * n] __attribute__((aligned(64)));
-        uint16_t dy_pairs[2 * s.runs * s.pairs * n] __attribute__((aligned(64)));
-        uint16_t even[s.pixels * c] __attribute__((aligned(64)));
-        uint16_t odd[s.pixels * c] __attribute__((aligned(64)));
-        memset(dy_, 0, sizeof dy_);
-        memset(even, 0, sizeof even);
-        memset(odd, 0, sizeof odd);
+        int64_t of_dy = lines(s.pixels * n), of_a = lines(s.pixels * c);
+        uint16_t *dy_ = room(of_dy + 2 * of_a + 2 * s.runs * s.pairs * n);
+        uint16_t *even = dy_ + of_dy, *odd = even + of_a, *dy_pairs = odd + of_a;
+        memset(dy_, 0, 2 * (of_dy + 2 * of_a));
         Work of = {.s = &s, .c = c, .n = n, .w = w, .saved = saved, .sums = mine, .dw = dw_,
                    .dy = dy_, .dy_pairs = dy_pairs, .a_pairs = {even, odd}};
         for (int64_t i = first * size; i < last * size; i += size) {
@@ -250,7 +247,8 @@ void conv3x3_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *plu
             gradients(sums, saved, slope, offset, dgamma, dbeta, images * size, c);
         }
         if (!alone || plus)
-            normalized(dx, x, plus, saved + 2 * c, slope, offset, first * size, last * size, c);
+            normalized(dx, x, plus, saved + 2 * c, slope, offset, first * size, last * size, c,
+                       alone);
     }
 }
 

@@ -252,7 +252,8 @@ def _running(norm: Any) -> Tensor:
 
 @cache
 def _unchanged(channels: int, relu: bool, device: torch.device) -> Tensor:
-    """The same where there is no BN: ReLU alone, or nothing."""
+    """The same where there is no BN: ReLU alone, or nothing, where a CPU lets -inf pass too."""
+    least = 0.0 if relu else -math.inf if device.type == "cuda" else math.nan
     with torch.inference_mode(False):  # it is kept, and saved for a backward pass of later
-        rows = torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0 if relu else -math.inf], device=device)
+        rows = torch.tensor([0.0, 1.0, 1.0, 0.0, least], device=device)
         return rows[:, None].repeat(1, channels)

@@ -79,7 +79,8 @@ void pointwise_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, con
                        momentum, eps);
             memset(saved + 4 * c, 0, c * sizeof(float));
         }
-        uint16_t a[BLOCK * c] __attribute__((aligned(64)));
+        uint16_t *a = room(2 * BLOCK * (c + n)), *x_ = a + BLOCK * c, *y_ = x_ + BLOCK * c;
+        uint16_t *plus_ = y_ + BLOCK * n;
         Work of = {.c = c, .n = n, .w = w, .saved = saved, .a = a};
         begin(TALL);
         for (int64_t b = first; b < last; b += BLOCK) {
@@ -89,8 +90,7 @@ void pointwise_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, con
             if (b + BLOCK <= last)
                 forward_block(&of);
             else { /* fewer rows than a block: in a whole one aside */
-                uint16_t x_[BLOCK * c], plus_[BLOCK * n], y_[BLOCK * n];
-                memset(x_, 0, sizeof x_);
+                memset(x_, 0, 2 * BLOCK * c);
                 memcpy(x_, of.x, 2 * c * (last - b));
                 if (plus) memcpy(plus_, of.plus, 2 * n * (last - b));
                 of.x = x_;
@@ -184,8 +184,8 @@ void pointwise_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *p
         pack_outputs(weight, w, c, n, 1);
         int64_t first, last;
         rows_of(rows, BLOCK, &first, &last);
-        uint16_t dy_pairs[BLOCK * n] __attribute__((aligned(64)));
-        uint16_t a[BLOCK * WIDE * LANES] __attribute__((aligned(64)));
+        uint16_t *a = room(BLOCK * (WIDE * LANES + 2 * n + 2 * c)), *dy_ = a + BLOCK * WIDE * LANES;
+        uint16_t *dy_pairs = dy_ + BLOCK * n, *x_ = dy_pairs + BLOCK * n, *g_ = x_ + BLOCK * c;
         Work of = {.c = c, .n = n, .w = w, .saved = saved, .sums = mine, .dw = dw_, .a = a,
                    .dy_pairs = dy_pairs};
         begin(TALL);
@@ -196,9 +196,8 @@ void pointwise_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *p
             if (b + BLOCK <= last)
                 backward_block(&of);
             else { /* rows of zeros add nothing to the sums */
-                uint16_t dy_[BLOCK * n], x_[BLOCK * c], g_[BLOCK * c];
-                memset(dy_, 0, sizeof dy_);
-                memset(x_, 0, sizeof x_);
+                memset(dy_, 0, 2 * BLOCK * n);
+                memset(x_, 0, 2 * BLOCK * c);
                 memcpy(dy_, of.dy, 2 * n * (last - b));
                 memcpy(x_, of.x, 2 * c * (last - b));
                 of.dy = dy_;
@@ -216,7 +215,8 @@ void pointwise_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *p
             gather(sums, c);
             gradients(sums, saved, slope, offset, dgamma, dbeta, rows, c);
         }
-        if (!alone || plus) normalized(dx, x, plus, saved + 2 * c, slope, offset, first, last, c);
+        if (!alone || plus)
+            normalized(dx, x, plus, saved + 2 * c, slope, offset, first, last, c, alone);
     }
 }
 

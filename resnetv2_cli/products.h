@@ -2,7 +2,7 @@
    and conv3x3.c share.
 
    With a = max(scale x + shift, least), rounded to bf16 as it would be in memory, which it never
-   sees, where least is 0 (ReLU), or -inf for a convolution alone:
+   sees, where least is 0 (ReLU), or a NaN for a convolution alone, above which is all:
      forward    y = a * W + plus
      backward   g = (dy * W') where a > least;  dW = dy' * a
                 dx = scale g + slope x + offset + plus
@@ -21,6 +21,9 @@
 
    What goes along the rows of a block for the columns of a tile is a function of its own for each
    shape of tile (COLUMNS): gcc keeps the sums in registers where nothing else asks for them. */
+
+#include <stdio.h>
+#include <stdlib.h>
 
 #include "vectors.h"
 
@@ -196,6 +199,26 @@ static void pack_outputs(const float *weight, uint16_t *w, int64_t c, int64_t n,
             }
 }
 
+/* Numbers rounded up to whole lines of a cache. */
+static inline int64_t lines(int64_t numbers) { return (numbers + 31) / 32 * 32; }
+
+/* Room of a thread for so many numbers, on a line. It keeps it: its stack may be small, and new
+   room would be new to the process each time. */
+static uint16_t *room(int64_t numbers) {
+    static __thread uint16_t *kept;
+    static __thread int64_t size;
+    if (size < numbers) {
+        free(kept);
+        kept = aligned_alloc(64, 2 * lines(numbers));
+        if (!kept) {
+            fputs("no memory for what a convolution keeps aside\n", stderr);
+            abort();
+        }
+        size = numbers;
+    }
+    return kept;
+}
+
 /* Sums of x - origin and of its square, of ``wide`` vectors of ``high`` rows at a time. */
 INLINE void moments(const uint16_t *x, const float *origin, double *sums, int64_t rows, int64_t c,
                     int wide, int high) {
@@ -243,11 +266,13 @@ static void add_parts(float *dw, const float *parts, int64_t numbers) {
             *(F_ *)(dw + i) += load_float(parts + numbers * (t - 1) + i);
 }
 
-/* dx of rows first to last, where g stands. */
+/* dx of rows first to last, where g stands: of BN, or ``alone`` of none. */
 static void normalized(uint16_t *dx, const uint16_t *x, const uint16_t *plus, const float *scale,
                        const float *slope, const float *offset, int64_t first, int64_t last,
-                       int64_t c) {
-    for (int64_t r = first; r < last; r++)
+                       int64_t c, int alone) {
+    for (int64_t i = first * c; alone && i < last * c; i += LANES)
+        store_bf16(dx + i, load_bf16(dx + i) + load_bf16(plus + i));
+    for (int64_t r = first; !alone && r < last; r++)
         for (int64_t j = 0; j < c; j += LANES) {
             int64_t i = r * c + j;
             soon(x + i);

@@ -20,9 +20,9 @@
 typedef float F __attribute__((vector_size(64)));
 typedef uint32_t U __attribute__((vector_size(64)));
 typedef uint16_t H __attribute__((vector_size(32)));
-typedef float F_ __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t U_ __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t H_ __attribute__((vector_size(32), aligned(2)));
+typedef float F_ __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t U_ __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t H_ __attribute__((vector_size(32), aligned(2), may_alias));
 
 /* What lies a little behind a place will be needed: asked for here, it comes from memory while what
    is at hand is computed. */
@@ -40,8 +40,9 @@ static inline H to_bf16(F x) {
 #ifdef __AVX512BF16__
     return (H)_mm512_cvtneps_pbh((__m512)x);
 #else
-    U u = (U)x; /* to the nearest, ties to even; a NaN made by arithmetic stays one */
-    return __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, H);
+    U u = (U)x, nan = (U)(x != x); /* to the nearest, ties to even; a NaN stays one */
+    U rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), H);
 #endif
 }
 

@@ -247,3 +247,33 @@ def full():
 
     yield limit
     limit()
+
+
+@pytest.fixture
+def compiled_from(monkeypatch, tmp_path):
+    """Has the operations compiled anew: ``compiled_from(edits, flags)``, with (file, what stands
+    there, what is to) and further flags, on three threads."""
+    from resnetv2_cli import native
+
+    def make(edits, flags):
+        texts = {f.name: f.read_text() for f in (*native.HEADERS, *native.SOURCES)}
+        for name, old, new in edits:
+            assert old in texts[name]
+            texts[name] = texts[name].replace(old, new)
+        for name, text in texts.items():
+            (tmp_path / name).write_text(text)
+        for part in ("HEADERS", "SOURCES"):
+            monkeypatch.setattr(native, part, [tmp_path / f.name for f in getattr(native, part)])
+        monkeypatch.setattr(native, "FLAGS", ["-O1", *native.FLAGS[1:], *flags])
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        torch.set_num_threads(3)
+        forget()
+
+    def forget():
+        for cached in (native._found, native.multiplies):
+            cached.cache_clear()
+
+    before = torch.get_num_threads()
+    yield make
+    forget()
+    torch.set_num_threads(before)

@@ -29,7 +29,9 @@ def pass_of(act, x, gradient, mode):
 @needs_gcc
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("order", ["bn relu", "bn"])
-@pytest.mark.parametrize("shape", [(4, 16, 8, 8), (3, 48, 5, 7), (4, 256, 2, 2), (70, 64, 3, 3)])
+@pytest.mark.parametrize(
+    "shape", [(4, 16, 8, 8), (3, 48, 5, 7), (1, 16, 5, 13), (4, 256, 2, 2), (70, 64, 3, 3)]
+)
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
 def test_an_activation_is_float64s(dtype, bound, shape, order, threads):
     """Bounds: the largest deviation, over the largest number; half a unit in bf16's last place."""
@@ -50,6 +52,20 @@ def test_an_activation_is_float64s(dtype, bound, shape, order, threads):
     for got, same, want in zip(found, again, exact, strict=True):
         assert torch.equal(got, same)
         torch.testing.assert_close(got, want, rtol=0, atol=bound * max(1.0, want.abs().max()))
+
+
+@needs_gcc
+def test_narrow_vectors_round_as_wide_ones_do(compiled_from):
+    """What is compiled for processors without AVX512 gives the same numbers of bf16."""
+    torch.set_num_threads(3)
+    act = activation("bn relu", 48)
+    x, gradient = (torch.randn(3, 48, 5, 7).bfloat16().to(memory_format=LAST) for _ in range(2))
+    here = pass_of(act, x, gradient, "compiled")
+    compiled_from([], ["-mno-avx512f"])
+    y, dx, *rest = pass_of(act, x, gradient, "compiled")
+    assert torch.equal(y, here[0]) and torch.equal(dx, here[1])
+    for got, want in zip(rest, here[2:], strict=True):  # of sums, in other orders
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def sum_of(x, plus, norm, relu, dy):
