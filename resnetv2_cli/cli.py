@@ -17,7 +17,7 @@ import typer
 
 from resnetv2_cli import __version__, console, files, lean, threads, trust
 from resnetv2_cli.commands.app import app
-from resnetv2_cli.errors import OfAll, Stopped, UserError
+from resnetv2_cli.errors import LAUNCHED, OfAll, Stopped, UserError
 from resnetv2_cli.quantities import size
 from resnetv2_cli.signals import SIGNALS
 
@@ -143,8 +143,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
 
 def child() -> bool:
     """Whether another process of the same run started this one, which would take its status for a
-    crash: Lightning's launcher names it as torchrun does, which starts them all."""
-    return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
+    crash."""
+    return LAUNCHED in os.environ
 
 
 def of_the_system(error: OSError) -> UserError:

@@ -2,11 +2,16 @@
 share, what they do not wait for, and that they begin together or not at all; and those launched."""
 
 import atexit
+import os
 import signal
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from datetime import timedelta
+from functools import partial
+from threading import Thread
 from types import TracebackType
 from typing import Any
 from uuid import uuid4
@@ -22,10 +27,11 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 
-from resnetv2_cli.errors import Gone, UserError, shown
+from resnetv2_cli.errors import LAUNCHED, Gone, UserError, shown
 from resnetv2_cli.signals import SIGNALS
 
 # As Lightning's Trainer looks for them: torchrun may itself run inside of a queue's job.
@@ -67,6 +73,30 @@ def outside() -> ClusterEnvironment | None:
                 except (RuntimeError, KeyError, ValueError):  # the Trainer says what is wrong
                     return None
     return None
+
+
+def know_rank() -> None:
+    """Have a process that is the only one be the first, whatever rank its environment has: a job's
+    script may hand one on that is of something else, and Lightning would believe it."""
+    if LAUNCHED not in os.environ and outside() is None:
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # 0 is what Lightning writes as it launches
+            del os.environ["LOCAL_RANK"]
+
+
+def refuse_another_number(asked: int) -> None:
+    """Refuse to train in another number of processes than were started.
+
+    Raises:
+        UserError: each would train by itself, into the same folder.
+    """
+    found = outside()
+    if found and found.world_size() != asked:
+        raise UserError(
+            f"{found.world_size()} processes were started together, and --devices and --nodes ask "
+            f"for {asked}",
+            "--devices is as many as there are on a machine, with --strategy ddp",
+        )
 
 
 def refuse_free_folder() -> None:
@@ -136,9 +166,7 @@ class Meeting:
         everyone: list[Any] = [None] * size
         try:
             if not distributed.is_initialized():  # Lightning takes it as it is
-                found = rendezvous(f"tcp://{place}?rank={rank}&world_size={size}", timeout=PATIENCE)
-                store = next(found)[0]
-                store = distributed.PrefixStore(met(store, rank, size), store)
+                store = attended(partial(common, place, rank, size))
                 distributed.init_process_group(store=store, rank=rank, world_size=size)
                 if torch.cuda.is_available():
                     atexit.register(distributed.destroy_process_group)
@@ -152,6 +180,33 @@ class Meeting:
 
 PATIENCE = timedelta(minutes=30)  # as long as processes wait for one another in training
 AGAIN = 0.05  # seconds between two looks at a store
+
+
+def attended(waits: Callable[[], Any]) -> Any:
+    """What a function gives that waits where Python hears no signal: here it hears them."""
+    found: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(waits())
+        except Exception as error:
+            found.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    while not found.done():
+        wait_for([found], timeout=1.0)
+    return found.result()
+
+
+def common(place: str, rank: int, size: int) -> distributed.Store:
+    """Where the processes of this meeting, and of no other, leave word for one another.
+
+    Raises:
+        RuntimeError: one does not come.
+    """
+    found = rendezvous(f"tcp://{place}?rank={rank}&world_size={size}", timeout=PATIENCE)
+    store = next(found)[0]
+    return distributed.PrefixStore(met(store, rank, size), store)
 
 
 def met(store: distributed.Store, rank: int, size: int) -> str:
@@ -259,7 +314,9 @@ class Launcher(_SubprocessScriptLauncher):
 
     def _call_children_scripts(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        os.environ[LAUNCHED] = "1"
         try:
             super()._call_children_scripts()
         finally:
+            del os.environ[LAUNCHED]
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

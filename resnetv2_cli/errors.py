@@ -23,6 +23,9 @@ class Damaged(UserError):
     """A file that was whole once and is not any more."""
 
 
+LAUNCHED = "RESNETV2_LAUNCHED"  # in the environment of those that a process of their run launched
+
+
 class OfAll(UserError):
     """What all processes of a run end with; the one that launched others says it for them."""
 

@@ -15,7 +15,13 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from resnetv2_cli import footprint, memory
 from resnetv2_cli.checkpoint import WholeFiles
-from resnetv2_cli.cluster import Launcher, NoHandlers, Steps, refuse_unfit
+from resnetv2_cli.cluster import (
+    Launcher,
+    NoHandlers,
+    Steps,
+    refuse_another_number,
+    refuse_unfit,
+)
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.describe import Uncounted
 from resnetv2_cli.errors import UserError
@@ -75,6 +81,7 @@ def trainer_of(
     """
     quiet()
     refuse_unfit(experiment.strategy)
+    refuse_another_number(processes(experiment))
     e, cuda = experiment, torch.cuda.is_available()
     try:
         devices: Any = e.devices

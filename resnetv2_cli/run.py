@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import jsonfile
 from resnetv2_cli.callbacks import Keeper, Readings, Recorder
-from resnetv2_cli.cluster import Meeting
+from resnetv2_cli.cluster import Meeting, know_rank
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.csvlog import CSVMetrics
 from resnetv2_cli.data.module import ImageData, view_of
@@ -39,6 +39,7 @@ FOLDER = "RESNETV2_RUN_FOLDER"  # tells those that the first process launches wh
 
 def first_process() -> bool:
     """Whether this is the process that writes and reports, of one or of many."""
+    know_rank()
     return getattr(rank_zero_only, "rank", 0) in (0, None)
 
 

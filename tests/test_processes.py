@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from datetime import timedelta
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,9 +30,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import cli, cluster, graphs, native, run
-from resnetv2_cli.cli import main
+from resnetv2_cli.cli import main, terminate
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.errors import Diverged, Gone, NotSaved, Stopped
+from resnetv2_cli.errors import LAUNCHED, Diverged, Gone, NotSaved, Stopped
 from resnetv2_cli.leaving import Leaver
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.signals import SIGNALS
@@ -310,6 +311,22 @@ def test_who_is_started_again_meets_those_of_now_in_the_store_of_before(monkeypa
     assert len({of_one[0] for of_one in names}) == 3
 
 
+def test_who_waits_for_others_hears_signals():
+    """What waits in PyTorch's stores does not."""
+    assert cluster.attended(lambda: 3) == 3
+    with pytest.raises(RuntimeError, match="one has not come"):
+        cluster.attended(partial(cluster.wait, 0.0))
+    over = threading.Event()
+    before = signal.signal(signal.SIGTERM, terminate)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    try:
+        with pytest.raises(cli.Terminated):
+            cluster.attended(partial(over.wait, 60))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        over.set()
+
+
 @pytest.fixture
 def launcher(monkeypatch) -> cluster.Launcher:
     for name in ("NODE_RANK", "LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE"):
@@ -356,7 +373,8 @@ def test_what_ends_all_processes_is_said_by_the_first(
     def app(_):
         raise kind("as all of them", "", *([1, "stem"] if kind is Diverged else []))
 
-    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    if rank:
+        monkeypatch.setenv(LAUNCHED, "1")
     monkeypatch.setattr(cli, "app", app)
     with pytest.raises(SystemExit) as left:
         main([])

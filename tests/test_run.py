@@ -13,12 +13,15 @@ import pytest
 import torch
 import yaml
 from conftest import SCRIPT, SMALL, THREADS
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from resnetv2_cli import callbacks, display, run
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
 from resnetv2_cli.describe import refuse_one_value
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.machine import trainer_of
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 from resnetv2_cli.task import Classification
 
@@ -204,6 +207,28 @@ def test_processes_started_together_choose_no_folder_each(monkeypatch, here, env
         monkeypatch.setenv(name, value)
     done = here("train", *SMALL, "--steps", 1, status=2)
     assert "2 processes were started together" in done.stderr
+
+
+def test_processes_of_another_number_than_is_asked_for_do_not_train(monkeypatch):
+    """Each would train by itself, in the folder of all."""
+    torchrun = {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="2 processes were started together, .* ask for 1"):
+        trainer_of(Experiment(accelerator="cpu", devices="1"))
+
+
+def test_a_rank_that_is_of_something_else_makes_no_second_process(monkeypatch, here, tmp_path):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning reads it when it is imported
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    here("train", *SMALL, "--steps", 1, "--output", tmp_path / "run")
+    assert (tmp_path / "run" / "result.json").is_file()
+    assert "LOCAL_RANK" not in os.environ
+
+
+@pytest.mark.parametrize("command", [["train", *SMALL], ["ablate", "--table", 1]])
+def test_an_empty_budget_of_time_is_none_that_was_forgotten(here, command):
+    assert "time" in here(*command, "--time", "", status=2).stderr
 
 
 @pytest.mark.parametrize("kernels", ["auto", "eager"])

@@ -91,7 +91,7 @@ def ablate(
     """
     from resnetv2_cli.ablation import planning, studies
 
-    budget = seconds(time) if time else math.inf
+    budget = math.inf if time is None else seconds(time)
     if unit is not None:
         unit = plans.unit_type(unit)
     if shortcut is not None:

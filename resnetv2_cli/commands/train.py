@@ -57,7 +57,7 @@ def train(
     """
     from resnetv2_cli.runfolder import RunFolder
 
-    budget = seconds(time) if time else None
+    budget = None if time is None else seconds(time)
     if resume and (config or output or begun_or_not):
         hint = "the folder has the settings, and it has begun"
         raise UserError("--resume takes no --config, --output or --continue", hint)
