@@ -1,7 +1,8 @@
 """Files that are there whole or not at all, whenever the process or the machine stops; seals, by
 which one that was damaged since is known; and where those are kept that can be made anew.
 
-A seal is the SHA-256 of a zip file, written into it as its comment: any zip reader opens the file.
+A seal is the SHA-256 of a file, written behind its end: as the comment of a zip file, which any
+reader of such files opens, or behind a library, whose loader asks for nothing that stands there.
 """
 
 import hashlib
@@ -136,9 +137,24 @@ class Sealing:
         if self.error is not None:
             raise self.error
         assert self.held == b"\0\0", "not the end of a zip file"
-        comment = MARK + self.digest.hexdigest().encode()
-        self.file.write(len(comment).to_bytes(2, "little") + comment)
+        self.file.write(_sealed(self.digest.hexdigest()))
         return self.digest.hexdigest()
+
+
+def _sealed(digest: str) -> bytes:
+    comment = MARK + digest.encode()
+    return len(comment).to_bytes(2, "little") + comment
+
+
+def seal(path: Path) -> None:
+    """Seal a file that is no zip, and bring it to the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("rb+") as file:
+        file.write(_sealed(hashlib.file_digest(file, "sha256").hexdigest()))
+        flush(file)
 
 
 def seal_of(path: Path) -> tuple[str | None, str]:
@@ -157,3 +173,12 @@ def seal_of(path: Path) -> tuple[str | None, str]:
     expected = (SEAL - 2).to_bytes(2, "little") + MARK
     sealed = end[len(expected) :].decode("ascii", "replace") if end.startswith(expected) else None
     return sealed, digest.hexdigest()
+
+
+def whole(path: Path) -> bool:
+    """Whether a file is there, sealed, and as it was sealed."""
+    try:
+        sealed, digest = seal_of(path)
+    except OSError:
+        return False
+    return sealed == digest

@@ -1,6 +1,7 @@
 """BN and ReLU as one compiled operation give the numbers of the plain ones, and say when not."""
 
 import copy
+import ctypes
 import subprocess
 
 import pytest
@@ -9,7 +10,7 @@ from compiled import LAST, MODES, distance, needs_gcc, trained_step
 from torch import nn
 from torch.nn import functional as F
 
-from resnetv2_cli import fused, native
+from resnetv2_cli import files, fused, native
 from resnetv2_cli.layers import activation
 from resnetv2_cli.plans import UNITS
 from resnetv2_cli.resnet import ResNet
@@ -201,6 +202,27 @@ def test_one_that_is_damaged_is_compiled_anew_once(tiny, monkeypatch):
         patch.setattr(native, "_build", damaged)
         native._loaded()
     assert native._loaded() and len([*tiny.iterdir()]) == 1
+
+
+@needs_gcc
+@pytest.mark.parametrize("damage", ["changed", "cut"])
+def test_one_that_would_load_though_it_is_damaged_is_compiled_anew(
+    damage, tiny, monkeypatch, tmp_path
+):
+    constant = 123456789
+    native.SOURCES[0].write_text(f"int tiny = {constant};")
+    native._loaded()
+    [kept] = tiny.iterdir()
+    was = kept.read_bytes()
+    right, wrong = (n.to_bytes(4, "little") for n in (constant, 7))
+    damaged = was.replace(right, wrong) if damage == "changed" else was[:-1]
+    assert damaged != was
+    there = tmp_path / "copied" / "resnetv2" / kept.name  # another path, which is not loaded yet
+    there.parent.mkdir(parents=True)
+    there.write_bytes(damaged)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "copied"))
+    assert ctypes.c_int.in_dll(native._loaded(), "tiny").value == constant
+    assert files.whole(there) and [*there.parent.iterdir()] == [there]
 
 
 @needs_gcc
