@@ -103,13 +103,14 @@ def test_the_cache_serves_until_a_file_changes(small, tmp_path, monkeypatch):
     root = write_tree(tmp_path / "a", small)
     told: list[str] = []
     first = images.load("cifar10", root, told.append)
-    assert told == [f"cifar10 is decoded, once: it is kept in {tmp_path / 'cache' / 'resnetv2'}"]
+    cache = tmp_path / "cache" / "resnetv2"
+    assert told == ["cifar10 is decoded", f"cifar10 is kept in {cache}, and not decoded again"]
     with monkeypatch.context() as patch:
         patch.setattr(images, "decode", None)  # a second decoding would fail
         (tmp_path / "link").symlink_to(root)
         for way in (root, tmp_path / "cache" / ".." / "a", tmp_path / "link"):
             assert images.load("cifar10", way, told.append).digest == first.digest
-    assert len(told) == 1
+    assert len(told) == 2
     changed = np.zeros((32, 32, 3), np.uint8)
     Image.fromarray(changed).save(root / "train" / "cat" / "9.png")
     (root / "train" / "cat" / "0.png").unlink()
@@ -121,6 +122,23 @@ def test_the_cache_serves_until_a_file_changes(small, tmp_path, monkeypatch):
     for file in (tmp_path / "cache").rglob("*.npz"):
         file.write_bytes(file.read_bytes()[:5000])
     assert images.load("cifar10", root).digest != first.digest  # a damaged cache is read anew
+
+
+@pytest.mark.parametrize(
+    "cache, error", [("a file", "Not a directory"), ("a full disk", "File too large")]
+)
+def test_a_cache_that_keeps_nothing_is_said(cache, error, small, tmp_path, full):
+    root, told = write_tree(tmp_path / "a", small), []
+    if cache == "a file":
+        (tmp_path / "cache").touch()
+    else:
+        full(5000)
+    for n in (1, 2):
+        images.load("cifar10", root, told.append)
+        assert told[-2] == "cifar10 is decoded" and len(told) == 2 * n
+        at = tmp_path / "cache" / "resnetv2"
+        assert told[-1] == f"cifar10 cannot be kept in {at}: {error}; each run decodes it again"
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
 
 
 def test_who_has_no_home_reads_images_each_time(small, tmp_path, homeless):

@@ -227,7 +227,7 @@ def cached(
             train, test = (Split(kept[f"{s}_images"], kept[f"{s}_labels"]) for s in SPLITS)
             return Images(train, test, str(kept["digest"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        tell(f"{name} is decoded, once: it is kept in {folder}")
+        tell(f"{name} is decoded")
     images = finished(*read())
     partial = file.with_suffix(f".{os.getpid()}{PARTIAL}")
     try:
@@ -242,7 +242,10 @@ def cached(
                 digest=np.array(images.digest),
             )
         partial.replace(file)
-    except OSError:  # a full or read-only cache costs time, not the run
+        tell(f"{name} is kept in {folder}, and not decoded again")
+    except OSError as error:  # a full or read-only cache costs time, not the run
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+        said = error.strerror or error
+        tell(f"{name} cannot be kept in {folder}: {said}; each run decodes it again")
     return images
