@@ -38,7 +38,7 @@ class CSVMetrics(Logger):
 
     def lines(self) -> list[str]:
         """The header and the whole lines: power that fails leaves parts of one, or none."""
-        text = self.path.read_text(errors="replace") if self.path.exists() else ""
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         whole = [line for line in text.split("\n")[1:-1] if self.is_whole(line)]
         return [",".join(self.columns), *whole]
 

@@ -65,7 +65,7 @@ def _locked(lock: Path, hint: str) -> TextIO:
     for left in reversed(range(TRIES)):
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
-            file = lock.open("a+")
+            file = lock.open("a+", encoding="utf-8")
         except OSError as error:
             hint = "it must be possible to write there; what is new goes where --output says"
             raise UserError(f"cannot write {lock.parent}: {error.strerror}", hint) from None

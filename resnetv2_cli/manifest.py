@@ -113,7 +113,7 @@ def origins(path: Path | str | None, overrides: Mapping[str, Any]) -> dict[str, 
     given = dict.fromkeys(asked, f"file {path}")
     beside = Path(path).with_suffix(ORIGINS) if path else None
     if beside and beside.is_file():
-        given = json.loads(beside.read_text())
+        given = json.loads(beside.read_bytes())
         for one, other in (("epochs", "steps"), ("steps", "epochs")):
             if one in overrides:
                 given.pop(other, None)
@@ -279,7 +279,7 @@ def hardware(devices: "Sequence[torch.device]") -> str:
         return ", ".join(f"{number} x {name}" for name, number in gpus.items())
     name = platform.processor() or platform.machine()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next(ln.split(":", 1)[1].strip() for ln in lines if ln.startswith("model name"))
     except (OSError, StopIteration):
         pass

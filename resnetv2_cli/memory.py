@@ -24,7 +24,7 @@ LARGE = 16_000_000  # bytes: a wide tensor of the first stage at batch 128 has 1
 def _field(file: Path, name: str) -> int | None:
     """A line of /proc such as ``VmHWM:   123 kB``."""
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
         return 1024 * int(next(ln for ln in lines if ln.startswith(name + ":")).split()[1])
     except (OSError, StopIteration, ValueError, IndexError):
         return None
@@ -32,7 +32,7 @@ def _field(file: Path, name: str) -> int | None:
 
 def _number(file: Path) -> int | None:
     try:
-        return int(file.read_text())
+        return int(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # "max": no limit
         return None
 
@@ -41,7 +41,7 @@ def _reclaimable(stat: Path, names: tuple[str, str]) -> int:
     """What of a container's memory are pages of files, read once or often: the system takes either
     back when memory is needed. Those of tmpfs, which it cannot, are counted elsewhere."""
     try:
-        rows = dict(line.split() for line in stat.read_text().splitlines())
+        rows = dict(line.split() for line in stat.read_text(encoding="utf-8").splitlines())
         return sum(int(rows.get(name, 0)) for name in names)
     except (OSError, ValueError):
         return 0
@@ -78,7 +78,7 @@ def now() -> int | None:
 def forget_peak() -> bool:
     """Let the peak begin again at what the process has now; whether the system can do that."""
     try:
-        (PROC / "self/clear_refs").write_text("5")
+        (PROC / "self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return False
     return True

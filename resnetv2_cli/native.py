@@ -53,7 +53,7 @@ class _Unfit(Exception):
 def _processor() -> str:
     """What ``-march=native`` depends on: a home folder may be shared by different machines."""
     try:
-        lines = CPUS.read_text().splitlines()
+        lines = CPUS.read_text(encoding="utf-8").splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))  # x86, ARM
     except (OSError, StopIteration):
         return platform.machine()
@@ -77,7 +77,7 @@ def _loaded() -> ctypes.CDLL:
     if (folder := files.cache()) is None:
         raise _Unfit("no home folder and no XDG_CACHE_HOME to keep them in")
     compiler, version = _compiler()
-    texts = [file.read_text() for file in (*HEADERS, *SOURCES)]
+    texts = [file.read_text(encoding="utf-8") for file in (*HEADERS, *SOURCES)]
     parts = [*texts, *compiler[1:], *FLAGS, version, _processor()]
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     file = folder / f"kernels-{name}.so"

@@ -261,7 +261,7 @@ def shortcuts() -> dict[str, ShortcutRow]:
 
     Not imported from it: importing takes torch with it, and ``--help`` would wait two seconds.
     """
-    tree = ast.parse((Path(__file__).parent / "shortcuts.py").read_text())
+    tree = ast.parse((Path(__file__).parent / "shortcuts.py").read_text(encoding="utf-8"))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
     def settings(node: ast.ClassDef) -> dict[str, object]:

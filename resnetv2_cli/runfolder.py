@@ -159,7 +159,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     """
     series: dict[str, list[tuple[int, float]]] = {}
     try:
-        header, *lines = path.read_text(errors="replace").split("\n")
+        header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return {}
     for line in lines[:-1]:

@@ -43,7 +43,7 @@ def running() -> float | None:
     seen = []
     for _ in range(LOOKS):
         try:
-            seen.append(int(LOADAVG.read_text().split()[3].partition("/")[0]) - 1)
+            seen.append(int(LOADAVG.read_text(encoding="utf-8").split()[3].partition("/")[0]) - 1)
         except (OSError, ValueError, IndexError):
             return None
         time.sleep(PAUSE)

@@ -71,7 +71,7 @@ def differences(one: RunFolder, other: RunFolder) -> dict[str, str]:
     """
     a, b = checkpoints.read(one.last), checkpoints.read(other.last)
     made = {part: difference(a.get(key), b.get(key), key) for part, key in PARTS.items()}
-    lines, others = (f.metrics.read_text().splitlines() for f in (one, other))
+    lines, others = (f.metrics.read_text(encoding="utf-8").splitlines() for f in (one, other))
     made["metrics"] = difference(lines, others, "line")
     made["result"] = difference(result(one), result(other), "result")
     return made
@@ -79,7 +79,7 @@ def differences(one: RunFolder, other: RunFolder) -> dict[str, str]:
 
 def result(folder: RunFolder) -> dict[str, Any]:
     """What a run came to, without where and when."""
-    whole = json.loads(folder.result.read_text())
+    whole = json.loads(folder.result.read_bytes())
     return {k: v for k, v in whole.items() if k not in CIRCUMSTANCES}
 
 
@@ -157,7 +157,7 @@ class Trial:
     ) -> None:
         self.root, self.more, self.random, self.tell = root, more, random.Random(seed), tell
         self.config = root / "experiment.yaml"
-        self.config.write_text(experiment.dump())
+        self.config.write_text(experiment.dump(), encoding="utf-8")
         self.seconds = 0.0
 
     def folder(self, name: str) -> RunFolder:

@@ -101,6 +101,13 @@ def test_only_the_edge_prints(path):
     assert not printing or name(path).split(".")[0] in ("console", "commands", "cli")
 
 
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_no_text_is_in_the_encoding_of_whoever_runs_it(path):
+    calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+    texts = [c for c in calls if getattr(c.func, "attr", "") in ("read_text", "write_text")]
+    assert all("encoding" in {k.arg for k in c.keywords} for c in texts)
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["list"], ["--version"]])
 def test_help_waits_for_nothing_heavy(arguments):
     code = f"""

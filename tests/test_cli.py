@@ -401,3 +401,8 @@ def test_pictures_are_drawn_in_silence_without_a_home(resnetv2, tmp_path):
     }
     done = resnetv2("list", "--picture", to, env=nowhere)
     assert to.stat().st_size and done.stderr.splitlines() == [f"picture: {to}"]
+
+
+def test_a_python_that_reads_ascii_gets_the_list(resnetv2):
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    assert "table1_cifar10_resnet110" in resnetv2("list", env=plain).stdout

@@ -116,7 +116,7 @@ class Job:
         error = self.job.exception()
         if error is None:
             return int(self.job.result())
-        with self.log.open("a") as log:  # which else would not say what befell the job
+        with self.log.open("a", encoding="utf-8") as log:  # which else would not say what befell it
             log.write(f"{error}\n")
         return 1
 

@@ -75,7 +75,7 @@ def read(file: Path) -> Ablation:
     """
     root = file.parent
     try:
-        made = json.loads(file.read_text())
+        made = json.loads(file.read_bytes())
         lines = [line_of(row, root) for row in made["rows"]]
         table = PaperTable(
             made["title"].splitlines()[0], {}, tuple(line.row for line in lines), made["panels"]

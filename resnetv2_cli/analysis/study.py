@@ -103,7 +103,7 @@ def study(
 def kept(file: Path, head: dict[str, Any]) -> dict[str, Any]:
     """The topics of an earlier analysis, if it was of the same networks in the same way."""
     try:
-        before = json.loads(file.read_text())
+        before = json.loads(file.read_bytes())
         same = all(before[key] == finite(value) for key, value in head.items())
         return before["topics"] if same else {}
     except (OSError, ValueError, KeyError, TypeError):

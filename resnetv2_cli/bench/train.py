@@ -172,15 +172,15 @@ def first_step_seconds(experiment: Experiment, folder: Path) -> float:
         UserError: it ended without one.
     """
     config, output = folder / "first.yaml", folder / "first"
-    config.write_text(experiment.dump())
+    config.write_text(experiment.dump(), encoding="utf-8")
     command = [sys.executable, "-P", "-m", "resnetv2_cli", "train", "--config", str(config)]
     command += ["--output", str(output), "--log-every", "1"]
     began = time.perf_counter()
-    with open(folder / "first.log", "w+") as log:
+    with open(folder / "first.log", "w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             lines = RunFolder(output).metrics
-            while not (lines.exists() and lines.read_text().count("\n") > 1):
+            while not (lines.exists() and lines.read_text(encoding="utf-8").count("\n") > 1):
                 if process.poll() is not None or time.perf_counter() - began > PATIENCE:
                     log.seek(0)
                     raise UserError("train made no first step", log.read().strip()[-300:])

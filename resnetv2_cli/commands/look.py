@@ -151,7 +151,7 @@ def configs() -> list[Path]:
 
 def headline(config: Path) -> str:
     """The first comment of a recipe."""
-    return config.read_text().splitlines()[0].removeprefix("#").strip()
+    return config.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
 
 
 @app.command(rich_help_panel="Study the paper")

@@ -212,7 +212,7 @@ def class_names(classes: int, stem: str, given: Path | None) -> tuple[str, tuple
         known = {
             ("cifar", 10): ("cifar10", DATASETS["cifar10"].classes),
             ("cifar", 100): ("cifar100", DATASETS["cifar100"].classes),
-            ("imagenet", 1000): ("imagenet", tuple(WNIDS.read_text().split())),
+            ("imagenet", 1000): ("imagenet", tuple(WNIDS.read_text(encoding="utf-8").split())),
         }
         if (stem, classes) not in known:
             hint = "--classes FILE, one name a line, or a folder with one folder a class"
