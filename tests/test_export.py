@@ -1,6 +1,7 @@
 """export: BN is folded where a convolution feeds it alone; files compute what the network does."""
 
 import json
+import os
 import re
 import tomllib
 import zipfile
@@ -133,6 +134,19 @@ def test_a_file_is_checked_on_the_test_images_and_has_its_card(trained, tmp_path
     assert says["classes"] == [str(i) for i in range(10)] and says["folded"] == made["folded"]
     assert b"site-packages" not in unpacked(file) and str(PACKAGE).encode() not in unpacked(file)
     assert says["input"]["shape"] == ["N", 3, 32, 32] and says["input"]["range"] == [0, 1]
+
+
+@pytest.mark.parametrize("format", formats.FORMATS)
+def test_a_folder_s_name_need_be_no_text(format, tmp_path):
+    normalize = Normalize(torch.rand(3, 32, 32), torch.ones(1, 1, 1))
+    model = fold.Exported(normalize, net_of("full-preact", "identity")).eval()
+    images = torch.rand(2, 3, 32, 32)
+    file = tmp_path / os.fsdecode(b"h\xff") / "net.tmp"
+    file.parent.mkdir()
+    formats.FORMATS[format].write(model, images, file, {})
+    with torch.no_grad():
+        found, expected = formats.FORMATS[format].read(model, file)(images), model(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def unpacked(file: Path) -> bytes:

@@ -1,7 +1,7 @@
 """The files that a network can leave as; each is read back by what will run it.
 
 To add a format: one row in FORMATS. Nothing needs torch before it is called, so that help comes at
-once.
+once. Files are opened here, and libraries get their bytes: some refuse a name that is no UTF-8.
 """
 
 import io
@@ -60,12 +60,12 @@ def ordered(file: bytes) -> bytes:
 
 def read_safetensors(model: "Exported", path: Path) -> Run:
     """The network with the weights of the file."""
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     from resnetv2_cli.export.fold import blank
 
     other = blank(model)
-    other.load_state_dict(load_file(path))
+    other.load_state_dict(load(path.read_bytes()))
     return other
 
 
@@ -90,7 +90,7 @@ def write_onnx(model: "Exported", example: "Tensor", path: Path, metadata: Metad
         del node.metadata_props[:]  # which lines of which files made it, on this machine
     onnx.helper.set_model_props(graph, metadata)
     onnx.checker.check_model(graph, full_check=True)
-    onnx.save(graph, path)
+    path.write_bytes(graph.SerializeToString())
 
 
 def read_onnx(model: "Exported", path: Path) -> Run:
@@ -100,7 +100,8 @@ def read_onnx(model: "Exported", path: Path) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    content = path.read_bytes()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
 
