@@ -57,7 +57,7 @@ def continued(folder: RunFolder, given: dict[str, Any]) -> tuple[Experiment, lis
         changes.append(Change(name, getattr(saved, name), value, effect))
     changed = replace(saved, **{c.name: c.after for c in changes})
     if "steps" in wished or "epochs" in wished:
-        steps = longer(changed, wished)  # its images may lie elsewhere now
+        steps = longer(folder, changed, wished)  # its images may lie elsewhere now
         if steps != saved.steps:
             effect = f"the schedule is that of {steps:,} iterations from here on"
             changes.insert(0, Change("steps", saved.steps, steps, effect))
@@ -77,7 +77,7 @@ def same_weights(saved: Experiment, weights: str | None) -> bool:
     return other.weights_sha256 == saved.weights_sha256
 
 
-def longer(saved: Experiment, wished: dict[str, Any]) -> int:
+def longer(folder: RunFolder, saved: Experiment, wished: dict[str, Any]) -> int:
     """The iterations that are wished.
 
     Raises:
@@ -89,9 +89,11 @@ def longer(saved: Experiment, wished: dict[str, Any]) -> int:
         data.setup()
         steps = replace(saved, epochs=wished["epochs"]).settle(data.steps_per_epoch).steps
     if steps < saved.steps:
+        since = "was extended to" if folder.manifest.lengths() else "was begun with"
         raise UserError(
-            f"{steps:,} iterations are fewer than the {saved.steps:,} the run was begun with",
-            "its schedule has been that of the longer training; to end it early, use --time",
+            f"{steps:,} iterations are fewer than the {saved.steps:,} the run {since}",
+            "leave them out: its schedule has been that of the longer training; to end it early, "
+            "use --time",
         )
     return steps
 

@@ -29,8 +29,17 @@ def test_a_changed_flag_is_announced_with_its_effect_or_refused(whole):
     for flags in ({"lr": 0.2}, {"seed": 1}, {"eval_every": 2.0}, {"non_finite": "skip"}):
         with pytest.raises(UserError, match="would make this another experiment"):
             continued(whole, flags)
-    with pytest.raises(UserError, match="10 iterations are fewer than the 12"):
+    with pytest.raises(UserError, match="10 iterations are fewer than the 12 the run was begun"):
         continued(whole, {"steps": 10})
+
+
+def test_the_length_that_a_run_was_begun_with_is_not_that_it_was_extended_to(whole, tmp_path):
+    """As a queue types the line again that began it."""
+    folder = RunFolder(shutil.copytree(whole.path, tmp_path / "run"))
+    longer, changes = continued(folder, {"steps": 23})
+    folder.go_on(longer, 12, {c.name: c.after for c in changes}, {})
+    with pytest.raises(UserError, match="12 iterations are fewer than the 23 .* was extended to"):
+        continued(folder, {"steps": 12})
 
 
 def test_a_file_with_every_setting_begins_and_continues(whole):
