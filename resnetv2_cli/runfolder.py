@@ -71,11 +71,16 @@ class RunFolder:
         else:
             free = not self.path.exists()
         if not free:
-            raise UserError(
-                f"{self.path} is not empty",
-                "name another with --output, or continue it: "
-                f"resnetv2 train --resume {quote(str(self.path))}",
-            )
+            hint = f"name another with --output{self._way_on()}"
+            raise UserError(f"{self.path} is not empty", hint)
+
+    def _way_on(self) -> str:
+        """What else can be done with a folder that holds something, where it is that of a run."""
+        if self.begun:
+            return f", or continue it: resnetv2 train --resume {quote(str(self.path))}"
+        if self.metrics.exists() or any(self.checkpoints.glob("*.ckpt")):
+            return f", or put the {self.config.name} back that this run had"
+        return ""
 
     def claimed(self) -> AbstractContextManager[None]:
         """Hold the folder: no other process trains in it meanwhile.

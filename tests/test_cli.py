@@ -200,6 +200,25 @@ def test_a_used_folder_is_left_alone(here, trained):
     assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    "missing, way",
+    [
+        ("", "or continue it"),
+        ("config.yaml", "or put the config.yaml back that this run had"),
+        ("config.yaml metrics.csv checkpoints", ""),  # it may be anybody's
+    ],
+)
+def test_a_used_folder_has_the_hint_that_helps(here, trained, tmp_path, missing, way):
+    """A run whose config.yaml is not there any more was to be continued, which was refused too."""
+    ignored = shutil.ignore_patterns(*missing.split())
+    copy = shutil.copytree(trained, tmp_path / "run", ignore=ignored)
+    for flags in ([], ["--continue"]) if missing else ([],):
+        said, hint = mistake(here("train", *SMALL, *flags, "--output", copy, status=None))
+        assert "is not empty" in said and "--output" in hint
+        assert way in hint and ("--resume" in hint) is (not missing)
+        assert bool(way) is (", or " in hint)
+
+
 def test_a_folder_that_cannot_be_written(here, tmp_path):
     (tmp_path / "file").write_text("mine")
     flags = [*SMALL, "--steps", 2, "--output", tmp_path / "file" / "run"]
