@@ -92,6 +92,7 @@ keep_or_say() { # the status of this script stays as it is where all is kept
     (set -e && keep)
     failed=$?
     [ "$failed" -eq 0 ] || {
+        rm -rf "$new"
         echo "error: not all is kept in $kept; what was trained is in $lab: make room, and call again with LAB=$lab" >&2
         exit "$failed"
     }
