@@ -314,13 +314,23 @@ def refuse_in_use(runs: Iterable[Run]) -> None:
 
 def remove(run: Run) -> None:
     """Remove a run's folder, and what an ablation keeps beside it: request, log and lock. Of a link
-    to one, both go."""
-    shutil.rmtree(run.folder.path.resolve())
-    if run.folder.path.is_symlink():
-        run.folder.path.unlink()
-    if run.folder.beside(".lock").exists():
-        for suffix in (".yaml", ORIGINS, ".log", ".lock"):
-            run.folder.beside(suffix).unlink(missing_ok=True)
+    to one, both go.
+
+    Raises:
+        UserError: something of it cannot be removed.
+    """
+    try:
+        shutil.rmtree(run.folder.path.resolve())
+        if run.folder.path.is_symlink():
+            run.folder.path.unlink()
+        if run.folder.beside(".lock").exists():
+            for suffix in (".yaml", ORIGINS, ".log", ".lock"):
+                run.folder.beside(suffix).unlink(missing_ok=True)
+    except OSError as error:  # in a folder it names a file without that
+        raise UserError(
+            f"cannot remove {run.folder.path}: {Path(error.filename or '').name}: {error.strerror}",
+            "can it be written, and is it yours? some of it may be gone",
+        ) from None
 
 
 def tails(name: str) -> list[str]:

@@ -1,5 +1,6 @@
 """``runs``: found, named, told apart, compared; and removed only where nobody works in them."""
 
+import errno
 import fcntl
 import io
 import json
@@ -233,6 +234,21 @@ def test_a_run_that_is_begun_while_it_asks_is_not_removed(here, lab, tmp_path, m
     done = here("runs", "rm", "alone", "--root", root, status=2)
     begun.__exit__(None, None, None)
     assert "alone is running" in done.stderr and (root / "alone").exists()
+
+
+def test_a_run_that_cannot_be_removed_is_named(here, lab, tmp_path, monkeypatch):
+    """Not a file in it alone, as Python has it: ``speed.csv: Read-only file system``."""
+    root = shutil.copytree(lab, tmp_path / "runs")
+
+    def refuse(path, **_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    with monkeypatch.context() as readonly:
+        readonly.setattr("os.unlink", refuse)
+        said = here("runs", "rm", "alone", "--yes", "--root", root, status=2).stderr
+    assert f"error: cannot remove {root / 'alone'}: " in said
+    assert "Read-only file system" in said and "is it yours?" in said
+    assert "removed 1" not in said and (root / "alone" / "config.yaml").exists()
 
 
 def test_runs_behind_links_are_seen_once_and_removed_with_them(here, lab, tmp_path):
