@@ -80,6 +80,19 @@ def test_the_newest_whole_one_is_continued_from_and_ends_the_same(whole, tmp_pat
     assert same(folder, whole)
 
 
+def test_a_whole_last_is_continued_from_beside_one_of_more_iterations(whole, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.checkpoints.mkdir(parents=True)
+    shutil.copy(whole.last, folder.best)
+    shutil.copy(whole.previous, folder.last)
+    said = []
+    path, held = checkpoints.newest(folder.checkpoints, folder.last, said.append)
+    assert path == folder.last and held["global_step"] < 12 and not said
+    folder.last.write_bytes(b"nothing")
+    path, held = checkpoints.newest(folder.checkpoints, folder.last, said.append)
+    assert path == folder.best and held["global_step"] == 12 and len(said) == 1
+
+
 def test_where_none_is_whole_it_does_not_begin_again(whole, tmp_path):
     folder = RunFolder(tmp_path / "run")
     shutil.copytree(whole.path, folder.path)
