@@ -177,7 +177,9 @@ def predict(task: Classification, found: Sequence[Picture], top: int) -> Iterato
         # Stable: of classes that are as probable, the first comes first, as evaluation counts.
         values, indices = shares.sort(descending=True, stable=True)
         best = values[:, :top].tolist(), indices[:, :top].tolist()
-        for row in zip(*best, errors, pixels, strict=True):
-            probable, named, error, seen = row
+        finite = shares.isfinite().all(1).tolist()
+        for row in zip(*best, finite, errors, pixels, strict=True):
+            probable, named, sound, error, seen = row
+            error = error or ("" if sound else "the network's output is not finite")
             pairs = [(task.classes[i], p) for i, p in zip(named, probable, strict=True)]
             yield Prediction(next(names).name, [] if error else pairs, error, seen)

@@ -33,6 +33,9 @@ def imported(kind: str, name: str, base: type[Class]) -> type[Class]:
         sys.path.append(str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), cls)
+    except SystemExit:
+        hint = 'what it runs by itself stands under: if __name__ == "__main__":'
+        raise UserError(f"cannot import {kind} {name!r}: it ends the program", hint) from None
     except Exception as error:  # importing runs the user's file, which may fail in any way
         hint = "write it as module:Class, importable from here"
         raise UserError(f"cannot import {kind} {name!r}: {error}", hint) from None

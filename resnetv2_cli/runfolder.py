@@ -157,6 +157,19 @@ class RunFolder:
         return Experiment.load(self.config)
 
 
+def refuse_needed(path: Path) -> None:
+    """Refuse to write over what a run needs to be continued, or has come to.
+
+    Raises:
+        UserError: the path is such a file's.
+    """
+    whole = path.resolve()
+    own, above = RunFolder(whole.parent), RunFolder(whole.parent.parent)
+    needed = [own.config, own.manifest.path, own.metrics, own.speed, own.result, own.lock]
+    if (own.begun and whole in needed) or (above.begun and whole.parent == above.checkpoints):
+        raise UserError(f"{path} is part of a run", "name another file with --output")
+
+
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     """Each column of a metrics file as (iteration, value) pairs; empty if there is none yet.
 

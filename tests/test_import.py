@@ -321,7 +321,11 @@ def test_files_that_are_refused(tmp_path, capsys):
     (tmp_path / "cut.keras").write_bytes(b"PK")
     torch.save({"epoch": 3}, tmp_path / "none.pth")
     (tmp_path / "README.md").write_text("# weights\n")
+    torch.save({"fc.bias": torch.tensor([0.0, float("nan")])}, tmp_path / "nan.pth")
+    torch.save({"bn1.running_var": torch.tensor([1.0, -1.0])}, tmp_path / "var.pth")
     for name, message in [
+        ("nan.pth", "fc.bias has numbers that are not finite"),
+        ("var.pth", "bn1.running_var has a variance below 0"),
         ("pickle.pth", "holds more than tensors"),
         ("net.t7", "no maintained reader"),
         ("cut.safetensors", "cannot read"),

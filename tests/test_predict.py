@@ -21,7 +21,8 @@ from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.module import view_of
 from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.inference import Picture, from_stdin, images_of, network
+from resnetv2_cli.inference import Picture, from_stdin, images_of, network, predict
+from resnetv2_cli.weightfile import find
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +217,23 @@ def test_a_picture_of_no_kind_is_refused_before_anything_is_predicted(trained, d
     name = sorted(digits[0].iterdir())[0]
     done = here("predict", trained, name, "--picture", "seen.xyz", status=2)
     assert "no picture is called seen.xyz" in done.stderr and not done.stdout
+
+
+def test_a_picture_that_is_looked_at_is_not_drawn_over(trained, digits, tmp_path, here):
+    mine = shutil.copy(sorted(digits[0].iterdir())[0], tmp_path / "mine.png")
+    before = mine.read_bytes()
+    done = here("predict", trained, tmp_path, "--picture", tmp_path / "." / "mine.png", status=2)
+    assert "is one of the pictures" in done.stderr and not done.stdout
+    assert mine.read_bytes() == before
+
+
+def test_what_a_network_gives_that_is_no_number_is_an_error(trained, digits):
+    task = network(find(trained))
+    with torch.no_grad():
+        task.net.head.fc.bias[3] = float("nan")
+    name = sorted(digits[0].iterdir())[0]
+    [seen] = predict(task, [Picture(str(name), name)], 1)
+    assert seen.error == "the network's output is not finite" and not seen.top
 
 
 def test_results_come_at_once_and_their_names_need_not_be_text(trained, digits, tmp_path):

@@ -262,6 +262,16 @@ def test_the_mistakes_of_a_page(here, lab, tmp_path):
     assert "is not what an ablation leaves" in done.stderr
 
 
+@pytest.mark.parametrize("command", ["report", "export"])
+@pytest.mark.parametrize("file", ["config.yaml", "metrics.csv", "checkpoints/last.ckpt"])
+def test_what_a_run_needs_is_not_written_over(here, trained, tmp_path, command, file):
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = (run / file).read_bytes()
+    form = ["--format", "safetensors"] if command == "export" else []
+    done = here(command, run, *form, "--output", run / "." / file, status=2)
+    assert "is part of a run" in done.stderr and (run / file).read_bytes() == before
+
+
 def test_watching_ends_with_the_last_open_run(here, lab, tmp_path, monkeypatch):
     """The page asks to be read again while runs are open, and no longer when none is."""
     root = shutil.copytree(lab, tmp_path / "runs")

@@ -157,7 +157,10 @@ class Other: pass
 def test_a_shortcut_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
-    trust.admit(["--shortcut", "mine:Halved", "--grid", "shortcut=nowhere:Halved,mine:Other"])
+    (tmp_path / "ends.py").write_text("raise SystemExit(0)")
+    trust.admit(
+        ["--shortcut", "mine:Halved", "--grid", "shortcut=nowhere:Halved,mine:Other,ends:X"]
+    )
     h = shortcut("mine:Halved")
     x, r = torch.randn(2, 2, 16, 8, 8)
     torch.testing.assert_close(h(x, r), x / 2 + r)
@@ -165,6 +168,7 @@ def test_a_shortcut_of_ones_own(tmp_path, monkeypatch):
         ("mine:Missing", "cannot import shortcut 'mine:Missing'"),
         ("nowhere:Halved", "cannot import shortcut 'nowhere:Halved'"),
         ("mine:Other", "'mine:Other' is not a Shortcut"),
+        ("ends:X", "cannot import shortcut 'ends:X': it ends the program"),
         ("identty", "unknown shortcut 'identty'"),
     ]:
         with pytest.raises(UserError, match=message):

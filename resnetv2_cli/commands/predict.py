@@ -72,6 +72,8 @@ def predict(
             yield prediction
 
     with inference.pictures(images, sys.stdin.buffer, console.note) as found:
+        if picture and picture.resolve() in {Path(p.name).resolve() for p in found}:
+            raise UserError(f"{picture} is one of the pictures", "name another with --picture")
         top = min(top, len(task.classes))
         SHOW[format](noted(inference.predict(task, found, top)), top)
         count = len(found)

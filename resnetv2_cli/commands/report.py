@@ -84,6 +84,9 @@ def report(
         raise UserError(f"{output} is a folder", "--output names the file, such as report.html")
     from resnetv2_cli.inventory import places
     from resnetv2_cli.report.page import write
+    from resnetv2_cli.runfolder import refuse_needed
+
+    refuse_needed(output)
 
     folders = places(what)
     while True:

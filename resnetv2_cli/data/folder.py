@@ -137,7 +137,8 @@ def scan(
     if index and classes:  # it names all classes that train
         found = {name: files for name, files in found.items() if files}
     if strange := sorted(set(found) - set(classes)) if classes else []:
-        raise UserError(f"{place} has classes that {of} lacks: {', '.join(strange[:3])}")
+        lacking = f"{place} has classes that {of} lacks: {', '.join(strange[:3])}"
+        raise UserError(lacking, "both have one folder for each class, of the same names")
     classes = classes or tuple(found)
     pairs = [(file, i) for i, name in enumerate(classes) for file in found.get(name, ())]
     if not pairs:

@@ -148,7 +148,8 @@ class FileStream:
                 yield Batch(pixels, labels, None, next(self.weights) if self.weights else 1.0)
         except UserError as error:  # from a worker, whose traceback stands before the message
             _, _, message = str(error).rpartition(f"{type(error).__name__}: ")
-            raise UserError(message.strip()) from None
+            hint = error.hint or "resnetv2 data check names all that cannot be read"
+            raise UserError(message.strip(), hint) from None
 
 
 def stand_apart(worker: int) -> None:

@@ -13,13 +13,14 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.module import view_of
 from resnetv2_cli.data.protocols import View
 from resnetv2_cli.describe import parameters
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.export.card import Facts, card
 from resnetv2_cli.export.check import Agreement, written
 from resnetv2_cli.export.fold import exported
 from resnetv2_cli.export.formats import FORMATS, INPUT, OUTPUT, check_packages
 from resnetv2_cli.files import write_text
 from resnetv2_cli.inference import network
-from resnetv2_cli.runfolder import RunFolder
+from resnetv2_cli.runfolder import RunFolder, refuse_needed
 from resnetv2_cli.weightfile import sha256
 
 USE = {  # of each format: how it is run on images (N, 3, size, size), 0 to 1
@@ -59,7 +60,8 @@ def export(
     """Write a checkpoint's network as a file of some format, with a card beside it.
 
     Raises:
-        UserError: a package is missing, or the file computes something else; nothing is left.
+        UserError: a package is missing, ``output`` is a file that is needed, or the file computes
+            something else; nothing is left.
     """
     check_packages(format)
     row = FORMATS[format]
@@ -69,6 +71,9 @@ def export(
     trained = Experiment(**checkpoints.settings_of(saved))  # task is as this machine has it
     run = RunFolder.of(path)
     to = output or (run.path if run else path.parent) / "export" / f"{path.stem}{row.suffix}"
+    refuse_needed(to)
+    if to.resolve() == path.resolve():
+        raise UserError(f"{to} is what is exported", "name another file with --output")
     model, folded = exported(task, row.fold if fold is None else fold)
     view = view_of(task.experiment, task.normalize)._replace(ten=False)
     use = FOLDED if folded and format == "safetensors" else USE[format]

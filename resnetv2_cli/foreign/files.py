@@ -55,6 +55,13 @@ def tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"cannot read {path}: {line}", "is it whole?") from None
     if not found:
         raise UserError(f"{path} holds no tensors", "name a file of weights")
+    for name, tensor in found.items():
+        variance = name.endswith(("running_var", "moving_variance"))
+        if not tensor.isfinite().all() or (variance and (tensor < 0).any()):
+            said = (
+                "a variance below 0" if tensor.isfinite().all() else "numbers that are not finite"
+            )
+            raise UserError(f"{path}: {name} has {said}", "were they saved of a run that diverged?")
     return found
 
 
