@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from resnetv2_cli import footprint, machine, memory, native, run
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.describe import skeleton
-from resnetv2_cli.errors import UserError
+from resnetv2_cli.errors import LAUNCHED, UserError
 from resnetv2_cli.footprint import activation_bytes, along_depth, split, step_bytes
 from resnetv2_cli.fused import made_again
 from resnetv2_cli.plans import UNITS
@@ -313,6 +313,7 @@ def test_who_is_launched_splits_the_batch_as_the_first_did(whole, here, monkeypa
     """What is free by then is less: each would take other images."""
     given = {}
     monkeypatch.setenv(run.FOLDER, str(whole.path))
+    monkeypatch.setenv(LAUNCHED, "1")
     monkeypatch.setattr(memory, "available", lambda _: 10**8)
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     monkeypatch.setattr(run, "train", lambda e, folder, **_: given.update({folder.path: e}) or {})
