@@ -135,10 +135,18 @@ def main(arguments: Iterable[str] | None = None) -> None:
             if began_with(left, kind):
                 console.note(word)
                 sys.exit(status)
-        if os.environ.get("RESNETV2_DEBUG") or not memory_full(left):
+        if os.environ.get("RESNETV2_DEBUG") or (said := mistake(left)) is None:
             raise
-        console.fail(UserError(f"the memory is full{more(left)}", LESS))
+        console.fail(said)
         sys.exit(2)
+
+
+def mistake(error: BaseException) -> UserError | None:
+    """What an error is that is none of the tool's: a full memory, or code of the user's."""
+    if memory_full(error):
+        return UserError(f"the memory is full{more(error)}", LESS)
+    own = sys.modules.get("resnetv2_cli.own")  # where nothing of it was imported it is not either
+    return own.blamed(error) if own and isinstance(error, Exception) else None
 
 
 def child() -> bool:

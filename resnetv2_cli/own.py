@@ -6,7 +6,7 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, resolve_name
@@ -20,6 +20,7 @@ from resnetv2_cli.errors import UserError
 
 HERE = Path(__file__).resolve().parent  # the tool, whose own commit and digest are kept
 Class = TypeVar("Class")
+_mine: set[str] = set()  # files of the classes that were imported
 
 
 def imported(kind: str, name: str, base: type[Class]) -> type[Class]:
@@ -43,7 +44,27 @@ def imported(kind: str, name: str, base: type[Class]) -> type[Class]:
         article = "an" if base.__name__[0] in "AEIOU" else "a"
         hint = f"derive it from {base.__module__}.{base.__name__}"
         raise UserError(f"{name!r} is not {article} {base.__name__}", hint)
+    with suppress(TypeError, OSError):  # it was made by hand
+        _mine.add(inspect.getfile(found))
     return found
+
+
+def blamed(error: BaseException) -> UserError | None:
+    """What is to be said of an error that came through a file of one's own, and where in it; None
+    of any other. What is tried on something small may fail in a network yet."""
+    places = placed(error, _mine)
+    return UserError(f"code of your own fails: {first_line(error)}", places[-1]) if places else None
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error, and how what it says begins."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def placed(error: BaseException, files: Container[str]) -> list[str]:
+    """Where an error came through one of the files, the last place last."""
+    calls = traceback.extract_tb(error.__traceback__)
+    return [f"{c.filename}, line {c.lineno}: {c.line}" for c in calls if c.filename in files]
 
 
 Gives = Callable[[Any, Tensor, str, str], None]
@@ -74,12 +95,8 @@ def tried(kind: str, name: str, cls: type, made: str) -> Iterator[Gives]:
         except UserError:
             raise
         except Exception as error:  # it is the user's code
-            said = f"{type(error).__name__}: {error}".partition("\n")[0]
-            calls = traceback.extract_tb(error.__traceback__)
-            own = [call for call in calls if call.filename == inspect.getfile(cls)]
-            places = [f"{call.filename}, line {call.lineno}: {call.line}" for call in own]
-            hint = [made, *places][-1]
-            raise UserError(f"{kind} {name!r} fails: {said}", hint) from error
+            hint = [made, *placed(error, [inspect.getfile(cls)])][-1]
+            raise UserError(f"{kind} {name!r} fails: {first_line(error)}", hint) from error
 
 
 def files(cls: type) -> list[Path]:

@@ -175,6 +175,24 @@ def test_a_shortcut_of_ones_own(tmp_path, monkeypatch):
             shortcut_class(name)
 
 
+def test_what_fails_in_a_network_alone_is_one_line_too(monkeypatch, tmp_path, here):
+    """The trial has 64 channels, and CIFAR's networks begin with 16."""
+    (tmp_path / "grouped.py").write_text(
+        "from torch import nn\n"
+        "from resnetv2_cli.shortcuts import Shortcut\n"
+        "class Grouped(Shortcut):\n"
+        "    def __init__(self, c_in, c_out, stride, carry):\n"
+        "        super().__init__(c_in, c_out, stride, carry)\n"
+        "        self.norm = nn.GroupNorm(32, c_out)\n"
+        "    def forward(self, x, residual):\n"
+        "        return self.norm(self.carry(x)) + residual\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    done = here("describe", "--depth", 8, "--shortcut", "grouped:Grouped", status=2)
+    assert "code of your own fails: ValueError: num_channels (16) must be" in done.stderr
+    assert "grouped.py, line 6" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     "body, message",
     [
