@@ -360,6 +360,12 @@ def test_only_what_is_free_leaves_an_error_beside_the_papers(tmp_path, given, co
     assert two_rows(tmp_path, 1, given).comparable is comparable
 
 
+def test_a_shortcut_that_is_given_twice_is_not_forgotten(here):
+    done = here("ablate", "--shortcut", "dropout", "--shortcut", "conv1x1", status=2)
+    assert "--shortcut is given 2 times" in done.stderr
+    assert "--grid shortcut=dropout,conv1x1" in done.stderr
+
+
 @pytest.mark.parametrize(
     "devices, given, seen",
     [

@@ -24,10 +24,10 @@ def ablate(
         list[str] | None, typer.Argument(help="More axes of the grid.", show_default=False)
     ] = None,
     shortcut: Annotated[
-        str | None, typer.Option(help="Rows of Table 1 with this shortcut; or module:Class.")
+        list[str] | None, typer.Option(help="Rows of Table 1 with this shortcut; or module:Class.")
     ] = None,
     unit: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(help="Rows of Table 2 with this unit; or 'bn + | bn', or module:Class."),
     ] = None,
     table: Annotated[
@@ -92,15 +92,17 @@ def ablate(
     from resnetv2_cli.ablation import planning, studies
 
     budget = math.inf if time is None else seconds(time)
-    if unit is not None:
-        unit = plans.unit_type(unit)
-    if shortcut is not None:
-        shortcut = plans.shortcut_type(shortcut)
+    of_unit, of_shortcut = only("unit", unit), only("shortcut", shortcut)
+    if of_unit is not None:
+        of_unit = plans.unit_type(of_unit)
+    if of_shortcut is not None:
+        of_shortcut = plans.shortcut_type(of_shortcut)
     if scale not in studies.SCALES:
         raise unknown("scale", scale, studies.SCALES)
     if axes and not grid:
         raise UserError(f"unexpected {axes[0]!r}", "axes of a grid come after --grid")
-    chosen = studies.studies(table, figure, shortcut, unit, [grid, *(axes or [])] if grid else None)
+    of_grid = [grid, *(axes or [])] if grid else None
+    chosen = studies.studies(table, figure, of_shortcut, of_unit, of_grid)
     known = [r.name for study in chosen for r in study.table.rows]
     for name in row or []:
         if name not in known:
@@ -128,6 +130,18 @@ def ablate(
     if left:  # on a signal to one of them alone
         hint = "the same command continues them"
         raise UserError(f"{len(left)} of {len(every(made))} runs were stopped", hint)
+
+
+def only(axis: str, given: list[str] | None) -> str | None:
+    """What is given once, if at all.
+
+    Raises:
+        UserError: it is given again, and the first would be forgotten.
+    """
+    if given and len(given) > 1:
+        hint = f"several are a grid: --grid {axis}={','.join(given)}"
+        raise UserError(f"--{axis} is given {len(given)} times", hint)
+    return given[0] if given else None
 
 
 def every(made: "list[Ablation]") -> "list[Arm]":
