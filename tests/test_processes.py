@@ -311,20 +311,23 @@ def test_who_is_started_again_meets_those_of_now_in_the_store_of_before(monkeypa
     assert len({of_one[0] for of_one in names}) == 3
 
 
-def test_who_waits_for_others_hears_signals():
+def test_who_waits_for_others_hears_signals(monkeypatch):
     """What waits in PyTorch's stores does not."""
     assert cluster.attended(lambda: 3) == 3
     with pytest.raises(RuntimeError, match="one has not come"):
         cluster.attended(partial(cluster.wait, 0.0))
-    over = threading.Event()
-    before = signal.signal(signal.SIGTERM, terminate)
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    monkeypatch.setattr(cluster, "PATIENCE", timedelta(seconds=12))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    began, before = time.monotonic(), signal.signal(signal.SIGTERM, terminate)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     try:
         with pytest.raises(cli.Terminated):
-            cluster.attended(partial(over.wait, 60))
+            cluster.attended(partial(cluster.common, place, 0, 2))
     finally:
         signal.signal(signal.SIGTERM, before)
-        over.set()
+    assert time.monotonic() - began < 6
 
 
 @pytest.fixture
