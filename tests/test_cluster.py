@@ -1,0 +1,45 @@
+"""What a process makes of an environment that says it is one of many, before it meets any other."""
+
+import os
+
+import pytest
+from conftest import SMALL
+from lightning.pytorch.utilities import rank_zero_only
+
+from resnetv2_cli import run
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.machine import trainer_of
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"},
+        {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "1"},
+    ],
+    ids=["torchrun", "slurm"],
+)
+def test_processes_started_together_choose_no_folder_each(monkeypatch, here, environment):
+    monkeypatch.setattr(run, "train", lambda *_, **__: pytest.fail("it would wait for the other"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    done = here("train", *SMALL, "--steps", 1, status=2)
+    assert "2 processes were started together" in done.stderr
+
+
+def test_processes_of_another_number_than_is_asked_for_do_not_train(monkeypatch):
+    """Each would train by itself, in the folder of all."""
+    torchrun = {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="2 processes were started together, .* ask for 1"):
+        trainer_of(Experiment(accelerator="cpu", devices="1"))
+
+
+def test_a_rank_that_is_of_something_else_makes_no_second_process(monkeypatch, here, tmp_path):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning reads it when it is imported
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    here("train", *SMALL, "--steps", 1, "--output", tmp_path / "run")
+    assert (tmp_path / "run" / "result.json").is_file()
+    assert "LOCAL_RANK" not in os.environ
