@@ -13,7 +13,7 @@ from resnetv2_cli.resnet import default_option
 from resnetv2_cli.task import Classification
 from resnetv2_cli.weightfile import find, sha256
 
-HEAD = "net.head.fc."
+FIRST, HEAD = "net.stem.conv.weight", "net.head.fc."
 
 
 def network_of(path: Path) -> dict[str, Any]:
@@ -21,9 +21,12 @@ def network_of(path: Path) -> dict[str, Any]:
     where the file names none.
 
     Raises:
-        UserError: there is no such file, or it cannot be read.
+        UserError: there is no such file, or it cannot be read, or it is another code base's.
     """
     saved = checkpoints.weights(find(path))
+    if FIRST not in saved["state_dict"]:
+        hint = "resnetv2 import makes a checkpoint of another code base's weights"
+        raise UserError(f"{path} has no {FIRST}, as this tool's weights have", hint)
     if "experiment" not in saved:
         return {}
     theirs = checkpoints.experiment_of(saved)

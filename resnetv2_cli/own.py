@@ -38,6 +38,7 @@ def imported(kind: str, name: str, base: type[Class]) -> type[Class]:
         hint = 'what it runs by itself stands under: if __name__ == "__main__":'
         raise UserError(f"cannot import {kind} {name!r}: it ends the program", hint) from None
     except Exception as error:  # importing runs the user's file, which may fail in any way
+        refuse_hidden(module.partition(".")[0])
         hint = "write it as module:Class, importable from here"
         raise UserError(f"cannot import {kind} {name!r}: {error}", hint) from None
     if not (isinstance(found, type) and issubclass(found, base)):
@@ -47,6 +48,21 @@ def imported(kind: str, name: str, base: type[Class]) -> type[Class]:
     with suppress(TypeError, OSError):  # it was made by hand
         _mine.add(inspect.getfile(found))
     return found
+
+
+def refuse_hidden(module: str) -> None:
+    """
+    Raises:
+        UserError: a module of Python's or of a package has the name of one in the current folder,
+            and comes first.
+    """
+    if not (found := sys.modules.get(module)):
+        return
+    first = Path(getattr(found, "__file__", None) or "Python itself")
+    for place in (Path.cwd() / f"{module}.py", Path.cwd() / module):
+        if place.exists() and place.resolve() not in (first.resolve(), first.resolve().parent):
+            said = f"{place.name} is not what is imported: {first} has its name too"
+            raise UserError(said, "give yours another name")
 
 
 def blamed(error: BaseException) -> UserError | None:
@@ -68,6 +84,17 @@ def placed(error: BaseException, files: Container[str]) -> list[str]:
 
 
 Gives = Callable[[Any, Tensor, str, str], None]
+
+
+def refuse_rewritten(kind: str, name: str, x: Tensor) -> None:
+    """
+    Raises:
+        UserError: x, which a class was called with, is not what it was: F learns from it in
+            backward.
+    """
+    if x._version:
+        hint = "it adds to a tensor of its own: y = x + ..., not x += ..."
+        raise UserError(f"{kind} {name!r} rewrites x in place", hint)
 
 
 @contextmanager

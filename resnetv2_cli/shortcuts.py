@@ -230,6 +230,7 @@ def refuse_broken(cls: type[Shortcut], name: str) -> None:
             shortcut = cls(64, c, stride, carry, **_named(name, settings_of(cls)))
             shortcut.place(1, 2)
             gives(shortcut(x, residual), residual, "F(x)", hint)
+            own.refuse_rewritten("shortcut", name, x)
 
 
 def settings_of(cls: type[Shortcut]) -> dict[str, object]:

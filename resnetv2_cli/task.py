@@ -32,7 +32,8 @@ CALLS = "iterations run call by call; --graphs is faster, but untried on several
 class Scores(Metric):
     """Sums over all images of all processes: counts of each (label, guess), top-5 hits, loss.
 
-    Sums of counts, not means of batch means, so that no image weighs more than another.
+    Sums of counts, not means of batch means, so that no image weighs more than another. Logits that
+    are not finite guess nothing: a column behind those of the classes counts them.
     """
 
     full_state_update = False
@@ -43,7 +44,7 @@ class Scores(Metric):
     def __init__(self, classes: int) -> None:
         super().__init__()
         self.classes = classes
-        counts = torch.zeros(classes, classes, dtype=torch.int64)
+        counts = torch.zeros(classes, classes + 1, dtype=torch.int64)
         self.add_state("confusion", counts, dist_reduce_fx="sum")
         self.add_state("top5", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("loss", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -51,16 +52,18 @@ class Scores(Metric):
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """logits (N, classes), labels (N,)."""
         logits = logits.float()
-        pairs = labels * self.classes + logits.argmax(1)
-        counts = torch.bincount(pairs, minlength=self.classes**2)
-        self.confusion += counts.reshape(self.classes, self.classes)
+        finite = logits.isfinite().all(1)
+        pairs = labels * (self.classes + 1) + logits.argmax(1).where(finite, self.classes)
+        counts = torch.bincount(pairs, minlength=self.confusion.numel())
+        self.confusion += counts.reshape(self.confusion.shape)
         best = logits.topk(min(TOP, self.classes)).indices
-        self.top5 += (best == labels[:, None]).sum()
+        self.top5 += ((best == labels[:, None]) & finite[:, None]).sum()
         self.loss += F.cross_entropy(logits, labels, reduction="sum")
 
     def compute(self) -> dict[str, Any]:
-        """``error`` and ``top5_error`` in percent, ``loss`` in nats per image, ``images``, and
-        ``confusion``, the counts: a row for each label, a column for each guess."""
+        """``error``, ``top5_error`` and ``class_errors`` in percent, ``loss`` in nats per image,
+        ``images``, those of them ``not_finite``, and ``confusion``, the counts: a row for each
+        label, a column for each guess."""
         images = int(self.confusion.sum())
         right = int(self.confusion.diagonal().sum())
         return {
@@ -68,12 +71,17 @@ class Scores(Metric):
             "top5_error": 100 * (images - int(self.top5)) / images,
             "loss": float(self.loss) / images,
             "images": images,
-            "confusion": self.confusion.tolist(),
+            "not_finite": int(self.confusion[:, -1].sum()),
+            "confusion": self.confusion[:, :-1].tolist(),
+            "class_errors": class_errors(self.confusion.tolist()),
         }
 
 
 def class_errors(confusion: list[list[int]]) -> list[float | None]:
-    """Errors class by class, in percent; None for one without images."""
+    """Errors class by class, in percent; None for one without images.
+
+    ``confusion``: a row for each class, whose own guess is at its own number.
+    """
     return [
         100 * (sum(row) - row[i]) / sum(row) if any(row) else None
         for i, row in enumerate(confusion)

@@ -193,4 +193,5 @@ def refuse_broken(name: str, block: str, stem: str) -> None:
                 x, y = torch.randn(2, c_in, 8, 8), torch.empty(2, c_out, 8 // stride, 8 // stride)
                 gives(unit.residual(unit.shared(x)), y, "F(x)", hint)
                 gives(unit(x), y, "x_l+1", "its forward returns what the next unit takes")
+                own.refuse_rewritten("unit", name, x)
             c = c_out

@@ -18,6 +18,7 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.flags import seconds
 from resnetv2_cli.plans import BLOCKS, UNITS, shortcuts
 from resnetv2_cli.quantities import duration
+from resnetv2_cli.task import class_errors
 
 
 def test_version(resnetv2):
@@ -85,13 +86,26 @@ def test_a_class_without_test_images_has_no_error(trained, tmp_path, here, monke
     def without(*given, **more):
         scores, task = evaluate(*given, **more)
         scores["confusion"][3] = [0] * 10
-        return scores, task
+        return scores | {"class_errors": class_errors(scores["confusion"])}, task
 
     evaluate = run.evaluate
     monkeypatch.setattr(run, "evaluate", without)
     for more in ([], ["--json"]):
         said = here("eval", trained, "--output", tmp_path, *more).stdout
         assert ('"3": null' if more else "│ 3     │     — │") in said
+
+
+def test_numbers_that_are_not_finite_count_as_wrong_and_are_told(trained, tmp_path, here):
+    """As a broken conversion, or a run of before they were watched, leaves them."""
+    saved = torch.load(trained / "checkpoints/last.ckpt", weights_only=True)
+    saved["state_dict"]["net.head.fc.bias"][0] = torch.nan
+    del saved["sealed"]
+    torch.save(saved, tmp_path / "nan.ckpt")
+    done = here("eval", tmp_path / "nan.ckpt", "--output", tmp_path, "--json")
+    assert "the numbers for 360 images are not finite: they count as wrong" in done.stderr
+    scores = json.loads(done.stdout)
+    assert scores["error"] == scores["top5_error"] == 100 and scores["loss"] is None
+    assert set(scores["class_error"].values()) == {100}
 
 
 def test_eval_shows_a_table(here, trained):

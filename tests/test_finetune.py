@@ -22,7 +22,7 @@ from resnetv2_cli.data.images import digits
 from resnetv2_cli.data.module import view_of
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.export import study
-from resnetv2_cli.finetune import begin, refuse_another_architecture
+from resnetv2_cli.finetune import begin, network_of, refuse_another_architecture
 from resnetv2_cli.inference import Picture, network, predict
 from resnetv2_cli.runfolder import RunFolder
 
@@ -205,6 +205,11 @@ def test_plain_safetensors_are_taken_by_name(trained, tmp_path):
     torch.testing.assert_close(now, given, rtol=0, atol=0)  # the same data, so the same mean image
     with pytest.raises(UserError, match="another architecture: net.body.stage1.unit1.*conv1"):
         started(Experiment(**{**SMALL, "block": "bottleneck", "depth": 11}, weights=file))
+    theirs = {f"layer{i}.weight": v.contiguous() for i, v in enumerate(plain.values())}
+    save_file(theirs, tmp_path / "theirs.safetensors")
+    with pytest.raises(UserError, match="has no net.stem.conv.weight") as refused:
+        network_of(tmp_path / "theirs.safetensors")  # before a network is planned for it
+    assert "resnetv2 import" in refused.value.hint
     (tmp_path / "broken.safetensors").write_bytes(b"not one")
     with pytest.raises(UserError, match="cannot read"):
         started(Experiment(**SMALL, weights=str(tmp_path / "broken.safetensors")))

@@ -158,9 +158,10 @@ def test_a_shortcut_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ends.py").write_text("raise SystemExit(0)")
-    trust.admit(
-        ["--shortcut", "mine:Halved", "--grid", "shortcut=nowhere:Halved,mine:Other,ends:X"]
-    )
+    (tmp_path / "wave.py").write_text(MINE)  # a module of Python's is called so
+    (tmp_path / "math").mkdir()
+    names = "nowhere:Halved,mine:Other,ends:X,wave:Halved,math.mine:Halved"
+    trust.admit(["--shortcut", "mine:Halved", "--grid", f"shortcut={names}"])
     h = shortcut("mine:Halved")
     x, r = torch.randn(2, 2, 16, 8, 8)
     torch.testing.assert_close(h(x, r), x / 2 + r)
@@ -169,6 +170,8 @@ def test_a_shortcut_of_ones_own(tmp_path, monkeypatch):
         ("nowhere:Halved", "cannot import shortcut 'nowhere:Halved'"),
         ("mine:Other", "'mine:Other' is not a Shortcut"),
         ("ends:X", "cannot import shortcut 'ends:X': it ends the program"),
+        ("wave:Halved", "wave.py is not what is imported: /.*/wave.py has its name too"),
+        ("math.mine:Halved", "math is not what is imported"),
         ("identty", "unknown shortcut 'identty'"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -200,6 +203,7 @@ def test_what_fails_in_a_network_alone_is_one_line_too(monkeypatch, tmp_path, he
         ("return x + residual", r"fails: RuntimeError: The size of tensor"),
         ("return torch.cat([residual, residual], 1)", r"gives \(2, 128, 8, 8\) where F\(x\) is"),
         ("self.last = residual", "gives NoneType where"),
+        ("x = self.carry(x); x += residual; return x", "rewrites x in place"),
     ],
 )
 def test_a_shortcut_of_ones_own_that_fails_is_one_line(refused, request, body, message):
@@ -213,6 +217,7 @@ def test_a_shortcut_of_ones_own_that_fails_is_one_line(refused, request, body, m
     assert (
         f"{name}.py, line 6: {body}" in hint
         or "see self.carry" in hint
+        or "not x += ..." in hint
         or (body.startswith("self.last") and "its forward returns" in hint)
     )
 

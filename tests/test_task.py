@@ -45,6 +45,19 @@ def test_top5_error():
     assert scores.compute()["error"] == pytest.approx(100 * 6 / 7)
 
 
+def test_logits_that_are_not_finite_guess_nothing():
+    """The greatest of numbers among which is NaN is NaN, and of NaNs alone the first class."""
+    logits = torch.eye(7)
+    logits[0], logits[1, 6], logits[2, 2] = torch.nan, torch.nan, torch.inf
+    scores = Scores(7)
+    scores.update(logits, torch.arange(7))
+    found = scores.compute()
+    assert found["error"] == pytest.approx(100 * 3 / 7) and found["images"] == 7
+    assert found["top5_error"] >= found["error"] and found["not_finite"] == 3
+    assert found["class_errors"] == [100, 100, 100, 0, 0, 0, 0]
+    assert sum(map(sum, found["confusion"])) == 4
+
+
 def test_training_error_and_loss_are_summed_over_images():
     t = task()
     t.training_step(batch(16), 0)

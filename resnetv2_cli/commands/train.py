@@ -155,7 +155,6 @@ def evaluate(
     from resnetv2_cli.manifest import rewritten
     from resnetv2_cli.plot import confusion
     from resnetv2_cli.runfolder import RunFolder
-    from resnetv2_cli.task import class_errors
     from resnetv2_cli.weightfile import find
 
     with cluster.Meeting() as meeting:
@@ -179,8 +178,10 @@ def evaluate(
     except OSError as error:
         picture = None
         console.note(f"no picture: cannot write {to}: {error.strerror}")
+    if wild := scores["not_finite"]:
+        console.note(f"the numbers for {wild:,} images are not finite: they count as wrong")
     rows = paper.evaluated(task.experiment)
-    named = dict(zip(task.classes, class_errors(scores["confusion"]), strict=True))
+    named = dict(zip(task.classes, scores.pop("class_errors"), strict=True))
     if json:
         known = [{"name": r.name, "error": r.published, "top5_error": r.top5} for r in rows]
         extra = {"protocol": task.experiment.protocol, "published": known}
