@@ -18,7 +18,7 @@ from resnetv2_cli import native
 from resnetv2_cli.fused import LANES, count, fits, made_again, pack, remember, spread, unpack
 
 LAST = torch.channels_last
-MOST = 2**17  # weights; PyTorch's own is as fast from 2**18 on, where they no longer lie in a cache
+MOST = {"cpu": 2**18, "cuda": 2**17}  # weights; of more PyTorch's own is as fast
 ROOM = 2**17  # numbers of an image with its border, which a 3x3 convolution keeps in a cache
 NAMES = {1: "pointwise", 3: "conv3x3"}  # of the functions, by the kernel
 EACH = 8  # of sums along a shortcut, one of so many is kept where the others are made again
@@ -35,7 +35,7 @@ def joins(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Module) -> bool:
         and conv.padding_mode == "zeros"
         and conv.groups == 1
         and conv.bias is None
-        and conv.weight.numel() <= MOST
+        and conv.weight.numel() <= MOST["cuda" if x.is_cuda else "cpu"]
         and x.dtype == torch.bfloat16
         and (x.is_meta or _lies(conv.weight))
         and (_fits_gpu(x, norm, conv) if x.is_cuda else _fits_cpu(x, norm, conv))

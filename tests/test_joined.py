@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from resnetv2_cli import native
-from resnetv2_cli.joined import bn_relu_conv
+from resnetv2_cli.joined import bn_relu_conv, joins
 from resnetv2_cli.layers import conv
 
 pytestmark = needs_products
@@ -160,6 +160,16 @@ def test_gradients_pass_what_is_not_finite_as_pytorchs_do(x_has, before, kernel)
     x[0, 3, 1, 1] = x_has
     got, want = (f(before, weights, x, plus, dy, dx)["dx"] for f in (joined, apart))
     assert want.isfinite().all() and distance(got, want) <= BOUND
+
+
+@pytest.mark.parametrize("c, n", [(256, 1024), (1024, 256)])
+def test_the_largest_that_are_joined(c, n):
+    norm, weights, x, *more = example(c, n, (2, 7, 7), True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert joins(x, norm, weights) and not joins(
+            x, norm, conv(c, n + 16, 1).to(memory_format=LAST)
+        )
+    check((norm, weights, x, *more))
 
 
 def test_threads_need_no_large_stacks():
