@@ -2,6 +2,7 @@
 share, what they do not wait for, and that they begin together or not at all; and those launched."""
 
 import atexit
+import math
 import os
 import signal
 import time
@@ -33,6 +34,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from resnetv2_cli.errors import LAUNCHED, Gone, UserError, shown
 from resnetv2_cli.signals import SIGNALS
+from resnetv2_cli.telling import Tell, silent
 
 # As Lightning's Trainer looks for them: torchrun may itself run inside of a queue's job.
 OUTSIDE = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
@@ -116,11 +118,12 @@ class Meeting:
     """Where processes that were started from outside say how each would begin, before they do.
 
     They meet in the process group in which they will train, as often as ``agree`` is called; who
-    fails before the last time says so there. One process alone meets nobody.
+    fails before the last time says so there. One process alone meets nobody. ``tell``: hears if
+    another one is long in coming.
     """
 
-    def __init__(self) -> None:
-        self.kind = outside()
+    def __init__(self, tell: Tell = silent) -> None:
+        self.kind, self.tell = outside(), tell
         self.over = self.kind is None
 
     def __enter__(self) -> "Meeting":
@@ -164,13 +167,14 @@ class Meeting:
         rank, size = self.kind.global_rank(), self.kind.world_size()
         place = f"{self.kind.main_address}:{self.kind.main_port}"
         everyone: list[Any] = [None] * size
+        late = partial(self.tell, f"process {rank} of {size} waits for the others at {place}")
         try:
             if not distributed.is_initialized():  # Lightning takes it as it is
-                store = attended(partial(common, place, rank, size))
+                store = attended(partial(common, place, rank, size), late)
                 distributed.init_process_group(store=store, rank=rank, world_size=size)
                 if torch.cuda.is_available():
                     atexit.register(distributed.destroy_process_group)
-            distributed.all_gather_object(everyone, mine)
+            attended(partial(distributed.all_gather_object, everyone, mine), late)
         except RuntimeError as error:
             self.over = True
             line = str(error).splitlines()[0]
@@ -180,11 +184,14 @@ class Meeting:
 
 PATIENCE = timedelta(minutes=30)  # as long as processes wait for one another in training
 AGAIN = 0.05  # seconds between two looks at a store
+LONG = 10.0  # seconds after which somebody may wonder what is waited for
 
 
-def attended(waits: Callable[[], Any]) -> Any:
-    """What a function gives that waits where Python hears no signal: here it hears them."""
+def attended(waits: Callable[[], Any], late: Callable[[], None]) -> Any:
+    """What a function gives that waits where Python hears no signal: here it hears them. ``late``
+    is called if that is long."""
     found: Future[Any] = Future()
+    end = time.monotonic() + LONG
 
     def run() -> None:
         try:
@@ -195,6 +202,9 @@ def attended(waits: Callable[[], Any]) -> Any:
     Thread(target=run, daemon=True).start()
     while not found.done():
         wait_for([found], timeout=1.0)
+        if time.monotonic() > end:
+            late()
+            end = math.inf
     return found.result()
 
 

@@ -313,21 +313,25 @@ def test_who_is_started_again_meets_those_of_now_in_the_store_of_before(monkeypa
 
 def test_who_waits_for_others_hears_signals(monkeypatch):
     """What waits in PyTorch's stores does not."""
-    assert cluster.attended(lambda: 3) == 3
+    told = []
+    late = partial(told.append, "late")
+    assert cluster.attended(lambda: 3, late) == 3
     with pytest.raises(RuntimeError, match="one has not come"):
-        cluster.attended(partial(cluster.wait, 0.0))
+        cluster.attended(partial(cluster.wait, 0.0), late)
+    monkeypatch.setattr(cluster, "LONG", 1.5)
+    assert cluster.attended(partial(time.sleep, 0.1), late) is None and not told
     monkeypatch.setattr(cluster, "PATIENCE", timedelta(seconds=12))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{free.getsockname()[1]}"
     began, before = time.monotonic(), signal.signal(signal.SIGTERM, terminate)
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
     try:
         with pytest.raises(cli.Terminated):
-            cluster.attended(partial(cluster.common, place, 0, 2))
+            cluster.attended(partial(cluster.common, place, 0, 2), late)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 9 and told == ["late"]
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def train(
     taken = os.environ.get(run.FOLDER)  # in the processes that the first one of a run launched
     if not (begun or taken or output):
         cluster.refuse_free_folder()
-    with cluster.Meeting() as meeting:
+    with cluster.Meeting(console.note) as meeting:
         if taken:  # the first has settled all: each would find other memory free, for one
             folder = RunFolder(Path(taken))
             experiment = folder.experiment()
@@ -157,7 +157,7 @@ def evaluate(
     from resnetv2_cli.runfolder import RunFolder
     from resnetv2_cli.weightfile import find
 
-    with cluster.Meeting() as meeting:
+    with cluster.Meeting(console.note) as meeting:
         file = find(checkpoint)
         try:
             scores, task = run.evaluate(file, meeting, **flags)
