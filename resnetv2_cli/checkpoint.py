@@ -40,7 +40,7 @@ class WholeFiles(TorchCheckpointIO):
         """``storage_options``: the name that the file in this place gets, and more names for the
         new one: ``{"before": path, "also": [path]}``."""
         path, names = Path(path), storage_options or {}
-        beside = files.partial(path)
+        beside, target = files.partial(path), Path(path)
         self.failure = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,14 +48,15 @@ class WholeFiles(TorchCheckpointIO):
             if path.exists() and "before" in names:
                 files.name_too(path, names["before"])
             beside.replace(path)
-            for name in names.get("also", []):
-                files.name_too(path, name)
+            for target in names.get("also", []):
+                files.name_too(path, target)
             files.flush_folder(path.parent)
         except OSError as error:
             with suppress(OSError):
                 beside.unlink(missing_ok=True)
-            said = f"cannot save {path}: {error.strerror or error}"
-            self.failure = NotSaved(said, left_in(path.parent))
+            said = f"cannot save {target}: {error.strerror or error}"
+            hint = left_in(path.parent) if target == path else f"{path.name} is saved"
+            self.failure = NotSaved(said, hint)
 
 
 def left_in(folder: Path) -> str:

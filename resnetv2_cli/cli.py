@@ -79,13 +79,19 @@ def options(
 
 
 def code_first(given: list[str]) -> list[str]:
-    """The same words with every ``--allow-code NAME`` in front, where the app looks for it."""
+    """The same words with every ``--allow-code NAME`` in front, where the app looks for it.
+
+    Raises:
+        UserError: one has no name.
+    """
     first: list[str] = []
     left: list[str] = []
     words = iter(given)
     for word in words:
         if word == "--allow-code":
-            first += [word, next(words, "")]
+            if (name := next(words, None)) is None:
+                raise UserError(f"{word} names nothing", f"{word} mine:LearnedScale")
+            first += [word, name]
         else:
             (first if word.startswith("--allow-code=") else left).append(word)
     return first + left
@@ -103,14 +109,32 @@ def heard() -> Iterator[None]:
         raise
 
 
+DEBUG = "RESNETV2_DEBUG"  # of the environment
+
+
 @heard()
 def main(arguments: Iterable[str] | None = None) -> None:
     """The console script: every mistake of the user ends here, in one line and a hint."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if "--debug" in given:  # wherever it stands
-        os.environ["RESNETV2_DEBUG"] = "1"
-        given = [a for a in given if a != "--debug"]
-    given = code_first(given)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    with debugging("--debug" in words):  # wherever it stands
+        run([word for word in words if word != "--debug"])
+
+
+@contextmanager
+def debugging(asked: bool) -> Iterator[None]:
+    """Meanwhile tracebacks are shown, if that is asked for; in processes that are started, too."""
+    before = os.environ.get(DEBUG)
+    if asked:
+        os.environ[DEBUG] = "1"
+    try:
+        yield
+    finally:
+        if asked and before is None:
+            os.environ.pop(DEBUG, None)
+
+
+def run(given: list[str]) -> None:
+    """A command, and what is said of its end."""
     trust.admit(given)
     threads.settle()
     if not trust.some():  # which may have any use for any metric
@@ -120,9 +144,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with terminating():
-            app(given)
+            app(code_first(given))
     except (UserError, OSError) as error:
-        if os.environ.get("RESNETV2_DEBUG"):
+        if os.environ.get(DEBUG):
             raise
         if child() and isinstance(error, OfAll):
             sys.exit(0)  # the first says it
@@ -135,7 +159,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
             if began_with(left, kind):
                 console.note(word)
                 sys.exit(status)
-        if os.environ.get("RESNETV2_DEBUG") or (said := mistake(left)) is None:
+        if os.environ.get(DEBUG) or (said := mistake(left)) is None:
             raise
         console.fail(said)
         sys.exit(2)
@@ -161,11 +185,15 @@ def of_the_system(error: OSError) -> UserError:
     name = str(error.filename or "")
     file = name.removesuffix(files.PARTIAL)
     what = f"cannot write {file}: " if file != name else f"{name}: " if name else ""
-    there = error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
+    there = error.errno not in NOT_THERE
     hint = "what was saved before is kept" if there else "is its folder there, and is it yours?"
     return UserError(f"{what}{error.strerror or error}", hint)
 
 
+NOT_THERE = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+)
 LESS = "a smaller --batch-size; train has --micro-batch auto and --recompute-bn, too"
 FULL = re.compile("out of memory|can't allocate memory|_ALLOC_FAILED", re.IGNORECASE)
 

@@ -18,8 +18,9 @@ from resnetv2_cli.quantities import NONE
 NAME = 43  # names are read whole where none of them takes more
 WORDS = 24  # what is folded has so much, at least
 
-out = Console(soft_wrap=False)
-err = Console(stderr=True, highlight=False)
+# Not emoji: mine:Key:ratio=4 is a name, and no picture of a key.
+out = Console(soft_wrap=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
@@ -101,6 +102,11 @@ def progress() -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, every: bar.update(task, completed=done, total=every)
+
+
+def say(text: str) -> None:
+    """A line on stdout."""
+    out.print(escape(plain(text)), soft_wrap=True, highlight=False)
 
 
 def note(text: str) -> None:

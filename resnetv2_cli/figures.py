@@ -5,6 +5,7 @@ from pathlib import Path
 
 from resnetv2_cli.ablation.studies import slug
 from resnetv2_cli.analysis.topics import TOPICS
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.inventory import Analysis, Found
 from resnetv2_cli.plot import COLORS, panels
 
@@ -47,13 +48,21 @@ def curves(found: Found, to: Path, suffix: str, y: str) -> Iterator[Path]:
 def of_analysis(
     analysis: Analysis, to: Path, suffix: str, name: str = "analysis"
 ) -> Iterator[tuple[str, Path]]:
-    """A picture of each topic of an analysis, with the topic's name; ``name``: of the files."""
+    """A picture of each topic of an analysis, with the topic's name; ``name``: of the files.
+
+    Raises:
+        UserError: it lacks what a picture needs, as one of another version may.
+    """
     from resnetv2_cli.analysis.study import module  # torch: only where there is an analysis
 
     for topic, measured in analysis.found["topics"].items():
         if topic in TOPICS and measured:
             file = to / f"{name}-{topic}.{suffix}"
-            module(topic).draw(measured, file)
+            try:
+                module(topic).draw(measured, file)
+            except (LookupError, TypeError, ValueError, AttributeError):
+                said = f"{analysis.folder / 'analysis.json'} is not what an analysis leaves"
+                raise UserError(said, "resnetv2 analyze writes it anew") from None
             yield topic, file
 
 

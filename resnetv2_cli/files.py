@@ -89,11 +89,10 @@ def name_too(path: Path, other: Path) -> None:
     beside.unlink(missing_ok=True)
     try:
         os.link(path, beside)
+        os.replace(beside, other)
     except OSError:
-        with path.open("rb") as source, beside.open("wb") as copy:
+        with path.open("rb") as source, replacing(other) as copy:
             shutil.copyfileobj(source, copy, CHUNK)
-            flush(copy)
-    os.replace(beside, other)
 
 
 class Sealing:

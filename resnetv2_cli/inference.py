@@ -37,7 +37,7 @@ class Picture(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """The most probable classes of a picture, or why it cannot be read.
+    """The most probable classes of a picture, or why there are none.
 
     ``pixels`` (size, size, 3) uint8: what the network saw.
     """

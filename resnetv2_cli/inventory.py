@@ -6,6 +6,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from resnetv2_cli.recipes import read_yaml
 from resnetv2_cli.runfolder import RUNS, RunFolder, read_metrics
 
 FRESH = 1200.0  # seconds; a run that trains saves every ten minutes
-STATES = ("done", "fail", "crashed", "running", "stopped", "waiting")
+STATES = ("done", "fail", "crashed", "running", "stopped")  # of what has begun
 SEED = re.compile(r"s\d+(/|$)")  # the folder of a run, in one that says of what network
 NAMED = "name runs, or folders that hold some"
 LIST = "resnetv2 runs ls shows what there is"
@@ -168,8 +169,11 @@ class Found:
 
 def newest(folder: RunFolder) -> float:
     """When something in a run's folder was last written, in seconds since 1970."""
-    files = [folder.config, folder.metrics, folder.last, folder.result, folder.failed]
-    return max((f.stat().st_mtime for f in files if f.exists()), default=0.0)
+    latest = 0.0
+    for file in (folder.config, folder.metrics, folder.last, folder.result, folder.failed):
+        with suppress(FileNotFoundError):  # or it is gone by now
+            latest = max(latest, file.stat().st_mtime)
+    return latest
 
 
 def alive(folder: RunFolder) -> bool:
@@ -284,6 +288,8 @@ def choose(word: str, runs: list[Run]) -> Run:
     Raises:
         UserError: there is none, or several begin like that.
     """
+    if not word:  # as of a variable that is not set; every name begins like that
+        raise UserError("a run is named by nothing", LIST)
     if (named := RunFolder(Path(word))).begun:
         return Run(str(named.path), named)
     if word == "last" and runs:

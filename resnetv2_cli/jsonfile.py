@@ -43,6 +43,6 @@ def parsed(content: bytes) -> dict[str, Any]:
     """The object that a file's content is; empty if it is none."""
     try:
         value = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

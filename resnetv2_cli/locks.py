@@ -84,6 +84,8 @@ def _locked(lock: Path, hint: str) -> TextIO:
         if _is(lock, file):
             break
         file.close()  # who held it took it away in between, and there may be another by now
+    else:
+        raise UserError(f"{lock.parent} is in use by others, one after the other", hint)
     with suppress(OSError):  # on a full disk it is held all the same, and closes without an error
         file.truncate(0)
         os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -125,6 +127,8 @@ def inherited(lock: Path) -> int | None:
     except BlockingIOError:
         os.close(file)
         return None
+    except OSError:  # a filesystem without locks
+        pass
     return file
 
 

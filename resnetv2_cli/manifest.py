@@ -3,6 +3,7 @@ seeds, how often the test set was read, and every time it was continued."""
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -18,6 +19,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from resnetv2_cli import __version__, jsonfile
 from resnetv2_cli.config import Experiment
@@ -117,16 +120,20 @@ def origins(path: Path | str | None, overrides: Mapping[str, Any]) -> dict[str, 
         for one, other in (("epochs", "steps"), ("steps", "epochs")):
             if one in overrides:
                 given.pop(other, None)
-    return given | dict.fromkeys(overrides, "flag")
+    found = given | dict.fromkeys(overrides, "flag")
+    return ({"weights_sha256": "the file of weights"} if "weights" in found else {}) | found
 
 
 def annotated(experiment: Experiment, origins: Mapping[str, str]) -> str:
     """The experiment as YAML, and behind values that are no defaults where they came from."""
-    notes = {f"{name}:": f"  # {origin}" for name, origin in origins.items()}
+    notes = {name: f"  # {origin}" for name, origin in origins.items()}
     if experiment.epochs is not None:
-        notes["steps:"] = "  # not used: epochs say how long"
-    lines = experiment.dump().splitlines()
-    return "".join(f"{line}{notes.get(line.split()[0], '')}\n" for line in lines)
+        notes["steps"] = "  # not used: epochs say how long"
+    made = []
+    for name, value in asdict(experiment).items():
+        text = yaml.safe_dump({name: value}, width=math.inf).removesuffix("\n")
+        made.append(text if "\n" in text else text + notes.get(name, ""))
+    return "\n".join(made) + "\n"
 
 
 def begun(

@@ -146,7 +146,7 @@ def files(cls: type) -> list[Path]:
 def _beside(name: str, root: Path) -> ModuleSpec | None:
     """Where a module is, if it lies under a folder and is neither installed nor of this tool; only
     what does is imported to find it."""
-    with suppress(ImportError, ValueError, AttributeError):
+    with suppress(Exception):  # whatever a package does as it is imported
         for part in dict.fromkeys((name.partition(".")[0], name)):
             spec = find_spec(part)
             places = Path(str(spec.origin)).resolve().parents if spec and spec.has_location else []
@@ -161,7 +161,11 @@ def _imports(path: Path, package: str) -> Iterator[str]:
     yield package
     if path.suffix != ".py":
         return
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # it may never be imported
+        return
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -164,8 +164,10 @@ def save(figure: plt.Figure, to: Path) -> None:
 def refuse_suffix(to: Path) -> None:
     """
     Raises:
-        UserError: a file's suffix is not that of a picture.
+        UserError: a file's suffix is not that of a picture, or it is a folder.
     """
+    if to.is_dir():
+        raise UserError(f"{to} is a folder", "name a file, such as picture.png")
     known = {*FigureCanvasAgg.get_supported_filetypes()} - {"pgf"}  # which needs a TeX
     if to.suffix and to.suffix[1:] not in known:
         hint = f"its name ends in one of {', '.join(f'.{name}' for name in sorted(known))}"

@@ -1,5 +1,6 @@
 """The folder of one run: what is in it, and that nothing in it is overwritten or lost."""
 
+import os
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from shlex import quote
@@ -55,7 +56,8 @@ class RunFolder:
 
     def beside(self, suffix: str) -> Path:
         """What an ablation keeps beside the folder: the run's request, log or lock."""
-        return self.path.with_name(self.path.name + suffix)
+        path = self.path if self.path.name not in ("", "..") else Path(os.path.abspath(self.path))
+        return path.with_name(path.name + suffix)
 
     def refuse_if_used(self) -> None:
         """

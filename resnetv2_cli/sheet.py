@@ -27,7 +27,7 @@ def sheet(predictions: Sequence[Prediction], to: Path) -> None:
         axes.set_title(as_is(short(Path(prediction.name).name)), fontsize=6, color="gray")
         axes.imshow(prediction.pixels.numpy(), interpolation="nearest")
         if prediction.error:
-            said, color = "cannot be read", "tab:red"
+            said, color = "not classified", "tab:red"
         else:
             (name, share), color = prediction.top[0], "black"
             said = f"{as_is(short(name, 18))} {100 * share:.0f} %"

@@ -1,5 +1,6 @@
 """How a network is named on the command line: a checkpoint, a config, or settings."""
 
+from collections import Counter
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -105,12 +106,13 @@ def labelled(sources: list[Source]) -> list[Source]:
         for f in fields(Experiment)
         if not f.metadata["free"] and len({getattr(s.experiment, f.name) for s in sources}) > 1
     ]
-    named: dict[str, Source] = {}
+    made, seen = [], Counter[str]()
     for source in sources:
         parts = [said(source.experiment, name) for name in differing]
         label = ", ".join(filter(None, parts)) or source.experiment.name
         if source.step is not None:
             label += f" @{source.step}"
-        n = sum(other.split(" (")[0] == label for other in named) + 1
-        named[label if n == 1 else f"{label} ({n})"] = source
-    return [source._replace(label=label) for label, source in named.items()]
+        seen[label] += 1
+        numbered = label if seen[label] == 1 else f"{label} ({seen[label]})"
+        made.append(source._replace(label=numbered))
+    return made

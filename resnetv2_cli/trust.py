@@ -4,6 +4,7 @@ Importing a module runs it. A checkpoint or a config from a stranger, in a folde
 that stranger's, must not decide that.
 """
 
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -25,7 +26,7 @@ def admit(words: Iterable[str]) -> None:
     _admitted.clear()
     flag = ""
     for word in words:
-        if flag in FLAGS or SETTING.search(word):
+        if flag in FLAGS or (SETTING.search(word) and not os.path.lexists(word)):
             for piece in re.split(r"[,\s]", re.sub(r"\s*=\s*", "=", word)):
                 if found := named(GIVEN.sub("", piece)):
                     _admitted.add(found[1])

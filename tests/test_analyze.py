@@ -259,3 +259,21 @@ def test_the_flags_that_mean_nothing_here_are_not_offered(resnetv2):
     assert "--shortcut-scale" in text and "--data-dir" in text
     assert "--devices" not in text and "--log-every" not in text
     assert all(name in text for name in TOPICS)
+
+
+def test_no_network_is_lost_whatever_its_label_is(tmp_path):
+    """A label may hold the name of a file."""
+    files = [tmp_path / "w (1).ckpt", tmp_path / "w (1).ckpt", tmp_path / "w.ckpt"]
+    for file in files:
+        file.write_text("weights")
+    named = [Source(Experiment(dataset="digits", depth=20, weights=str(f))) for f in files]
+    labels = [s.label for s in source.labelled(named)]
+    assert len(set(labels)) == 3
+
+
+def test_an_analysis_that_lacks_what_a_picture_needs_is_one_line(here, tmp_path):
+    made = {"networks": [{"label": "a"}], "topics": {"forward": {"a": {}}}}
+    (tmp_path / "analysis.json").write_text(json.dumps(made))
+    for command in ("plot", "report"):
+        said = here(command, tmp_path, "--output", tmp_path / f"{command}.html", status=2).stderr
+        assert "analysis.json is not what an analysis leaves" in said

@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import SCRIPT, SMALL, STOPPED, THREADS
 
-from resnetv2_cli import __version__, cli, run
+from resnetv2_cli import __version__, cli, console, run
+from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.flags import seconds
@@ -439,3 +440,52 @@ def test_pictures_are_drawn_in_silence_without_a_home(resnetv2, tmp_path):
 def test_a_python_that_reads_ascii_gets_the_list(resnetv2):
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     assert "table1_cifar10_resnet110" in resnetv2("list", env=plain).stdout
+
+
+def test_names_are_no_pictures_and_no_markup(here, tmp_path, capsys):
+    """Rich takes :key: for a picture of one, and [v2] for a style."""
+    said = here("describe", "--depth", 8, "--shortcut", "a:b:c", status=2).stderr
+    assert "'a:b:c' is no module:Class" in said
+    console.table("mine:Fire:ratio=4", ["mine:Key:a"], [["mine:Link:start=0"]])
+    console.say("a:fire:[v2] in q[/b]")
+    said = capsys.readouterr().out
+    for text in ("mine:Fire:ratio=4", "mine:Key:a", "mine:Link:start=0", "a:fire:[v2] in q[/b]"):
+        assert text in said
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["describe --depth 8 --picture .", "list --picture .", "predict RUN x.png --picture .",
+     "export RUN --format safetensors --output .", "report RUN --output ."],
+)  # fmt: skip
+def test_a_file_that_is_a_folder_is_one_line(line, here, trained, tmp_path):
+    words = [str(trained) if word == "RUN" else word for word in line.split()]
+    error, hint = here(*words, status=2, cwd=tmp_path).stderr.splitlines()[-2:]
+    assert error == "error: . is a folder" and "name" in hint
+
+
+def test_an_output_below_a_file_asks_for_its_folder(here, trained, tmp_path):
+    (tmp_path / "file").touch()
+    done = here("plot", trained, "--output", tmp_path / "file", status=2)
+    assert "is its folder there" in done.stderr
+
+
+def test_debug_is_of_one_command(here, monkeypatch):
+    monkeypatch.delenv(cli.DEBUG, raising=False)
+    with pytest.raises(UserError):
+        here("--debug", "show", "--depth", 7)
+    here("show", "--depth", 7, status=2)
+    assert cli.DEBUG not in os.environ
+
+
+def test_allow_code_wants_a_name(here):
+    assert "--allow-code names nothing" in here("list", "--allow-code", status=2).stderr
+
+
+@pytest.mark.parametrize("place", ["/a/" + "with blanks " * 12 + "x", "a\nb", "steps: 3  # no"])
+def test_what_show_prints_is_read_again(place, here, tmp_path):
+    shown = here("show", "--data-dir", place, "--depth", 20).stdout
+    assert "depth: 20  # flag\n" in shown
+    (tmp_path / "mine.yaml").write_text(shown)
+    e = Experiment.load(tmp_path / "mine.yaml")
+    assert (e.data_dir, e.depth) == (place, 20)

@@ -8,7 +8,7 @@ import pytest
 from conftest import ended, two_rows
 from trainings import same, trained_as
 
-from resnetv2_cli import figures
+from resnetv2_cli import figures, jsonfile
 from resnetv2_cli.ablation import record, tables
 from resnetv2_cli.ablation.progress import place
 from resnetv2_cli.inventory import Run, look
@@ -85,3 +85,9 @@ def test_a_result_that_is_damaged_is_found_again(whole, tmp_path):
     run = RunFolder(shutil.copytree(whole.path, tmp_path / "run"))
     run.result.write_bytes(whole.result.read_bytes()[:40])
     assert same(trained_as(run.path, resume={}), whole)
+
+
+def test_json_without_an_end_to_its_depth_is_no_json(tmp_path):
+    """Python's reader raises another error for it."""
+    (tmp_path / "manifest.json").write_text("[" * 200_000)
+    assert jsonfile.mapping(tmp_path / "manifest.json") == {}

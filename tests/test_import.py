@@ -10,7 +10,7 @@ from torch import nn
 
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.foreign.convert import checkpoint, class_names, imported
+from resnetv2_cli.foreign.convert import checkpoint, class_names, imported, optional
 from resnetv2_cli.foreign.files import READERS, tensors
 from resnetv2_cli.foreign.names import filled, numbers
 from resnetv2_cli.foreign.sources import SOURCES
@@ -387,3 +387,19 @@ def test_what_was_imported_is_left_as_it_was():
     before = copy.deepcopy(net.state_dict())
     imported(net.state_dict(), "torchvision")
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_what_may_be_missing_has_its_shape_where_it_is_there():
+    left = {"a.bias": torch.zeros(7)}
+    assert optional(left, "b.bias", (64,), "hint", "file").shape == (64,)
+    with pytest.raises(UserError, match="a.bias is .7,. there and .64,. here"):
+        optional(left, "a.bias", (64,), "hint", "file")
+
+
+def test_an_empty_mean_is_no_mean(here, tmp_path):
+    torch.save({"fc.bias": torch.zeros(2)}, tmp_path / "a.pth")
+    given = ["--from", "timm", "--mean", "", "--std", "1,1,1", "--output", tmp_path / "b.ckpt"]
+    assert (
+        "--mean '' is not three numbers"
+        in here("import", tmp_path / "a.pth", *given, status=2).stderr
+    )

@@ -15,6 +15,7 @@ from conftest import two_rows
 
 from resnetv2_cli.ablation import launch
 from resnetv2_cli.ablation.sweep import Sweep
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.manifest import origins
 from resnetv2_cli.runfolder import RunFolder
 
@@ -159,3 +160,15 @@ def test_a_run_that_was_refused_because_another_job_trains_it_has_not_crashed(ar
         Sweep(SimpleNamespace(start=start), 1, announce, lambda running: None).run([arm])
     assert said == ["running", "another process trains it; the same command continues"]
     assert not arm.crashed
+
+
+def test_a_cluster_that_takes_no_job_is_one_line_and_the_run_is_free(tmp_path, monkeypatch, arm):
+    def refuses(*_):
+        raise RuntimeError("sbatch failed\nsbatch: error: invalid partition")
+
+    submitted(monkeypatch, None)
+    queue = launch.Queue("slurm", tmp_path, 1)
+    monkeypatch.setattr(queue.executor, "submit", refuses)
+    with pytest.raises(UserError, match="no job: sbatch: error: invalid partition"):
+        Sweep(queue, 1, lambda *_: None, lambda running: None).run([arm])
+    os.close(arm.claim())  # nobody has it

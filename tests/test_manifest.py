@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from conftest import SMALL
 from lightning.pytorch import Callback
 from trainings import At, trained_as
 
@@ -29,7 +30,8 @@ def test_the_manifest_knows_where_values_came_from(tmp_path):
     config.write_text("layout: timm\ntest_size: 320\nweights: a.ckpt\nweights_sha256: ab\n")
     keys = ["stride_on", "option", "first_act", "protocol"]
     assert origins(config, {"weights": "mine.ckpt", "pad": "raw"}) == {
-        **dict.fromkeys(keys, f"file {config}"), "weights": "flag", "pad": "flag"
+        **dict.fromkeys(keys, f"file {config}"), "weights": "flag", "pad": "flag",
+        "weights_sha256": "the file of weights",
     }  # fmt: skip
     row = "row 'a' of table1"
     config.with_suffix(ORIGINS).write_text(json.dumps({"depth": row, "epochs": row}))
@@ -131,3 +133,11 @@ def test_what_was_chosen_is_what_is_tested(tmp_path, stopped):
     for what in (folder.path, folder.best):
         scores, _ = run.evaluate(find(what))
         assert scores["error"] == result["test_error"]
+
+
+def test_what_a_flag_or_a_file_makes_of_another_setting_is_no_default(whole, tmp_path, here):
+    flags = [*SMALL, "--steps", 1, "--micro-batch", 16, "--weights", whole.path]
+    here("train", *flags, "--output", tmp_path / "run")
+    settings = RunFolder(tmp_path / "run").manifest.read()["settings"]
+    assert settings["accumulate"] == {"value": 4, "from": "--micro-batch 16"}
+    assert settings["weights_sha256"]["from"] == "the file of weights"

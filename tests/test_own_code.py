@@ -376,3 +376,20 @@ def test_a_run_is_not_continued_by_other_code(package, here, resnetv2, tmp_path)
     manifest = tmp_path / "second" / "manifest.json"
     manifest.write_text(manifest.read_text().replace(code["sha256"], "0" * 64))
     assert "code of the unit" in here("runs", "compare", "run", "second").stdout
+
+
+@pytest.mark.parametrize("text", ["def broken(:", "raise RuntimeError('not here')"])
+def test_what_may_be_imported_and_cannot_be_keeps_no_training_from_beginning(
+    text, package, tmp_path, here
+):
+    """Its files are looked for to know the code by; it may never be imported."""
+    folder = tmp_path / package.partition(".")[0]
+    (folder / "later").mkdir()
+    (folder / "later" / "__init__.py").write_text(text)
+    (folder / "other.py").write_text(text)
+    unit = folder / "unit.py"
+    unit.write_text(
+        unit.read_text() + "\ndef later():\n    from . import other\n"
+        "    from .later import part\n    import later.part\n"
+    )
+    here("train", *SMALL, "--unit", package, "--steps", 1, "--output", "run")

@@ -111,7 +111,7 @@ def test_a_broken_file_is_a_row_and_the_others_are_as_without_it(trained, digits
     ]  # fmt: skip
     assert "cannot identify" in found[1]["error"] and "is no file" in found[4]["error"]
     assert "too long" in found[5]["error"]
-    assert "4 of 6 files cannot be read" in done.stderr
+    assert "4 of 6 files could not be classified" in done.stderr
     done = here("predict", trained, *whole, "--format", "jsonl")
     assert rows(done.stdout) == [found[0], found[2]]
 
@@ -135,7 +135,7 @@ def test_a_folder_is_looked_through_behind_links(digits, tmp_path):
 
 def test_nothing_but_broken_files_is_a_mistake(trained, here):
     done = here("predict", trained, "nowhere.png", status=2)
-    assert "none of the 1 files can be read" in done.stderr
+    assert "none of the 1 files could be classified" in done.stderr
     assert "nowhere.png is no file" in done.stderr
 
 

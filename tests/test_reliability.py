@@ -14,6 +14,7 @@ import threading
 import time
 from contextlib import suppress
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +28,7 @@ from resnetv2_cli import callbacks, files, jsonfile, run, verify
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Damaged, NotSaved, Stopped, UserError
-from resnetv2_cli.locks import in_turn, taken
+from resnetv2_cli.locks import in_turn, inherited, taken
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 from resnetv2_cli.telling import silent
 from resnetv2_cli.verify import difference, differences
@@ -169,6 +170,19 @@ def test_where_a_file_has_one_name_alone_another_is_a_copy(tmp_path, monkeypatch
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_copy_that_the_disk_is_too_full_for_is_named_and_leaves_nothing(
+    tmp_path, monkeypatch, full
+):
+    """The file itself is saved by then."""
+    monkeypatch.setattr(os, "link", lambda *_: os.stat(tmp_path / "no hard links"))
+    path, writer = tmp_path / "last.ckpt", checkpoints.WholeFiles()
+    monkeypatch.setattr(shutil, "copyfileobj", lambda *_: Path("/dev/full").write_text("x"))
+    writer.save_checkpoint({"a": 1}, path, {"also": [tmp_path / "step.ckpt"]})
+    assert "cannot save" in str(writer.failure) and "step.ckpt: No space" in str(writer.failure)
+    assert writer.failure.hint == "last.ckpt is saved"
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
 @pytest.mark.parametrize("size", [100, 9000])  # no line of metrics; no checkpoint
 def test_where_no_checkpoint_could_be_saved_none_is_said_to_be_kept(tmp_path, full, size):
     said = []
@@ -296,6 +310,7 @@ def test_where_there_are_no_locks_nobody_says_that_one_is_free(tmp_path, monkeyp
     lock.touch()
     monkeypatch.setattr(fcntl, "flock", none)
     assert taken(lock) is None
+    os.close(inherited(lock))  # but who wants it goes on
 
 
 def test_a_turn_begins_when_that_before_it_ends(tmp_path):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -263,3 +264,24 @@ def test_runs_behind_links_are_seen_once_and_removed_with_them(here, lab, tmp_pa
     assert len(inventory.look([root]).runs) == 2
     here("runs", "rm", "here", "linked", "--yes", "--root", root)
     assert not (root / "linked").is_symlink() and not elsewhere.exists()
+
+
+def test_nothing_names_no_run(here, lab, tmp_path):
+    """As of a variable of a shell's that is not set: every name begins like that."""
+    root = shutil.copytree(lab / "alone", tmp_path / "runs" / "alone").parent
+    for cwd in (tmp_path, root / "alone"):
+        said = here("runs", "rm", "", "--yes", "--root", root, status=2, cwd=cwd).stderr
+        assert "a run is named by nothing" in said
+    assert (root / "alone" / "config.yaml").exists()
+
+
+def test_a_run_is_looked_at_from_inside_its_own_folder(here, lab, tmp_path, monkeypatch):
+    inside = shutil.copytree(lab / "alone", tmp_path / "run.2")
+    (inside / "failed.json").unlink()
+    (inside / "checkpoints").mkdir(exist_ok=True)
+    shown = here("runs", "show", ".", "--format", "json", cwd=inside).stdout
+    assert json.loads(shown)["state"] == "stopped"
+    assert "1 stopped" in here("report", ".", "--output", tmp_path / "r.html", cwd=inside).stderr
+    (inside / "below").mkdir()
+    monkeypatch.chdir(inside / "below")
+    assert RunFolder(Path("..")).beside(".lock") == tmp_path / "run.2.lock"

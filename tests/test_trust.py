@@ -39,3 +39,11 @@ def test_the_name_of_a_folder_admits_no_code(words, admitted):
     else:
         with pytest.raises(UserError, match="evil:Own is code that a file asks for"):
             trust.refuse_strange("evil:Own")
+
+
+def test_nor_does_a_file_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs,shortcut=evil:Own").mkdir()
+    trust.admit(["eval", "runs,shortcut=evil:Own"])
+    with pytest.raises(UserError, match="evil:Own is code that a file asks for"):
+        trust.refuse_strange("evil:Own")

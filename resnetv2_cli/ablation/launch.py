@@ -155,6 +155,9 @@ class Queue:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             return self.job(self.executor.submit(logged, command(arm), arm.log), arm.log)
+        except RuntimeError as error:  # as of a partition, an account or a limit
+            hint = "the same command goes on where this one ends"
+            raise UserError(f"no job: {str(error).strip().splitlines()[-1]}", hint) from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -86,7 +86,7 @@ def read(file: Path) -> Ablation:
             root,
             *(made[key] for key in ("title", "scale", "protocol", "comparable")),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         hint = "without it, the same resnetv2 ablate command writes it anew"
         raise UserError(f"{file} is not what an ablation leaves: {error!r}", hint) from None
 

@@ -122,7 +122,10 @@ class Sweep:
         heard = arm.log.stat().st_size if arm.log.exists() else 0
         try:
             started = self.launcher.start(arm, slot, lock)
-        except OSError as error:
+        except BaseException as error:
+            os.close(lock)
+            if not isinstance(error, OSError):
+                raise
             raise UserError(f"cannot start {arm.row}: {error.strerror}") from None
         self.running.append(Running(arm, slot, lock, started, heard))
         return True

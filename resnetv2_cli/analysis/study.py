@@ -106,7 +106,7 @@ def kept(file: Path, head: dict[str, Any]) -> dict[str, Any]:
         before = json.loads(file.read_bytes())
         same = all(before[key] == finite(value) for key, value in head.items())
         return before["topics"] if same else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}  # none, or of something else
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from torch.nn import functional as F
 
-from resnetv2_cli import graphs
+from resnetv2_cli import graphs, trust
 from resnetv2_cli.bench.plain import PlainLoop
 from resnetv2_cli.bench.turns import WARM, Arm, finish, in_turns, rows, timed
 from resnetv2_cli.callbacks import Keeper, Recorder
@@ -174,7 +174,7 @@ def first_step_seconds(experiment: Experiment, folder: Path) -> float:
     config, output = folder / "first.yaml", folder / "first"
     config.write_text(experiment.dump(), encoding="utf-8")
     command = [sys.executable, "-P", "-m", "resnetv2_cli", "train", "--config", str(config)]
-    command += ["--output", str(output), "--log-every", "1"]
+    command += [*trust.flags(experiment.own.values()), "--output", str(output), "--log-every", "1"]
     began = time.perf_counter()
     with open(folder / "first.log", "w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)

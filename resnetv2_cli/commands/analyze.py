@@ -84,5 +84,5 @@ def analyze(
     for made in study.tables(result, topics):
         console.table(made.title, made.columns, made.rows)
         for line in made.notes:
-            console.out.print(line, highlight=False)
+            console.say(line)
     console.note(f"pictures and numbers: {to}")

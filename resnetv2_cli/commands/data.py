@@ -133,10 +133,9 @@ def sort_val(
         sortval.move(moves)
     done = "would be moved" if dry_run else "moved"
     classes = len({m.target.parent for m in moves})
-    console.out.print(
+    console.say(
         f"{len(moves):,} images {done} into {classes:,} class folders of {place}; "
-        f"{there:,} were there already",
-        highlight=False,
+        f"{there:,} were there already"
     )
 
 
@@ -166,4 +165,4 @@ def prepare(
         made = prepared(folder, output, form, workers, tick)
     size = quantities.size(sum(p.stat().st_size for p in output.glob("*.tar")))
     counts = ", ".join(f"{n:,} of {name}" for name, n in made.items())
-    console.out.print(f"{counts}: {size} in {output}", highlight=False)
+    console.say(f"{counts}: {size} in {output}")

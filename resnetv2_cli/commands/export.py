@@ -55,8 +55,8 @@ def export(
         console.as_json(made.as_json())
     else:
         folded = f", {len(made.folded)} of {made.norms} BN folded" if made.folded else ""
-        console.out.print(f"{made.file}: {made.size / 1e6:.2f} MB{folded}", soft_wrap=True)
-        console.out.print(f"checked: {made.agreement}", soft_wrap=True, highlight=False)
+        console.say(f"{made.file}: {made.size / 1e6:.2f} MB{folded}")
+        console.say(f"checked: {made.agreement}")
         console.note(f"card: {made.card}")
     if push:
         console.note(f"uploaded: {hub.push(push, made.file, made.card)}")

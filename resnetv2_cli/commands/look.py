@@ -88,10 +88,10 @@ def describe(
     for alike in made["units"]:
         console.out.print(f"[bold]{alike['units']}[/]")
         for line in alike["equations"]:
-            console.out.print(f"  {line}", highlight=False, markup=False)
+            console.say(f"  {line}")
     for kind, errors in made["published"].items():
         said = f"the paper's errors {paper.ERRORS_OF[kind]}, %: {errors}"
-        console.out.print(said, highlight=False)
+        console.say(said)
 
 
 Network = Annotated[
@@ -119,7 +119,7 @@ def diff(a: Network, b: Network, json: Json = False) -> None:
     second = f"a with {b}" if other.checkpoint is None and "=" in b else b
     console.table(f"a: {a}\nb: {second}", ["", "a", "b", "b - a"], difference.rows(made))
     for line in made["words"] if made["settings"] else ["the networks are the same"]:
-        console.out.print(line, highlight=False, markup=False)
+        console.say(line)
 
 
 @app.command("list", rich_help_panel="Study the paper")

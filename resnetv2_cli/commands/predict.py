@@ -81,9 +81,9 @@ def predict(
         sheet(first, picture)
         console.note(f"picture: {picture}" + (f" ({drawn} of {count})" if count > drawn else ""))
     if len(broken) == count:
-        raise UserError(f"none of the {count} files can be read", f"{broken[0].error}")
+        raise UserError(f"none of the {count} files could be classified", f"{broken[0].error}")
     if broken:
-        console.note(f"{len(broken)} of {count} files cannot be read")
+        console.note(f"{len(broken)} of {count} files could not be classified")
 
 
 def as_table(predictions: Iterable["Prediction"], top: int) -> None:

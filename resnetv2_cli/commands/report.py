@@ -79,7 +79,7 @@ def report(
 
     It needs no network. For instance: resnetv2 report runs/lab --watch 30s
     """
-    every = round(seconds(watch, "--watch")) if watch else 0
+    every = 0 if watch is None else max(1, round(seconds(watch, "--watch")))
     if output.is_dir():
         raise UserError(f"{output} is a folder", "--output names the file, such as report.html")
     from resnetv2_cli.inventory import places

@@ -137,7 +137,7 @@ def compare(
     console.SHOW[format]("What differs", columns, comparing.rows(made))
     if format == "table":
         for line in comparing.notes(made):
-            console.out.print(line, highlight=False)
+            console.say(line)
 
 
 @runs.command()

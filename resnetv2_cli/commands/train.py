@@ -104,7 +104,9 @@ def train(
                 resume=bool(begun),
                 seconds=budget,
                 display=[Display(console.err)],
-                origins=origins(config, flags) | dict.fromkeys(network, "weights"),
+                origins=origins(config, flags)
+                | dict.fromkeys(network, "weights")
+                | ({"accumulate": f"--micro-batch {micro_batch}"} if micro_batch else {}),
                 tell=console.note,
                 meeting=meeting,
             )

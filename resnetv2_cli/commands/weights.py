@@ -48,7 +48,9 @@ def import_(
         raise unknown("source", source, SOURCES)
     if (mean is None) != (std is None):
         raise UserError("--mean and --std go together", "as --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5")
-    given = (channels("--mean", mean), channels("--std", std)) if mean and std else None
+    given = None
+    if mean is not None and std is not None:
+        given = channels("--mean", mean), channels("--std", std)
     if given and not all(0 <= value <= 1 for value in given[0]):
         raise UserError(f"--mean {mean!r} is not of 0..1", "divide what is of 0..255 by 255")
     if given and min(given[1]) <= 0:

@@ -7,6 +7,7 @@ Nothing is ever unpacked.
 import hashlib
 import pickle
 import tarfile
+from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def packed(name: str, official: Any, root: Path) -> dict[str, bytes]:
         with tarfile.open(root / official.filename) as archive:
             members = [m for m in archive if m.isfile()]
             return {Path(m.name).name: archive.extractfile(m).read() for m in members}  # type: ignore
-    except (URLError, RuntimeError, OSError, EOFError, tarfile.TarError) as error:
+    except (URLError, HTTPException, RuntimeError, OSError, EOFError, tarfile.TarError) as error:
         raise UserError(
             f"{name} is not in {root} and could not be downloaded: {error}",
             f"put it there as {name}/train/<class>/*.png and {name}/test/<class>/*.png, name "

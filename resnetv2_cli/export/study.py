@@ -71,6 +71,8 @@ def export(
     trained = Experiment(**checkpoints.settings_of(saved))  # task is as this machine has it
     run = RunFolder.of(path)
     to = output or (run.path if run else path.parent) / "export" / f"{path.stem}{row.suffix}"
+    if to.is_dir():
+        raise UserError(f"{to} is a folder", f"name a file, such as network{row.suffix}")
     refuse_needed(to)
     if to.resolve() == path.resolve():
         raise UserError(f"{to} is what is exported", "name another file with --output")

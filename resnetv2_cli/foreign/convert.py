@@ -141,7 +141,7 @@ def translated(
         UserError: a layer is missing, left over or of another shape; names the first.
     """
     left, made = dict(given), dict[str, Tensor]()
-    waiting: Tensor | float = 0.0  # the bias of a convolution, until its BN comes
+    waiting = torch.zeros(())  # the bias of a convolution, until its BN comes
     deep = len(BLOCKS[experiment.block_].kernels)
     for name, module in skeleton(experiment, classes).named_modules():
         if not isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)):
@@ -151,13 +151,13 @@ def translated(
             value = taken(left, f"{there}.{part}", tuple(ours.shape), shapes, file)
             made[f"{name}.{part}"] = value
         if isinstance(module, nn.Conv2d) and network.biased:
-            waiting = left.pop(f"{there}.bias", torch.zeros(1)).double()
+            waiting = optional(left, f"{there}.bias", (module.out_channels,), shapes, file)
         if isinstance(module, nn.BatchNorm2d):
-            counted = left.pop(f"{there}.num_batches_tracked", torch.tensor(0))
-            made[f"{name}.num_batches_tracked"] = counted
+            counted = optional(left, f"{there}.num_batches_tracked", (), shapes, file)
+            made[f"{name}.num_batches_tracked"] = counted.long()
             made[f"{name}.running_mean"] -= waiting
             made[f"{name}.running_var"] += network.epsilon - BN
-            waiting = 0.0
+            waiting = torch.zeros(())
     if left:
         raise UserError(
             f"{file} has {next(iter(left))}, which the network here lacks",
@@ -198,6 +198,13 @@ def taken(
     if tuple(value.shape) != shape:
         raise UserError(f"{file}: {name} is {tuple(value.shape)} there and {shape} here", shapes)
     return value.double().clone()
+
+
+def optional(
+    left: dict[str, Tensor], name: str, shape: tuple[int, ...], shapes: str, file: str
+) -> Tensor:
+    """The same, or zeros where there is none."""
+    return taken(left, name, shape, shapes, file) if name in left else torch.zeros(shape)
 
 
 def class_names(classes: int, stem: str, given: Path | None) -> tuple[str, tuple[str, ...]]:
