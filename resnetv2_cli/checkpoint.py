@@ -5,6 +5,7 @@ import zipfile
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -177,7 +178,9 @@ def newest(folder: Path, last: Path, tell: Tell) -> tuple[Path, dict[str, Any]] 
             if held is None or found["global_step"] > held["global_step"]:
                 path, held = other, found
     if held is None:
-        raise UserError(f"{damaged}, and there is no whole one beside it", damaged.hint)
+        again = f"resnetv2 train --config {quote(str(folder.parent / 'config.yaml'))}"
+        hint = f"put back a whole one, or begin another run: {again}"
+        raise UserError(f"{damaged}, and there is no whole one beside it", hint)
     tell(f"{damaged}; continuing from {path.name}, iteration {held['global_step']:,}")
     return path, held
 

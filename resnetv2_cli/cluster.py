@@ -26,6 +26,7 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities import rank_zero_only
@@ -61,6 +62,8 @@ def refuse_unfit(strategy: str) -> None:
     for name, why in UNFIT.items():
         if strategy.startswith(name):
             raise UserError(f"--strategy {strategy} is of no use here: {why}", "use auto or ddp")
+    if strategy not in ("auto", *StrategyRegistry.available_strategies()):
+        raise UserError(f"no strategy is called {shown(strategy)}", "use auto or ddp")
 
 
 def outside() -> ClusterEnvironment | None:

@@ -12,7 +12,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import side
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.fused import ONE_VALUE
-from resnetv2_cli.paper import TABLES, percent, published
+from resnetv2_cli.paper import ELSEWHERE, TABLES, PaperTable, Row, percent, published
 from resnetv2_cli.resnet import ResNet, default_option
 from resnetv2_cli.shortcuts import settings_in, settings_of, shortcut_class
 
@@ -160,13 +160,18 @@ def errors(experiment: Experiment) -> dict[str, str]:
     def seen(e: Experiment) -> dict[str, Any]:
         return decided(e) | {"dataset": e.dataset, "protocol": e.protocol}
 
+    wanted = seen(experiment)
+
+    def here(table: PaperTable) -> list[Row]:
+        return [r for r in table.rows if seen(Experiment(**table.base | r.at(wanted))) == wanted]
+
     found: dict[str, list[str]] = {}
     for number, table in TABLES.items():
-        for row in table.rows:
-            if seen(Experiment(**table.base | row.settings)) == seen(experiment):
-                told = ", ".join(filter(None, [str(number), row.note]))
-                found.setdefault(percent(row.published), []).append(told)
+        for row in here(table):
+            told = ", ".join(filter(None, [str(number), row.note]))
+            found.setdefault(percent(row.published), []).append(told)
     own = [f"{e} (Table{'s' * (len(n) > 1)} {', '.join(n)})" for e, n in found.items()]
+    own += [f"{percent(row.published)} ({row.source})" for row in here(ELSEWHERE)]
     made = {"network": ", ".join(own)} if own else {}
     if experiment.dataset == "cifar10":
         made |= {kind: published(kind, getattr(experiment, kind)) for kind in ("unit", "shortcut")}

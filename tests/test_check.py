@@ -369,3 +369,14 @@ def test_nothing_is_moved_if_anything_is_wrong(archive, here, labels, message):
     done = here("data", "sort-val", archive, "--labels", archive / "labels.txt", status=2)
     assert re.search(message, done.stderr), done.stderr
     assert places(archive) == before
+
+
+def test_a_report_takes_the_place_of_a_report_alone(tree, tmp_path, here):
+    photograph = shutil.copy(next(tree.rglob("*.JPEG")), tmp_path / "x.jpg")
+    before = Path(photograph).read_bytes()
+    assert "is no report" in here("data", "check", tree, "-o", photograph, status=2).stderr
+    assert Path(photograph).read_bytes() == before
+    assert "is a folder" in here("data", "check", tree, "-o", tmp_path, status=2).stderr
+    for _ in range(2):
+        here("data", "check", tree, "-o", tmp_path / "report.json", status=None)
+        assert "splits" in json.loads((tmp_path / "report.json").read_text())

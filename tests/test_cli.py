@@ -167,6 +167,8 @@ FOUR = ["--dataset", "digits", "--devices", 4, "--accelerator", "cpu"]
         (["train", "--dataset", "digits", "--batch-size", 5000], "larger than the 1437", "1437"),
         (["train", "--dataset", "digits", "--devices", 64, "--accelerator", "gpu"],
          "no such devices", "this machine has"),
+        (["train", "--dataset", "digits", "--strategy", "dpp"],
+         "no strategy is called 'dpp'", "auto or ddp"),
         (["train", "--dataset", "digits", "--devices", 9999], "9999 were asked for", "processors"),
         (["train", "--dataset", "folder", "--depth", 18, "--data-dir", "nowhere"],
          "there is no folder nowhere/train", "one folder for each class"),

@@ -101,8 +101,9 @@ def test_where_none_is_whole_it_does_not_begin_again(whole, tmp_path):
     for file in folder.checkpoints.glob("*.ckpt"):
         file.unlink()
         file.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="no whole one beside it"):
+    with pytest.raises(UserError, match="no whole one beside it") as refused:
         trained_as(folder.path, resume={})
+    assert f"train --config {folder.config}" in refused.value.hint
 
 
 def test_on_a_full_disk_it_trains_on_and_loses_nothing(whole, tmp_path, full):

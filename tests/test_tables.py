@@ -337,3 +337,31 @@ def test_numbers_are_whole_and_words_fold(monkeypatch, capsys):
     assert "1,234,567,890" in out and max(map(len, out.splitlines())) <= 66
     assert all(any(word in line for line in out.splitlines()) for word in words.split())
     assert out.count("┏") == 1 and "parameters" in out
+
+
+def test_the_row_of_the_exclusive_gate_reaches_from_0_to_5_below(here):
+    """Table 1: "fail" is of b_g = 0 to -5."""
+    gate = {"dataset": "cifar10", "depth": 110, "unit": "original", "shortcut": "exclusive-gate"}
+    found = {
+        b: studies.published(gate | {"gate_bias": float(b)}) for b in (1, 0, -3, -5, -6, -7, -8)
+    }
+    assert found == {
+        1: None,
+        0: paper.FAIL,
+        -3: paper.FAIL,
+        -5: paper.FAIL,
+        -6: 8.70,
+        -7: 9.81,
+        -8: None,
+    }
+    assert studies.published(gate | {"shortcut": "shortcut-only-gate", "gate_bias": -3.0}) is None
+    flags = ["--unit", "original", "--shortcut", "exclusive-gate", "--gate-bias"]
+    assert "of this network, %: fail (Table 1" in here("describe", *flags, -3).stdout
+    assert "of this network" not in here("describe", *flags, -8).stdout
+
+
+def test_what_stands_outside_of_the_tables_is_described_too(here):
+    given = ["--dataset", "imagenet", "--depth", 101, "--unit"]
+    for unit, error in (("original", "23.60"), ("bn-after-add", "24.60")):
+        said = here("describe", *given, unit).stdout
+        assert f"the paper's errors of this network, %: {error} (Sec. 5)" in said

@@ -215,7 +215,7 @@ def published(settings: Mapping[str, Any]) -> float | None:
     wanted = spelled_out(settings)
     for table in TABLES.values():
         for row in table.rows:
-            if spelled_out({**table.base, **row.settings}) == wanted:
+            if spelled_out(table.base | row.at(settings)) == wanted:
                 return row.published
     return None
 

@@ -34,8 +34,12 @@ def check(
     """
     from resnetv2_cli.data.survey import FAULTS, serious, survey
 
+    if output.is_dir():
+        raise UserError(f"{output} is a folder", "name a file, such as data-check.json")
     if not os.access(output.parent, os.W_OK):
         raise UserError(f"cannot write {output}", "is its folder there, and is it yours?")
+    if output.exists() and not {"folder", "splits"} <= set(jsonfile.mapping(output)):
+        raise UserError(f"{output} is there, and is no report of this", "name another file")
     with console.progress() as tick:
         report = survey(folder, workers, tick)
     jsonfile.write(output, report)

@@ -129,7 +129,10 @@ def scan(
         if (root / BEGUN).is_file():
             raise UserError(f"{root} is not wholly prepared", "call resnetv2 data prepare again")
         wanted = " or ".join(str(root / n) for n in names)
-        raise UserError(f"there is no folder {wanted}", "it holds one folder for each class")
+        raise UserError(
+            f"there is no folder {wanted}",
+            "it holds one folder for each class; --data-dir names what it is in",
+        )
     if place == root / "val" and (root / "test").is_dir():
         tell(f"{root / 'test'} is not read: {place} is there")
     found: Mapping[str, Sequence[Path | Member]]
