@@ -24,8 +24,7 @@ def blueprint(units: Mapping[str, Anatomy], to: Path) -> None:
     rows = [list(units.items())[i : i + across] for i in range(0, len(units), across)]
     tall = [TOP + max(height(a) for _, a in row) for row in rows]
     size = (INCH * (RIGHT - LEFT) * across, INCH * sum(tall) + 0.5 * len(rows))
-    # Text stays text in an SVG, and the file is the same each time it is drawn.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "blueprint"}):
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text in an SVG
         figure, grid = plt.subplots(
             len(rows), across, figsize=size, layout="constrained", squeeze=False, height_ratios=tall
         )

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import matplotlib
 
@@ -54,7 +55,7 @@ def panels(groups: Mapping[str, Mapping[str, Path]], to: Path, y: str = "paper")
     """
     across = min(2, len(groups))
     down = -(-len(groups) // across)
-    most = max(map(len, groups.values()), default=0)
+    most = max(map(len, groups.values()))
     size = (7 * across, (4.5 + (LINE * most if most > FEW else 0)) * down)
     figure, grid = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
     for axes in grid.flat[len(groups) :]:
@@ -146,7 +147,8 @@ def confusion(counts: list[list[int]], classes: tuple[str, ...], to: Path) -> No
 
 
 def save(figure: plt.Figure, to: Path) -> None:
-    """Write a picture; the format is the suffix's. The same figure gives the same file again.
+    """Write a picture; the format is the suffix's. The same figure gives the same PNG, SVG or PDF
+    again.
 
     Raises:
         UserError: its suffix is not that of a picture.
@@ -155,7 +157,8 @@ def save(figure: plt.Figure, to: Path) -> None:
     refuse_suffix(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(to.suffix)
-    with replacing(to) as file, warnings.catch_warnings():
+    salt: Any = {"svg.hashsalt": "blueprint"}  # any: else an SVG has other names inside each time
+    with replacing(to) as file, warnings.catch_warnings(), matplotlib.rc_context(salt):
         warnings.filterwarnings("ignore", "Glyph")  # a box stands for what the font has not
         figure.savefig(file, format=to.suffix[1:] or "png", dpi=130, metadata=undated)
     plt.close(figure)

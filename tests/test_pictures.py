@@ -39,6 +39,13 @@ def test_a_name_is_drawn_as_it_stands(tmp_path, name):
     assert shown in words(to)
 
 
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_a_figure_is_the_same_file_each_time(tmp_path, suffix):
+    for name in ("a", "b"):
+        plot.confusion([[1, 0], [0, 1]], ("a", "b"), tmp_path / f"{name}.{suffix}")
+    assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+
+
 def test_the_likeliest_class_stands_below_its_picture(tmp_path):
     top = [("cat", 0.7), ("dog", 0.3)]
     sheet([Prediction("a.png", top, "", torch.zeros(8, 8, 3))], tmp_path / "a.svg")
