@@ -191,6 +191,9 @@ def test_what_was_prepared_is_read_where_it_lies(monkeypatch, tmp_path):
         (["step", "--graphs"], "No such option: --graphs"),
         (["train", "--dataset", "digits", "--accumulate", 2], "whole batches"),
         (["data", "--dataset", "digits", "--prepared", "x"], "only photographs"),
+        (["data", "--recompute-bn"], "No such option: --recompute-bn"),  # no network is in it
+        (["data", "--kernels", "eager"], "No such option: --kernels"),
+        (["data", "--graphs"], "No such option: --graphs"),
     ],
 )
 def test_what_bench_cannot_time_is_refused(arguments, said, here):

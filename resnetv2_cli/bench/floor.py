@@ -102,12 +102,12 @@ def bytes_moved(experiment: Experiment, dtype: torch.dtype) -> int:
     return numbers * dtype.itemsize * experiment.batch_size
 
 
-def copy_bandwidth(device: torch.device, times: int = 5) -> float:
-    """Bytes read and written in a second by a copy of 256 MiB: the median."""
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written in a second by a copy of 256 MiB: the median of 5, once warm."""
     source = torch.zeros(COPY, device=device)
     target = torch.empty_like(source)
     taken = []
-    for _ in range(times + 1):
+    for _ in range(6):
         began = time.perf_counter()
         target.copy_(source)
         finish(device)

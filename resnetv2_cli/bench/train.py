@@ -149,15 +149,13 @@ class WholeTrain:
         return (clock.ends[-1] - clock.ends[WARM - 1]) / steps
 
 
-def augmentation_seconds(
-    data: ImageData, split: images.Split, device: torch.device, times: int = 50
-) -> float:
-    """Normalization and augmentation of one batch: the median."""
+def augmentation_seconds(data: ImageData, split: images.Split, device: torch.device) -> float:
+    """Normalization and augmentation of one batch: the median of 50."""
     n = data.experiment.batch_size
     pixels = torch.from_numpy(split.images[:n]).to(device)
     views, normalize = epoch_order(n, 0, 0).views.to(device), data.normalize.to(device)
     taken = []
-    for _ in range(times):
+    for _ in range(50):
         began = time.perf_counter()
         augmented(normalize, pixels, views)
         finish(device)

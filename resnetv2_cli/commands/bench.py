@@ -130,7 +130,7 @@ def step(
 
 
 @bench.command()
-@with_flags("accumulate", "compile", "recompute", "precision")
+@with_flags("accumulate", "compile", "recompute", "precision", "recompute_bn", "graphs", "kernels")
 def data(
     config: Config = None,
     prepared: Annotated[
