@@ -83,7 +83,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """The iterations that it was begun for; 0 where its settings cannot be read."""
+        """The iterations that it is to have; 0 where its settings cannot be read."""
         steps = self.settings.get("steps", 0)
         return steps if isinstance(steps, int) else 0
 
@@ -147,7 +147,7 @@ class Found:
     runs: list[Run] = field(default_factory=list)
     analyses: list[Analysis] = field(default_factory=list)
 
-    @property
+    @cached_property
     def every(self) -> list[Run]:
         """All runs, each once: those of ablations first, in the order of their rows."""
         arms = {arm.folder: arm for a in self.ablations for line in a.lines for arm in line.arms}

@@ -3,7 +3,7 @@
 Nothing here needs matplotlib, so that help comes at once.
 """
 
-YS = {  # of loss, and of error
+YS = {  # of loss, and of error, as matplotlib and the page call them
     "paper": ("log", "linear"),
     "log": ("log", "log"),
     "linear": ("linear", "linear"),

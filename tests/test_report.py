@@ -14,8 +14,9 @@ from resnetv2_cli.ablation import record, tables
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.plot import COLORS, plt, save
 from resnetv2_cli.report import charts, facts, pictures, rows
-from resnetv2_cli.report.page import DARK, MOST_BYTES
+from resnetv2_cli.report.page import DARK, MOST_BYTES, write
 from resnetv2_cli.runfolder import RunFolder, read_metrics
+from resnetv2_cli.scales import YS
 
 
 def test_an_ablation_is_read_as_it_was_written(lab):
@@ -289,6 +290,25 @@ def test_watching_ends_with_the_last_open_run(here, lab, tmp_path, monkeypatch):
     here("report", root, "-o", to, "--watch", "30s")
     assert seen == [(30, 30)]
     assert json.loads(Page(to.read_text()).data)["refresh"] == 0
+
+
+def test_a_page_is_of_one_look_at_its_runs(lab, tmp_path, monkeypatch):
+    """A run that ends while it is written is running all over it, so that another is to come."""
+    root, to = tmp_path / "runs", tmp_path / "r.html"
+    shutil.copytree(lab / "alone", root / "alone")
+    (root / "alone" / "failed.json").unlink()
+    first = iter([True])
+    monkeypatch.setattr(inventory, "alive", lambda folder: next(first, False))
+    assert write([root], to, 0.5, refresh=30) == ({"running": 1}, True)
+    assert "dot running" in to.read_text() and "dot stopped" not in to.read_text()
+
+
+def test_the_scales_that_a_page_offers_are_those_of_plot(lab, tmp_path, monkeypatch):
+    monkeypatch.setitem(YS, "swapped", ("linear", "log"))
+    write([lab], to := tmp_path / "r.html", 0.5)
+    assert json.loads(Page(to.read_text()).data)["scales"] == {y: [*of] for y, of in YS.items()}
+    buttons = re.findall('data-y="(.*?)" title="(.*?)"', to.read_text())
+    assert set(buttons) == {(y, f"loss {loss}, error {error}") for y, (loss, error) in YS.items()}
 
 
 def test_watching_begins_where_nothing_is_yet(here, lab, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from resnetv2_cli.report.charts import everything
 from resnetv2_cli.report.facts import described, in_common
 from resnetv2_cli.report.pictures import embedded
 from resnetv2_cli.report.rows import STATES, study
+from resnetv2_cli.scales import YS
 from resnetv2_cli.settings import flag_name
 
 MOST_BYTES = 2_000_000
@@ -33,7 +34,8 @@ def write(
     is to come.
 
     ``detect``: points for which the needed number of seeds is given; ``refresh``: seconds after
-    which the page reads itself again while runs are open, 0 for never. It waits for the first, too.
+    which the page reads itself again while runs are open, 0 for never. With it, a folder without
+    runs is waited for, too.
 
     Raises:
         UserError: a folder is not there, or has nothing to report and is not waited for, or what
@@ -82,8 +84,9 @@ def render(found: Found, detect: float, refresh: int, states: Counter[str]) -> s
             {r.environment["hardware"] for r in runs if "hardware" in r.environment}
         ),
         "colors": list(zip(COLORS, DARK, strict=True)),
+        "scales": YS,
         "data": json.dumps(
-            finite({"refresh": refresh, "charts": charts}), separators=(",", ":")
+            finite({"refresh": refresh, "charts": charts, "scales": YS}), separators=(",", ":")
         ).replace("<", "\\u003c"),
     }
     template = templates.get_template("page.html.j2")

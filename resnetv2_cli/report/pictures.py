@@ -27,7 +27,6 @@ def embedded(analyses: list[Analysis], room: int) -> list[dict[str, Any]]:
                 left_out.append(topic)
         made.append(
             {
-                "name": analysis.name,
                 "networks": [network["label"] for network in analysis.found["networks"]],
                 "hardware": analysis.found.get("environment", {}).get("hardware", ""),
                 "pictures": drawn,

@@ -22,7 +22,6 @@ def study(ablation: Ablation, charts: list[dict[str, Any]], detect: float) -> di
     title, *notes = ablation.title.splitlines()
     axis = Axis(ablation)
     return {
-        "key": f"study-{ablation.study.name}",
         "title": title,
         "notes": notes,
         "columns": columns[1:],

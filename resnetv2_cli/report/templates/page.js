@@ -26,12 +26,12 @@ function svg(name, attributes, parent, text) {
 // Axes: from a value to a share of the axis, and the values to write beside it.
 
 function linear(low, high) {
-  const rough = (high - low) / 5 || 1;
+  const rough = (high - low) / 5;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map(f => f * power).find(s => s >= rough);
   const ticks = [];
   for (let i = Math.ceil(low / step); i * step <= high; i++) ticks.push(+(i * step).toPrecision(6));
-  return { share: v => (v - low) / (high - low || 1), ticks };
+  return { share: v => (v - low) / (high - low), ticks };
 }
 
 function logarithmic(low, high) {
@@ -45,7 +45,7 @@ function logarithmic(low, high) {
   const choices = [[1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 5, 7], [1, 2, 5], [1]].map(at);
   const ticks = choices.find(c => c.length <= 7) ?? choices[3];
   if (ticks.length < 2) return { ...linear(low, high), share: v => (Math.log10(v) - from) / (to - from) };
-  return { share: v => (Math.log10(v) - from) / (to - from || 1), ticks };
+  return { share: v => (Math.log10(v) - from) / (to - from), ticks };
 }
 
 function median(values) {
@@ -63,8 +63,6 @@ function axis(curves, scale) {
   const least = Math.min(...curves.flatMap(c => c.values).filter(v => v > 0), most);
   return logarithmic(least / 1.08, most * 1.08);
 }
-
-const SCALES = { paper: ["log", "linear"], log: ["log", "log"], linear: ["linear", "linear"] };
 
 class Chart {
   constructor(figure) {
@@ -116,7 +114,7 @@ class Chart {
     const height = Math.max(250, Math.min(430, width * 0.5));
     const [left, right, top, bottom] = [46, 40, 20, 36];
     const shown = this.chart.curves.filter(c => !this.hidden.has(c.name));
-    const [lossScale, errorScale] = SCALES[this.y];
+    const [lossScale, errorScale] = data.scales[this.y];
     const of = kind => shown.filter(c => c.kind === kind);
     const ys = { loss: axis(of("loss"), lossScale), error: axis(of("error"), errorScale) };
     const xs = linear(0, Math.max(1, ...this.chart.curves.map(c => c.steps.at(-1))));
@@ -146,7 +144,7 @@ class Chart {
     const area = svg("g", { "clip-path": `url(#${clip})` }, root);
     this.points = [];
     for (const curve of shown) {
-      const log = SCALES[this.y][curve.kind === "loss" ? 0 : 1] === "log";
+      const log = data.scales[this.y][curve.kind === "loss" ? 0 : 1] === "log";
       const spots = curve.steps
         .map((step, i) => ({ curve, step, value: curve.values[i] }))
         .filter(p => p.value !== null && (p.value > 0 || !log));
