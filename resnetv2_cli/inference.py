@@ -55,7 +55,15 @@ def network(path: Path, **overrides: Any) -> Classification:
     Raises:
         UserError: the file is neither, or what it would see does not fit it.
     """
-    saved = checkpoints.network(path)
+    return network_of(checkpoints.network(path), path, **overrides)
+
+
+def network_of(saved: dict[str, Any], path: Path, **overrides: Any) -> Classification:
+    """The same of what was read from the file.
+
+    Raises:
+        UserError: what it would see does not fit it.
+    """
     experiment = checkpoints.experiment_of(saved, **overrides)
     normalize = Normalize(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))  # the file's are loaded
     task = Classification(experiment, tuple(saved["classes"]), normalize)

@@ -13,7 +13,7 @@ from resnetv2_cli.analysis import study, subject
 from resnetv2_cli.analysis.subject import Batch
 from resnetv2_cli.analysis.topics import TOPICS
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.data.folder import FolderImages, scan
+from resnetv2_cli.data.folder import FolderImages, chosen, scan
 from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.source import Source, from_checkpoint
@@ -101,7 +101,7 @@ def test_photographs_are_looked_at_in_their_middle(tree):
     split, view = scan(tree, "train"), PROTOCOLS["224"].view(224)
     views = FolderImages(split, 224, "scale", 0, view)
     expected = torch.stack([views[1, -1][0], views[3, -1][0]])
-    assert torch.equal(subject.chosen(split, 2, view)[0], expected)
+    assert torch.equal(chosen(split, 2, view)[0], expected)
 
 
 FAST = ["--dataset", "digits", "--depth", 8, "--images", 2]

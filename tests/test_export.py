@@ -13,8 +13,10 @@ import torch
 from conftest import REPOSITORY
 from torch import nn
 
+from resnetv2_cli import checkpoint
 from resnetv2_cli.checkpoint import read, weights, write
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.data import images
 from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.protocols import View
 from resnetv2_cli.errors import UserError
@@ -266,6 +268,15 @@ def test_without_test_images_it_is_compared_on_noise(trained, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_images_that_are_compared_are_of_every_class(trained):
+    """Of digits there are more than are compared, but not twice as many; they are sorted."""
+    task = network(trained / "checkpoints" / "last.ckpt")
+    pixels, source = check.test_images(task, View(32))
+    assert source == "test images of digits" and len(pixels) == check.SMALL
+    last = images.load("digits", Path()).test.images[-2:]  # of which one is at equal distances
+    assert any(torch.equal(pixels[-1], torch.from_numpy(image)) for image in last)
+
+
 def test_nothing_is_downloaded_over_an_archive_that_was_cut_off(trained, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
@@ -281,6 +292,14 @@ def test_nothing_is_downloaded_over_an_archive_that_was_cut_off(trained, tmp_pat
 def test_a_file_says_how_photographs_are_resized_and_cropped():
     made = study.metadata({"classes": [], "global_step": 0}, Experiment(), [], View(224, 224 / 256))
     assert json.loads(made["input"])["resize"].items() >= {"shorter_side": 256, "crop": 224}.items()
+
+
+def test_what_is_exported_is_read_once(trained, tmp_path, monkeypatch):
+    """A run may save meanwhile: the card would name the iteration of other weights."""
+    path, read_, seen = trained / "checkpoints" / "last.ckpt", checkpoint.network, []
+    monkeypatch.setattr(checkpoint, "network", lambda file: seen.append(file) or read_(file))
+    study.export(path, "safetensors", tmp_path / "net.safetensors", None, None)
+    assert seen == [path]
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line_and_the_file_is_kept(tmp_path, monkeypatch):

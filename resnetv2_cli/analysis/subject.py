@@ -3,14 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from resnetv2_cli.data.folder import Folder, FolderImages
-from resnetv2_cli.data.images import Split
+from resnetv2_cli.data.folder import chosen
 from resnetv2_cli.data.module import view_of
-from resnetv2_cli.data.protocols import View
 from resnetv2_cli.finetune import begin
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.run import build, restore_as
@@ -44,22 +41,6 @@ class Subject:
     test_x: Tensor
     test_labels: Tensor
     batch: Batch = Batch()
-
-
-def chosen(split: Split | Folder, n: int, view: View) -> tuple[Tensor, Tensor]:
-    """n images at equal distances, or all if there are fewer; sorted by class, all classes have
-    their share. ``view``: of photographs.
-
-    Shape: (n, H, W, 3) uint8, (n,).
-    """
-    count = len(split.labels)
-    n = min(n, count)
-    rows = (2 * np.arange(n) + 1) * count // (2 * n)
-    if isinstance(split, Split):
-        return torch.from_numpy(split.images[rows]), torch.from_numpy(split.labels[rows])
-    views = FolderImages(split, view.side, "scale", 0, view)
-    images, labels = zip(*(views[int(i), -1] for i in rows), strict=True)
-    return torch.stack(images), torch.tensor([int(label) for label in labels])
 
 
 def subject(source: Source, batch: Batch, tell: Tell) -> Subject:

@@ -9,12 +9,14 @@ from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from resnetv2_cli.data import picture
 from resnetv2_cli.data.crop import Choose, Rectangle, crops
+from resnetv2_cli.data.images import Split
 from resnetv2_cli.data.order import FILES, STREAMS, generator
 from resnetv2_cli.data.protocols import TRAINED, View
 from resnetv2_cli.data.shards import BEGUN, Member, index_of, read_index
@@ -242,6 +244,22 @@ class FolderImages(Dataset):
     def _crops(self, index: int, choose: Choose, side: int) -> Tensor:
         file = self.folder.files[index]
         return crops(content_of(file), str(file), choose, side)
+
+
+def chosen(split: Split | Folder, n: int, view: View) -> tuple[Tensor, Tensor]:
+    """n images at equal distances, or all if there are fewer; sorted by class, all classes have
+    their share. ``view``: of photographs.
+
+    Shape: (n, H, W, 3) uint8, (n,).
+    """
+    count = len(split.labels)
+    n = min(n, count)
+    rows = (2 * np.arange(n) + 1) * count // (2 * n)
+    if isinstance(split, Split):
+        return torch.from_numpy(split.images[rows]), torch.from_numpy(split.labels[rows])
+    views = FolderImages(split, view.side, "scale", 0, view)
+    images, labels = zip(*(views[int(i), -1] for i in rows), strict=True)
+    return torch.stack(images), torch.tensor([int(label) for label in labels])
 
 
 class Keys:

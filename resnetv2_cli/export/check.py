@@ -1,6 +1,7 @@
 """Write a file and keep it only if it computes what the network computes."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,6 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.export.fold import Exported
 from resnetv2_cli.export.formats import FORMATS, Metadata, Run
 from resnetv2_cli.files import expanded, partial
-from resnetv2_cli.inference import Picture, Views
 from resnetv2_cli.task import Classification
 
 LARGEST = 1e-4  # logit difference that is taken for rounding, over the largest logit or 1
@@ -45,44 +45,30 @@ def test_images(task: Classification, view: View) -> tuple[Tensor, str]:
     Shape: (N, size, size, 3) uint8.
     """
     e, size = task.experiment, view.side
-    decoded = DATASETS[e.dataset].decoded
-    n = SMALL if decoded else PHOTOGRAPHS
-    try:
-        found = of_memory(e, n) if decoded else of_files(e, n, view)
-    except (UserError, OSError):  # half of a dataset is as good as none, here
-        found = None
-    if found is not None and found.shape[1:3] == (size, size):
-        return found, f"test images of {e.dataset}"
+    n = SMALL if DATASETS[e.dataset].decoded else PHOTOGRAPHS
+    with suppress(UserError, OSError):  # half of a dataset is as good as none, here
+        if split := at_hand(e):
+            found, _ = folder.chosen(split, n, view)
+            if found.shape[1:3] == (size, size):
+                return found, f"test images of {e.dataset}"
     noise = torch.Generator().manual_seed(0)
     shape = (n, size, size, 3)
     return torch.randint(256, shape, generator=noise, dtype=torch.uint8), "images of noise"
 
 
-def of_memory(e: Experiment, n: int) -> Tensor | None:
-    """Test images at equal distances of a dataset that is decoded; None where it is not at hand.
+def at_hand(e: Experiment) -> images.Split | folder.Folder | None:
+    """The test images; None where they would be downloaded.
 
-    Shape: (n, H, W, 3) uint8.
+    Raises:
+        UserError: they are missing, or not whole.
     """
     root = expanded(e.data_dir)
+    if not DATASETS[e.dataset].decoded:
+        return folder.scan(root, "test")
     official = archive.whole(e.dataset, root)
     if e.dataset != "digits" and not official and not images.folder_copy(e.dataset, root):
         return None
-    test = images.load(e.dataset, root).test.images
-    return torch.from_numpy(test[:: max(1, len(test) // n)][:n])
-
-
-def of_files(e: Experiment, n: int, view: View) -> Tensor:
-    """The same of photographs, as a view sees them.
-
-    Shape: (n, side, side, 3) uint8.
-
-    Raises:
-        UserError: there are none.
-    """
-    files = folder.scan(expanded(e.data_dir), "test").files
-    some = files[:: max(1, len(files) // n)][:n]
-    views = Views([Picture(str(path), path) for path in some], view)
-    return torch.stack([pixels for pixels, error in map(views.__getitem__, range(len(some)))])
+    return images.load(e.dataset, root).test
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """The files that a network can leave as; each is read back by what will run it.
 
-To add a format: one row in FORMATS. Nothing needs torch before it is called, so that help comes at
+To add a format: a row in FORMATS. Nothing needs torch before it is called, so that help comes at
 once. Files are opened here, and libraries get their bytes: some refuse a name that is no UTF-8.
 """
 
@@ -28,7 +28,8 @@ INPUT, OUTPUT = "images", "logits"
 
 class Format(NamedTuple):
     """``write`` and ``read`` a file; ``fold``: whether BN is folded unless it is said otherwise;
-    ``needs``: packages of the extra ``export``."""
+    ``needs``: packages of the extra ``export``; ``use``: how ``{file}`` is run on images
+    (N, 3, size, size), 0 to 1."""
 
     doc: str
     suffix: str
@@ -36,6 +37,7 @@ class Format(NamedTuple):
     needs: tuple[str, ...]
     write: Callable[["Exported", "Tensor", Path, Metadata], None]
     read: Callable[["Exported", Path], Run]
+    use: str
 
 
 def write_safetensors(model: "Exported", example: "Tensor", path: Path, metadata: Metadata) -> None:
@@ -44,7 +46,7 @@ def write_safetensors(model: "Exported", example: "Tensor", path: Path, metadata
 
     # Counters of batches are the training's alone, but --weights wants every tensor.
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    path.write_bytes(ordered(save(state, metadata)))  # its own writing has an error of its own
+    path.write_bytes(ordered(save(state, metadata)))  # save_file raises an error that is no OSError
 
 
 def ordered(file: bytes) -> bytes:
@@ -138,6 +140,9 @@ FORMATS = {
         (),
         write_safetensors,
         read_safetensors,
+        "# resnetv2 train --weights FILE trains on from it\n"
+        "from pathlib import Path\n\nfrom resnetv2_cli.inference import network\n\n"
+        "logits = network(Path({file}))(255 * images.permute(0, 2, 3, 1))",
     ),
     "onnx": Format(
         "a graph for onnxruntime and others",
@@ -146,9 +151,17 @@ FORMATS = {
         ("onnx", "onnxscript", "onnxruntime"),
         write_onnx,
         read_onnx,
+        "import onnxruntime\n\nsession = onnxruntime.InferenceSession({file})\n"
+        'logits = session.run(["logits"], {{"images": images}})[0]',
     ),
     "torch-export": Format(
-        "a graph for torch.export.load", ".pt2", True, (), write_torch_export, read_torch_export
+        "a graph for torch.export.load",
+        ".pt2",
+        True,
+        (),
+        write_torch_export,
+        read_torch_export,
+        "import torch\n\nnet = torch.export.load({file}).module()\nlogits = net(images)",
     ),
 }
 

@@ -19,19 +19,10 @@ from resnetv2_cli.export.check import Agreement, written
 from resnetv2_cli.export.fold import exported
 from resnetv2_cli.export.formats import FORMATS, INPUT, OUTPUT, check_packages
 from resnetv2_cli.files import write_text
-from resnetv2_cli.inference import network
+from resnetv2_cli.inference import network_of
 from resnetv2_cli.runfolder import RunFolder, refuse_needed
 from resnetv2_cli.weightfile import sha256
 
-USE = {  # of each format: how it is run on images (N, 3, size, size), 0 to 1
-    "safetensors": "# resnetv2 train --weights FILE trains on from it\n"
-    "from pathlib import Path\n\nfrom resnetv2_cli.inference import network\n\n"
-    "logits = network(Path({file}))(255 * images.permute(0, 2, 3, 1))",
-    "onnx": "import onnxruntime\n\nsession = onnxruntime.InferenceSession({file})\n"
-    'logits = session.run(["logits"], {{"images": images}})[0]',
-    "torch-export": "import torch\n\nnet = torch.export.load({file}).module()\n"
-    "logits = net(images)",
-}
 FOLDED = (  # weights alone, which no network here has: how they are read
     "from safetensors.torch import load_file\n\nweights = load_file({file})"
 )
@@ -66,8 +57,8 @@ def export(
     check_packages(format)
     row = FORMATS[format]
     overrides = {"precision": "32-true"} | ({"data_dir": data_dir} if data_dir else {})
-    task = network(path, **overrides)
     saved = checkpoints.network(path)
+    task = network_of(saved, path, **overrides)
     trained = Experiment(**checkpoints.settings_of(saved))  # task is as this machine has it
     run = RunFolder.of(path)
     to = output or (run.path if run else path.parent) / "export" / f"{path.stem}{row.suffix}"
@@ -78,7 +69,7 @@ def export(
         raise UserError(f"{to} is what is exported", "name another file with --output")
     model, folded = exported(task, row.fold if fold is None else fold)
     view = view_of(task.experiment, task.normalize)._replace(ten=False)
-    use = FOLDED if folded and format == "safetensors" else USE[format]
+    use = FOLDED if folded and format == "safetensors" else row.use
     agreement = written(task, model, format, view, to, metadata(saved, trained, folded, view))
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in task.net.modules())
     size = to.stat().st_size
