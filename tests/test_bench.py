@@ -20,6 +20,7 @@ from resnetv2_cli.commands.bench import row
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.prepare import Form, prepare
 from resnetv2_cli.describe import describe
+from resnetv2_cli.run import build
 from resnetv2_cli.telling import silent
 
 CPU = torch.device("cpu")
@@ -134,6 +135,17 @@ def test_what_the_trainer_costs_and_waits_is_counted_by_iterations(monkeypatch):
     made = whole.bench_train(e, 1, 4, silent)
     assert made["trainer_overhead"] == pytest.approx(1 / 3)
     assert made["arms"][whole.TRAIN]["waiting"] == made["arms"][whole.PLAIN]["waiting"] == 1 / 8
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_the_bare_step_augments_where_training_does(augment, monkeypatch):
+    e = Experiment(dataset="digits", depth=8, batch_size=64, accelerator="cpu", augment=augment)
+    task, images = build(e)
+    seen = []
+    real = task.augmented
+    monkeypatch.setattr(task, "augmented", lambda *given: seen.append(given) or real(*given))
+    whole.bare_arm(task, images, images.train, CPU)(1)
+    assert bool(seen) == augment
 
 
 def test_the_command_leaves_a_picture_and_the_json_it_prints(here, tmp_path):

@@ -23,8 +23,8 @@ from resnetv2_cli.callbacks import Keeper, Recorder
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
 from resnetv2_cli.data.augment import augmented
-from resnetv2_cli.data.module import Batch, ImageData, Stream
-from resnetv2_cli.data.order import Epoch, Schedule, epoch_order
+from resnetv2_cli.data.module import Batch, EpochMaker, ImageData, Parts, Stream
+from resnetv2_cli.data.order import Schedule, epoch_order
 from resnetv2_cli.display import Display
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.leaving import Leaver
@@ -50,24 +50,22 @@ def bare_arm(
     optimizer = sgd(task.net, e)
     scheduler = schedule(optimizer, e)
     task.record(optimizer)
-    pixels = torch.from_numpy(split.images).to(device)
-    labels = torch.from_numpy(split.labels).to(device)
-    order = Schedule(data.train_images, e.batch_size)
-    drawn = epoch_order(data.train_images, e.seed, 0, data.dataset.flip)
-    epoch = Epoch(drawn.order.to(device), drawn.views.to(device))
-    done = 0
+    n, done = data.train_images, 0
+    epoch = EpochMaker(n, e.seed, data.dataset.flip, e.augment)
+    batches = iter(Stream(split, Parts(Schedule(n, e.batch_size), 0, 10**9), epoch, device))
 
     def step() -> None:
         nonlocal done
-        [part] = order.parts(done % order.steps_per_epoch)
-        chosen, views = (each[part.start : part.stop] for each in epoch)
-        batch = Batch(pixels[chosen], labels[chosen], views)
+        batch = next(batches)
         if task.iteration and task.iteration.fits(batch):
             task.iteration(batch, done)
         else:
             with graphs.arithmetic(device, precision(e)):
-                x = task.augmented(task.normalize, batch.images, views)
-                loss = F.cross_entropy(task.through(x), batch.labels)
+                pixels, labels, views, _ = batch
+                x = task.normalize(pixels)
+                if views is not None:
+                    x = task.augmented(task.normalize, pixels, views)
+                loss = F.cross_entropy(task.through(x), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
