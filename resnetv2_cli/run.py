@@ -372,7 +372,7 @@ def evaluate(
     """
     saved, task, data = restore(path, **overrides)
     counted = [Readings(manifest, "test")] if (manifest := manifest_of(path)) else []
-    e = checkpoints.experiment_of(saved, **overrides)
+    e = task.experiment
     view_of(e, task.normalize)
     leaver = Leaver()
     trainer = trainer_of(e, logger=False, callbacks=[*counted, leaver])

@@ -77,6 +77,15 @@ def test_a_record_of_an_earlier_version_goes_on(tmp_path):
     assert [len(row["arms"]) for row in json.loads(before.read_text())["rows"]] == [2, 2]
 
 
+def test_settings_of_an_earlier_version_have_the_names_of_today(tmp_path):
+    made = of_grid("depth=18 dataset=imagenet protocol=320", tmp_path)
+    record.write(made)
+    was = made.file.read_text().replace('"protocol": "320"', '"test_size": 320')
+    assert "test_size" in was
+    made.file.write_text(was)
+    assert tables.as_json(record.read(made.file), 0.5) == tables.as_json(made, 0.5)
+
+
 def test_what_was_kept_of_the_reproduction_goes_on():
     lab = REPOSITORY / "results" / "lab"
     made = of_grid("depth=20 unit=original", lab)

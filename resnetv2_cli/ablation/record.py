@@ -14,6 +14,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.paper import FAIL, PaperTable, Row
 from resnetv2_cli.runfolder import RunFolder
+from resnetv2_cli.settings import renewed
 
 
 def write(ablation: Ablation) -> None:
@@ -95,18 +96,19 @@ def line_of(row: Mapping[str, Any], root: Path) -> Line:
     """A row as ``write`` leaves it; an arm that has not begun is what it will be."""
     published = FAIL if row["published"] == "fail" else row["published"]
     kept = {key: row[key] for key in ("figure", "spread", "note", "baseline")}
+    settings = renewed(row.get("settings", {}))
     arms = []
     for place in row["arms"]:
         folder = root / place
         seed = int(folder.name.removeprefix("s"))
-        asked = Experiment(**row.get("settings", {}), seed=seed)
+        asked = Experiment(**settings, seed=seed)
         arms.append(Arm(row["name"], asked, folder))
-    return Line(Row(row["name"], published, row.get("settings", {}), **kept), arms)
+    return Line(Row(row["name"], published, settings, **kept), arms)
 
 
 def named(study: str, lines: list[Line], root: Path) -> str:
     """A study's name with a digest of its rows and of what their runs are, so that no ablation
-    takes the files of another; without one where earlier versions recorded just these."""
+    takes the files of another; without one where the file that has none is of just these rows."""
     rows = {line.row.name: line.arms[0].folder.parent.name for line in lines}
     before = recorded(root / f"ablation-{study}.json")
     if rows == {name: Path(*places[:1]).parent.name for name, places in before.items()}:

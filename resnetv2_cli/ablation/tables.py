@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from statistics import median
 from typing import Any
 
 from resnetv2_cli.ablation.arms import Ablation, Line
@@ -161,7 +160,7 @@ def row_as_json(ablation: Ablation, line: Line, detect: float) -> dict[str, Any]
         "note": line.row.note,
         "errors": {str(seed): number(error) for seed, error in line.errors.items()},
         "n": s.n,
-        "median": number(median(s.errors)) if s.errors else None,
+        "median": number(s.median),
         "mean": s.mean,
         "std": s.std,
         "interval": s.interval,

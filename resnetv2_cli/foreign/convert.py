@@ -1,6 +1,5 @@
 """Another code base's weights as a checkpoint of this tool."""
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.foreign.names import filled, numbers
 from resnetv2_cli.foreign.sources import SOURCES, UNIT, Network, Source
 from resnetv2_cli.plans import BLOCKS, IMAGENET
+from resnetv2_cli.weightfile import sha256
 
 PARTS = ("weight", "bias", "running_mean", "running_var")
 WNIDS = Path(__file__).parent.parent / "data" / "imagenet_classes.txt"
@@ -267,6 +267,6 @@ def checkpoint(
             "from": source,
             "network": made.network.doc,
             "file": file.name,
-            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            "sha256": sha256(file),
         },
     }
