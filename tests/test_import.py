@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -323,7 +324,21 @@ def test_files_that_are_refused(tmp_path, capsys):
     (tmp_path / "README.md").write_text("# weights\n")
     torch.save({"fc.bias": torch.tensor([0.0, float("nan")])}, tmp_path / "nan.pth")
     torch.save({"bn1.running_var": torch.tensor([1.0, -1.0])}, tmp_path / "var.pth")
+    whole = torch.eye(2)
+    with warnings.catch_warnings(action="ignore"):  # of what PyTorch will have no more
+        quantized = torch.quantize_per_tensor(whole, 0.1, 0, torch.qint8)
+    strange = {
+        "quantized": quantized,
+        "sparse": whole.to_sparse(),
+        "meta": whole.to("meta"),
+        "complex": whole.to(torch.complex64),
+        "float8": whole.to(torch.float8_e4m3fn),
+    }
+    for kind, tensor in strange.items():
+        torch.save({"bn1.running_var": tensor}, tmp_path / f"{kind}.pth")
     for name, message in [
+        *((f"{kind}.pth", "bn1.running_var is no plain tensor") for kind in [*strange][:-1]),
+        ("float8.pth", "cannot read"),  # PyTorch compares none
         ("nan.pth", "fc.bias has numbers that are not finite"),
         ("var.pth", "bn1.running_var has a variance below 0"),
         ("pickle.pth", "holds more than tensors"),
@@ -339,6 +354,11 @@ def test_files_that_are_refused(tmp_path, capsys):
             tensors(tmp_path / name)
     assert "it ran" not in capsys.readouterr().out
     assert ".t7" in READERS
+
+
+def test_parameters_are_tensors(tmp_path):
+    torch.save({"fc.bias": torch.nn.Parameter(torch.ones(2))}, tmp_path / "net.pth")
+    assert tensors(tmp_path / "net.pth")["fc.bias"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def tensors(path: Path) -> dict[str, Tensor]:
     reader = READERS.get(path.suffix.lower(), _torch)
     try:
         found = reader(path)
+        refuse_unsound(found, path)
     except UserError:
         raise
     except pickle.UnpicklingError:
@@ -56,14 +57,25 @@ def tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"cannot read {path}: {line}", "is it whole?") from None
     if not found:
         raise UserError(f"{path} holds no tensors", "name a file of weights")
+    return found
+
+
+def refuse_unsound(found: Mapping[str, Tensor], path: Path) -> None:
+    """
+    Raises:
+        UserError: a tensor is none of numbers one by one, or they are not finite, or it is of
+            variances and has one below 0.
+    """
     for name, tensor in found.items():
+        if not form.is_plain(tensor.detach()):  # which makes a tensor of a parameter
+            hint = "quantized and sparse networks cannot come over"
+            raise UserError(f"{path}: {name} is no plain tensor", hint)
         variance = name.endswith(("running_var", "moving_variance"))
         if not tensor.isfinite().all() or (variance and (tensor < 0).any()):
             said = (
                 "a variance below 0" if tensor.isfinite().all() else "numbers that are not finite"
             )
             raise UserError(f"{path}: {name} has {said}", "were they saved of a run that diverged?")
-    return found
 
 
 def is_pickled(path: Path) -> bool:
@@ -73,8 +85,7 @@ def is_pickled(path: Path) -> bool:
 
 
 def _torch(path: Path) -> dict[str, Tensor]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a pickle's protocol; what is in it is looked at
+    with warnings.catch_warnings(action="ignore"):  # of what is looked at below
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     for key in WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
