@@ -2,11 +2,13 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resnetv2_cli import console, plans, quantities
+from resnetv2_cli import console, plans, quantities, settings
+from resnetv2_cli.ablation import planning, studies
+from resnetv2_cli.ablation.launch import LAUNCHERS
 from resnetv2_cli.commands.app import Format, app
 from resnetv2_cli.errors import Stopped, UserError, unknown
 from resnetv2_cli.flags import seconds, with_flags
@@ -48,14 +50,16 @@ def ablate(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option("--config", "-c", help="A file of configs/ for all rows; flags win over it."),
+        typer.Option(
+            "--config", "-c", help="A YAML file, or a name in configs/, for all rows; flags win."
+        ),
     ] = None,
     runs: Annotated[int, typer.Option(help="Seeds of each row; the paper takes 5.", min=1)] = 1,
     scale: Annotated[
         str, typer.Option(help="paper: the full recipe; laptop: a small one for a CPU.")
     ] = "paper",
     protocol: Annotated[
-        Literal["paper", "val"],
+        settings.rows(planning.PROTOCOLS),  # type: ignore[valid-type]
         typer.Option(
             help="paper: 50k training images, last iteration, test images seen at every "
             "evaluation; val: 45k/5k, the checkpoint chosen on the 5k, test images read once."
@@ -63,7 +67,7 @@ def ablate(
     ] = "paper",
     jobs: Annotated[int, typer.Option(help="Runs at the same time.", min=1)] = 1,
     launcher: Annotated[
-        Literal["process", "local", "slurm"],
+        settings.rows(LAUNCHERS),  # type: ignore[valid-type]
         typer.Option(help="Processes here; or jobs of submitit: its local stand-in, or SLURM."),
     ] = "process",
     hours: Annotated[float, typer.Option(help="Limit of one job of a queue.", min=0.1)] = 24.0,
@@ -89,8 +93,6 @@ def ablate(
 
     Finished runs are never run again. For instance: resnetv2 ablate --shortcut exclusive-gate
     """
-    from resnetv2_cli.ablation import planning, studies
-
     budget = math.inf if time is None else seconds(time)
     of_unit, of_shortcut = only("unit", unit), only("shortcut", shortcut)
     if of_unit is not None:
@@ -153,7 +155,6 @@ def every(made: "list[Ablation]") -> "list[Arm]":
 def run(made: "list[Ablation]", jobs: int, launcher: str, hours: float, budget: float) -> None:
     """Run what has no result yet, for ``budget`` seconds, and draw what has curves to show."""
     from resnetv2_cli.ablation import record
-    from resnetv2_cli.ablation.launch import LAUNCHERS
     from resnetv2_cli.ablation.progress import Progress
     from resnetv2_cli.ablation.sweep import Sweep
     from resnetv2_cli.plot import panels

@@ -22,7 +22,8 @@ app = typer.Typer(
 )
 
 Config = Annotated[
-    Path | None, typer.Option("--config", "-c", help="A file of configs/; flags win over it.")
+    Path | None,
+    typer.Option("--config", "-c", help="A YAML file, or a name in configs/; flags win over it."),
 ]
 SAVED = "A checkpoint, a run's folder, or what export made of one as safetensors"
 Saved = Annotated[Path, typer.Argument(help=f"{SAVED}.")]
