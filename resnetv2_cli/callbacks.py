@@ -104,8 +104,8 @@ class Recorder(Callback):
     def __init__(self, csv: CSVMetrics, speed: CSVMetrics, log_every: int, scored: str) -> None:
         self.csv, self.speed, self.log_every, self.scored = csv, speed, log_every, scored
         self.latest: dict[str, float] = {}
-        self.mark: float | None = None  # when images after the first ``before`` of ``sums`` began
-        self.before = 0.0
+        self.mark: float | None = None  # when images after the first ``before`` in ``sums`` began
+        self.before = 0.0  # images that passed before a resume
         self.lr = 0.0
         self.kept: torch.Tensor | None = None
         self.non_finite = torch.tensor([0, -1, 0])

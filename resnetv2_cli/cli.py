@@ -137,9 +137,9 @@ def run(given: list[str]) -> None:
     """A command, and what is said of its end."""
     trust.admit(given)
     threads.settle()
-    if not trust.some():  # which may have any use for any metric
+    if not trust.some():  # code of one's own may use any metric
         lean.start()
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which tells who has no home of it
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns whoever has no home
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -43,7 +43,8 @@ def partial(path: Path) -> Path:
 
 
 def expanded(path: Path | str) -> Path:
-    """With a home for ``~``; as it is where nobody has that name, at which Path's own fails."""
+    """A path with a home for ``~``; as it is where there is no such user: ``Path.expanduser`` would
+    raise."""
     return Path(os.path.expanduser(path))
 
 

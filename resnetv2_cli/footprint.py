@@ -58,8 +58,8 @@ def run(net: ResNet, x: Tensor, modules: Iterable[nn.Module]) -> tuple[Tensor, i
 
 
 def along_depth(experiment: Experiment, count: Callable[[Experiment], int]) -> int:
-    """A count of a network that grows by the same with every so many units of a stage, from its
-    count in shallow ones: a deep network takes seconds to build."""
+    """A count of a network, from its count in shallow ones, where every few units of a stage add
+    the same: a deep network takes seconds to build."""
     e = experiment
     n = units_per_stage(e.depth, e.block_, e.stem_)[0]
     more = EACH if e.recompute_bn else 1

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from resnetv2_cli import native
 
-LANES, MOST = 16, 4096  # channels: a multiple of the first, at most the second (kernels.c)
+LANES, MOST = 16, 4096  # channels: a multiple of the first, at most the second (vectors.h)
 NOWHERE, BEFORE, AFTER = 0, 1, 2  # where ReLU is: before or after the addition (kernels.c)
 ONE_VALUE = "Expected more than 1 value per channel when training"  # PyTorch's words
 _AGAIN = "_resnetv2_again"  # on a tensor: the function that makes it again, and its version
@@ -76,7 +76,8 @@ def rows_of(x: Tensor) -> tuple[int, int]:
 
 def spread(plus: Tensor, shape: tuple[int, ...]) -> Tensor:
     """What is added, in the shape of the sum, as PyTorch's addition takes it: a shortcut of one's
-    own may carry one number a channel. Who has that shape is itself, with what it remembers."""
+    own may carry one number a channel. One of that shape is returned itself, and so keeps how it is
+    made again."""
     return plus if plus.shape == shape else plus.expand(shape)
 
 

@@ -145,7 +145,8 @@ def record(net: ResNet, x: Tensor, precision: str) -> tuple[Forward | None, str]
             buffer.copy_(value)
     if not far < NEAR:
         return None, f"the gradient of a replay is {far:.2g} of its norm away from the network's"
-    return lambda x, net=net: replay(x), ""  # whose moving averages a replay alone does not keep
+    # The replay writes BN's moving averages into the network's memory, which must not go before it.
+    return lambda x, net=net: replay(x), ""
 
 
 def renew_generator(device: torch.device) -> None:

@@ -66,8 +66,8 @@ def _on_gpu() -> Any:
 
 
 def by_itself(kernels: str, device: str) -> bool:
-    """Whether a type of device has these operations whatever is computed, where no compiler of
-    PyTorch's has them; on a GPU replays alone have them, where they were measured."""
+    """Whether a network that torch.compile does not have uses these operations on a type of device
+    from the start. On a GPU only replays use them, where they were measured."""
     return kernels == "auto" and device == "cpu"
 
 

@@ -2,7 +2,7 @@
 
      y = f(scale x + shift, plus)     f: their sum, with ReLU nowhere, BEFORE it or AFTER it
 
-   ``plus`` may be null: nothing is added, and ReLU is BEFORE. Each function exists for bf16
+   ``plus`` may be null: nothing is added, and ReLU is not AFTER. Each function exists for bf16
    (T = uint16_t) and for float. A thread takes the same rows in both passes, so that the second
    finds in its cache what the first brought there. */
 

@@ -103,4 +103,4 @@ def map_large() -> None:
     except (OSError, AttributeError, TypeError):
         return
     mallopt(MAP, LARGE)
-    mallopt(TRIM, 4 * LARGE)  # what it would come to by itself, if the first had not been set
+    mallopt(TRIM, 4 * LARGE)  # as glibc itself would set it, had MAP not been set

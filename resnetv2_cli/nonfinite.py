@@ -179,7 +179,7 @@ def began(
     """Run an iteration again, with a look at every unit: the first place where something is not
     finite, None if none is, and the names of the places. The weights are those before it."""
     net = task.net
-    task.iteration = None  # with the memory that it has
+    task.iteration = None  # and its memory is free
     task.replays.clear()  # no module runs in a replay
     parts, net.segments = Parts(net), 0
     net.zero_grad()

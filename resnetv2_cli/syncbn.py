@@ -1,5 +1,5 @@
 """BN under several processes: statistics of all their batches on devices that PyTorch's
-SyncBatchNorm does not know, and whose moving averages count."""
+SyncBatchNorm does not know, and which process's moving averages are kept."""
 
 from typing import Any, cast
 

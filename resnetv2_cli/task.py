@@ -174,7 +174,7 @@ class Classification(L.LightningModule):
                 break
             graphs.tidy(self.device)
             self.tell(OWN.format(why) if compiled else f"no CUDA graphs: {why}")
-        if kind == "cuda":  # whose compiled operations replays alone have
+        if kind == "cuda":  # where only replays use the compiled operations
             self.augmented = augmented
             self.fuse(self.device)
 

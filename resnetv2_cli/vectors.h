@@ -1,5 +1,5 @@
-/* What kernels.c and pointwise.c share: sixteen channels at a time as floats, and the statistics of
-   BN as sums of each thread.
+/* What kernels.c, pointwise.c and conv3x3.c share: sixteen channels at a time as floats, and the
+   statistics of BN as sums of each thread.
 
    Numbers lie channels last: rows (images, times height, times width) of c channels, c a multiple
    of 16. bf16 is uint16_t. */

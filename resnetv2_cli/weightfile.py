@@ -24,7 +24,7 @@ def find(path: Path) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits; of one that did not change it is kept."""
+    """SHA-256 of a file, in hexadecimal digits; computed once, unless the file changes."""
     stat = path.stat()
     return _sha256(path.absolute(), stat.st_size, stat.st_mtime_ns)
 

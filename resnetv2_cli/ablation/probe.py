@@ -34,7 +34,7 @@ def step_seconds(experiment: Experiment) -> float:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     seconds = measured(experiment, device)
-    graphs.tidy(device)  # of this network's recording, which had names in there
+    graphs.tidy(device)  # frees the recording, which ``measured`` had names for till now
     return seconds
 
 

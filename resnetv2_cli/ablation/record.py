@@ -108,7 +108,8 @@ def line_of(row: Mapping[str, Any], root: Path) -> Line:
 
 def named(study: str, lines: list[Line], root: Path) -> str:
     """A study's name with a digest of its rows and of what their runs are, so that no ablation
-    takes the files of another; without one where the file that has none is of just these rows."""
+    takes the files of another; its name alone, where an earlier version's file of that name has
+    just these rows."""
     rows = {line.row.name: line.arms[0].folder.parent.name for line in lines}
     before = recorded(root / f"ablation-{study}.json")
     if rows == {name: Path(*places[:1]).parent.name for name, places in before.items()}:

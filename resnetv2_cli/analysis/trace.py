@@ -150,7 +150,7 @@ def size(x: Tensor) -> float:
 
 
 def ratio(a: float | None, b: float | None) -> float:
-    """a / b; NaN where they do not say it: b is 0, or one of them has left its format."""
+    """a / b; NaN where there is none: b is 0, or one of them is missing or not finite."""
     if a is None or not b or not math.isfinite(a) or not math.isfinite(b):
         return math.nan
     return a / b

@@ -1,4 +1,5 @@
-"""The datasets that ``--dataset`` names, as data. To add one: one row in DATASETS.
+"""The datasets that ``--dataset`` names, as data. To add one in class folders: a row in DATASETS;
+one with an archive of its own has rows in ``data.archive`` too.
 
 Nothing here needs torch, so that help and error messages come at once.
 """

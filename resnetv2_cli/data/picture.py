@@ -22,7 +22,7 @@ FORMATS = {"PNG": {".png"}, "JPEG": {".jpg", ".jpeg", ".jfif"}, "WEBP": {".webp"
 # Photographs may have so many pixels; Pillow refuses twice as many by itself.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-# Of EXIF that is broken, whose words no pixel hangs on.
+# Of broken EXIF, on which no pixel depends.
 warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
 
 # What decoders raise on bytes that are no image.

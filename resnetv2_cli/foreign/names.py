@@ -1,6 +1,6 @@
 """Names of layers as patterns: ``layer{s}.{u-1}.conv{k}``, where s, u, k and K are whole numbers.
 
-A hole holds a letter, before it perhaps a factor and behind it a sum: ``{3k-5}``.
+A hole is a letter, perhaps with a factor before it and a number added behind: ``{3k-5}``.
 """
 
 import re
