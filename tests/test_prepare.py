@@ -281,6 +281,68 @@ def test_killed_while_it_writes_the_second_call_goes_on(tree, tmp_path, here):
     assert "train-000000.tar is damaged" in done.stderr and "remove it" in done.stderr
 
 
+def borders(shard: Path) -> list[int]:
+    """Where each member begins, image and label in turn."""
+    with tarfile.open(shard) as tar:
+        return [info.offset for info in tar]
+
+
+def zeros(shard: Path, start: int, stop: int) -> None:
+    """What a power cut, or a copy with holes, leaves of blocks that were not on the disk."""
+    content = bytearray(shard.read_bytes())
+    content[start:stop] = bytes(stop - start)
+    shard.write_bytes(content)
+
+
+def holding(shard: Path, *members: tuple[str, bytes]) -> None:
+    """A whole shard with members of another's making."""
+    with tarfile.open(shard, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def edited(shard: Path, old: str, content: bytes, new: str = "") -> None:
+    """Another content, and another name, for one of its members."""
+    with tarfile.open(shard) as tar:
+        kept = [(info.name, tar.extractfile(info).read()) for info in tar]
+    holding(shard, *((new or old, content) if name == old else (name, data) for name, data in kept))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda shard: os.truncate(shard, borders(shard)[4]),  # between two images
+        lambda shard: os.truncate(shard, borders(shard)[5]),  # behind an image, before its label
+        lambda shard: zeros(shard, borders(shard)[2], shard.stat().st_size),
+        lambda shard: zeros(shard, borders(shard)[2], borders(shard)[2] + 512),  # a header
+        lambda shard: zeros(shard, borders(shard)[4], borders(shard)[4] + 100),  # its checksum says
+        lambda shard: holding(shard),
+        lambda shard: holding(shard, ("00000001.jpg", b"abc"), ("00000001.cls", b"0")),
+        lambda shard: edited(shard, "00000002.cls", b"99"),
+        lambda shard: edited(shard, "00000002.cls", b"0"),  # a class that there is
+        lambda shard: edited(shard, "00000002.cls", b"1", "00000003.cls"),
+    ],
+)
+def test_a_shard_that_lacks_images_is_not_taken_for_whole(tree, tmp_path, here, damage):
+    """A reader of tar files takes each of these for one that ends where the damage begins, or for
+    whole: the index would lack images, or have others, and no number would say so."""
+    to = prepared(tree, tmp_path / "s", here)
+    whole = {p.name: p.read_bytes() for p in to.iterdir()}
+    shard = to / "train-000000.tar"
+    damage(shard)
+    assert shard.read_bytes() != whole[shard.name]
+    done = here("data", "prepare", tree, "--output", to, "--shard", 3, status=2)
+    assert "train-000000.tar is damaged" in done.stderr and "remove it" in done.stderr
+    assert (to / "train.index.npz").read_bytes() == whole["train.index.npz"]
+    shard.unlink()  # as the hint has it
+    prepared(tree, to, here)
+    again = {p.name: p.read_bytes() for p in to.iterdir()}
+    assert all(again[name] == whole[name] for name in whole if name.endswith(".tar"))
+    assert len(shards.read_index(to / "train.index.npz")["ant"]) == 2
+
+
 def test_a_shard_that_begins_with_a_label_is_damaged(tmp_path):
     """Also where Python leaves assertions out (-O)."""
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
@@ -290,7 +352,7 @@ def test_a_shard_that_begins_with_a_label_is_damaged(tmp_path):
     optimized = {"__name__": "optimized"}
     exec(compile(Path(shards.__file__).read_text(), shards.__file__, "exec", optimize=1), optimized)
     with pytest.raises(UserError, match="s.tar is damaged"):
-        optimized["members"](tmp_path / "s.tar")
+        optimized["members"](tmp_path / "s.tar", [("0.jpg", 1)])
 
 
 def test_a_record_that_cannot_be_read_is_not_that_of_others(tree, tmp_path, here):

@@ -62,8 +62,8 @@ def prepare(
     earlier call finished are kept: what was stopped goes on.
 
     Raises:
-        UserError: an image cannot be read, the folder has shards of something else, or it cannot be
-            written.
+        UserError: an image cannot be read, the folder has shards of something else, or one that is
+            damaged, or it cannot be written.
     """
     splits = {"train": folder.scan(root, "train")}
     splits["val"] = folder.scan(root, "test", splits["train"].classes)
@@ -127,6 +127,12 @@ def portions(name: str, split: folder.Folder, form: Form) -> dict[str, list[int]
     return {f"{name}-{n:06}.tar": order[s : s + form.shard] for n, s in enumerate(starts)}
 
 
+def contents(split: folder.Folder, rows: list[int], form: Form) -> list[tuple[str, int]]:
+    """What is in a shard: the name there of each row's image, and the number of its class."""
+    suffix = ".npy" if form.raw else ".jpg"
+    return [(f"{row:08}{suffix}", int(split.labels[row])) for row in rows]
+
+
 def _prepared(
     splits: dict[str, folder.Folder],
     output: Path,
@@ -135,7 +141,7 @@ def _prepared(
     tick: Callable[[int, int], None],
 ) -> dict[str, int]:
     every = sum(len(split.files) for split in splits.values())
-    done = 0
+    done, indexed = 0, {}
 
     def tick_from(before: int, here: int) -> None:
         tick(before + here, every)
@@ -145,11 +151,12 @@ def _prepared(
         for named, rows in portions(name, split, form).items():
             if not (shard := output / named).exists():
                 write(shard, split, rows, form, workers, partial(tick_from, done))
-            found += shards.members(shard)
+            found += shards.members(shard, contents(split, rows, form))
             done += len(rows)
             tick(done, every)
         shards.write_index(shards.index_of(output, name), split.classes, found)
-    return {name: len(split.files) for name, split in splits.items()}
+        indexed[name] = len(found)
+    return indexed
 
 
 def write(
@@ -167,12 +174,11 @@ def write(
             yield from pool.imap(lambda i: encoded(Path(str(split.files[i])), form), rows)
 
     with replacing(shard) as file, tarfile.open(fileobj=file, mode="w:") as tar:
-        for k, (row, content) in enumerate(zip(rows, images(), strict=True), 1):
-            key = f"{row:08}"
-            members = {".npy" if form.raw else ".jpg": content}
-            members[".cls"] = str(int(split.labels[row])).encode()
-            for suffix, data in members.items():
-                info = tarfile.TarInfo(key + suffix)
+        pairs = zip(contents(split, rows, form), images(), strict=True)
+        for k, ((name, label), content) in enumerate(pairs, 1):
+            members = {name: content, f"{Path(name).stem}.cls": str(label).encode()}
+            for called, data in members.items():
+                info = tarfile.TarInfo(called)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
             tick(k)

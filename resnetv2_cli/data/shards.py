@@ -10,6 +10,7 @@ import json
 import os
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,26 +63,28 @@ def index_of(root: Path, split: str) -> Path:
     return root / f"{split}.index.npz"
 
 
-def members(shard: Path) -> list[tuple[Member, int]]:
-    """The images of a shard, and the numbers of their classes.
+def members(shard: Path, rows: Sequence[tuple[str, int]]) -> list[tuple[Member, int]]:
+    """The images of a shard, and the numbers of their classes. ``rows``: what belongs in it, the
+    name and the number of each.
 
     Raises:
-        UserError: it is not whole.
+        UserError: it has not all of that, or anything else.
     """
     made = []
     try:
         with tarfile.open(shard, "r:") as tar:
-            image = None
-            for info in tar:
-                if info.name.endswith(".cls"):
-                    if image is None:
-                        raise ValueError("a label before its image")
-                    label = tar.extractfile(info).read()  # type: ignore[union-attr]
-                    made.append((image, int(label)))
-                else:
-                    image = Member(shard, info.offset_data, info.size, info.name)
+            # Which ends without a word at zeros, or where a copy was cut off between two images.
+            inside = iter(tar)
+            for (name, label), image, number in zip(rows, inside, inside, strict=True):
+                said = tar.extractfile(number).read()  # type: ignore[union-attr]
+                expected = (name, f"{Path(name).stem}.cls", str(label).encode())
+                if (image.name, number.name, said) != expected:
+                    raise ValueError(f"{image.name} is not {name}")
+                made.append((Member(shard, image.offset_data, image.size, name), label))
     except (tarfile.TarError, OSError, ValueError):
-        raise UserError(f"{shard} is damaged", f"remove it: {AGAIN}") from None
+        raise UserError(
+            f"{shard} is damaged, or not of these images", f"remove it: {AGAIN}"
+        ) from None
     return made
 
 
