@@ -5,6 +5,7 @@ Thousands of cases here; ``RESNETV2_FUZZ=50 pytest tests/test_fuzz.py`` tries fi
 
 import contextlib
 import io
+import tarfile
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from PIL import Image
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.cli import main
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.data import picture
+from resnetv2_cli.data import picture, shards
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.recipes import CONFIGS
 from resnetv2_cli.resnet import ResNet
@@ -189,3 +190,82 @@ def test_images(content):
         one_line(error)
     else:
         assert found.mode == "RGB"
+
+
+# Shards and their index.
+
+ROWS = [(f"{row:08}.jpg", row % 2) for row in range(3)]
+
+
+def shard() -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, label in ROWS:
+            for called, content in ((name, b"pixels"), (f"{name[:8]}.cls", b"%d" % label)):
+                info = tarfile.TarInfo(called)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def index(**changed) -> bytes:
+    out = io.BytesIO()
+    arrays = {
+        "shards": ["train-000000.tar"], "shard": [0, 0], "place": [(512, 6), (2560, 6)],
+        "name": ["0.jpg", "1.jpg"], "label": [0, 1], "classes": '["ant", "bee"]',
+    }  # fmt: skip
+    np.savez(out, **{name: np.array(value) for name, value in (arrays | changed).items()})
+    return out.getvalue()
+
+
+@cases(600)
+@given(content=mutated([shard()]))
+def test_shards_of_random_bytes(tmp_path_factory, content):
+    """All images are found, or it is refused."""
+    file = tmp_path_factory.getbasetemp() / "fuzzed.tar"
+    file.write_bytes(content)
+    try:
+        found = shards.members(file, ROWS)
+    except UserError as error:
+        one_line(error)
+    else:
+        assert [(member.name, label) for member, label in found] == ROWS
+        assert all(len(member.read()) == member.size > 0 for member, _ in found)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "train-000000.tar").write_bytes(shard())
+    return folder / "train.index.npz"
+
+
+def indexed(file: Path) -> None:
+    """Whatever it names is there."""
+    try:
+        found = shards.read_index(file)
+    except UserError as error:
+        one_line(error)
+    else:
+        assert all(isinstance(name, str) for name in found)
+        assert all(len(m.read()) == m.size > 0 for some in found.values() for m in some)
+
+
+@cases(600)
+@given(content=mutated([index()]))
+def test_indexes_of_random_bytes(prepared, content):
+    prepared.write_bytes(content)
+    indexed(prepared)
+
+
+NUMBERS = st.one_of(st.integers(-3, 3), st.integers(), st.floats(), st.text(max_size=3))
+
+
+@cases(600)
+@given(
+    name=st.sampled_from(["shards", "shard", "place", "name", "label", "classes"]),
+    value=st.one_of(NUMBERS, st.lists(NUMBERS, max_size=3), st.lists(st.tuples(NUMBERS, NUMBERS))),
+)
+def test_indexes_of_random_values(prepared, name, value):
+    prepared.write_bytes(index(**{name: value}))
+    indexed(prepared)

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import os
 import re
 import resource
@@ -195,14 +196,72 @@ def test_processes_read_each_image_of_the_shards_once_and_resume_within_an_epoch
     [
         (lambda r: (r / "train.index.npz").write_bytes(b"nothing"), "index.npz is damaged"),
         (lambda r: (r / "train-000000.tar").unlink(), "the shard .*train-000000.tar is missing"),
-        (lambda r: os.truncate(r / "train-000000.tar", 3000), "cannot read the image .*cut off"),
+        (lambda r: os.truncate(r / "train-000000.tar", 3000), "train-000000.tar is cut off"),
     ],
 )
 def test_damaged_shards_are_one_clear_error(tree, tmp_path, here, damage, message):
     shards = prepared(tree, tmp_path / "s", here)
     damage(shards)
     with pytest.raises(UserError, match=message):
-        read_all(shards, "train")
+        folder.scan(shards, "train")
+
+
+def test_a_shard_that_shrinks_once_its_index_is_read_is_one_clear_error(tree, tmp_path, here):
+    shards = prepared(tree, tmp_path / "s", here)
+    first = folder.scan(shards, "train").files[0]
+    os.truncate(first.shard, 600)
+    with pytest.raises(UserError, match="cannot read the image .*jpg: .*tar is cut off"):
+        first.read()
+
+
+@pytest.mark.parametrize(
+    "name, other, message",
+    [
+        ("place", lambda a: a + 0.5, "train.index.npz is damaged"),
+        ("place", lambda a: a - a[0], "train.index.npz is damaged"),  # of no bytes
+        ("place", lambda a: a * [-1, 1], "train.index.npz is damaged"),
+        ("place", lambda a: a[:-1], "train.index.npz is damaged"),
+        (
+            "place",
+            lambda a: np.add(a, (0, 10**15)),
+            "train-00000..tar is cut off: train.index.npz has",
+        ),
+        ("place", lambda a: np.add(a, (2**63 - 10**6, 0)), "train-00000..tar is cut off"),
+        ("label", lambda a: a - 1, "train.index.npz is damaged"),
+        ("label", lambda a: a + 1, "train.index.npz is damaged"),
+        ("shard", lambda a: a - 1, "train.index.npz is damaged"),
+        ("shard", lambda a: a + 1, "train.index.npz is damaged"),
+        ("name", lambda a: np.arange(len(a)), "train.index.npz is damaged"),
+        ("name", lambda a: a[:, None], "train.index.npz is damaged"),
+        ("classes", lambda a: '["ant", 3]', "train.index.npz is damaged"),
+        ("classes", lambda a: '["ant", "bee", "ant"]', "train.index.npz is damaged"),
+        ("shards", lambda a: a[:1], "train.index.npz is damaged"),
+    ],
+)
+def test_an_index_of_what_is_not_there_is_one_clear_error(
+    tree, tmp_path, here, name, other, message
+):
+    to = prepared(tree, tmp_path / "s", here)
+    file = to / "train.index.npz"
+    arrays = dict(np.load(file))
+    np.savez(file, **arrays | {name: other(arrays[name])})
+    with pytest.raises(UserError, match=message) as refused:
+        folder.scan(to, "train")
+    assert "data prepare makes it anew" in refused.value.hint
+    if "remove" in refused.value.hint:
+        for shard in to.glob("train-*.tar"):
+            shard.unlink()
+    prepared(tree, to, here)  # as the hint has it
+    assert folder.scan(to, "train").labels.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("made", [3, [], "all", None])
+def test_a_record_without_stamps_is_that_of_others(tree, tmp_path, here, made):
+    to = prepared(tree, tmp_path / "s", here)
+    begun = to / "prepared.json"
+    begun.write_text(json.dumps(json.loads(begun.read_text()) | {"shards": made}))
+    done = here("data", "prepare", tree, "--output", to, "--shard", 3, status=2)
+    assert "was begun with other images or settings" in done.stderr
 
 
 @pytest.fixture
@@ -295,11 +354,14 @@ def zeros(shard: Path, start: int, stop: int) -> None:
 
 
 def holding(shard: Path, *members: tuple[str, bytes]) -> None:
-    """A whole shard with members of another's making."""
+    """A whole shard with members of another's making; without content, links to nothing."""
     with tarfile.open(shard, "w") as tar:
         for name, content in members:
-            info = tarfile.TarInfo(name)
+            info = tarfile.TarInfo(name.rstrip("/"))
             info.size = len(content)
+            if not content:
+                info.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.SYMTYPE
+                info.linkname = "nowhere"
             tar.addfile(info, io.BytesIO(content))
 
 
@@ -323,6 +385,9 @@ def edited(shard: Path, old: str, content: bytes, new: str = "") -> None:
         lambda shard: edited(shard, "00000002.cls", b"99"),
         lambda shard: edited(shard, "00000002.cls", b"0"),  # a class that there is
         lambda shard: edited(shard, "00000002.cls", b"1", "00000003.cls"),
+        lambda shard: edited(shard, "00000002.cls", b""),  # a link to nothing
+        lambda shard: edited(shard, "00000002.cls", b"", "00000002.cls/"),  # a folder
+        lambda shard: edited(shard, "00000002.jpg", b""),
     ],
 )
 def test_a_shard_that_lacks_images_is_not_taken_for_whole(tree, tmp_path, here, damage):

@@ -109,7 +109,7 @@ def refuse_others(
         UserError: a folder was begun otherwise, or a shard in it is of images that have changed.
     """
     made = was.pop("shards", {})
-    if was != plan:
+    if was != plan or not isinstance(made, dict):
         raise UserError(f"{output} was begun with other images or settings", "name a new folder")
     for shard, found in stamps.items():
         if made.get(shard, found) != found and (output / shard).exists():

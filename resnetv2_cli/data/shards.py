@@ -9,12 +9,12 @@ import errno
 import json
 import os
 import tarfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from resnetv2_cli.data.picture import unreadable
 from resnetv2_cli.errors import UserError
@@ -76,12 +76,14 @@ def members(shard: Path, rows: Sequence[tuple[str, int]]) -> list[tuple[Member, 
             # Which ends without a word at zeros, or where a copy was cut off between two images.
             inside = iter(tar)
             for (name, label), image, number in zip(rows, inside, inside, strict=True):
-                said = tar.extractfile(number).read()  # type: ignore[union-attr]
-                expected = (name, f"{Path(name).stem}.cls", str(label).encode())
-                if (image.name, number.name, said) != expected:
+                if (image.name, number.name) != (name, f"{Path(name).stem}.cls"):
                     raise ValueError(f"{image.name} is not {name}")
+                if not (image.isreg() and number.isreg() and image.size and number.size < 20):
+                    raise ValueError(f"{name} is a link, a folder, or empty")
+                if tar.extractfile(number).read() != str(label).encode():  # type: ignore[union-attr]
+                    raise ValueError(f"{name} is of another class")
                 made.append((Member(shard, image.offset_data, image.size, name), label))
-    except (tarfile.TarError, OSError, ValueError):
+    except Exception:  # a stranger's headers fail in any way
         raise UserError(
             f"{shard} is damaged, or not of these images", f"remove it: {AGAIN}"
         ) from None
@@ -109,20 +111,44 @@ def read_index(path: Path) -> dict[str, list[Member]]:
     """The images of each class of a prepared split.
 
     Raises:
-        UserError: it is damaged, or a shard is missing.
+        UserError: it is damaged, or a shard is missing or cut off.
     """
     try:
-        with np.load(path, allow_pickle=False) as kept:
-            shards = [path.parent / Path(str(name)).name for name in kept["shards"]]
-            offsets, sizes = kept["place"].T.tolist()
-            rows = zip(kept["shard"].tolist(), offsets, sizes, kept["name"], strict=True)
-            members = [Member(shards[i], start, n, str(name)) for i, start, n, name in rows]
-            classes = tuple(json.loads(str(kept["classes"])))
-            found: dict[str, list[Member]] = {name: [] for name in classes}
-            for member, label in zip(members, kept["label"].tolist(), strict=True):
-                found[classes[label]].append(member)
-    except (OSError, ValueError, KeyError, EOFError, TypeError, IndexError, zipfile.BadZipFile):
+        shards, classes, names, numbers = kept(path)
+    except Exception:  # a stranger's file fails in any way
         raise UserError(f"{path} is damaged", AGAIN) from None
     if missing := [s for s in shards if not s.is_file()]:
         raise UserError(f"the shard {missing[0]} is missing", AGAIN)
+    shard, offset, size, _ = numbers
+    ends = np.array([s.stat().st_size for s in shards], np.int64)
+    if len(cut := shard[size > ends[shard] - offset]):
+        short = f"the shard {shards[cut[0]]} is cut off: {path.name} has more of it"
+        raise UserError(short, f"remove it: {AGAIN}")
+    found: dict[str, list[Member]] = {name: [] for name in classes}
+    for i, start, n, label, name in zip(*numbers.tolist(), names, strict=True):
+        found[classes[label]].append(Member(shards[i], start, n, name))
     return found
+
+
+def kept(path: Path) -> tuple[list[Path], list[str], list[str], NDArray[np.int64]]:
+    """The shards, classes and names of images of an index; and of each image the number of its
+    shard, where it begins there, its bytes, and the number of its class.
+
+    Shape of the numbers: (4, images).
+
+    Raises:
+        Exception: of any kind: they are not there, or cannot be.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        shards = [path.parent / Path(str(name)).name for name in file["shards"]]
+        classes, names = json.loads(str(file["classes"])), file["name"]
+        numbers = np.stack([file["shard"], *file["place"].T, file["label"]])
+    if [*dict.fromkeys(map(str, classes))] != classes:
+        raise ValueError("classes that are no names, or one twice")
+    kinds = (names.dtype.kind, names.ndim, numbers.dtype.kind)
+    if kinds != ("U", 1, "i") or numbers.shape != (4, len(names)):
+        raise ValueError("other arrays than an index has")
+    below = np.array([len(shards), np.inf, np.inf, len(classes)])[:, None]
+    if (numbers < [[0], [0], [1], [0]]).any() or (numbers >= below).any():
+        raise ValueError("numbers of nothing that there is")
+    return shards, classes, names.tolist(), numbers
