@@ -348,8 +348,9 @@ def test_an_unreadable_photograph_is_named(class_folders, workers):
     module = ImageData(Experiment(**given, steps=1, workers=workers))
     module.trainer = FakeTrainer()
     module.setup()
-    with pytest.raises(UserError, match="^cannot read the image [^\n]*ant.0.jpg"):
+    with pytest.raises(UserError, match="^cannot read the image [^\n]*ant.0.jpg[^\n]*$") as refused:
         list(module.train_dataloader())
+    assert refused.value.hint == "resnetv2 data check names all that cannot be read"
 
 
 def test_the_home_of_nobody_is_a_folder_that_is_not_there(tmp_path, here):

@@ -1,5 +1,6 @@
 """Photographs as shards: the same images in the same order, whatever stopped their making."""
 
+import errno
 import io
 import itertools
 import json
@@ -212,6 +213,52 @@ def test_a_shard_that_shrinks_once_its_index_is_read_is_one_clear_error(tree, tm
     os.truncate(first.shard, 600)
     with pytest.raises(UserError, match="cannot read the image .*jpg: .*tar is cut off"):
         first.read()
+
+
+def trains(root: Path, workers: int) -> list:
+    """The batches of one epoch."""
+    given = {"dataset": "folder", "data_dir": str(root), "depth": 18, "batch_size": 4}
+    module = ImageData(Experiment(**given, steps=1, workers=workers))
+    module.trainer = FakeTrainer()
+    module.setup()
+    return list(module.train_dataloader())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_where_a_picture_in_a_shard_is_damaged_the_hint_mends_it(tree, tmp_path, here, workers):
+    to = prepared(tree, tmp_path / "s", here)
+    shard = to / "train-000000.tar"
+    whole, start = shard.read_bytes(), borders(shard)[2] + 512
+    zeros(shard, start, start + 3000)
+    prepared(tree, to, here)  # which looks at no pixels
+    with pytest.raises(UserError, match=rf"^cannot read the image {shard}:0+\d\.jpg") as refused:
+        trains(to, workers)
+    assert refused.value.hint == f"remove {shard}: resnetv2 data prepare makes it anew"
+    shard.unlink()
+    prepared(tree, to, here)
+    assert shard.read_bytes() == whole and len(trains(to, workers)) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "number, hint",
+    [
+        (errno.EMFILE, "^ulimit -n 4096 lets a process have more files open$"),
+        (errno.ENOENT, "^resnetv2 data prepare makes it anew$"),
+        (errno.EIO, "^remove .*train-0+[01].tar: resnetv2 data prepare makes it anew$"),
+    ],
+)
+def test_the_hint_is_of_what_the_system_says(
+    tree, tmp_path, here, monkeypatch, workers, number, hint
+):
+    def fails(*_: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    to = prepared(tree, tmp_path / "s", here)
+    monkeypatch.setattr(os, "pread", fails)
+    with pytest.raises(UserError, match=os.strerror(number)) as refused:
+        trains(to, workers)
+    assert re.search(hint, refused.value.hint)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from resnetv2_cli.telling import Tell, silent
 
 SUFFIXES = set[str]().union(*picture.FORMATS.values())
 NAMES = f"their names end in {', '.join(sorted(SUFFIXES))}"
+CHECK = "resnetv2 data check names all that cannot be read"
 SHORTER = (256, 480)  # pixels: range of the random shorter side ("scale" of Table 5, from [1])
 DRAWS = 40  # numbers that a training crop is drawn with: four for each of ten tries
 
@@ -243,7 +244,12 @@ class FolderImages(Dataset):
 
     def _crops(self, index: int, choose: Choose, side: int) -> Tensor:
         file = self.folder.files[index]
-        return crops(content_of(file), str(file), choose, side)
+        content = content_of(file)
+        try:
+            return crops(content, str(file), choose, side)
+        except picture.Unreadable as error:  # by what knows nothing of where it is
+            hint = file.anew if isinstance(file, Member) else CHECK
+            raise picture.Unreadable(str(error), hint, error.why) from None
 
 
 def chosen(split: Split | Folder, n: int, view: View) -> tuple[Tensor, Tensor]:

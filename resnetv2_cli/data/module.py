@@ -146,10 +146,10 @@ class FileStream:
         try:
             for pixels, labels in self.loader:
                 yield Batch(pixels, labels, None, next(self.weights) if self.weights else 1.0)
-        except UserError as error:  # from a worker, whose traceback stands before the message
-            _, _, message = str(error).rpartition(f"{type(error).__name__}: ")
-            hint = error.hint or "resnetv2 data check names all that cannot be read"
-            raise UserError(message.strip(), hint) from None
+        except UserError as error:  # from a worker: between its traceback and its hint
+            _, _, said = str(error).rpartition(f"{type(error).__name__}: ")
+            message, _, hint = said.partition("\nhint: ")
+            raise UserError(message.strip(), error.hint or hint.strip()) from None
 
 
 def stand_apart(worker: int) -> None:

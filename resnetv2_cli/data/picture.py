@@ -44,10 +44,13 @@ BROKEN = (
 class Unreadable(UserError):
     """An image that cannot be read. ``why``: what the message says behind its name."""
 
-    # The message is enough: torch makes the error of a worker process again from that alone.
+    # The message is enough: torch makes the error of a worker process again from that alone, with
+    # its traceback, in which the hint is a note.
     def __init__(self, message: str, hint: str = "", why: str = "") -> None:
         super().__init__(message, hint)
         self.why = why or message
+        if hint:
+            self.add_note(f"hint: {hint}")
 
 
 @contextmanager

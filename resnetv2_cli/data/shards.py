@@ -36,6 +36,11 @@ class Member(NamedTuple):
     def __str__(self) -> str:
         return f"{self.shard}:{self.name}"
 
+    @property
+    def anew(self) -> str:
+        """What to do where its bytes are none of an image, at which data prepare does not look."""
+        return f"remove {self.shard}: {AGAIN}"
+
     def read(self) -> bytes:
         """Its bytes.
 
@@ -51,10 +56,11 @@ class Member(NamedTuple):
             finally:
                 os.close(shard)
         except OSError as error:
-            hint = MORE if error.errno in (errno.EMFILE, errno.ENFILE) else AGAIN
+            hints = {errno.EMFILE: MORE, errno.ENFILE: MORE, errno.ENOENT: AGAIN}
+            hint = hints.get(error.errno or 0, self.anew)
             raise unreadable(str(self), error.strerror or error, hint) from None
         if len(content) < self.size:
-            raise unreadable(str(self), f"{self.shard} is cut off", AGAIN)
+            raise unreadable(str(self), f"{self.shard} is cut off", self.anew)
         return content
 
 
