@@ -489,3 +489,25 @@ def test_two_at_once_are_refused(tree, tmp_path, here):
     with held(tmp_path / "s" / "prepare.lock", "wait"):
         done = here("data", "prepare", tree, "--output", tmp_path / "s", status=2)
     assert f"is in use by process {os.getpid()}" in done.stderr
+
+
+@pytest.mark.parametrize("left", ["prepared.json", "train.index.npz", "val.index.npz"])
+@pytest.mark.parametrize(
+    "command", [["check"], ["sort-val", "--labels", "labels"], ["prepare", "--output", "again"]]
+)
+def test_a_folder_of_shards_is_known_for_one(tmp_path, here, command, left):
+    """Also one that was begun, and that is all that is there."""
+    root = tmp_path / "s"
+    root.mkdir()
+    (root / left).write_text("{}")
+    done = here("data", *command, root, status=2, cwd=tmp_path)
+    assert "has the shards that data prepare made, for train and eval to read" in done.stderr
+    assert "name the folder of pictures that they were made of" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_pictures_beside_a_file_of_that_name_are_no_shards(tree, tmp_path, here):
+    root = shutil.copytree(tree, tmp_path / "tree")
+    (root / "prepared.json").write_text("by hand")
+    prepared(root, tmp_path / "s", here)
+    here("data", "check", root, "--output", tmp_path / "report.json")

@@ -63,8 +63,9 @@ def prepare(
 
     Raises:
         UserError: an image cannot be read, the folder has shards of something else, or one that is
-            damaged, or it cannot be written.
+            damaged, or it cannot be written; or ``root`` is one of shards.
     """
+    shards.refuse_shards(root)
     splits = {"train": folder.scan(root, "train")}
     splits["val"] = folder.scan(root, "test", splits["train"].classes)
     stamps = {

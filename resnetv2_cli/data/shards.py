@@ -69,6 +69,20 @@ def index_of(root: Path, split: str) -> Path:
     return root / f"{split}.index.npz"
 
 
+def refuse_shards(root: Path) -> None:
+    """
+    Raises:
+        UserError: a folder is what data prepare made, whole or begun, and not one of pictures.
+    """
+    splits = ("train", "val", "test")
+    begun = (root / BEGUN).is_file() and not any((root / split).is_dir() for split in splits)
+    if begun or any(index_of(root, split).is_file() for split in splits):
+        raise UserError(
+            f"{root} has the shards that data prepare made, for train and eval to read",
+            "name the folder of pictures that they were made of",
+        )
+
+
 def members(shard: Path, rows: Sequence[tuple[str, int]]) -> list[tuple[Member, int]]:
     """The images of a shard, and the numbers of their classes. ``rows``: what belongs in it, the
     name and the number of each.

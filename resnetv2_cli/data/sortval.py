@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from resnetv2_cli.data.folder import classes_in, images_in, is_image
+from resnetv2_cli.data.shards import refuse_shards
 from resnetv2_cli.errors import UserError, shown
 
 FORMS = (
@@ -29,8 +30,9 @@ def place_of(root: Path) -> Path:
     """The folder to sort: ``val`` of a dataset's folder, or the one that is named itself.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is one of shards.
     """
+    refuse_shards(root)
     for place in (root / "val", root / "test"):
         if place.is_dir():
             return place

@@ -15,6 +15,7 @@ from PIL import Image
 
 from resnetv2_cli.data import picture
 from resnetv2_cli.data.folder import below, classes_in, images_in, is_image
+from resnetv2_cli.data.shards import refuse_shards
 from resnetv2_cli.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -62,8 +63,9 @@ def entries(root: Path) -> list[Entry]:
     """Every file below the splits of a folder, in the order of their names.
 
     Raises:
-        UserError: it has no split.
+        UserError: it has no split, or is one of shards.
     """
+    refuse_shards(root)
     places = [root / split for split in SPLITS if (root / split).is_dir()]
     if not places:
         raise UserError(f"{root} has no folder train, val or test", "name the folder they are in")
@@ -124,7 +126,7 @@ def survey(root: Path, workers: int, tick: Callable[[int, int], None]) -> dict[s
     ``tick(done, all)`` is called as it goes.
 
     Raises:
-        UserError: the folder has no split.
+        UserError: the folder has no split, or is one of shards.
     """
     every = entries(root)
     seen = []
