@@ -61,26 +61,33 @@ class Pairs:
     """Differences of two rows, seed by seed, in points of percent: this one minus the baseline.
 
     Seeds give both rows the same order of images and the same crops, so a part of the noise is
-    common to both and falls out of the difference.
+    common to both and falls out of the difference. Where a seed ``diverged`` in either row there is
+    no such number: that of the seeds that are left would flatter the row that lost some.
     """
 
     differences: tuple[float, ...]
+    diverged: int = 0
 
     @classmethod
     def of(cls, ours: Mapping[int, float], baseline: Mapping[int, float]) -> "Pairs":
-        """The seeds that both have a finite error for."""
-        seeds = sorted(set(ours) & set(baseline))
-        pairs = [(ours[s], baseline[s]) for s in seeds]
-        return cls(tuple(a - b for a, b in pairs if math.isfinite(a) and math.isfinite(b)))
+        """The seeds that both have ended: differences of finite errors, and how many others."""
+        both = [ours[seed] - baseline[seed] for seed in sorted(set(ours) & set(baseline))]
+        finite = tuple(difference for difference in both if math.isfinite(difference))
+        return cls(finite, len(both) - len(finite))
+
+    @property
+    def n(self) -> int:
+        """The seeds that the mean and the test are of."""
+        return len(self.differences)
 
     @property
     def mean(self) -> float | None:
-        return mean(self.differences) if self.differences else None
+        return mean(self.differences) if self.differences and not self.diverged else None
 
     @property
     def std(self) -> float | None:
         """None, too, where all are the same, as of few seeds and images: that is no spread of 0."""
-        if len(self.differences) < 2 or max(self.differences) - min(self.differences) < SAME:
+        if self.mean is None or max(self.differences) - min(self.differences) < SAME:
             return None
         return stdev(self.differences)
 
@@ -91,8 +98,7 @@ class Pairs:
             return None
         from scipy.stats import t
 
-        n = len(self.differences)
-        return float(2 * t.sf(abs(self.mean) * math.sqrt(n) / self.std, n - 1))
+        return float(2 * t.sf(abs(self.mean) * math.sqrt(self.n) / self.std, self.n - 1))
 
 
 def seeds_needed(std: float, difference: float) -> int | None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import pwd
 import resource
@@ -170,11 +171,15 @@ def names(**given) -> list[str]:
 
 
 def ended(ablation, *errors: tuple[float, ...]) -> None:
-    """Leave results of the first rows: of each the test errors of its first seeds."""
+    """Leave results of the first rows: of each the test errors of its first seeds; infinite is that
+    of one that diverged."""
     for line, row in zip(ablation.lines, errors, strict=False):
         for arm, error in zip(line.arms, row, strict=False):
             arm.folder.mkdir(parents=True)
-            (arm.folder / "result.json").write_text(json.dumps({"test_error": error}))
+            result = arm.folder / "result.json", {"test_error": error}
+            failure = arm.folder / "failed.json", {"reason": "it diverged", "diverged": True}
+            file, left = failure if math.isinf(error) else result
+            file.write_text(json.dumps(left))
 
 
 @pytest.fixture(scope="session")

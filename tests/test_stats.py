@@ -5,6 +5,7 @@ from conftest import ended, two_rows
 
 from resnetv2_cli.ablation import tables
 from resnetv2_cli.paper import FAIL
+from resnetv2_cli.quantities import NONE
 from resnetv2_cli.stats import Pairs, Summary, power, seeds_needed
 
 
@@ -20,9 +21,38 @@ def test_statistics():
     assert seeds_needed(20.0, 0.5) is None
 
 
-def test_a_seed_that_diverged_in_either_row_is_no_pair():
-    pairs = Pairs.of({0: 1.0, 1: FAIL, 2: 2.0}, {0: FAIL, 1: 1.0, 2: 1.5})
-    assert pairs.differences == (0.5,)
+def test_a_seed_that_diverged_in_either_row_leaves_no_difference():
+    """A mean of the others would be that of the seeds that came through."""
+    ours, theirs = {0: 1.0, 1: FAIL, 2: 2.0, 3: 3.0}, {0: FAIL, 1: 1.0, 2: 1.5, 3: 1.8, 4: 1.0}
+    pairs = Pairs.of(ours, theirs)
+    assert pairs.differences == pytest.approx((0.5, 1.2))
+    assert (pairs.n, pairs.diverged) == (2, 2)
+    assert (pairs.mean, pairs.std, pairs.p) == (None, None, None)
+    assert Pairs.of({0: FAIL}, {0: FAIL}) == Pairs((), 1)
+
+
+@pytest.mark.parametrize(
+    "baseline, row, said, pairs",
+    [
+        ((6.5, 6.7, 6.6, 6.6), (FAIL, FAIL, 6.2, 6.1), ["fail", NONE, NONE], (None, 2, 2)),
+        ((6.5, 6.7, 6.6, 6.6), (FAIL, 6.3, 6.2, 6.1), [NONE, NONE, NONE], (None, 3, 1)),
+        ((6.5, 6.7, FAIL, 6.6), (6.4, 6.3, 6.2, 6.1), [NONE, NONE, NONE], (None, 3, 1)),
+        ((6.5, 6.7), (6.4, 6.3, 6.2, 6.1), ["-0.25 (n = 2)", "0.344", "4"], (-0.25, 2, 0)),
+        ((), (FAIL,), [], (None, 0, 0)),  # none has a baseline, and the columns are left out
+    ],
+)
+def test_a_row_that_failed_is_not_ahead_of_its_baseline(tmp_path, baseline, row, said, pairs):
+    """By the seeds that came through. How many make the difference stands beside it where they are
+    not all of the row's."""
+    planned = two_rows(tmp_path, 4)
+    ended(planned, baseline, row)
+    columns, [_, cells] = tables.table(planned, 0.5)
+    shown = dict(zip(columns, cells, strict=True))
+    names = ["to baseline", "p", "seeds for 0.5"]
+    assert [shown.get(name, NONE) for name in names] == (said or [NONE] * 3)
+    found = tables.as_json(planned, 0.5)["rows"][1]["to_baseline"]
+    mean = found["mean"] and round(found["mean"], 9)
+    assert (mean, found["pairs"], found["diverged"]) == pairs
 
 
 @pytest.mark.parametrize("std, n, seen", [(0.085, 2, 0.486), (0.089, 3, 0.991), (0.01, 2, 1.0)])

@@ -103,9 +103,14 @@ def to_paper(ablation: Ablation, line: Line) -> str:
 
 
 def to_baseline(ablation: Ablation, line: Line) -> str:
-    """Mean difference to the row that it is compared with, over the seeds that both have."""
-    mean = ablation.pairs(line).mean
-    return NONE if mean is None else f"{mean:+.2f}"
+    """Mean difference to the row that it is compared with, over the seeds that both have, and how
+    many these are where they are not all of the row's; ``fail`` where its median is one."""
+    pairs = ablation.pairs(line)
+    if pairs.diverged and line.summary.median == FAIL:
+        return "fail"
+    if pairs.mean is None:
+        return NONE
+    return f"{pairs.mean:+.2f}" + (f" (n = {pairs.n})" if pairs.n != line.summary.n else "")
 
 
 def p(ablation: Ablation, line: Line) -> str:
@@ -167,7 +172,13 @@ def row_as_json(ablation: Ablation, line: Line, detect: float) -> dict[str, Any]
         "fail": failed(ablation, line),
         "to_paper": difference(line) if ablation.comparable else None,
         "baseline": line.row.baseline,
-        "to_baseline": {"mean": pairs.mean, "std": pairs.std, "p": pairs.p},
+        "to_baseline": {
+            "mean": pairs.mean,
+            "std": pairs.std,
+            "p": pairs.p,
+            "pairs": pairs.n,
+            "diverged": pairs.diverged,
+        },
         "seeds_for": {
             "difference": detect,
             "seeds": None if pairs.std is None else seeds_needed(pairs.std, detect),
