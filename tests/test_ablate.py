@@ -16,7 +16,7 @@ from resnetv2_cli.ablation import launch, planning, studies, tables
 from resnetv2_cli.ablation.progress import Progress
 from resnetv2_cli.ablation.sweep import Sweep, reason
 from resnetv2_cli.errors import Stopped, UserError
-from resnetv2_cli.paper import TABLE_1
+from resnetv2_cli.paper import FAIL, TABLE_1
 
 TINY = ["--dataset", "digits", "--depth", 8, "--batch-size", 128, "--steps", 4, "--log-every", 2]
 
@@ -237,7 +237,7 @@ def test_each_crash_is_counted(tmp_path):
     ended(planned, (6.0, 7.0))
     for arm in planned.lines[0].arms[2:]:
         arm.fail("of one and the same reason")
-    assert "2 crashed" in tables.measured(planned, planned.lines[0])
+    assert "2 crashed" in tables.measured(planned.lines[0])
 
 
 def test_a_job_of_a_queue_says_in_the_log_what_it_has_to_say(tmp_path):
@@ -289,25 +289,22 @@ def test_what_waits_is_not_looked_at_while_all_places_are_taken():
 
 
 @pytest.mark.parametrize(
-    "scale, error, fail, said",
+    "how, error, fail, said",
     [
-        ("paper", 60.0, True, "fail: 60.00"),
-        ("paper", 6.6, False, "6.60"),
-        ("laptop", 60.0, False, "60.00"),
-        ("laptop", None, True, "fail (diverged)"),
+        ({}, 60.0, True, "fail: 60.00"),
+        ({}, 6.6, False, "6.60"),
+        ({"protocol": "val"}, 60.0, True, "fail: 60.00"),
+        ({"given": {"lr": 0.05}}, 60.0, True, "fail: 60.00"),
+        ({"given": {"epochs": 1.0}}, 60.0, False, "60.00"),
+        ({"scale": "laptop"}, 60.0, False, "60.00"),
+        ({"scale": "laptop"}, FAIL, True, "fail (diverged)"),
     ],
 )
-def test_an_error_above_20_is_a_failure_of_the_papers_recipe_alone(
-    tmp_path, scale, error, fail, said
+def test_an_error_above_20_is_a_failure_of_the_papers_length_alone(
+    tmp_path, how, error, fail, said
 ):
-    planned = two_rows(tmp_path, scale=scale)
-    if error is None:
-        folder = planned.lines[0].arms[0].folder
-        folder.mkdir(parents=True)
-        left = {"reason": "the loss is nan", "diverged": True}
-        (folder / "failed.json").write_text(json.dumps(left))
-    else:
-        ended(planned, (error,))
+    planned = two_rows(tmp_path, **how)
+    ended(planned, (error,))
     columns, rows = tables.table(planned, 0.5)
     assert rows[0][columns.index("here, %")] == said
     assert tables.as_json(planned, 0.5)["rows"][0]["fail"] is fail
@@ -328,7 +325,7 @@ def test_seeds_that_came_to_an_end_are_told_beside_those_that_diverged(tmp_path,
     for arm in planned.lines[0].arms[len(errors) :]:
         arm.folder.mkdir(parents=True)
         (arm.folder / "failed.json").write_text('{"reason": "x", "diverged": true}')
-    assert tables.measured(planned, planned.lines[0]) == said
+    assert tables.measured(planned.lines[0]) == said
 
 
 def test_worse_is_plus_beside_the_paper_and_the_baseline(tmp_path):

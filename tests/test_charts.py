@@ -148,13 +148,22 @@ def test_marks_stand_at_the_errors(tmp_path):
     assert axis.x(6.0) < axis.x(6.61) < axis.x(7.0) < axis.x(9.0)
 
 
-def test_a_row_that_failed_in_the_paper_is_marked_so(tmp_path):
+@pytest.mark.parametrize(
+    "how, shaded", [({}, True), ({"protocol": "val"}, True), ({"scale": "laptop"}, False)]
+)
+def test_a_row_that_failed_in_the_paper_is_marked_so(tmp_path, how, shaded):
+    """From 20 % on, where after a smaller recipe no error is shaded as a fail."""
     [study] = studies.studies(tables=[1])
-    planned = planning.plan(study, 1, {}, tmp_path)
-    failed = {line.row.name for line in planned.lines if rows.Axis(planned).marks(line)["failed"]}
-    assert failed == {
-        "constant-scale 0/1", "constant-scale 0.5/1", "exclusive-gate b=0", "dropout 0.5",
-    }  # fmt: skip
+    planned = planning.plan(study, 1, {}, tmp_path, **how)
+    axis = rows.Axis(planned)
+    marks = {line.row.name: axis.marks(line) for line in planned.lines}
+    failed = {name: mark["failed"] for name, mark in marks.items() if mark["failed"] is not None}
+    assert failed == dict.fromkeys(
+        ("constant-scale 0/1", "constant-scale 0.5/1", "exclusive-gate b=0", "dropout 0.5"),
+        axis.x(20.0),
+    )
+    assert axis.x(20.0) < 100 and axis.shaded is shaded
+    assert {mark["fail"] for mark in marks.values()} == {axis.x(20.0) if shaded else 100.0}
 
 
 @pytest.mark.parametrize(

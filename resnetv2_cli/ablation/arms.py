@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from resnetv2_cli import jsonfile
-from resnetv2_cli.ablation.studies import Study, digest, slug, unusual
-from resnetv2_cli.config import Experiment
+from resnetv2_cli.ablation.studies import Study, digest, length, slug
+from resnetv2_cli.config import PAPER_STEPS, Experiment
 from resnetv2_cli.locks import inherited, taken
 from resnetv2_cli.paper import FAIL, Row
 from resnetv2_cli.runfolder import RunFolder
@@ -17,9 +17,7 @@ from resnetv2_cli.stats import Pairs, Summary
 # What may be given and the paper's errors are still of the same recipe.
 HARMLESS = {f.name for f in fields(Experiment) if f.metadata["free"]} - {"weights"}
 HARMLESS |= {"seed", "precision", "log_every", "eval_every"}
-# What makes the recipe that the defaults are, whatever network is trained on whatever images.
-RECIPE = {f.name for f in fields(Experiment) if f.metadata["panel"] != "Network"}
-RECIPE -= HARMLESS | {"dataset"}
+HELD_OUT = 5_000  # of CIFAR's training images, for choosing (as [1])
 
 
 @dataclass(frozen=True)
@@ -116,9 +114,10 @@ class Line:
 
     @property
     def in_full(self) -> bool:
-        """Whether the recipe is the paper's: that of a row of its own, or what the defaults are."""
-        known = self.row.published is not None
-        return known or not RECIPE & unusual(asdict(self.arms[0].experiment)).keys()
+        """Whether it trains for the paper's 64,000 iterations at least, on all images but those
+        that a protocol may hold out."""
+        e = self.arms[0].experiment
+        return e.val <= HELD_OUT and (length(e) or 0) >= PAPER_STEPS
 
     @property
     def summary(self) -> Summary:

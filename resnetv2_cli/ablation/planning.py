@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from resnetv2_cli import plans
-from resnetv2_cli.ablation.arms import HARMLESS, Ablation, Arm, Line
+from resnetv2_cli.ablation.arms import HARMLESS, HELD_OUT, Ablation, Arm, Line
 from resnetv2_cli.ablation.record import named
 from resnetv2_cli.ablation.studies import LENGTH, SCALES, Study, length, published
 from resnetv2_cli.config import Experiment
@@ -17,7 +17,7 @@ from resnetv2_cli.recipes import asked_for
 
 PROTOCOLS = {
     "paper": {},  # 50k training images, test error of the last iteration
-    "val": {"val": 5000},  # 45k/5k: the checkpoint is chosen on the 5k, and tested once
+    "val": {"val": HELD_OUT},  # 45k/5k: the checkpoint is chosen on the 5k, and tested once
 }
 
 

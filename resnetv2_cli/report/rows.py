@@ -70,8 +70,8 @@ class Axis:
         ours = [e for line in ablation.lines for e in line.summary.errors]
         theirs = [line.row.published for line in ablation.lines]
         known = [e for e in [*ours, *theirs] if e is not None and math.isfinite(e) and e > 0]
-        self.shaded = any(map(tables.has_failures, ablation.lines))
-        known += [FAIL_ABOVE] if self.shaded or not known else []
+        self.shaded = any(map(tables.ruled, ablation.lines))
+        known += [FAIL_ABOVE] if self.shaded or FAIL in theirs or not known else []
         self.low, self.high = min(known) / 1.25, max(known) * 1.15
 
     def x(self, error: float) -> float:
@@ -92,13 +92,14 @@ class Axis:
         return [(f"{t:g}", self.x(t)) for t in within]
 
     def marks(self, line: Line) -> dict[str, Any]:
-        """Where the published error, those of the seeds and their median stand."""
+        """Where the published error, those of the seeds and their median stand; from where on an
+        error is a ``fail`` here, and from where on the paper's is one."""
         published = line.row.published
         median = line.summary.median
         return {
             "published": None if published in (None, FAIL) else self.x(published),
-            "fail": self.x(FAIL_ABOVE) if tables.has_failures(line) else 100.0,
-            "failed": published == FAIL,
+            "fail": self.x(FAIL_ABOVE) if tables.ruled(line) else 100.0,
+            "failed": self.x(FAIL_ABOVE) if published == FAIL else None,
             "seeds": [self.x(error) for error in line.summary.errors],
             "median": None if median is None else self.x(median),
         }
