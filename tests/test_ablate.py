@@ -336,7 +336,7 @@ def test_worse_is_plus_beside_the_paper_and_the_baseline(tmp_path):
     assert said["here, %"] == "13.50 (14.50±3.12)"  # the median before the mean
     assert said["to paper"] == "+1.28" and said["to baseline"] == "+7.17"
     assert said["in the paper"] == "+5.61"
-    assert said["95% interval"] == "6.74 to 22.26"  # 14.5 -+ 4.3027 * 3.1225 / 3 ** 0.5
+    assert said["mean, 95% interval"] == "6.74 to 22.26"  # 14.5 -+ 4.3027 * 3.1225 / 3 ** 0.5
     assert said["p"] == "0.016"
 
 

@@ -21,6 +21,24 @@ def test_statistics():
     assert seeds_needed(20.0, 0.5) is None
 
 
+@pytest.mark.parametrize(
+    "errors, said",
+    [
+        ((6.4, 90.0), "0.00 to 100.00"),
+        ((83.06, 89.72), "44.08 to 100.00"),  # 86.39 -+ 12.706 * 3.33
+        ((0.2, 0.4), "0.00 to 1.57"),
+        ((6.0, 7.0, 9.0), "3.54 to 11.13"),
+        ((6.4,), NONE),
+    ],
+)
+def test_an_interval_of_errors_ends_where_errors_do(errors, said):
+    """What it is by itself, a program may have."""
+    summary = Summary(errors)
+    assert tables.interval(summary) == said
+    if len(errors) > 1:
+        assert sum(summary.interval) / 2 == pytest.approx(summary.mean)
+
+
 def test_a_seed_that_diverged_in_either_row_leaves_no_difference():
     """A mean of the others would be that of the seeds that came through."""
     ours, theirs = {0: 1.0, 1: FAIL, 2: 2.0, 3: 3.0}, {0: FAIL, 1: 1.0, 2: 1.5, 3: 1.8, 4: 1.0}

@@ -21,7 +21,7 @@ def table(ablation: Ablation, detect: float) -> tuple[list[str], list[list[str]]
         "paper, %": lambda line: published(line.row),
         "here, %": lambda line: measured(line),
         "n": lambda line: str(line.summary.n),
-        f"{CONFIDENCE:.0%} interval": lambda line: interval(line.summary),
+        f"mean, {CONFIDENCE:.0%} interval": lambda line: interval(line.summary),
         "to paper": lambda line: to_paper(ablation, line),
         "to baseline": lambda line: to_baseline(ablation, line),
         "p": lambda line: p(ablation, line),
@@ -78,11 +78,12 @@ def measured(line: Line) -> str:
 
 
 def interval(summary: Summary) -> str:
-    """Where the mean of many seeds lies."""
+    """Where the mean of many seeds lies: that part of the interval which can be an error. Of two
+    seeds Student's t often reaches beyond."""
     if summary.interval is None:
         return NONE
     low, high = summary.interval
-    return f"{low:.2f} to {high:.2f}"
+    return f"{max(low, 0.0):.2f} to {min(high, 100.0):.2f}"
 
 
 def difference(line: Line) -> float | None:
