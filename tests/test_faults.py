@@ -83,9 +83,9 @@ PLANTED = {
     ),
     "a batch weighs as the square of its size": (
         "task.py",
-        "pairs = labels * self.classes + logits.argmax(1)",
-        "labels = labels.repeat(len(labels)); logits = logits.repeat(len(logits), 1)\n"
-        "        pairs = labels * self.classes + logits.argmax(1)",
+        "        logits = logits.float()\n        finite",
+        "        labels = labels.repeat(len(labels))\n"
+        "        logits = logits.float().repeat(len(logits), 1)\n        finite",
         "task",
     ),
     "BN counts a recomputed batch twice": (
