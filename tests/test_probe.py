@@ -64,8 +64,9 @@ def test_jobs_on_one_device_share_it(tmp_path, monkeypatch, gpus, seconds):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 8])
-def test_a_part_of_the_batch_stands_for_all_of_it(monkeypatch, accumulate):
-    """By a clock on which each image takes a second."""
+@pytest.mark.parametrize("each", [1.0, 0.001])
+def test_a_part_of_a_batch_that_takes_long_stands_for_all_of_it(monkeypatch, accumulate, each):
+    """By a clock on which each image takes a second, or so little that all can be tried."""
     seen = []
 
     class Timed(Iteration):
@@ -74,9 +75,10 @@ def test_a_part_of_the_batch_stands_for_all_of_it(monkeypatch, accumulate):
             return super().__call__(batch, number)
 
     monkeypatch.setattr(probe, "Iteration", Timed)
-    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: sum(seen)))
+    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: each * sum(seen)))
     e = Experiment(depth=8, batch_size=128, accumulate=accumulate, accelerator="cpu")
-    assert probe.step_seconds(e) == 128 and max(seen) <= 128 / max(2, accumulate)
+    assert probe.step_seconds(e) == pytest.approx(each * 128)
+    assert max(seen) == min(128 / accumulate, 32 if each == 1 else 128)
 
 
 def test_a_network_that_was_measured_is_gone_when_its_memory_is_given_back(monkeypatch):
@@ -102,6 +104,6 @@ def test_a_network_is_measured_on_the_gpu_that_it_would_train_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
-    monkeypatch.setattr(probe, "measured", lambda e, device: used.append(device) or 0.5)
+    monkeypatch.setattr(probe, "measured", lambda e, device, most: used.append(device) or 0.5)
     assert probe.step_seconds(Experiment(devices="3,")) == 0.5
     assert used == 2 * [torch.device("cuda", 3)]

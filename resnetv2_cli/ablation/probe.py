@@ -25,24 +25,28 @@ from resnetv2_cli.task import Classification
 from resnetv2_cli.telling import silent
 
 PROBE_IMAGES = 32  # of a batch; more would show the same, later
+QUICK = 0.5  # seconds: what an iteration costs whatever its batch is no small part of less
 PROBE_STEPS = 3
 
 
 def step_seconds(experiment: Experiment) -> float:
-    """Seconds of one training iteration here: the median of a few on a part of the batch."""
+    """Seconds of one training iteration here: the median of a few, on a part of the batch where it
+    takes long."""
     device = devices_of(experiment)[0]
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    seconds = measured(experiment, device)
+    seconds, whole = 0.0, experiment.batch_size
+    if device.type == "cpu" and whole > PROBE_IMAGES:  # a GPU takes as long for a few as for many
+        seconds = measured(experiment, device, PROBE_IMAGES)
+    if seconds < QUICK:
+        seconds = measured(experiment, device, whole)
     graphs.tidy(device)  # frees the recording, which ``measured`` had names for till now
     return seconds
 
 
-def measured(experiment: Experiment, device: torch.device) -> float:
-    """The seconds of one training iteration on a device."""
-    n = -(-experiment.batch_size // experiment.accumulate)
-    if device.type == "cpu":  # a GPU takes as long for a few as for many
-        n = min(PROBE_IMAGES, n)
+def measured(experiment: Experiment, device: torch.device, most: int) -> float:
+    """The seconds of one training iteration on a device, by so many images of it at most."""
+    n = min(most, -(-experiment.batch_size // experiment.accumulate))
     settled = replace(experiment, batch_size=n, accumulate=1)
     settled = replace(settled, precision=precision(settled))  # type: ignore[arg-type]
     names = tuple(map(str, range(known_classes(experiment.dataset, experiment.classes))))
@@ -66,8 +70,8 @@ def measured(experiment: Experiment, device: torch.device) -> float:
 
 def forecast(ablation: Ablation, measure: bool) -> list[dict[str, Any]]:
     """For each line: ``parameters``; ``macs`` of one image; ``activation_bytes`` that a batch keeps
-    for the backward pass; ``done`` of ``runs``; and the ``seconds`` of what is left, None where
-    nothing is measured, or the images cannot be counted. A network that several rows have is
+    for the backward pass; ``done`` of ``planned`` runs; and the ``seconds`` of what is left, None
+    where nothing is measured, or the images cannot be counted. A network that several rows have is
     measured once.
     """
 
@@ -89,7 +93,7 @@ def forecast(ablation: Ablation, measure: bool) -> list[dict[str, Any]]:
             "parameters": counts["parameters"],
             "macs": counts["macs"],
             "activation_bytes": e.batch_size * each,
-            "runs": len(line.arms),
+            "planned": len(line.arms),
             "done": done,
             "seconds": seconds if left else 0.0,
         }

@@ -211,7 +211,7 @@ def plan(made: "list[Ablation]", jobs: int, probe: bool, detect: float, format: 
             "weights": [f"{counts['parameters'] / 1e6:.2f}M" for _, counts in rows],
             "MACs": [f"{counts['macs'] / 1e6:,.0f}M" for _, counts in rows],
             "memory": [quantities.size(counts["activation_bytes"]) for _, counts in rows],
-            "done": [f"{counts['done']}/{counts['runs']}" for _, counts in rows],
+            "done": [f"{counts['done']}/{counts['planned']}" for _, counts in rows],
         }
         if probe:
             columns["time"] = [quantities.duration(counts["seconds"]) for _, counts in rows]
