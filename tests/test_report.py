@@ -7,10 +7,10 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
-from conftest import LAB, two_rows
+from conftest import LAB, ended, two_rows
 
 from resnetv2_cli import figures, inventory, plot
-from resnetv2_cli.ablation import record, tables
+from resnetv2_cli.ablation import planning, record, studies, tables
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.plot import COLORS, plt, save
 from resnetv2_cli.report import charts, facts, pictures, rows
@@ -370,3 +370,16 @@ def test_pictures_follow_the_page_and_keep_their_names_apart(tmp_path):
     assert names and meant and all(n.startswith("p0-") for n in names)
     assert {a or b for a, b in meant} <= set(names)
     assert not re.search(r"<svg[^>]* (width|height)=", svg)
+
+
+@pytest.mark.parametrize("table, some", [(1, True), (2, False)])
+def test_the_dashes_of_the_papers_fails_are_explained_where_there_are_some(
+    table, some, here, tmp_path
+):
+    [study] = studies.studies(tables=[table])
+    made = planning.plan(study, 1, {}, tmp_path / "lab")
+    record.write(made)
+    ended(made, (6.5,))
+    here("report", tmp_path / "lab", "--output", tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert ("its “fail”, above 20 %" in text) is some is ('class="failed" style' in text)
