@@ -58,9 +58,12 @@ def refuse_hidden(module: str) -> None:
     """
     if not (found := sys.modules.get(module)):
         return
-    first = Path(getattr(found, "__file__", None) or "Python itself")
+    file = getattr(found, "__file__", None)
+    there = [*([file] if file else []), *getattr(found, "__path__", [])]
+    known = {Path(path).resolve() for path in there}
     for place in (Path.cwd() / f"{module}.py", Path.cwd() / module):
-        if place.exists() and place.resolve() not in (first.resolve(), first.resolve().parent):
+        if place.exists() and place.resolve() not in known:
+            first = there[0] if there else "Python itself"
             said = f"{place.name} is not what is imported: {first} has its name too"
             raise UserError(said, "give yours another name")
 

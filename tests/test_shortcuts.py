@@ -159,8 +159,11 @@ def test_a_shortcut_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ends.py").write_text("raise SystemExit(0)")
     (tmp_path / "wave.py").write_text(MINE)  # a module of Python's is called so
-    (tmp_path / "math").mkdir()
-    names = "nowhere:Halved,mine:Other,ends:X,wave:Halved,math.mine:Halved"
+    for folder in ("math", "sys", "loose"):  # a package without a file, as the last, is one's own
+        (tmp_path / folder).mkdir()
+    (tmp_path / "loose" / "own.py").write_text("import nothing_such")
+    names = "nowhere:Halved,mine:Other,ends:X,wave:Halved,math.mine:Halved,sys.mine:Halved"
+    names += ",loose.own:Halved"
     trust.admit(["--shortcut", "mine:Halved", "--grid", f"shortcut={names}"])
     h = shortcut("mine:Halved")
     x, r = torch.randn(2, 2, 16, 8, 8)
@@ -172,6 +175,8 @@ def test_a_shortcut_of_ones_own(tmp_path, monkeypatch):
         ("ends:X", "cannot import shortcut 'ends:X': it ends the program"),
         ("wave:Halved", "wave.py is not what is imported: /.*/wave.py has its name too"),
         ("math.mine:Halved", "math is not what is imported"),
+        ("sys.mine:Halved", "sys is not what is imported: Python itself has its name too"),
+        ("loose.own:Halved", "cannot import shortcut 'loose.own:Halved': No module named 'nothing"),
         ("identty", "unknown shortcut 'identty'"),
     ]:
         with pytest.raises(UserError, match=message):
