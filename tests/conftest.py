@@ -242,6 +242,12 @@ def tree(photographs, tmp_path_factory) -> Path:
     return root
 
 
+def prepared(tree: Path, to: Path, here, *more) -> Path:
+    """Photographs as shards of three, by the command."""
+    here("data", "prepare", tree, "--output", to, "--shard", 3, *more)
+    return to
+
+
 @pytest.fixture
 def full():
     """Files may not grow beyond a size, as on a full disk; and what lifts that."""
