@@ -1,4 +1,4 @@
-"""Shards and indexes that are damaged, or another's: one clear error, and a hint that mends them."""
+"""Shards that are damaged, or another's: one clear error, and a hint that mends them."""
 
 import errno
 import io
