@@ -144,7 +144,10 @@ def run(given: list[str]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with terminating():
-            app(code_first(given))
+            status = app(code_first(given), standalone_mode=False)
+        if status == SIGNALS[signal.SIGINT]:  # which typer makes of Ctrl-C
+            console.note(INTERRUPTED)
+        sys.exit(status)
     except (UserError, OSError) as error:
         if os.environ.get(DEBUG):
             raise
@@ -161,12 +164,18 @@ def run(given: list[str]) -> None:
                 sys.exit(status)
         if os.environ.get(DEBUG) or (said := mistake(left)) is None:
             raise
-        console.fail(said)
+        if str(said):
+            console.fail(said)
         sys.exit(2)
 
 
 def mistake(error: BaseException) -> UserError | None:
-    """What an error is that is none of the tool's: a full memory, or code of the user's."""
+    """What an error is that is none of the tool's: words that are no command, a full memory, or
+    code of the user's. Without a message it has been said."""
+    if hasattr(error, "format_message"):  # click's, or that of the copy that typer has of it
+        said = error.format_message().rstrip(".")
+        command = context.command_path if (context := getattr(error, "ctx", None)) else "resnetv2"
+        return UserError(said[:1].lower() + said[1:], f"{command} --help")
     if memory_full(error):
         return UserError(f"the memory is full{more(error)}", LESS)
     own = sys.modules.get("resnetv2_cli.own")  # where nothing of it was imported it is not either
@@ -213,8 +222,9 @@ def more(error: BaseException) -> str:
 
 
 UNHEARD = 141  # as a shell says it of who ends by SIGPIPE
+INTERRUPTED = "interrupted"
 ENDS = (
-    (KeyboardInterrupt, "interrupted", SIGNALS[signal.SIGINT]),
+    (KeyboardInterrupt, INTERRUPTED, SIGNALS[signal.SIGINT]),
     (Terminated, "terminated", SIGNALS[signal.SIGTERM]),
 )
 

@@ -198,14 +198,14 @@ def test_what_was_prepared_is_read_where_it_lies(monkeypatch, tmp_path):
     [
         (["step", "--arm", "bf16-chanels-last"], "bf16-channels-last"),
         (["step", "--depth", 8, "--arm", "graphs", "--accelerator", "cpu"], "no CUDA graphs"),
-        (["step", "--recompute-bn"], "No such option: --recompute-bn"),  # its arms have these
-        (["step", "--kernels", "eager"], "No such option: --kernels"),
-        (["step", "--graphs"], "No such option: --graphs"),
+        (["step", "--recompute-bn"], "no such option: --recompute-bn"),  # its arms have these
+        (["step", "--kernels", "eager"], "no such option: --kernels"),
+        (["step", "--graphs"], "no such option: --graphs"),
         (["train", "--dataset", "digits", "--accumulate", 2], "whole batches"),
         (["data", "--dataset", "digits", "--prepared", "x"], "only photographs"),
-        (["data", "--recompute-bn"], "No such option: --recompute-bn"),  # no network is in it
-        (["data", "--kernels", "eager"], "No such option: --kernels"),
-        (["data", "--graphs"], "No such option: --graphs"),
+        (["data", "--recompute-bn"], "no such option: --recompute-bn"),  # no network is in it
+        (["data", "--kernels", "eager"], "no such option: --kernels"),
+        (["data", "--graphs"], "no such option: --graphs"),
     ],
 )
 def test_what_bench_cannot_time_is_refused(arguments, said, here):

@@ -55,6 +55,13 @@ FOUR = ["--dataset", "digits", "--devices", 4, "--accelerator", "cpu"]
         (["train", "--time", "soon"], "is no duration", "25m"),
         (["train", "--resume", "nowhere"], "nowhere is not the folder of a run", "config.yaml"),
         (["eval", "nothing.ckpt"], "there is no checkpoint nothing.ckpt", "a run folder"),
+        (["train", "--dpeth", "20"], "no such option: --dpeth (Possible", "train --help"),
+        (["train", "--depth", "deep"], "invalid value for '--depth'", "train --help"),
+        (["train", "--unit"], "option '--unit' requires an argument", "--help"),
+        (["train", "20"], "unexpected extra argument", "train --help"),
+        (["eval"], "missing argument 'checkpoint'", "eval --help"),
+        (["trian"], "no such command 'trian'. Did you mean 'train'?", "--help"),
+        (["runs", "sohw"], "no such command 'sohw'", "runs --help"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_a_hint(here, tmp_path, arguments, error, hint):
@@ -67,7 +74,7 @@ def test_a_mistaken_flag_exits_with_2(here):
     done = here("train", "--dept", 20, status=2)
     assert "--depth" in done.stderr and "Traceback" not in done.stderr
     for flag in ("--lr", "--batch-size", "--accumulate"):  # no part of it
-        assert f"No such option: {flag}" in here("eval", "x.ckpt", flag, 1, status=2).stderr
+        assert f"no such option: {flag}" in here("eval", "x.ckpt", flag, 1, status=2).stderr
 
 
 def test_cifar_that_is_not_there_and_no_network(resnetv2, tmp_path):
@@ -201,7 +208,7 @@ def test_a_full_memory_is_one_line(resnetv2):
     ],
 )
 def test_so_it_is_on_a_gpu(error, words, monkeypatch, here):
-    def full(given):
+    def full(given, standalone_mode):
         raise error
 
     monkeypatch.setattr(cli, "app", full)
@@ -211,7 +218,7 @@ def test_so_it_is_on_a_gpu(error, words, monkeypatch, here):
 
 
 def test_another_error_keeps_its_traceback(monkeypatch, here):
-    monkeypatch.setattr(cli, "app", lambda given: 1 / 0)
+    monkeypatch.setattr(cli, "app", lambda given, standalone_mode: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         here("list")
 

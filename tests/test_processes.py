@@ -380,7 +380,7 @@ def test_who_loses_another_process_says_so_in_a_line(launcher):
 def test_what_ends_all_processes_is_said_by_the_first(
     monkeypatch, capsys, rank, status, said, kind
 ):
-    def app(_):
+    def app(given, standalone_mode):
         raise kind("as all of them", "", *([1, "stem"] if kind is Diverged else []))
 
     if rank:
