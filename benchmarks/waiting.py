@@ -11,7 +11,11 @@ import subprocess
 import sys
 from statistics import median
 
-POLICIES = {"spinning, as by itself": {}, "asleep": {"OMP_WAIT_POLICY": "passive"}}
+POLICIES = {
+    "spinning, as by itself": {},
+    "asleep": {"OMP_WAIT_POLICY": "passive"},
+    "one thread": {"OMP_NUM_THREADS": "1"},
+}
 ROUNDS, TIMES, STRETCH = 3, 4, 2  # processes of each, measurements in one, iterations in one
 
 STEP = f"""

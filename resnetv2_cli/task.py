@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from resnetv2_cli import compiling, graphs, joined, memory
+from resnetv2_cli import compiling, graphs, joined, memory, threads
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.augment import Normalize, augmented, in_one
 from resnetv2_cli.data.catalog import DATASETS, side
@@ -129,6 +129,8 @@ class Classification(L.LightningModule):
         e, self.tell = self.experiment, tell
         if device.type == "cpu":
             memory.map_large()
+            if advice := threads.advice():
+                tell(advice)
         if e.compile:
             why = compiling.why_not(device)
             self.compiled = not why

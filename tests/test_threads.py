@@ -49,6 +49,23 @@ def test_beside_other_work_they_sleep(busy, resnetv2):
     assert spins(resnetv2) == 0
 
 
+def test_training_tells_what_may_be_faster(busy, resnetv2, tmp_path):
+    given = ("train", "--dataset", "digits", "--depth", 8, "--steps", 1, "--output")
+    said = resnetv2(*given, tmp_path / "two", env={"OMP_NUM_THREADS": "2"}).stderr
+    assert "each of 2 threads waits for the last: OMP_NUM_THREADS=1 may be faster" in said
+    one = resnetv2(*given, tmp_path / "one", env={"OMP_NUM_THREADS": "1"})
+    assert "OMP_NUM_THREADS" not in one.stderr + one.stdout
+
+
+@pytest.mark.parametrize("processors, running, left", [(2, 2, 1), (2, 9, 1), (64, 17, 48)])
+def test_so_many_threads_as_have_a_processor(machine, monkeypatch, processors, running, left):
+    machine(processors, running)
+    monkeypatch.setattr(threads, "begun_with", threads.running())
+    assert f"OMP_NUM_THREADS={left} may" in threads.advice()
+    monkeypatch.setattr(threads, "begun_with", None)
+    assert not threads.advice()
+
+
 def test_what_the_user_says_stays(busy, resnetv2):
     assert spins(resnetv2, OMP_WAIT_POLICY="active") > 10**6
     assert spins(resnetv2, GOMP_SPINCOUNT="77") == 77
@@ -67,17 +84,17 @@ def test_what_the_user_says_stays(busy, resnetv2):
 )
 def test_where_threads_are_more_than_processors(machine, processors, running, affinity, crowded):
     machine(processors, running, affinity)
-    assert threads.crowded() is crowded
+    assert threads.crowded(threads.running()) is crowded
 
 
 def test_a_share_of_the_processors_leaves_the_rest_to_others(machine, monkeypatch):
     machine(8, 5)
-    assert threads.crowded()
+    assert threads.crowded(4)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert not threads.crowded()
+    assert not threads.crowded(4)
 
 
 def test_where_the_system_does_not_say_none_is_crowded(machine, tmp_path):
     machine(2, 9)
     (tmp_path / "loadavg").unlink()
-    assert threads.running() is None and not threads.crowded()
+    assert threads.running() is None and not threads.crowded(None)
