@@ -24,7 +24,7 @@ from resnetv2_cli.errors import Diverged, UserError
 from resnetv2_cli.files import seal_of
 from resnetv2_cli.finetune import begin, refuse_another_architecture
 from resnetv2_cli.leaving import Leaver
-from resnetv2_cli.machine import devices_of, precision, processes, trainer_of
+from resnetv2_cli.machine import devices_of, memory_line, precision, processes, trainer_of
 from resnetv2_cli.manifest import READINGS, Manifest, begun, environment, rewritten
 from resnetv2_cli.resume import extend, finished, same_run
 from resnetv2_cli.runfolder import RunFolder, read_metrics
@@ -150,6 +150,8 @@ def _train(
         tell(f"{folder.path} is finished: nothing is left to do; --steps trains it longer")
         draw(experiment, folder)
         return result
+    tell(f"{experiment.name} -> {folder.path}, {precision(experiment)}")
+    tell(memory_line(experiment))
     task, data = build(experiment, tell=tell)
     e = task.experiment
     write = loggers(e, folder, data.scored)

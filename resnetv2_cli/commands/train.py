@@ -95,9 +95,6 @@ def train(
             folder = RunFolder(output) if output else RunFolder.free(experiment)
         os.environ[run.FOLDER] = str(folder.path)
         try:
-            if run.first_process():
-                console.note(f"{experiment.name} -> {folder.path}, {machine.precision(experiment)}")
-                console.note(machine.memory_line(experiment))
             result = run.train(
                 experiment,
                 folder,
