@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import re
 import shutil
 import time
 from types import SimpleNamespace
@@ -198,15 +199,15 @@ def test_what_was_prepared_is_read_where_it_lies(monkeypatch, tmp_path):
     [
         (["step", "--arm", "bf16-chanels-last"], "bf16-channels-last"),
         (["step", "--depth", 8, "--arm", "graphs", "--accelerator", "cpu"], "no CUDA graphs"),
-        (["step", "--recompute-bn"], "no such option: --recompute-bn"),  # its arms have these
-        (["step", "--kernels", "eager"], "no such option: --kernels"),
-        (["step", "--graphs"], "no such option: --graphs"),
+        (["step", "--recompute-bn"], "no such option.*--recompute-bn"),  # its arms have these
+        (["step", "--kernels", "eager"], "no such option.*--kernels"),
+        (["step", "--graphs"], "no such option.*--graphs"),
         (["train", "--dataset", "digits", "--accumulate", 2], "whole batches"),
         (["data", "--dataset", "digits", "--prepared", "x"], "only photographs"),
-        (["data", "--recompute-bn"], "no such option: --recompute-bn"),  # no network is in it
-        (["data", "--kernels", "eager"], "no such option: --kernels"),
-        (["data", "--graphs"], "no such option: --graphs"),
+        (["data", "--recompute-bn"], "no such option.*--recompute-bn"),  # no network is in it
+        (["data", "--kernels", "eager"], "no such option.*--kernels"),
+        (["data", "--graphs"], "no such option.*--graphs"),
     ],
 )
 def test_what_bench_cannot_time_is_refused(arguments, said, here):
-    assert said in here("bench", *arguments, status=2).stderr
+    assert re.search(said, here("bench", *arguments, status=2).stderr)

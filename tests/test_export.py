@@ -117,6 +117,18 @@ def test_the_extra_that_is_named_has_what_a_format_needs(format):
     assert extra >= {*formats.FORMATS[format].needs}
 
 
+def test_what_exporters_print_is_no_part_of_the_json(here, trained, tmp_path, monkeypatch):
+    export = torch.onnx.export
+
+    def said(*given, **more):  # as some versions do
+        print("Applied 6 of general pattern rewrite rules.")
+        return export(*given, **more)
+
+    monkeypatch.setattr(torch.onnx, "export", said)
+    flags = ("--format", "onnx", "--output", tmp_path / "net.onnx", "--json")
+    assert json.loads(here("export", trained, *flags).stdout)["check"]
+
+
 @pytest.mark.parametrize("format", formats.FORMATS)
 def test_a_file_is_checked_on_the_test_images_and_has_its_card(trained, tmp_path, here, format):
     file = tmp_path / f"net{formats.FORMATS[format].suffix}"

@@ -55,11 +55,11 @@ FOUR = ["--dataset", "digits", "--devices", 4, "--accelerator", "cpu"]
         (["train", "--time", "soon"], "is no duration", "25m"),
         (["train", "--resume", "nowhere"], "nowhere is not the folder of a run", "config.yaml"),
         (["eval", "nothing.ckpt"], "there is no checkpoint nothing.ckpt", "a run folder"),
-        (["train", "--dpeth", "20"], "no such option: --dpeth (Possible", "train --help"),
+        (["train", "--dpeth", "20"], "no such option", "train --help"),
         (["train", "--depth", "deep"], "invalid value for '--depth'", "train --help"),
         (["train", "--unit"], "option '--unit' requires an argument", "--help"),
         (["train", "20"], "unexpected extra argument", "train --help"),
-        (["eval"], "missing argument 'checkpoint'", "eval --help"),
+        (["eval"], "missing argument", "eval --help"),
         (["trian"], "no such command 'trian'. Did you mean 'train'?", "--help"),
         (["runs", "sohw"], "no such command 'sohw'", "runs --help"),
     ],
@@ -74,7 +74,8 @@ def test_a_mistaken_flag_exits_with_2(here):
     done = here("train", "--dept", 20, status=2)
     assert "--depth" in done.stderr and "Traceback" not in done.stderr
     for flag in ("--lr", "--batch-size", "--accumulate"):  # no part of it
-        assert f"no such option: {flag}" in here("eval", "x.ckpt", flag, 1, status=2).stderr
+        said = here("eval", "x.ckpt", flag, 1, status=2).stderr
+        assert "no such option" in said and flag in said
 
 
 def test_cifar_that_is_not_there_and_no_network(resnetv2, tmp_path):
