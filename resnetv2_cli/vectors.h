@@ -1,5 +1,5 @@
-/* What kernels.c, pointwise.c and conv3x3.c share: sixteen channels at a time as floats, and the
-   statistics of BN as sums of each thread.
+/* What kernels.c, pointwise.c and conv3x3.c share: as many channels at a time as a vector of the
+   processor has floats, and the statistics of BN as sums of each thread.
 
    Numbers lie channels last: rows (images, times height, times width) of c channels, c a multiple
    of 16. bf16 is uint16_t. */
@@ -12,17 +12,21 @@
 #endif
 #include <omp.h>
 
+#ifdef __AVX512F__
 #define LANES 16
+#else /* of longer ones than the processor has gcc makes code that is slower than PyTorch's */
+#define LANES 8
+#endif
 #define BLOCK 64 /* rows between additions to the sums in double */
 #define MOST 4096 /* channels */
 #define AHEAD 8192 /* bytes */
 
-typedef float F __attribute__((vector_size(64)));
-typedef uint32_t U __attribute__((vector_size(64)));
-typedef uint16_t H __attribute__((vector_size(32)));
-typedef float F_ __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t U_ __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t H_ __attribute__((vector_size(32), aligned(2), may_alias));
+typedef float F __attribute__((vector_size(4 * LANES)));
+typedef uint32_t U __attribute__((vector_size(4 * LANES)));
+typedef uint16_t H __attribute__((vector_size(2 * LANES)));
+typedef float F_ __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t U_ __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t H_ __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 /* What lies a little behind a place will be needed: asked for here, it comes from memory while what
    is at hand is computed. */
