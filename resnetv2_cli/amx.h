@@ -53,8 +53,8 @@ INLINE void clear(F sum[][TALL][WIDE], int tall, int wide, int high) {
     } while (0)
 
 /* As below; ``many`` is a multiple of 8. */
-INLINE void tile(F sum[][TALL][WIDE], const uint16_t *const *left, int64_t stride,
-                 const uint16_t *const *right, int64_t columns, int64_t many, int tall, int wide,
+INLINE void tile(F sum[][TALL][WIDE], const T *const *left, int64_t stride,
+                 const T *const *right, int64_t columns, int64_t many, int tall, int wide,
                  int high) {
     int64_t k = 0;
     for (; k + 16 <= many; k += 16) MULTIPLY(4, 6);
@@ -71,10 +71,10 @@ INLINE void done(F sum[][TALL][WIDE], int wide, int high) {
 /* dW of a tile, outputs i on, over ``many`` pairs of rows, ``runs`` times, added to what is there.
    Between two runs a has a pair that is left out. dy: as laid by lay_pairs, run by run; a, dw:
    where each vector begins; dw: rows of ``row`` numbers. Of AMX it is one run. */
-INLINE void weigh(const uint16_t *dy, int64_t i, int64_t n, const uint16_t *const *a,
+INLINE void weigh(const T *dy, int64_t i, int64_t n, const T *const *a,
                   int64_t columns, int64_t runs, int64_t many, float *const *dw, int64_t row,
                   int tall, int wide) {
-    const uint16_t *left = dy + 2 * i * many;
+    const T *left = dy + 2 * i * many;
     __asm__ volatile("" ::: "memory");
 #define EACH(DO)                                                                                 \
     DO(0, dw[0], 4 * row);                                                                       \
@@ -116,12 +116,12 @@ INLINE void transpose(U m[LANES]) {
 }
 
 /* Rows of n numbers two by two, ``many`` times, output by output: [n][many][2]. */
-static void lay_pairs(const uint16_t *rows, uint16_t *to, int64_t many, int64_t n) {
+static void lay_pairs(const T *rows, T *to, int64_t many, int64_t n) {
     for (int64_t k = 0; k < many; k += LANES) {
         int64_t left = many - k < LANES ? many - k : LANES;
         for (int64_t j = 0; j < n; j += LANES) {
             U m[LANES] = {0};
-            const uint16_t *from = rows + 2 * k * n + j;
+            const T *from = rows + 2 * k * n + j;
             for (int64_t i = 0; i < left; i++, from += 2 * n) m[i] = pairs(from, from + n);
             transpose(m);
             for (int64_t i = 0; i < LANES; i++)

@@ -7,7 +7,7 @@
 
 #include "products.h"
 
-#ifdef __AVX512BF16__
+#if HERE
 
 #define MOST_HIGH (AMX ? 2 : 1)
 #define HIGH(TALL_) (AMX ? TALL / TALL_ : 1) /* tiles at once: of AMX's, those that make 16 rows */
@@ -23,23 +23,24 @@ typedef struct {
 } Shape;
 
 static Shape shape_of(int64_t height, int64_t width) {
-    int64_t pitch = width + 2, filled = height * pitch / 2;
-    int64_t pairs = (filled + EVEN - 1) / EVEN * EVEN, pixels = 2 * pairs + 2 * pitch + 6;
-    int tall = width % 16 ? 8 : 16;
+    int64_t pitch = width + 2, filled = height * pitch / PAIR;
+    int64_t pairs = (filled + EVEN - 1) / EVEN * EVEN, pixels = PAIR * pairs + 2 * pitch + 6;
+    int tall = width % TALL ? LOW : TALL;
     if (AMX) return (Shape){height, width, pitch, pitch + 2, pixels, filled, 1, pairs, tall};
-    return (Shape){height, width, pitch, pitch + 2, pixels, filled, height, width / 2, tall};
+    return (Shape){height, width, pitch, pitch + 2, pixels, filled, height, width / PAIR, tall};
 }
 
 struct Work {
     const Shape *s;
     int64_t c, n;
-    const uint16_t *x, *plus, *w;
-    uint16_t *y, *g;
+    const T *x, *plus, *w;
+    T *y, *g;
     const float *saved;
     double *sums;
     float *dw;
-    uint16_t *dy, *dy_pairs; /* room for an image: dy; by pairs, run by run */
-    uint16_t *a, *a_pairs[2]; /* what is activated; by pairs from even pixels on, and from odd ones */
+    T *dy;             /* room for an image: dy */
+    const T *dy_pairs; /* by pairs, run by run */
+    T *a, *a_pairs[PAIR]; /* what is activated; by pairs from even pixels on, and from odd ones */
 };
 
 /* Where a pixel of the image lies, from the first on. */
@@ -48,16 +49,16 @@ INLINE int64_t place(const Shape *s, int64_t pixel) {
 }
 
 /* Tiles of sums over the nine pixels around each of ``tall``, from one pixel on. */
-INLINE void around(F sum[][TALL][WIDE], const uint16_t *image, int64_t pixel, const Shape *s,
-                   int64_t channels, const uint16_t *w, int64_t columns, int tall, int wide,
+INLINE void around(F sum[][TALL][WIDE], const T *image, int64_t pixel, const Shape *s,
+                   int64_t channels, const T *w, int64_t columns, int tall, int wide,
                    int high) {
     int64_t upper_left = s->start - s->pitch - 1;
     clear(sum, tall, wide, high);
     for (int row = 0; row < 3; row++) {
-        const uint16_t *left[MOST_HIGH], *right[WIDE] = {w, w + 2 * LANES};
+        const T *left[MOST_HIGH], *right[WIDE] = {w, w + PAIR * LANES};
         for (int h = 0; h < high; h++)
             left[h] = image + (upper_left + place(s, pixel + h * tall) + row * s->pitch) * channels;
-        tile(sum, left, channels, right, columns, 3 * channels / 2, tall, wide, high);
+        tile(sum, left, channels, right, columns, 3 * channels / PAIR, tall, wide, high);
         w += 3 * channels * columns;
     }
     done(sum, wide, high);
@@ -66,7 +67,7 @@ INLINE void around(F sum[][TALL][WIDE], const uint16_t *image, int64_t pixel, co
 /* y of tiles from a pixel on. */
 INLINE void output(const Work *of, int64_t pixel, int64_t j, int tall, int wide, int high) {
     F sum[MOST_HIGH][TALL][WIDE];
-    around(sum, of->a, pixel, of->s, of->c, of->w + 2 * j, of->n, tall, wide, high);
+    around(sum, of->a, pixel, of->s, of->c, of->w + PAIR * j, of->n, tall, wide, high);
     for (int h = 0; h < high; h++) {
         int64_t i = (pixel + h * tall) * of->n + j;
         put(sum[h], of->plus ? of->plus + i : 0, of->y + i, of->n, tall, wide);
@@ -81,14 +82,14 @@ INLINE void outputs(const Work *of, int64_t j, int tall, int wide) {
     if (pixel < size) output(of, pixel, j, tall, wide, 1);
 }
 
-COLUMNS(outputs, 8, 1)
-COLUMNS(outputs, 16, 1)
-COLUMNS(outputs, 8, 2)
-COLUMNS(outputs, 16, 2)
+COLUMNS(outputs, low_narrow, LOW, 1)
+COLUMNS(outputs, narrow, TALL, 1)
+COLUMNS(outputs, low_wide, LOW, 2)
+COLUMNS(outputs, wide, AMX ? TALL : LOW, 2)
 
 static void forward_image(const Work *of) {
-    static Columns *const low[] = {outputs_8x1, outputs_8x2};
-    static Columns *const high[] = {outputs_16x1, AMX ? outputs_16x2 : outputs_8x2};
+    static Columns *const low[] = {outputs_low_narrow, outputs_low_wide};
+    static Columns *const high[] = {outputs_narrow, outputs_wide};
     const Shape *s = of->s;
     for (int64_t row = 0; row < s->height; row++)
         activate_rows(of->x + row * s->width * of->c, of->saved,
@@ -97,15 +98,15 @@ static void forward_image(const Work *of) {
 }
 
 /* again: with the statistics that are saved, which stay as they are. */
-void conv3x3_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, const float *gamma,
+void NAME(conv3x3_forward)(const T *x, const T *plus, T *y, const float *gamma,
                      const float *beta, const float *weight, float *running_mean,
-                     float *running_var, float *saved, double *sums, uint16_t *w, int64_t images,
+                     float *running_var, float *saved, double *sums, T *w, int64_t images,
                      int64_t height, int64_t width, int64_t c, int64_t n, double momentum,
                      double eps, int threads, int again) {
     Shape s = shape_of(height, width);
     int64_t size = height * width;
     float origin[MOST];
-    for (int64_t j = 0; j < c; j += LANES) store_float(origin + j, load_bf16(x + j));
+    for (int64_t j = 0; j < c; j += LANES) store_float(origin + j, load(x + j));
 #pragma omp parallel num_threads(threads)
     {
         int64_t first, last;
@@ -120,8 +121,8 @@ void conv3x3_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, const
                        c, momentum, eps);
             memset(saved + 4 * c, 0, c * sizeof(float));
         }
-        uint16_t *a = room(s.pixels * c);
-        memset(a, 0, 2 * s.pixels * c);
+        T *a = room(s.pixels * c);
+        memset(a, 0, sizeof(T) * s.pixels * c);
         Work of = {.s = &s, .c = c, .n = n, .w = w, .saved = saved, .a = a};
         begin(s.tall);
         for (int64_t i = first * size; i < last * size; i += size) {
@@ -139,10 +140,10 @@ INLINE void gradient(const Work *of, int64_t pixel, int64_t j, F *total, F *prod
                      int wide, int high) {
     const Shape *s = of->s;
     F sum[MOST_HIGH][TALL][WIDE];
-    around(sum, of->dy, pixel, s, of->n, of->w + 2 * j, of->c, tall, wide, high);
+    around(sum, of->dy, pixel, s, of->n, of->w + PAIR * j, of->c, tall, wide, high);
     for (int h = 0; h < high; h++) {
         int64_t i = (pixel + h * tall) * of->c + j;
-        uint16_t *a = of->a_pairs[0] + (s->start + place(s, pixel + h * tall)) * of->c + 2 * j;
+        T *a = of->a_pairs[0] + (s->start + place(s, pixel + h * tall)) * of->c + PAIR * j;
         let_through(sum[h], of->x + i, of->g + i, of->saved + j, total, product, of->c, tall, wide);
         put_pairs(sum[h], a, of->c, tall, wide);
     }
@@ -159,16 +160,18 @@ INLINE void gradients_of(const Work *of, int64_t j, int tall, int wide) {
     widen_both(of->sums + j, total, product, of->c, wide);
 }
 
-COLUMNS(gradients_of, 8, 1)
-COLUMNS(gradients_of, 16, 1)
-COLUMNS(gradients_of, 8, 2)
-COLUMNS(gradients_of, 16, 2)
+COLUMNS(gradients_of, low_narrow, LOW, 1)
+COLUMNS(gradients_of, narrow, TALL, 1)
+COLUMNS(gradients_of, low_wide, LOW, 2)
+COLUMNS(gradients_of, wide, AMX ? TALL : LOW, 2)
 
+#if PAIR > 1
 /* Pairs that begin with an odd pixel, from those that begin with an even one. */
-static void between(const uint16_t *even, uint16_t *odd, const Shape *s, int64_t c) {
+static void between(const T *even, T *odd, const Shape *s, int64_t c) {
     for (int64_t i = (s->start - 2) * c; i < (s->start + 2 * s->filled) * c; i += 2 * LANES)
         *(U_ *)(odd + i) = *(const U_ *)(even + i) >> 16 | *(const U_ *)(even + i + 2 * c) << 16;
 }
+#endif
 
 /* dW of all outputs and taps: at each the image is moved. */
 INLINE void weights(const Work *of, int64_t j, int tall, int wide) {
@@ -176,42 +179,47 @@ INLINE void weights(const Work *of, int64_t j, int tall, int wide) {
     int64_t c = of->c;
     for (int64_t i = 0; i < of->n; i += tall)
         for (int row = 0; row < 3; row++) {
-            const uint16_t *right[TAPS];
+            const T *right[TAPS];
             float *to[TAPS];
             for (int tap = 0; tap < TAPS; tap++) {
                 int64_t moved = s->start + (row - 1) * s->pitch + tap - 1;
-                right[tap] = of->a_pairs[moved % 2] + (moved - moved % 2) * c + 2 * j;
+                right[tap] = of->a_pairs[moved % PAIR] + (moved - moved % PAIR) * c + PAIR * j;
                 to[tap] = of->dw + (i * 9 + row * 3 + tap) * c + j;
             }
             weigh(of->dy_pairs, i, of->n, right, c, s->runs, s->pairs, to, 9 * c, tall, TAPS);
         }
 }
 
-COLUMNS(weights, 8, 1)
-COLUMNS(weights, 16, 1)
+COLUMNS(weights, of_tile, AMX ? TALL : LOW, 1)
 
-static void backward_image(const uint16_t *dy, const Work *of) {
-    static Columns *const low[] = {gradients_of_8x1, gradients_of_8x2};
-    static Columns *const high[] = {gradients_of_16x1, AMX ? gradients_of_16x2 : gradients_of_8x2};
+static void backward_image(const T *dy, Work *of, T *pairs) {
+    static Columns *const low[] = {gradients_of_low_narrow, gradients_of_low_wide};
+    static Columns *const high[] = {gradients_of_narrow, gradients_of_wide};
     const Shape *s = of->s;
     int64_t n = of->n;
     for (int64_t row = 0; row < s->height; row++)
-        memcpy(of->dy + (s->start + row * s->pitch) * n, dy + row * s->width * n, 2 * s->width * n);
+        memcpy(of->dy + (s->start + row * s->pitch) * n, dy + row * s->width * n,
+               sizeof(T) * s->width * n);
     begin(s->tall);
     each_column(s->tall < TALL ? low : high, of, of->c);
+#if PAIR > 1
     for (int64_t run = 0; run < s->runs; run++)
-        lay_pairs(of->dy + (s->start + run * s->pitch) * n, of->dy_pairs + 2 * run * s->pairs * n,
+        lay_pairs(of->dy + (s->start + run * s->pitch) * n, pairs + 2 * run * s->pairs * n,
                   s->pairs, n);
+    of->dy_pairs = pairs;
     between(of->a_pairs[0], of->a_pairs[1], s, of->c);
+#else
+    of->dy_pairs = dy;
+#endif
     begin(TALL);
-    for (int64_t j = 0; j < of->c; j += LANES) AMX ? weights_16x1(of, j) : weights_8x1(of, j);
+    for (int64_t j = 0; j < of->c; j += LANES) weights_of_tile(of, j);
 }
 
 /* alone: a convolution without BN, by what is ``saved`` of no BN; dgamma, dbeta are not written.
    parts: [threads - 1][n][9][c], of dW by the other threads. dx has g between the two passes. */
-void conv3x3_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *plus, uint16_t *dx,
+void NAME(conv3x3_backward)(const T *dy, const T *x, const T *plus, T *dx,
                       const float *saved, const float *weight, float *dgamma, float *dbeta,
-                      float *dw, float *parts, double *sums, uint16_t *w, int64_t images,
+                      float *dw, float *parts, double *sums, T *w, int64_t images,
                       int64_t height, int64_t width, int64_t c, int64_t n, int threads,
                       int alone) {
     Shape s = shape_of(height, width);
@@ -228,15 +236,16 @@ void conv3x3_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *plu
         int64_t first, last;
         rows_of(images, 1, &first, &last);
         int64_t of_dy = lines(s.pixels * n), of_a = lines(s.pixels * c);
-        uint16_t *dy_ = room(of_dy + 2 * of_a + 2 * s.runs * s.pairs * n);
-        uint16_t *even = dy_ + of_dy, *odd = even + of_a, *dy_pairs = odd + of_a;
-        memset(dy_, 0, 2 * (of_dy + 2 * of_a));
+        T *dy_ = room(of_dy + PAIR * (of_a + s.runs * s.pairs * n));
+        T *even = dy_ + of_dy, *dy_pairs = even + PAIR * of_a;
+        memset(dy_, 0, sizeof(T) * (of_dy + PAIR * of_a));
         Work of = {.s = &s, .c = c, .n = n, .w = w, .saved = saved, .sums = mine, .dw = dw_,
-                   .dy = dy_, .dy_pairs = dy_pairs, .a_pairs = {even, odd}};
+                   .dy = dy_};
+        for (int odd = 0; odd < PAIR; odd++) of.a_pairs[odd] = even + odd * of_a;
         for (int64_t i = first * size; i < last * size; i += size) {
             of.x = x + i * c;
             of.g = dx + i * c;
-            backward_image(dy + i * n, &of);
+            backward_image(dy + i * n, &of, dy_pairs);
         }
         end();
 #pragma omp barrier

@@ -1,5 +1,5 @@
-"""BN, ReLU and the convolution of stride 1 behind them as one operation on bf16; or a convolution
-alone, or behind a ReLU.
+"""BN, ReLU and the convolution of stride 1 behind them as one operation; or a convolution alone, or
+behind a ReLU.
 
 What is activated is neither written to memory nor kept. Between convolutions that use the processor
 well, passes over memory are half of what a step takes.
@@ -18,15 +18,15 @@ from resnetv2_cli import native
 from resnetv2_cli.fused import LANES, count, fits, made_again, pack, remember, spread, unpack
 
 LAST = torch.channels_last
-MOST = {"cpu": 2**18, "cuda": 2**17}  # weights; of more PyTorch's own is as fast
-ROOM = 2**17  # numbers of an image with its border, which a 3x3 convolution keeps in a cache
-NAMES = {1: "pointwise", 3: "conv3x3"}  # of the functions, by the kernel
+# Weights; of more PyTorch's own is as fast. Short: by vectors of eight, without AVX-512.
+MOST = {"cpu": 2**18, "short": 2**12, "cuda": 2**17}
+ROOM = 2**18  # bytes of an image with its border, which a 3x3 convolution keeps in a cache
 EACH = 8  # of sums along a shortcut, one of so many is kept where the others are made again
 
 
 def joins(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Module) -> bool:
     """Whether BN and ReLU, ReLU or neither of x, and this convolution, can be one operation: bf16
-    by autocast, on a CPU that multiplies it or on a GPU with Triton."""
+    by autocast, on a CPU that multiplies it or on a GPU with Triton; float32 on a CPU."""
     return (
         type(conv) is nn.Conv2d
         and conv.kernel_size in ((1, 1), (3, 3))
@@ -35,15 +35,22 @@ def joins(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Module) -> bool:
         and conv.padding_mode == "zeros"
         and conv.groups == 1
         and conv.bias is None
-        and conv.weight.numel() <= MOST["cuda" if x.is_cuda else "cpu"]
-        and x.dtype == torch.bfloat16
-        and (x.is_meta or _lies(conv.weight))
+        and conv.weight.numel() <= MOST[_device(x)]
+        and (x.is_meta or _lies(x, conv.weight))
         and (_fits_gpu(x, norm, conv) if x.is_cuda else _fits_cpu(x, norm, conv))
     )
 
 
+def _device(x: Tensor) -> str:
+    """Of MOST."""
+    if x.is_cuda:
+        return "cuda"
+    return "cpu" if native.multiplies(x.dtype, 3) else "short"
+
+
 def _fits_gpu(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Conv2d) -> bool:
-    return _on_gpu() is not None and _on_gpu().joins(x, norm, conv)
+    bf16 = x.dtype == torch.bfloat16
+    return bf16 and _on_gpu() is not None and _on_gpu().joins(x, norm, conv)
 
 
 def _fits_cpu(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Conv2d) -> bool:
@@ -51,7 +58,7 @@ def _fits_cpu(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Conv2d) -> bool:
         conv.out_channels % LANES == 0
         and (conv.kernel_size == (1, 1) or _images_fit(x, conv))
         and fits(x, norm)
-        and native.multiplies()
+        and native.multiplies(x.dtype, conv.kernel_size[0])
     )
 
 
@@ -80,16 +87,18 @@ def why_not(device: torch.device) -> str:
 
 def _images_fit(x: Tensor, conv: nn.Conv2d) -> bool:
     (h, w), c = x.shape[2:], max(conv.in_channels, conv.out_channels)
-    return w % 8 == 0 and (h + 2) * (w + 2) * c <= ROOM
+    return w % 8 == 0 and (h + 2) * (w + 2) * c * x.itemsize <= ROOM
 
 
-def _lies(weight: Tensor) -> bool:
+def _lies(x: Tensor, weight: Tensor) -> bool:
     last = weight.is_contiguous(memory_format=LAST)
-    return weight.dtype == torch.float32 and last and _mixed(weight.device.type)
+    return weight.dtype == torch.float32 and last and x.dtype == _arithmetic(x.device.type)
 
 
-def _mixed(kind: str) -> bool:
-    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+def _arithmetic(kind: str) -> torch.dtype:
+    """What a convolution would compute in."""
+    mixed = torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if mixed else torch.float32
 
 
 class Sum:
@@ -141,9 +150,13 @@ def _forward(
     sums = torch.empty(threads, 2, c, dtype=torch.float64)
     packed = torch.empty(w.shape, dtype=x.dtype)
     tensors = [x, plus, y, *own[:2], w, *own[2:], saved, sums, packed]
-    name = f"{NAMES[w.shape[-1]]}_forward"
-    native.call(name, tensors, images, *sides, c, n, *numbers, threads, again)
+    native.call(_name("forward", x, w), tensors, images, *sides, c, n, *numbers, threads, again)
     return y
+
+
+def _name(way: str, x: Tensor, w: Tensor) -> str:
+    """The function of the library."""
+    return f"{native.PARTS[w.shape[-1]]}_{way}_{native.kind_of(x.dtype)}"
 
 
 def _added(x: Tensor, saved: Tensor, w: Tensor, plus: Tensor | None) -> Tensor:
@@ -215,8 +228,7 @@ def _backward(
     packed = torch.empty(w.shape, dtype=x.dtype)
     parts = torch.empty(threads - 1, *w.shape)
     tensors = [dy, x, plus, dx, saved, w, dgamma, dbeta, dw, parts, sums, packed]
-    name = f"{NAMES[w.shape[-1]]}_backward"
-    native.call(name, tensors, images, *sides, c, n, threads, alone)
+    native.call(_name("backward", x, w), tensors, images, *sides, c, n, threads, alone)
     return dx, dw, (None, None) if alone else (dgamma, dbeta)
 
 

@@ -24,8 +24,12 @@ from torch import Tensor
 from resnetv2_cli import files
 
 HERE = Path(__file__).parent
-HEADERS = [HERE / f"{name}.h" for name in ("vectors", "products", "amx", "avx512")]
-SOURCES = [HERE / "kernels.c", HERE / "pointwise.c", HERE / "conv3x3.c"]
+HEADERS = [
+    HERE / f"{name}.h" for name in ("vectors", "products", "bf16", "floats", "amx", "registers")
+]
+PARTS = {1: "pointwise", 3: "conv3x3"}  # of products.h, by the convolution's kernel
+SOURCES = [HERE / "kernels.c"]
+SOURCES += [HERE / f"{part}{kind}.c" for part in PARTS.values() for kind in ("", "_float")]
 CPUS = Path("/proc/cpuinfo")
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
 PATIENCE = 120.0  # seconds that compiling may take; it takes five
@@ -37,12 +41,15 @@ ARGUMENTS: dict[str, tuple[int, list[Any]]] = {  # of each function: pointers, t
     "backward": (9, [INT64] * 2 + [INT] * 2),
 }
 ARGUMENTS = {f"{name}_{kind}": row for name, row in ARGUMENTS.items() for kind in KINDS}
-PRODUCTS: dict[str, tuple[int, list[Any]]] = {  # where the processor multiplies bf16
+PRODUCTS: dict[str, tuple[int, list[Any]]] = {  # of products.h, where the processor has them
     "forward": (11, [INT64] * 5 + [DOUBLE] * 2 + [INT] * 2),
     "backward": (12, [INT64] * 5 + [INT] * 2),
 }
 PRODUCTS = {
-    f"{of}_{name}": row for name, row in PRODUCTS.items() for of in ("pointwise", "conv3x3")
+    f"{part}_{name}_{kind}": row
+    for name, row in PRODUCTS.items()
+    for part in PARTS.values()
+    for kind in KINDS
 }
 
 
@@ -130,11 +137,13 @@ def why_not() -> str:
 
 
 @cache
-def multiplies() -> bool:
-    """Whether the library has the functions of ``products.h``, because the processor multiplies
-    bf16, and should use them."""
-    found = library()
-    return all(hasattr(found, name) for name in PRODUCTS) and bool(found.products_allowed())  # type: ignore[union-attr]
+def multiplies(dtype: torch.dtype = torch.bfloat16, kernel: int = 1) -> bool:
+    """Whether the library has the functions of ``products.h`` for convolutions of this size on
+    numbers of this type, because the processor multiplies them fast, and should use them."""
+    found, kind = library(), kind_of(dtype)
+    if not hasattr(found, f"{PARTS[kernel]}_forward_{kind}"):
+        return False
+    return kind != "bf16" or bool(found.products_allowed())  # type: ignore[union-attr]
 
 
 def call(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:

@@ -2,38 +2,35 @@
 
 #include "products.h"
 
-#ifdef __AVX512BF16__
-
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#if HERE
 
 struct Work {
     int64_t c, n;
-    const uint16_t *x, *plus, *dy, *w;
-    uint16_t *y, *g;
+    const T *x, *plus, *dy, *w;
+    T *y, *g;
     const float *saved;
     double *sums;
     float *dw;
-    uint16_t *a, *dy_pairs; /* room for what is activated, and for dy by pairs of rows */
+    T *a; /* room for what is activated */
+    const T *dy_pairs; /* dy by pairs of rows */
 };
 
 /* A tile of sums over the c channels of a. */
-INLINE void sums_of(F sum[][TALL][WIDE], const uint16_t *a, int64_t c, const uint16_t *w, int64_t n,
+INLINE void sums_of(F sum[][TALL][WIDE], const T *a, int64_t c, const T *w, int64_t n,
                     int tall, int wide) {
-    const uint16_t *right[WIDE] = {w, w + 2 * LANES};
+    const T *right[WIDE] = {w, w + PAIR * LANES};
     clear(sum, tall, wide, 1);
-    tile(sum, &a, c, right, n, c / 2, tall, wide, 1);
+    tile(sum, &a, c, right, n, c / PAIR, tall, wide, 1);
     done(sum, wide, 1);
 }
 
 /* y of a tile from a row on. */
 INLINE void output(const Work *of, int64_t row, int64_t j, int tall, int wide) {
     int64_t c = of->c, n = of->n;
-    const uint16_t *plus = of->plus ? of->plus + row * n + j : 0;
-    uint16_t *y = of->y + row * n + j;
+    const T *plus = of->plus ? of->plus + row * n + j : 0;
+    T *y = of->y + row * n + j;
     F sum[1][TALL][WIDE];
-    sums_of(sum, of->a + row * c, c, of->w + 2 * j, n, tall, wide);
+    sums_of(sum, of->a + row * c, c, of->w + PAIR * j, n, tall, wide);
     put(sum[0], plus, y, n, tall, wide);
 #pragma GCC unroll 16
     for (int r = 0; r < tall; r++) {
@@ -47,25 +44,24 @@ INLINE void outputs(const Work *of, int64_t j, int tall, int wide) {
     for (int64_t r = 0; r < BLOCK; r += tall) output(of, r, j, tall, wide);
 }
 
-COLUMNS(outputs, 16, 1)
-COLUMNS(outputs, 8, 2)
-COLUMNS(outputs, 16, 2)
+COLUMNS(outputs, narrow, TALL, 1)
+COLUMNS(outputs, wide, AMX ? TALL : LOW, 2)
 
 static void forward_block(const Work *of) {
-    static Columns *const by[] = {outputs_16x1, AMX ? outputs_16x2 : outputs_8x2};
+    static Columns *const by[] = {outputs_narrow, outputs_wide};
     activate_rows(of->x, of->saved, of->a, BLOCK, of->c);
     each_column(by, of, of->n);
 }
 
 /* again: with the statistics that are saved, which stay as they are. */
-void pointwise_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, const float *gamma,
+void NAME(pointwise_forward)(const T *x, const T *plus, T *y, const float *gamma,
                        const float *beta, const float *weight, float *running_mean,
-                       float *running_var, float *saved, double *sums, uint16_t *w, int64_t images,
+                       float *running_var, float *saved, double *sums, T *w, int64_t images,
                        int64_t height, int64_t width, int64_t c, int64_t n, double momentum,
                        double eps, int threads, int again) {
     int64_t rows = images * height * width;
     float origin[MOST];
-    for (int64_t j = 0; j < c; j += LANES) store_float(origin + j, load_bf16(x + j));
+    for (int64_t j = 0; j < c; j += LANES) store_float(origin + j, load(x + j));
 #pragma omp parallel num_threads(threads)
     {
         int64_t first, last;
@@ -79,8 +75,8 @@ void pointwise_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, con
                        momentum, eps);
             memset(saved + 4 * c, 0, c * sizeof(float));
         }
-        uint16_t *a = room(2 * BLOCK * (c + n)), *x_ = a + BLOCK * c, *y_ = x_ + BLOCK * c;
-        uint16_t *plus_ = y_ + BLOCK * n;
+        T *a = room(2 * BLOCK * (c + n)), *x_ = a + BLOCK * c, *y_ = x_ + BLOCK * c;
+        T *plus_ = y_ + BLOCK * n;
         Work of = {.c = c, .n = n, .w = w, .saved = saved, .a = a};
         begin(TALL);
         for (int64_t b = first; b < last; b += BLOCK) {
@@ -90,14 +86,14 @@ void pointwise_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, con
             if (b + BLOCK <= last)
                 forward_block(&of);
             else { /* fewer rows than a block: in a whole one aside */
-                memset(x_, 0, 2 * BLOCK * c);
-                memcpy(x_, of.x, 2 * c * (last - b));
-                if (plus) memcpy(plus_, of.plus, 2 * n * (last - b));
+                memset(x_, 0, sizeof(T) * BLOCK * c);
+                memcpy(x_, of.x, sizeof(T) * c * (last - b));
+                if (plus) memcpy(plus_, of.plus, sizeof(T) * n * (last - b));
                 of.x = x_;
                 of.plus = plus ? plus_ : 0;
                 of.y = y_;
                 forward_block(&of);
-                memcpy(y + b * n, y_, 2 * n * (last - b));
+                memcpy(y + b * n, y_, sizeof(T) * n * (last - b));
             }
         }
         end();
@@ -107,10 +103,10 @@ void pointwise_forward(const uint16_t *x, const uint16_t *plus, uint16_t *y, con
 /* g of a tile from a row on, its sums, and a as pairs of rows. */
 INLINE void gradient(const Work *of, int64_t row, int64_t j, F *s, F *q, int tall, int wide) {
     int64_t c = of->c, n = of->n;
-    const uint16_t *x = of->x + row * c + j;
-    uint16_t *g = of->g + row * c + j;
+    const T *x = of->x + row * c + j;
+    T *g = of->g + row * c + j;
     F sum[1][TALL][WIDE];
-    sums_of(sum, of->dy + row * n, n, of->w + 2 * j, c, tall, wide);
+    sums_of(sum, of->dy + row * n, n, of->w + PAIR * j, c, tall, wide);
     let_through(sum[0], x, g, of->saved + j, s, q, c, tall, wide);
     put_pairs(sum[0], of->a + row * wide * LANES, wide * LANES, tall, wide);
 #pragma GCC unroll 16
@@ -132,44 +128,47 @@ INLINE void gradients_of(const Work *of, int64_t j, int tall, int wide) {
    meanwhile. */
 INLINE void weights(const Work *of, int64_t j, int tall, int wide) {
     int64_t c = of->c, n = of->n, part = BLOCK * tall * LANES * wide / c;
-    const uint16_t *next = of->dy + BLOCK * n + j / (LANES * wide) * (n / tall) * part;
+    const T *next = of->dy + BLOCK * n + j / (LANES * wide) * (n / tall) * part;
     for (int64_t i = 0; i < n; i += tall, next += part) {
-        const uint16_t *right[WIDE] = {of->a, of->a + 2 * LANES};
+        const T *right[WIDE] = {of->a, of->a + PAIR * LANES};
         float *to[WIDE] = {of->dw + i * c + j, of->dw + i * c + j + LANES};
-        weigh(of->dy_pairs, i, n, right, wide * LANES, 1, BLOCK / 2, to, c, tall, wide);
-        for (int64_t k = 0; k < part; k += 32) __builtin_prefetch(next + k, 0, 2);
+        weigh(of->dy_pairs, i, n, right, wide * LANES, 1, BLOCK / PAIR, to, c, tall, wide);
+        for (int64_t k = 0; k < part; k += 64 / sizeof(T)) __builtin_prefetch(next + k, 0, 2);
     }
 }
 
-COLUMNS(gradients_of, 16, 1)
-COLUMNS(gradients_of, 8, 2)
-COLUMNS(gradients_of, 16, 2)
-COLUMNS(weights, 16, 1)
-COLUMNS(weights, 8, 2)
-COLUMNS(weights, 16, 2)
+COLUMNS(gradients_of, narrow, TALL, 1)
+COLUMNS(gradients_of, wide, AMX ? TALL : LOW, 2)
+COLUMNS(weights, narrow, TALL, 1)
+COLUMNS(weights, wide, AMX ? TALL : LOW, 2)
 
 static void one_vector(const Work *of, int64_t j) {
-    gradients_of_16x1(of, j);
-    weights_16x1(of, j);
+    gradients_of_narrow(of, j);
+    weights_narrow(of, j);
 }
 
 static void two_vectors(const Work *of, int64_t j) {
-    AMX ? gradients_of_16x2(of, j) : gradients_of_8x2(of, j);
-    AMX ? weights_16x2(of, j) : weights_8x2(of, j);
+    gradients_of_wide(of, j);
+    weights_wide(of, j);
 }
 
 /* g of a block, its sums, and its part of dW. */
-static void backward_block(const Work *of) {
+static void backward_block(Work *of, T *pairs) {
     static Columns *const by[] = {one_vector, two_vectors};
-    lay_pairs(of->dy, of->dy_pairs, BLOCK / 2, of->n);
+#if PAIR > 1
+    lay_pairs(of->dy, pairs, BLOCK / PAIR, of->n);
+    of->dy_pairs = pairs;
+#else
+    of->dy_pairs = of->dy;
+#endif
     each_column(by, of, of->c);
 }
 
 /* alone: a convolution without BN, by what is ``saved`` of no BN; dgamma, dbeta are not written.
    parts: [threads - 1][n][c], of dW by the other threads. dx has g between the two passes. */
-void pointwise_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *plus, uint16_t *dx,
+void NAME(pointwise_backward)(const T *dy, const T *x, const T *plus, T *dx,
                         const float *saved, const float *weight, float *dgamma, float *dbeta,
-                        float *dw, float *parts, double *sums, uint16_t *w, int64_t images,
+                        float *dw, float *parts, double *sums, T *w, int64_t images,
                         int64_t height, int64_t width, int64_t c, int64_t n, int threads,
                         int alone) {
     int64_t rows = images * height * width;
@@ -184,27 +183,26 @@ void pointwise_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *p
         pack_outputs(weight, w, c, n, 1);
         int64_t first, last;
         rows_of(rows, BLOCK, &first, &last);
-        uint16_t *a = room(BLOCK * (WIDE * LANES + 2 * n + 2 * c)), *dy_ = a + BLOCK * WIDE * LANES;
-        uint16_t *dy_pairs = dy_ + BLOCK * n, *x_ = dy_pairs + BLOCK * n, *g_ = x_ + BLOCK * c;
-        Work of = {.c = c, .n = n, .w = w, .saved = saved, .sums = mine, .dw = dw_, .a = a,
-                   .dy_pairs = dy_pairs};
+        T *a = room(BLOCK * (WIDE * LANES + 2 * n + 2 * c)), *dy_ = a + BLOCK * WIDE * LANES;
+        T *dy_pairs = dy_ + BLOCK * n, *x_ = dy_pairs + BLOCK * n, *g_ = x_ + BLOCK * c;
+        Work of = {.c = c, .n = n, .w = w, .saved = saved, .sums = mine, .dw = dw_, .a = a};
         begin(TALL);
         for (int64_t b = first; b < last; b += BLOCK) {
             of.dy = dy + b * n;
             of.x = x + b * c;
             of.g = dx + b * c;
             if (b + BLOCK <= last)
-                backward_block(&of);
+                backward_block(&of, dy_pairs);
             else { /* rows of zeros add nothing to the sums */
-                memset(dy_, 0, 2 * BLOCK * n);
-                memset(x_, 0, 2 * BLOCK * c);
-                memcpy(dy_, of.dy, 2 * n * (last - b));
-                memcpy(x_, of.x, 2 * c * (last - b));
+                memset(dy_, 0, sizeof(T) * BLOCK * n);
+                memset(x_, 0, sizeof(T) * BLOCK * c);
+                memcpy(dy_, of.dy, sizeof(T) * n * (last - b));
+                memcpy(x_, of.x, sizeof(T) * c * (last - b));
                 of.dy = dy_;
                 of.x = x_;
                 of.g = g_;
-                backward_block(&of);
-                memcpy(dx + b * c, g_, 2 * c * (last - b));
+                backward_block(&of, dy_pairs);
+                memcpy(dx + b * c, g_, sizeof(T) * c * (last - b));
             }
         }
         end();
@@ -220,6 +218,12 @@ void pointwise_backward(const uint16_t *dy, const uint16_t *x, const uint16_t *p
     }
 }
 
+#ifndef FLOATS
+
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 /* Whether this process should use them. Linux gives the registers of tiles to those who ask; a
    processor with AMX that the compiler does not know is faster in PyTorch's hands. */
 int products_allowed(void) {
@@ -231,5 +235,7 @@ int products_allowed(void) {
     return !(__get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1); /* AMX-BF16 */
 #endif
 }
+
+#endif
 
 #endif

@@ -12,15 +12,22 @@ LAST = torch.channels_last
 MODES = {"eager": (False, False), "compiled": (True, False), "forget": (True, True)}
 MODES |= {"plain-forget": (False, True)}
 BOUND = 2**-8  # of the norm: half a unit in bf16's last place, for what is rounded to bf16
+BOUNDS = {torch.bfloat16: BOUND, torch.float32: 2e-6}
 
 needs_gcc = pytest.mark.skipif(native.library() is None, reason=f"no kernels: {native.why_not()}")
 needs_products = pytest.mark.skipif(
     not native.multiplies(), reason=f"no products of bf16: {native.why_not() or 'the processor'}"
 )
+DTYPES = [
+    pytest.param(
+        dtype, marks=pytest.mark.skipif(not native.multiplies(dtype), reason="no products")
+    )
+    for dtype in BOUNDS
+]
 
 
-def bf16(*shape):
-    return torch.randn(shape).bfloat16().to(memory_format=LAST)
+def bf16(*shape, dtype=torch.bfloat16):
+    return torch.randn(shape).to(dtype).to(memory_format=LAST)
 
 
 def trained_step(net, mode, mixed=False, seed=3):

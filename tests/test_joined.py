@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiled import BOUND, LAST, bf16, distance, needs_products
+from compiled import BOUNDS, DTYPES, LAST, bf16, distance, needs_products
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,19 +16,17 @@ from resnetv2_cli import native
 from resnetv2_cli.joined import bn_relu_conv, joins
 from resnetv2_cli.layers import conv
 
-pytestmark = needs_products
 
-
-def example(c, n, shape, added, kernel=1):
-    """A BN, a convolution whose weights are numbers of bf16, x, what is added, and gradients."""
+def example(c, n, shape, added, kernel=1, dtype=torch.bfloat16):
+    """A BN, a convolution whose weights are of a type, x, what is added, and gradients."""
     torch.manual_seed(c + n)
     norm, weights = nn.BatchNorm2d(c), conv(c, n, kernel).to(memory_format=LAST)
     nn.init.normal_(norm.weight, 1, 0.3)
     nn.init.normal_(norm.bias)
-    weights.weight.data = weights.weight.data.bfloat16().float()
+    weights.weight.data = weights.weight.data.to(dtype).float()
     images, h, w = shape
-    x, plus = 2 * bf16(images, c, h, w) + 3, bf16(images, n, h, w)
-    return norm, weights, x, plus if added else None, bf16(images, n, h, w), bf16(images, c, h, w)
+    x, plus, dy, dx = (bf16(images, of, h, w, dtype=dtype) for of in (c, n, n, c))
+    return norm, weights, 2 * x + 3, plus if added else None, dy, dx
 
 
 def joined(norm, weights, x, plus, dy, dx):
@@ -69,7 +67,7 @@ def check(given):
     bounds = dict.fromkeys(("mean", "var"), 1e-6) | dict.fromkeys(("dgamma", "dbeta"), 1e-5)
     bounds["dplus"] = 0.0
     far = {k: distance(got[k], want[k]) for k in want}
-    assert all(far[k] <= bounds.get(k, BOUND) for k in far), far
+    assert all(far[k] <= bounds.get(k, BOUNDS[given[2].dtype]) for k in far), far
 
 
 SHAPES = {
@@ -78,12 +76,15 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("kernel, shape", [(k, s) for k in SHAPES for s in SHAPES[k]])
 @pytest.mark.parametrize("c, n", [(64, 16), (16, 64), (48, 112), (256, 32), (16, 16)])
-def test_the_numbers_are_float64s(c, n, kernel, shape, added, threads):
-    given = example(c, n, shape, added, kernel)
+def test_the_numbers_are_float64s(c, n, kernel, shape, added, threads, dtype):
+    if not native.multiplies(dtype, kernel):
+        pytest.skip("PyTorch computes it")
+    given = example(c, n, shape, added, kernel, dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -94,12 +95,15 @@ def test_the_numbers_are_float64s(c, n, kernel, shape, added, threads):
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("kernel, shape", [(k, s) for k in SHAPES for s in SHAPES[k]])
 @pytest.mark.parametrize("c, n", [(64, 16), (16, 48), (48, 112)])
 @pytest.mark.parametrize("before", [nn.Identity(), nn.ReLU()], ids=["alone", "behind ReLU"])
-def test_a_convolution_without_bn(before, c, n, kernel, shape, added):
-    _, *given = example(c, n, shape, added, kernel)
+def test_a_convolution_without_bn(before, c, n, kernel, shape, added, dtype):
+    if not native.multiplies(dtype, kernel):
+        pytest.skip("PyTorch computes it")
+    _, *given = example(c, n, shape, added, kernel, dtype)
     given[1].sub_(3)[0, :, 0, 0] = 0  # x: as often below 0, and where ReLU has its corner
     check((before, *given))
 
@@ -109,9 +113,10 @@ FAULTS = {  # file, what stands there, what is planted, and the kernel
         "products.h", "_CMP_NLE_UQ", "_CMP_ORD_Q", 1,
     ),
     "rows of a tail that are lost": (
-        "pointwise.c", "memcpy(x_, of.x, 2 * c * (last - b))", "memcpy(x_, of.x, 2 * c)", 1,
+        "pointwise.c", "memcpy(x_, of.x, sizeof(T) * c * (last - b))",
+        "memcpy(x_, of.x, sizeof(T) * c)", 1,
     ),
-    "a gradient that is not added": ("products.h", "plus ? v + load_bf16(plus + i) : v", "v", 3),
+    "a gradient that is not added": ("products.h", "plus ? v + load(plus + i) : v", "v", 3),
     "a thread whose part of dW is lost": (
         "products.h", "t < omp_get_num_threads(); t++)\n", "t < 2; t++)\n", 3,
     ),
@@ -121,11 +126,12 @@ FAULTS = {  # file, what stands there, what is planted, and the kernel
         "conv3x3.c", "(even + i + 2 * c) << 16", "(even + i) << 16", 3,
     ),
     "a border that is not one of zeros": (
-        "conv3x3.c", "memset(a, 0, 2 *", "memset(a, 63, 2 *", 3,
+        "conv3x3.c", "memset(a, 0, sizeof", "memset(a, 63, sizeof", 3,
     ),
 }  # fmt: skip
 
 
+@needs_products
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_seen(fault, compiled_from):
     """What the test above compares cannot be right by chance."""
@@ -135,6 +141,23 @@ def test_a_fault_is_seen(fault, compiled_from):
         check(example(64, 16, (3, 9, 9) if kernel == 1 else (4, 9, 8), True, kernel))
 
 
+def test_short_vectors_give_the_same(compiled_from):
+    """What is compiled for processors without AVX-512, on those with it too."""
+    compiled_from([], ["-mno-avx512f"])
+    assert not native.multiplies()
+    if not native.multiplies(torch.float32):
+        pytest.skip("no AVX2")
+    for shape in SHAPES[1]:
+        for c, n in ((64, 16), (16, 64), (48, 112)):
+            for added in (False, True):
+                check(example(c, n, shape, added, dtype=torch.float32))
+    norm, few, x, *_ = example(64, 64, (2, 4, 8), False, dtype=torch.float32)
+    assert joins(x, norm, few)  # of more weights PyTorch's convolutions are faster, and of any 3x3
+    assert not joins(x, norm, conv(64, 80, 1).to(memory_format=LAST))
+    assert not joins(x, norm, conv(64, 16, 3).to(memory_format=LAST))
+
+
+@needs_products
 def test_tiles_give_the_same(compiled_from):
     """What is computed by AMX, on processors without it too: its instructions by vectors."""
     edits = [
@@ -150,27 +173,32 @@ def test_tiles_give_the_same(compiled_from):
                     check(example(c, n, shape, added, kernel))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("before", [nn.Identity(), nn.ReLU()], ids=["alone", "behind ReLU"])
 @pytest.mark.parametrize("x_has", [float("nan"), float("inf"), -float("inf")])
-def test_gradients_pass_what_is_not_finite_as_pytorchs_do(x_has, before, kernel):
+def test_gradients_pass_what_is_not_finite_as_pytorchs_do(x_has, before, kernel, dtype):
     """Without BN they depend on nothing but the sign of x."""
-    _, weights, x, plus, dy, dx = example(16, 16, (2, 4, 8), True, kernel)
+    if not native.multiplies(dtype, kernel):
+        pytest.skip("PyTorch computes it")
+    _, weights, x, plus, dy, dx = example(16, 16, (2, 4, 8), True, kernel, dtype)
     x[0, 3, 1, 1] = x_has
     got, want = (f(before, weights, x, plus, dy, dx)["dx"] for f in (joined, apart))
-    assert want.isfinite().all() and distance(got, want) <= BOUND
+    assert want.isfinite().all() and distance(got, want) <= BOUNDS[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("c, n", [(256, 1024), (1024, 256)])
-def test_the_largest_that_are_joined(c, n):
-    norm, weights, x, *more = example(c, n, (2, 7, 7), True)
-    with torch.autocast("cpu", torch.bfloat16):
+def test_the_largest_that_are_joined(c, n, dtype):
+    norm, weights, x, *more = example(c, n, (2, 7, 7), True, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         assert joins(x, norm, weights) and not joins(
             x, norm, conv(c, n + 16, 1).to(memory_format=LAST)
         )
     check((norm, weights, x, *more))
 
 
+@needs_products
 def test_threads_need_no_large_stacks():
     """Some systems give them 128 KB."""
     code = (
@@ -190,8 +218,9 @@ def test_threads_need_no_large_stacks():
     assert (done.returncode, done.stdout) == (0, "True True\n"), done.stderr
 
 
-def test_what_is_not_a_number_stays_none():
-    norm, weights, x, *_ = example(16, 16, (2, 4, 4), False)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_a_number_stays_none(dtype):
+    norm, weights, x, *_ = example(16, 16, (2, 4, 4), False, dtype=dtype)
     x[0, 3, 1, 1] = float("nan")
     y, _ = bn_relu_conv(x, None, norm, True, weights)
     assert y.isnan().all()  # the channel's mean is none, and every output sums over it

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from compiled import BOUND, LAST, bf16, distance, needs_products, trained_step
+from compiled import BOUND, BOUNDS, LAST, bf16, distance, needs_products, trained_step
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,24 +26,27 @@ def called(monkeypatch):
     return names
 
 
+@pytest.mark.parametrize("mixed", [True, False])
 @pytest.mark.parametrize("depth, block", [(14, "basic"), (20, "bottleneck")])
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 @pytest.mark.parametrize("unit", UNITS)
-def test_every_unit_and_shortcut_against_float64(unit, shortcut, depth, block, called):
-    """In bf16 no farther from float64 than eager bf16 is, with room for the chance in it; BN counts
-    a batch once."""
+def test_every_unit_and_shortcut_against_float64(unit, shortcut, depth, block, mixed, called):
+    """In bf16 and in float32 no farther from float64 than the same is eagerly, with room for the
+    chance in it; BN counts a batch once."""
     settings = {"dropout_ratio": 0.0} if shortcut == "dropout" else {}  # it draws by the type
     net = ResNet(depth, block, unit, shortcut, settings=settings)
     exact = trained_step(copy.deepcopy(net).double(), "eager")
-    eager = trained_step(net, "eager", mixed=True)
+    eager = trained_step(net, "eager", mixed)
     assert not called
-    found = trained_step(net, "compiled", mixed=True)
-    name = "pointwise" if block == "bottleneck" else "conv3x3"
-    assert called.count(f"{name}_forward") == called.count(f"{name}_backward") >= 6
-    for i in (0, 1):
-        assert distance(found[i], exact[i]) < 1.3 * distance(eager[i], exact[i]) + 1e-3
+    found = trained_step(net, "compiled", mixed)
+    name, kind = "pointwise" if block == "bottleneck" else "conv3x3", "bf16" if mixed else "float"
+    assert called.count(f"{name}_forward_{kind}") == called.count(f"{name}_backward_{kind}") >= 6
+    # A float32 beside ReLU's corner goes either way, and its gradient with it.
+    for i, room in enumerate((1e-3, 1e-3) if mixed else (1e-6, 0.05)):
+        assert distance(found[i], exact[i]) < 1.3 * distance(eager[i], exact[i]) + room
     for name, value in exact[2].items():
-        torch.testing.assert_close(found[2][name].double(), value.double(), rtol=0.1, atol=0.02)
+        far = {"rtol": 0.1, "atol": 0.02} if mixed else {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(found[2][name].double(), value.double(), **far)
     assert all(int(v) == 1 for k, v in found[2].items() if k.endswith("tracked"))
 
 
@@ -84,7 +87,7 @@ def test_what_is_computed_again_is_what_was(segments, mode, shortcut, each, call
     kept = trained_step(net, "compiled", mixed=True)
     net.segments = segments
     again = trained_step(net, mode, mixed=True)
-    assert "pointwise_backward" in called
+    assert "pointwise_backward_bf16" in called
     assert torch.equal(kept[0], again[0]) and torch.equal(kept[1], again[1])
     torch.testing.assert_close(kept[2], again[2])
 
@@ -95,7 +98,7 @@ def test_sums_are_made_again_once_each_from_those_that_are_kept(each, made, call
     not joined."""
     monkeypatch.setattr("resnetv2_cli.joined.EACH", each)
     trained_step(ResNet(29, "bottleneck"), "forget", mixed=True)
-    assert called.count("pointwise_forward") - called.count("pointwise_backward") == made
+    assert called.count("pointwise_forward_bf16") - called.count("pointwise_backward_bf16") == made
 
 
 def test_the_addition_is_its_last_layers(called):
@@ -106,7 +109,7 @@ def test_the_addition_is_its_last_layers(called):
     x = bf16(2, 64, 8, 8).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         y = unit(x)
-    assert called == ["pointwise_forward", "conv3x3_forward", "pointwise_forward"]
+    assert called == ["pointwise_forward_bf16", "conv3x3_forward_bf16", "pointwise_forward_bf16"]
     assert y.grad_fn.name() == "_JoinedBackward"
     nodes, seen = [y.grad_fn], set()
     while nodes:
@@ -123,7 +126,7 @@ def test_bn_behind_the_weights_adds_as_it_writes(unit, called):
     for module in made.modules():
         module.compiled = True
     y = made(torch.randn(2, 16, 8, 8).relu().to(memory_format=LAST).requires_grad_())
-    assert called.count("forward_float") == 2
+    assert called == ["conv3x3_forward_float", "conv3x3_forward_float", "forward_float"]
     assert y.grad_fn.name() == "_CompiledBackward"
 
 
@@ -155,11 +158,11 @@ def test_who_watches_a_side_of_the_addition_sees_it(part, training):
     torch.testing.assert_close(seen[part], whole - x if part == "residual" else whole)
 
 
-def unfit(name):
+def unfit(name, dtype=torch.bfloat16):
     """x, a BN and a layer that are not for this operation, each for one reason."""
-    norm, layer, x = nn.BatchNorm2d(32), conv(32, 16, 1), bf16(2, 32, 4, 4)
-    if name == "float32":
-        x = x.float()
+    norm, layer, x = nn.BatchNorm2d(32), conv(32, 16, 1), bf16(2, 32, 4, 4, dtype=dtype)
+    if name == "another type":
+        x = x.to(torch.float32 if dtype == torch.bfloat16 else torch.bfloat16)
     elif name == "channels first":
         x = x.contiguous()
     elif name == "no image":
@@ -171,9 +174,9 @@ def unfit(name):
     elif name == "a 3x3 on a width of 4":
         layer = conv(32, 16, 3)
     elif name == "without a border":
-        layer, x = nn.Conv2d(32, 16, 3, bias=False), bf16(2, 32, 8, 8)
+        layer, x = nn.Conv2d(32, 16, 3, bias=False), bf16(2, 32, 8, 8, dtype=dtype)
     elif name == "an image too large":
-        layer, x = conv(32, 16, 3), bf16(1, 32, 64, 64)
+        layer, x = conv(32, 16, 3), bf16(1, 32, 64, 64, dtype=dtype)
     elif name == "with a bias":
         layer = nn.Conv2d(32, 16, 1)
     elif name == "odd outputs":
@@ -187,16 +190,19 @@ def unfit(name):
     return x, norm, layer
 
 
+@pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("name", [
-    "float32", "channels first", "no image", "strided", "5x5", "with a bias",
+    "another type", "channels first", "no image", "strided", "5x5", "with a bias",
     "a 3x3 on a width of 4", "without a border", "an image too large", "odd outputs", "grouped",
     "weights of bf16", "too many weights",
 ])  # fmt: skip
-def test_what_does_not_fit(name):
-    with torch.autocast("cpu", torch.bfloat16):
-        assert joins(*unfit("nothing"))
-        assert not joins(*unfit(name))
-    assert not joins(*unfit("nothing"))  # without autocast a convolution would refuse x
+def test_what_does_not_fit(name, dtype):
+    mixed = dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        assert joins(*unfit("nothing", dtype))
+        assert not joins(*unfit(name, dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=not mixed):  # a convolution would refuse x
+        assert not joins(*unfit("nothing", dtype))  # or compute in bf16
 
 
 def branch():
@@ -215,11 +221,11 @@ def test_who_watches_a_convolution_has_pytorchs(change, called):
     x = bf16(2, 32, 4, 4)
     with torch.autocast("cpu", torch.bfloat16):
         branch()(x)
-        assert called == ["pointwise_forward"]
+        assert called == ["pointwise_forward_bf16"]
         plain = branch()
         change(plain)
         plain(x)
-    assert called.count("pointwise_forward") == 1
+    assert called.count("pointwise_forward_bf16") == 1
 
 
 @pytest.mark.parametrize("change", [
@@ -234,7 +240,7 @@ def test_who_watches_or_freezes_bn_has_pytorchs_before_the_convolution(change, c
     plain[0].bn.reset_running_stats()
     with torch.autocast("cpu", torch.bfloat16):
         y = plain(x)
-    assert called == ["pointwise_forward"]
+    assert called == ["pointwise_forward_bf16"]
     assert distance(y.detach().double(), want.double()) < 2 * BOUND
 
 
@@ -245,8 +251,8 @@ def test_a_unit_without_bn_before_its_weights_is_operations_too(called):
     x = bf16(2, 16, 8, 8).relu().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         unit(x).sum().backward()
-    assert called == ["conv3x3_forward", "conv3x3_forward", "forward_bf16",
-                      "backward_bf16", "conv3x3_backward", "conv3x3_backward"]  # fmt: skip
+    forward, backward = ["conv3x3_forward_bf16"] * 2, ["conv3x3_backward_bf16"] * 2
+    assert called == [*forward, "forward_bf16", "backward_bf16", *backward]
 
 
 def test_what_was_looked_at_without_gradients_can_be_trained():

@@ -408,5 +408,5 @@ def test_joined_operations_learn_under_ddp_what_eager_ones_do(seen):
     layers = {"pointwise": 10, "conv3x3": 6}  # of those of stride 1
     for kind, count in layers.items():
         for way in ("forward", "backward"):  # of the step, and of a part of it alone
-            assert one["joined"]["ran"][f"{kind}_{way}"] == 2 * count
+            assert one["joined"]["ran"][f"{kind}_{way}_bf16"] == 2 * count
     assert not one["eager"]["ran"]

@@ -1,5 +1,5 @@
-/* Products by AVX512-BF16 (products.h): sums of 8 x 32, 16 x 16 or, of dW, 8 x 3 x 16 numbers in
-   vector registers. */
+/* Products by vectors (products.h): sums of 8 x 2, 16 x 1 or, of dW, 8 x 3 vectors in registers;
+   without AVX-512 of half as many. */
 
 #define AMX 0
 #define EVEN 1
@@ -14,30 +14,30 @@ INLINE void clear(F sum[][TALL][WIDE], int tall, int wide, int high) {
 
 /* sum[h][r][v] += left[h][r][k] right[v][k], k in pairs. One row of the left factor is ``stride``
    numbers from the next. */
-INLINE void tile(F sum[][TALL][WIDE], const uint16_t *const *left, int64_t stride,
-                 const uint16_t *const *right, int64_t columns, int64_t many, int tall, int wide,
+INLINE void tile(F sum[][TALL][WIDE], const T *const *left, int64_t stride,
+                 const T *const *right, int64_t columns, int64_t many, int tall, int wide,
                  int high) {
-    const uint16_t *of[WIDE], *rows[TALL / 4]; /* each fourth */
+    const T *of[WIDE], *rows[TALL / 4]; /* each fourth */
     for (int v = 0; v < wide; v++) of[v] = right[v];
     for (int q = 0; q < tall / 4; q++) rows[q] = left[0] + 4 * q * stride;
     for (int64_t k = 0; k < many; k++) {
-        U w[WIDE];
+        P w[WIDE];
 #pragma GCC unroll 2
         for (int v = 0; v < wide; v++) {
-            w[v] = *(const U_ *)of[v];
-            of[v] += 2 * columns;
+            w[v] = *(const P_ *)of[v];
+            of[v] += PAIR * columns;
         }
 #pragma GCC unroll 4
         for (int q = 0; q < tall / 4; q++) {
             __asm__("" : "+r"(rows[q])); /* or gcc has an address for each row, and no register */
 #pragma GCC unroll 4
             for (int r = 0; r < 4; r++) {
-                U l = spread(rows[q] + r * stride);
+                P l = spread(rows[q] + r * stride);
 #pragma GCC unroll 2
                 for (int v = 0; v < wide; v++)
                     sum[0][4 * q + r][v] = dot(sum[0][4 * q + r][v], w[v], l);
             }
-            rows[q] += 2;
+            rows[q] += PAIR;
         }
     }
 }
@@ -45,11 +45,11 @@ INLINE void tile(F sum[][TALL][WIDE], const uint16_t *const *left, int64_t strid
 /* The sums are complete. */
 INLINE void done(F sum[][TALL][WIDE], int wide, int high) {}
 
-INLINE void weigh(const uint16_t *dy, int64_t i, int64_t n, const uint16_t *const *a,
+INLINE void weigh(const T *dy, int64_t i, int64_t n, const T *const *a,
                   int64_t columns, int64_t runs, int64_t many, float *const *dw, int64_t row,
                   int tall, int wide) {
     F sum[TALL][TAPS];
-    const uint16_t *left = dy + 2 * i, *right[TAPS];
+    const T *left = dy + PAIR * i, *right[TAPS];
 #pragma GCC unroll 3
     for (int v = 0; v < wide; v++) {
         right[v] = a[v];
@@ -57,16 +57,16 @@ INLINE void weigh(const uint16_t *dy, int64_t i, int64_t n, const uint16_t *cons
         for (int r = 0; r < tall; r++) sum[r][v] = load_float(dw[v] + r * row);
     }
     for (int64_t run = 0; run < runs; run++) {
-        for (int64_t k = 0; k < many; k++, left += 2 * n) {
-            U w[TAPS];
+        for (int64_t k = 0; k < many; k++, left += PAIR * n) {
+            P w[TAPS];
 #pragma GCC unroll 3
             for (int v = 0; v < wide; v++) {
-                w[v] = *(const U_ *)right[v];
-                right[v] += 2 * columns;
+                w[v] = *(const P_ *)right[v];
+                right[v] += PAIR * columns;
             }
 #pragma GCC unroll 16
             for (int r = 0; r < tall; r++) {
-                U l = spread(left + 2 * r);
+                P l = spread(left + PAIR * r);
 #pragma GCC unroll 3
                 for (int v = 0; v < wide; v++) sum[r][v] = dot(sum[r][v], w[v], l);
             }
@@ -79,9 +79,11 @@ INLINE void weigh(const uint16_t *dy, int64_t i, int64_t n, const uint16_t *cons
         for (int r = 0; r < tall; r++) store_float(dw[v] + r * row, sum[r][v]);
 }
 
+#if PAIR > 1
 /* Rows of n numbers two by two, ``many`` times: [many][n][2]. */
-static void lay_pairs(const uint16_t *rows, uint16_t *to, int64_t many, int64_t n) {
+static void lay_pairs(const T *rows, T *to, int64_t many, int64_t n) {
     for (int64_t i = 0; i < 2 * many * n; i += 2 * n)
         for (int64_t j = 0; j < n; j += LANES)
-            *(U_ *)(to + i + 2 * j) = pairs(rows + i + j, rows + i + n + j);
+            *(P_ *)(to + i + 2 * j) = pairs(rows + i + j, rows + i + n + j);
 }
+#endif

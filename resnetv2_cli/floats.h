@@ -1,0 +1,19 @@
+/* Numbers of float (products.h): a pair is one number. */
+
+typedef float T;
+typedef F P;
+typedef F_ P_;
+#define PAIR 1
+#define NAME(FUNCTION) FUNCTION##_float
+
+INLINE F load(const T *p) { return load_float(p); }
+INLINE void store(T *p, F x) { store_float(p, x); }
+INLINE F dot(F sum, P a, P b) { return sum + a * b; }
+INLINE P joined(const F part[PAIR]) { return part[0]; }
+
+INLINE void store_row(T *p, const F *x, int wide) {
+    for (int v = 0; v < wide; v++) store_float(p + v * LANES, x[v]);
+}
+
+/* The number at p in each place. */
+INLINE P spread(const T *p) { return (F){0} + *p; }

@@ -1,0 +1,4 @@
+/* pointwise.c for float. */
+
+#define FLOATS
+#include "pointwise.c"
