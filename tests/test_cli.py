@@ -38,6 +38,10 @@ def test_list_names_everything_with_its_published_error(here):
         assert name in text, name
     for error in ("6.61", "8.17", "5.46", "12.35 (0.5/0.5)", "8.70 (b=-6)", "fail (0.5)"):
         assert error in text, error
+    there = json.loads(here("list", "--json").stdout)
+    assert {"unit", "shortcut", "layout", "dataset", "config"} == there.keys()
+    assert all(name in text for names in there.values() for name in names)
+    assert there["shortcut"]["identity"]["paper, %"] == "6.61"
 
 
 def test_show_prints_the_settled_experiment(here):

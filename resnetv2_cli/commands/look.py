@@ -123,25 +123,39 @@ def diff(a: Network, b: Network, json: Json = False) -> None:
 
 
 @app.command("list", rich_help_panel="Study the paper")
-def list_(picture: Picture = None) -> None:
+def list_(picture: Picture = None, json: Json = False) -> None:
     """List units, shortcuts, datasets and configs, with the errors the paper reports."""
     if picture:
         drawn(figures_2_and_4(), picture)
     units = [(u, cut, paper.published("unit", u)) for u, cut in plans.UNITS.items()]
-    columns = ["--unit", "between two units", "paper, %"]
-    console.table(
-        "Units: + ends one, | begins the next (Fig. 4); or yours, written so", columns, units
-    )
     shortcuts = [
         (s, row.formula, paper.published("shortcut", s)) for s, row in plans.shortcuts().items()
     ]
-    console.table("Shortcuts (Fig. 2)", ["--shortcut", "y", "paper, %"], shortcuts)
-    layouts = [(name, row.doc) for name, row in plans.LAYOUTS.items()]
-    console.table("Layouts", ["--layout", "what it is"], layouts)
-    console.table(
-        "Datasets", ["--dataset", "what"], [(name, d.doc) for name, d in DATASETS.items()]
-    )
-    console.table("Configs", ["--config", "what"], [(p.stem, headline(p)) for p in configs()])
+    there: dict[str, tuple[str, list[str], list[tuple[str, ...]]]] = {
+        "unit": (
+            "Units: + ends one, | begins the next (Fig. 4); or yours, written so",
+            ["between two units", "paper, %"],
+            units,
+        ),
+        "shortcut": ("Shortcuts (Fig. 2)", ["y", "paper, %"], shortcuts),
+        "layout": (
+            "Layouts",
+            ["what it is"],
+            [(name, row.doc) for name, row in plans.LAYOUTS.items()],
+        ),
+        "dataset": ("Datasets", ["what"], [(name, d.doc) for name, d in DATASETS.items()]),
+        "config": ("Configs", ["what"], [(p.stem, headline(p)) for p in configs()]),
+    }
+    if json:
+        console.as_json(
+            {
+                flag: {name: dict(zip(columns, rest, strict=True)) for name, *rest in rows}
+                for flag, (_, columns, rows) in there.items()
+            }
+        )
+        return
+    for flag, (title, columns, rows) in there.items():
+        console.table(title, [f"--{flag}", *columns], rows)
 
 
 def configs() -> list[Path]:
