@@ -2,7 +2,7 @@
 
 #include "products.h"
 
-#if HERE
+#ifdef HERE
 
 struct Work {
     int64_t c, n;

@@ -15,10 +15,9 @@
    inputs (forward) or two outputs (backward), a and dy by two rows (dW). Of floats a pair is one
    number (PAIR). The sums of a tile are 16 or 24 vector registers, and 8 or 12 where there are 16:
    fewer, and each waits for its last product; more, and the factors have none. Where the processor
-   has AMX, they are in up to four of its eight registers of tiles, into
-   which it adds the products of 16 rows of sixteen pairs with 16 columns of them at once, or of
-   eight pairs at the end. To load a factor takes about as long, so that each serves several sums
-   where it can.
+   has AMX, they are in up to four of its eight registers of tiles, into which it adds the products
+   of 16 rows of sixteen pairs with 16 columns of them at once, or of eight pairs at the end. To
+   load a factor takes about as long, so that each serves several sums where it can.
 
    What goes along the rows of a block for the columns of a tile is a function of its own for each
    shape of tile (COLUMNS): gcc keeps the sums in registers where nothing else asks for them. */
@@ -29,11 +28,13 @@
 #include "vectors.h"
 
 #ifdef FLOATS
-#define HERE (defined __AVX512F__ || defined __AVX2__ && defined __FMA__)
-#else
-#define HERE defined __AVX512BF16__
+#if defined __AVX512F__ || (defined __AVX2__ && defined __FMA__)
+#define HERE /* the processor multiplies them fast */
 #endif
-#if HERE
+#elif defined __AVX512BF16__
+#define HERE
+#endif
+#ifdef HERE
 
 #define INLINE static inline __attribute__((always_inline))
 #define WIDE 2 /* vectors in a row of a tile, at most */

@@ -87,7 +87,7 @@ def test_longer_training_is_one_run_where_the_rates_were_the_same(tmp_path):
 def test_longer_training_with_other_rates_so_far_says_so(tmp_path):
     folder, said = trained_as(tmp_path / "run"), []
     trained_as(folder.path, said.append, resume={"steps": 20})
-    assert "not one run of 20 iterations: 7 to 12 had rates of the schedule of 12" in said[0]
+    assert "not one run of 20 iterations: 7 to 12 had rates of the schedule of 12" in said[2]
     assert not json.loads(folder.result.read_text())["extended"][0]["one_schedule"]
 
 
