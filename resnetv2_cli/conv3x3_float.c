@@ -1,6 +1,4 @@
-/* conv3x3.c for float; without AVX-512 PyTorch's convolutions are faster. */
+/* conv3x3.c for float. */
 
-#ifdef __AVX512F__
 #define FLOATS
 #include "conv3x3.c"
-#endif

@@ -157,3 +157,6 @@ AGAIN(again_bf16, uint16_t, load_bf16, store_bf16)
 AGAIN(again_float, float, load_float, store_float)
 BACKWARD(backward_bf16, uint16_t, load_bf16, store_bf16)
 BACKWARD(backward_float, float, load_float, store_float)
+
+/* Floats in a vector of the processor. */
+int lanes(void) { return LANES; }

@@ -137,13 +137,20 @@ def why_not() -> str:
 
 
 @cache
-def multiplies(dtype: torch.dtype = torch.bfloat16, kernel: int = 1) -> bool:
-    """Whether the library has the functions of ``products.h`` for convolutions of this size on
-    numbers of this type, because the processor multiplies them fast, and should use them."""
+def multiplies(dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether the library has the functions of ``products.h`` for numbers of this type, because the
+    processor multiplies them fast, and should use them."""
     found, kind = library(), kind_of(dtype)
-    if not hasattr(found, f"{PARTS[kernel]}_forward_{kind}"):
+    if not all(hasattr(found, name) for name in PRODUCTS if name.endswith(f"_{kind}")):
         return False
     return kind != "bf16" or bool(found.products_allowed())  # type: ignore[union-attr]
+
+
+@cache
+def lanes() -> int:
+    """Floats in a vector of the processor, as the library has them; 0 without one."""
+    found = library()
+    return int(found.lanes()) if found else 0
 
 
 def call(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:

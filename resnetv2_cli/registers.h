@@ -25,6 +25,7 @@ INLINE void tile(F sum[][TALL][WIDE], const T *const *left, int64_t stride,
 #pragma GCC unroll 2
         for (int v = 0; v < wide; v++) {
             w[v] = *(const P_ *)of[v];
+            __asm__("" : "+v"(w[v])); /* or gcc loads it for each product anew */
             of[v] += PAIR * columns;
         }
 #pragma GCC unroll 4
@@ -62,6 +63,7 @@ INLINE void weigh(const T *dy, int64_t i, int64_t n, const T *const *a,
 #pragma GCC unroll 3
             for (int v = 0; v < wide; v++) {
                 w[v] = *(const P_ *)right[v];
+                __asm__("" : "+v"(w[v]));
                 right[v] += PAIR * columns;
             }
 #pragma GCC unroll 16

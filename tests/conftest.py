@@ -281,7 +281,7 @@ def compiled_from(monkeypatch, tmp_path):
         forget()
 
     def forget():
-        for cached in (native._found, native.multiplies):
+        for cached in (native._found, native.multiplies, native.lanes):
             cached.cache_clear()
 
     before = torch.get_num_threads()

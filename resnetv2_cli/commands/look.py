@@ -122,16 +122,19 @@ def diff(a: Network, b: Network, json: Json = False) -> None:
         console.say(line)
 
 
+Rows = list[tuple[str, ...]]
+
+
 @app.command("list", rich_help_panel="Study the paper")
 def list_(picture: Picture = None, json: Json = False) -> None:
     """List units, shortcuts, datasets and configs, with the errors the paper reports."""
     if picture:
         drawn(figures_2_and_4(), picture)
-    units = [(u, cut, paper.published("unit", u)) for u, cut in plans.UNITS.items()]
-    shortcuts = [
+    units: Rows = [(u, cut, paper.published("unit", u)) for u, cut in plans.UNITS.items()]
+    shortcuts: Rows = [
         (s, row.formula, paper.published("shortcut", s)) for s, row in plans.shortcuts().items()
     ]
-    there: dict[str, tuple[str, list[str], list[tuple[str, ...]]]] = {
+    there: dict[str, tuple[str, list[str], Rows]] = {
         "unit": (
             "Units: + ends one, | begins the next (Fig. 4); or yours, written so",
             ["between two units", "paper, %"],
