@@ -61,7 +61,9 @@ class Option(NamedTuple):
 OPTIONS = {
     PLAIN: Option("float32, NCHW, eager", mixed=False, last=False, plain=True),
     "channels-last": Option("float32, channels last", mixed=False),
-    "channels-last-fused": Option("the same, BN and ReLU compiled", mixed=False, fused=True),
+    "channels-last-fused": Option(
+        "the same, BN, ReLU and convolutions compiled operations", mixed=False, fused=True
+    ),
     "bf16": Option("bf16 autocast, NCHW", last=False),
     "bf16-channels-last": Option("bf16 autocast, channels last"),
     "fused": Option("the same, BN, ReLU and convolutions compiled operations", fused=True),
