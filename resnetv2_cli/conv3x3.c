@@ -7,7 +7,7 @@
 
 #include "products.h"
 
-#ifdef HERE
+#ifdef PRODUCTS
 
 #define MOST_HIGH (AMX ? 2 : 1)
 #define HIGH(TALL_) (AMX ? TALL / TALL_ : 1) /* tiles at once: of AMX's, those that make 16 rows */

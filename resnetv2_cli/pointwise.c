@@ -2,7 +2,7 @@
 
 #include "products.h"
 
-#ifdef HERE
+#ifdef PRODUCTS
 
 struct Work {
     int64_t c, n;

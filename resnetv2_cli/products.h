@@ -29,12 +29,12 @@
 
 #ifdef FLOATS
 #if defined __AVX512F__ || (defined __AVX2__ && defined __FMA__)
-#define HERE /* the processor multiplies them fast */
+#define PRODUCTS /* the processor multiplies them fast */
 #endif
 #elif defined __AVX512BF16__
-#define HERE
+#define PRODUCTS
 #endif
-#ifdef HERE
+#ifdef PRODUCTS
 
 #define INLINE static inline __attribute__((always_inline))
 #define WIDE 2 /* vectors in a row of a tile, at most */

@@ -55,6 +55,19 @@ FOUR = ["--dataset", "digits", "--devices", 4, "--accelerator", "cpu"]
         (["train", "--time", "soon"], "is no duration", "25m"),
         (["train", "--resume", "nowhere"], "nowhere is not the folder of a run", "config.yaml"),
         (["eval", "nothing.ckpt"], "there is no checkpoint nothing.ckpt", "a run folder"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_a_hint(here, tmp_path, arguments, error, hint):
+    done = here(*arguments, status=None, cwd=tmp_path)
+    said, hinted = mistake(done)
+    assert error in said and hint in hinted and not done.stdout
+    assert done.stderr.splitlines()[-2].startswith("error: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, error, hint",
+    [
         (["train", "--dpeth", "20"], "no such option", "train --help"),
         (["train", "--depth", "deep"], "invalid value for '--depth'", "train --help"),
         (["train", "--unit"], "option '--unit' requires an argument", "--help"),
@@ -63,11 +76,14 @@ FOUR = ["--dataset", "digits", "--devices", 4, "--accelerator", "cpu"]
         (["trian"], "no such command 'trian'. Did you mean 'train'?", "--help"),
         (["runs", "sohw"], "no such command 'sohw'", "runs --help"),
     ],
-)  # fmt: skip
-def test_mistakes_are_one_line_and_a_hint(here, tmp_path, arguments, error, hint):
-    said, hinted = mistake(here(*arguments, status=None, cwd=tmp_path))
-    assert error in said and hint in hinted
-    assert not list(tmp_path.iterdir())
+)
+def test_words_that_are_no_command_and_no_flag_are_a_line_and_a_hint_alone(
+    here, arguments, error, hint
+):
+    done = here(*arguments, status=2)
+    said, hinted = mistake(done)
+    assert error in said and hinted.endswith(hint)
+    assert (done.stdout, len(done.stderr.splitlines())) == ("", 2)
 
 
 def test_a_mistaken_flag_exits_with_2(here):
@@ -90,8 +106,10 @@ def test_cifar_that_is_not_there_and_no_network(resnetv2, tmp_path):
 
 def test_a_used_folder_is_left_alone(here, trained):
     before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
-    said, hint = mistake(here("train", *SMALL, "--output", trained, status=None))
+    done = here("train", *SMALL, "--output", trained, status=None)
+    said, hint = mistake(done)
     assert "is not empty" in said and "--resume" in hint
+    assert done.stderr.startswith("error: ")  # not what would be trained, and what it needs
     assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
 
 

@@ -1,0 +1,96 @@
+"""What a training says and writes down as it goes: its lines, its rates and its sums."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from resnetv2_cli import callbacks, display, run
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.runfolder import RunFolder, read_metrics
+from resnetv2_cli.task import Classification
+
+
+def test_an_evaluation_is_no_time_of_training(monkeypatch):
+    """What it took is left out of the seconds since ``mark``, which images are divided by."""
+    clock = SimpleNamespace(perf_counter=iter([107.0, 109.0]).__next__)
+    monkeypatch.setattr(callbacks, "time", clock)
+    monkeypatch.setattr(callbacks, "refuse_infinite", lambda *_: None)
+    recorder = callbacks.Recorder(None, None, 10, "test")
+    monkeypatch.setattr(recorder, "evaluated", lambda *_: None)
+    recorder.mark = 100.0
+    recorder.on_validation_start(None, None)
+    recorder.on_validation_end(None, None)
+    assert recorder.mark == 102.0
+
+
+def test_sums_of_another_number_of_processes_are_taken_together():
+    recorder = callbacks.Recorder(None, None, 10, "test")
+    recorder.load_state_dict({"sums": torch.tensor([[1.0, 2, 3], [4, 5, 6]])})
+    task = SimpleNamespace(sums=torch.zeros(3))
+    recorder.on_train_start(SimpleNamespace(world_size=1, global_rank=0), task)
+    assert task.sums.tolist() == [5, 7, 9] and recorder.before == 9
+
+
+def test_an_evaluation_is_shown_with_its_own_iteration(tmp_path, monkeypatch):
+    monkeypatch.setattr(display, "LINES", 0.0)
+    said = io.StringIO()
+    e = Experiment(dataset="digits", depth=8, batch_size=64, steps=26, log_every=1)
+    shown = display.Display(Console(file=said, width=200))
+    run.train(e, RunFolder(tmp_path / "run"), display=[shown])
+    lines = {line.split("/")[0]: line for line in said.getvalue().splitlines()}
+    assert " at " not in lines["step 22"] and " % at 23  lr " in lines["step 25"]
+
+
+def test_what_comes_before_the_first_iteration_is_in_no_rate(tmp_path, monkeypatch):
+    """Recording of graphs, at the start of a training: ten minutes; then a second an iteration."""
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0])
+    monkeypatch.setattr(callbacks, "time", clock)
+    monkeypatch.setattr(display, "time", clock)
+    monkeypatch.setattr(display, "LINES", 0.0)
+    start, step = Classification.on_train_start, Classification.training_step
+
+    def later(seconds, then):
+        def call(*given):
+            now[0] += seconds
+            return then(*given)
+
+        return call
+
+    monkeypatch.setattr(Classification, "on_train_start", later(600.0, start))
+    monkeypatch.setattr(Classification, "training_step", later(1.0, step))
+    e = Experiment(dataset="digits", depth=8, batch_size=64, steps=6, log_every=3)
+    folder, said = RunFolder(tmp_path / "run"), io.StringIO()
+    shown = display.Display(Console(file=said, width=200))
+    run.train(e, folder, display=[shown])
+    assert dict(read_metrics(folder.speed)["images_per_second"]) == {3: 64.0, 6: 64.0}
+    lines = said.getvalue().splitlines()
+    assert "1.00 it/s" in lines[-1] and "step 4/6" in lines[1] and "0:02 left" in lines[1]
+    assert [display.clock(s) for s in (9, 123, 3723)] == ["0:09", "2:03", "1:02:03"]
+
+
+@pytest.mark.parametrize(
+    "batch, images, lines",
+    [
+        (128, 45_000, ["128 images an iteration: 32 on each of 2 devices, 2 times"]),
+        (
+            130,
+            40_000,
+            [
+                "note: only a part of cifar10: 40,000 of its 50,000 training images",
+                "130 images an iteration: about 32 on each of 2 devices, 2 times",
+            ],
+        ),
+    ],
+)
+def test_how_a_batch_is_split_and_what_is_left_out_is_said(batch, images, lines):
+    """What is held out is not left out."""
+    said, e = io.StringIO(), Experiment(batch_size=batch, accumulate=2, val=5000)
+    whole = SimpleNamespace(train=50_000)
+    data = SimpleNamespace(experiment=e, train_images=images, dataset=whole)
+    trainer = SimpleNamespace(is_global_zero=True, world_size=2, datamodule=data)
+    display.Display(Console(file=said, width=200)).on_train_start(trainer, None)
+    assert said.getvalue().splitlines() == lines
