@@ -14,8 +14,10 @@
 
 #ifdef __AVX512F__
 #define LANES 16
-#else /* of longer ones than the processor has gcc makes code that is slower than PyTorch's */
+#elif defined __AVX__
 #define LANES 8
+#else /* SSE, NEON; of vectors longer than the processor's gcc makes code that goes through memory */
+#define LANES 4
 #endif
 #define BLOCK 64 /* rows between additions to the sums in double */
 #define MOST 4096 /* channels */

@@ -1,6 +1,7 @@
 """Compiled operations: what they need, and how far what they compute is from float64."""
 
 import copy
+import platform
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ BOUND = 2**-8  # of the norm: half a unit in bf16's last place, for what is roun
 BOUNDS = {torch.bfloat16: BOUND, torch.float32: 2e-6}
 
 needs_gcc = pytest.mark.skipif(native.library() is None, reason=f"no kernels: {native.why_not()}")
+needs_x86 = pytest.mark.skipif(  # for the compiler's flags
+    platform.machine() not in ("x86_64", "AMD64"), reason="no x86"
+)
 needs_products = pytest.mark.skipif(
     not native.multiplies(), reason=f"no products of bf16: {native.why_not() or 'the processor'}"
 )

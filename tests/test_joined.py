@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiled import BOUNDS, DTYPES, LAST, bf16, distance, needs_products
+from compiled import BOUNDS, DTYPES, LAST, bf16, distance, needs_products, needs_x86
 from torch import nn
 from torch.nn import functional as F
 
@@ -148,6 +148,7 @@ def test_a_fault_is_seen(fault, dtype, compiled_from):
         check(example(64, 16, (3, 9, 9) if kernel == 1 else (4, 9, 8), True, kernel, dtype))
 
 
+@needs_x86
 def test_short_vectors_give_the_same(compiled_from):
     """What is compiled for processors without AVX-512, on those with it too."""
     compiled_from([], ["-mno-avx512f"])
