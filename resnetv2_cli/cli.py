@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Annotated
 
@@ -105,6 +105,8 @@ def heard() -> Iterator[None]:
         yield
     except SystemExit as left:
         if left.code == 1 and began_with(left, BrokenPipeError):
+            with suppress(OSError):  # or Python, from 3.14 on, would write it at the end, and fail
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
             sys.exit(UNHEARD)
         raise
 

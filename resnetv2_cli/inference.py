@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.data.augment import Normalize
 from resnetv2_cli.data.folder import MIDDLE, NAMES, Folder, FolderImages, below, is_image, left_out
-from resnetv2_cli.data.module import at_a_time, stand_apart, view_of
+from resnetv2_cli.data.module import at_a_time, view_of
 from resnetv2_cli.data.picture import BROKEN, FORMATS, Unreadable
 from resnetv2_cli.data.protocols import View
 from resnetv2_cli.data.shards import Member
+from resnetv2_cli.data.workers import decoded_by
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.machine import trainer_of
 from resnetv2_cli.task import Classification
@@ -170,8 +171,7 @@ def predict(task: Classification, found: Sequence[Picture], top: int) -> Iterato
         Views(found, view),
         batch_size=batch,
         # To start processes takes longer than to decode a batch of small images.
-        num_workers=min(e.workers, len(found) // batch),
-        worker_init_fn=stand_apart,
+        **decoded_by(min(e.workers, len(found) // batch)),
     )
     trainer = trainer_of(e, logger=False)
     device = trainer.strategy.root_device

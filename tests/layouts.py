@@ -37,7 +37,7 @@ def write_archive(root: Path, small: dict, monkeypatch, name: str = "cifar10") -
         said = {"labels": labels}
         if name == "cifar100":  # each coarse one is of five classes
             said = {"fine_labels": labels, "coarse_labels": [label // 5 for label in labels]}
-        content = pickle.dumps({"data": rows} | said)
+        content = pickle.dumps({"data": rows} | said, protocol=4)
         (place / file).write_bytes(content)
         return [file, hashlib.md5(content).hexdigest()]
 

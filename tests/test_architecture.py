@@ -19,7 +19,7 @@ ORDER = """
     weightfile recipes config flags
     data.picture data.archive data.images
     data.turbo data.crop data.order data.augment data.shards data.folder
-    data.prepare data.survey data.sortval data.module
+    data.prepare data.survey data.sortval data.workers data.module
     optim nonfinite anatomy describe
     footprint
     manifest runfolder csvlog

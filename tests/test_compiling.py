@@ -1,5 +1,7 @@
 """Compiled units: one of each shape, in training alone, with the numbers of those that are not."""
 
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -35,6 +37,9 @@ def test_as_many_graphs_as_shapes_of_unit_whatever_the_depth(fresh, monkeypatch)
         assert fresh["unique_graphs"] == 6  # of three stages the first unit, and the others
 
 
+@pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler, which PyTorch's needs"
+)
 def test_a_compiled_training_ends_where_another_does(fresh, tmp_path):
     e = Experiment(dataset="digits", depth=8, batch_size=64, steps=2, warmup=0, precision="32-true")
     told, ends = [], {}

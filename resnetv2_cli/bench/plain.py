@@ -13,7 +13,7 @@ from torchvision import transforms
 from resnetv2_cli.bench.turns import timed
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
-from resnetv2_cli.data.module import stand_apart
+from resnetv2_cli.data.workers import decoded_by
 from resnetv2_cli.resnet import ResNet
 
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]
@@ -44,9 +44,7 @@ class PilImages(Dataset):
 
 def plain_loader(split: images.Split, batch: int, workers: int = WORKERS) -> DataLoader:
     """A DataLoader that shuffles."""
-    return DataLoader(
-        PilImages(split), batch, shuffle=True, num_workers=workers, worker_init_fn=stand_apart
-    )
+    return DataLoader(PilImages(split), batch, shuffle=True, **decoded_by(workers))
 
 
 def forever(loader: Any) -> Iterator[Any]:

@@ -1,6 +1,5 @@
 """The images of one experiment as a LightningDataModule."""
 
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from resnetv2_cli.data.augment import Normalize, statistics
 from resnetv2_cli.data.catalog import DATASETS, SIZE
 from resnetv2_cli.data.order import Epoch, Part, Schedule, epoch_order, share
 from resnetv2_cli.data.protocols import PROTOCOLS, View
+from resnetv2_cli.data.workers import decoded_by
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import expanded
 from resnetv2_cli.plans import STEMS
@@ -150,12 +150,6 @@ class FileStream:
             _, _, said = str(error).rpartition(f"{type(error).__name__}: ")
             message, _, hint = said.partition("\nhint: ")
             raise UserError(message.strip(), error.hint or hint.strip()) from None
-
-
-def stand_apart(worker: int) -> None:
-    """Take a worker out of its process group: Ctrl-C, and what ``timeout`` or a queue sends, reach
-    all of a group; the process that trains needs its workers until it has saved."""
-    os.setpgid(0, 0)
 
 
 def refuse_unshared(split: images.Split | folder.Folder, processes: int) -> None:
@@ -393,8 +387,7 @@ class ImageData(L.LightningDataModule):
         loader: DataLoader = DataLoader(
             folder.FolderImages(split, size, e.crop, e.seed, view),
             batch_sampler=folder.Keys(keys, length),
-            num_workers=e.workers,
-            worker_init_fn=stand_apart,
+            **decoded_by(e.workers),
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
         return FileStream(loader, weights)

@@ -1,6 +1,7 @@
 """Opening image files of strangers: formats that are pixels and nothing else, and every failure is
 one clear error."""
 
+import stat
 import struct
 import warnings
 import zlib
@@ -81,8 +82,10 @@ def unreadable(name: str, error: Exception | str, hint: str = "copy it again") -
 def refuse_pipe(path: Path, name: str) -> None:
     """Raises Unreadable: it is no plain file, as a pipe, which never ends; or cannot be one."""
     try:
-        plain = path.is_file()
-    except OSError as error:  # a name longer than the system allows
+        plain = stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        plain = False
+    except (OSError, ValueError) as error:  # a name longer than the system allows
         raise unreadable(name, error) from None
     if not plain:
         raise Unreadable(f"{name} is no file", "images are plain files")
