@@ -6,7 +6,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -170,28 +169,6 @@ def test_a_reader_who_leaves_is_no_difference_that_verify_resume_found(words):
     done = subprocess.run([SCRIPT, *words], stdout=writing, stderr=writing)
     os.close(writing)
     assert done.returncode == cli.UNHEARD == 141
-
-
-def test_nothing_is_left_to_write_to_a_reader_who_left():
-    """From 3.14 on Python ends with 120 where that fails at its end."""
-    code = """if True:
-        import atexit, os, sys
-        from resnetv2_cli import cli
-
-        def flush():
-            try:
-                sys.stderr.flush()
-            except BrokenPipeError:
-                os._exit(120)
-
-        atexit.register(flush)
-        cli.main(["train", "--depth", "9"])
-    """
-    reading, writing = os.pipe()
-    os.close(reading)
-    done = subprocess.run([sys.executable, "-c", code], stderr=writing)
-    os.close(writing)
-    assert done.returncode == cli.UNHEARD
 
 
 def test_ctrl_c_saves_and_exits_with_130(tmp_path):
