@@ -11,7 +11,7 @@ import yaml
 
 from resnetv2_cli import plans
 from resnetv2_cli.data.catalog import DATASETS
-from resnetv2_cli.data.protocols import PROTOCOLS
+from resnetv2_cli.data.protocols import listed
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.recipes import made
 from resnetv2_cli.settings import BITS, LATER, PARTS, SAME, checked, rows, setting, shares
@@ -23,7 +23,6 @@ OF_FILES = ("crop", "protocol")  # settings that do nothing to images that are d
 Block = rows(plans.BLOCKS)
 Stem = rows(plans.STEMS)
 Dataset = rows(DATASETS)
-Protocol = rows(PROTOCOLS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +128,12 @@ class Experiment:
     crop: Literal["scale", "scale-aspect"] = setting(
         "scale", "ImageNet: random scale, as [1], or scale and aspect ratio.", "Data"
     )
-    protocol: Protocol = setting(  # type: ignore[valid-type]
+    protocol: str = setting(
         "224",
         "How photographs are evaluated: one crop of 224 or 320, or ten; in proportion by a network "
-        "of smaller images.",
+        "of smaller images. Of several, with commas between, the first is used during training.",
         "Data",
+        form=listed,
     )
     workers: int = setting(
         2, "Processes that decode image files.", "Data", least=0, most=1024, free=SAME
@@ -294,8 +294,7 @@ class Experiment:
     def _check_start(self) -> None:
         if self.weights and not self.weights_sha256:
             # What is learned depends on the bytes, wherever they lie.
-            digits = sha256(find(Path(self.weights)))
-            object.__setattr__(self, "weights_sha256", digits)
+            object.__setattr__(self, "weights_sha256", sha256(find(Path(self.weights))))
         if self.weights_sha256 and not self.weights:
             hint = "--weights names the file with this SHA-256"
             raise UserError("weights_sha256 is given, and no weights are", hint)
@@ -317,6 +316,11 @@ class Experiment:
     def block_(self) -> str:
         """The block: as given, or as the depth has it."""
         return self.block or plans.default_block(self.depth, self.stem_)
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """The ways in which photographs are evaluated, that of training first."""
+        return tuple(self.protocol.split(","))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -373,9 +377,7 @@ class Experiment:
         Raises:
             UserError: the warm-up would be longer than the training.
         """
-        steps = self.steps
-        if self.epochs is not None:
-            steps = max(1, round(self.epochs * steps_per_epoch))
+        steps = self.steps if self.epochs is None else max(1, round(self.epochs * steps_per_epoch))
         if (self.warmup or 0) > steps:
             said = f"the warm-up of {self.warmup} is longer than the {steps} iterations"
             raise UserError(said, "give a shorter --warmup with shorter training")

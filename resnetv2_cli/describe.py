@@ -158,17 +158,19 @@ def errors(experiment: Experiment) -> dict[str, str]:
     Tables 1 and 2, each with where it stands and what is said of it there."""
 
     def seen(e: Experiment) -> dict[str, Any]:
-        return decided(e) | {"dataset": e.dataset, "protocol": e.protocol}
+        return decided(e) | {"dataset": e.dataset}
 
     wanted = seen(experiment)
 
     def here(table: PaperTable) -> list[Row]:
-        return [r for r in table.rows if seen(Experiment(**table.base | r.at(wanted))) == wanted]
+        rows = [row for row in table.rows if row.tested in ("", *experiment.protocols)]
+        return [row for row in rows if seen(Experiment(**table.base | row.at(wanted))) == wanted]
 
     found: dict[str, list[str]] = {}
     for number, table in TABLES.items():
         for row in here(table):
-            told = ", ".join(filter(None, [str(number), row.note]))
+            top5 = f"top-5 {row.top5}" if row.top5 else ""
+            told = ", ".join(filter(None, [str(number), top5, row.note]))
             found.setdefault(percent(row.published), []).append(told)
     own = [f"{e} (Table{'s' * (len(n) > 1)} {', '.join(n)})" for e, n in found.items()]
     own += [f"{percent(row.published)} ({row.source})" for row in here(ELSEWHERE)]

@@ -13,13 +13,15 @@ import typer
 
 from resnetv2_cli import plans
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError, unknown
 from resnetv2_cli.settings import checked, flag_name, kinds
 
-# Names that there are, of what may be one's own too.
+# Names that there are, of what may be one's own too, or several.
 NAMES: dict[str, Callable[[], Iterable[str]]] = {
     "unit": lambda: plans.UNITS,
     "shortcut": plans.shortcuts,
+    "protocol": lambda: PROTOCOLS,
 }
 
 

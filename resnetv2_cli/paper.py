@@ -26,6 +26,7 @@ class Row:
     spread: str = ""  # mean±std, where the paper gives it
     note: str = ""
     top5: float | None = None  # percent, on ImageNet
+    tested: str = ""  # the protocol that the errors are of; the experiment's first unless named
     source: str = ""  # where it stands, if not in a table of the paper
     baseline: str = ""  # the row that it is compared with
     reach: dict[str, float] = field(default_factory=dict)  # from its own value of a setting to this
@@ -218,12 +219,15 @@ def _imagenet(
     top5: float,
     source: str = "",
     baseline: str = "",
+    protocols: str = "",
     **more: Any,
 ) -> Row:
+    """``protocols``: all that its training is tested by, where other rows are of the same."""
     name = f"ResNet-{depth} {unit}, test {protocol}" + (", scale + aspect" if more else "")
-    settings = {"depth": depth, "block": "bottleneck", "unit": unit, "protocol": protocol} | more
-    note = f"top-5 {top5}" + (", projections of the raw input" if more else "")
-    return Row(name, published, settings, note=note, top5=top5, source=source, baseline=baseline)
+    settings: dict[str, Any] = {"depth": depth, "block": "bottleneck", "unit": unit}
+    settings |= {"protocol": protocols or protocol} | more
+    note = "projections of the raw input" if more else ""
+    return Row(name, published, settings, "", "", note, top5, protocol, source, baseline)
 
 
 _FB = "fb.resnet.torch"
@@ -241,8 +245,8 @@ TABLE_5 = PaperTable(
         "drops": "0.333333,0.666667",
     },
     (
-        _imagenet(152, "original", "224", 23.0, 6.7),
-        _imagenet(152, "original", "320", 21.3, 5.5),
+        _imagenet(152, "original", "224", 23.0, 6.7, protocols="320,224"),
+        _imagenet(152, "original", "320", 21.3, 5.5, protocols="320,224"),
         _imagenet(152, "full-preact", "320", 21.1, 5.5, baseline="ResNet-152 original, test 320"),
         _imagenet(200, "original", "320", 21.8, 6.0),
         _imagenet(200, "full-preact", "320", 20.7, 5.3, baseline="ResNet-200 original, test 320"),
@@ -302,10 +306,11 @@ FIGURES = {
 
 
 def evaluated(experiment: Any) -> list[Row]:
-    """What is published for an ``Experiment``'s network under its protocol, however trained."""
-    names = ("dataset", "depth", "unit", "shortcut", "protocol")
+    """What is published for an ``Experiment``'s network by its protocols, however trained."""
+    names = ("dataset", "depth", "unit", "shortcut")
     wanted = {name: getattr(experiment, name) for name in names} | {"block": experiment.block_}
-    return [row for table in (TABLE_5, ELSEWHERE) for row in table.of(**wanted)]
+    known = [row for table in (TABLE_5, ELSEWHERE) for row in table.of(**wanted)]
+    return [row for row in known if row.tested in experiment.protocols]
 
 
 def percent(error: float | None) -> str:

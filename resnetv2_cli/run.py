@@ -22,12 +22,12 @@ from resnetv2_cli.data.module import ImageData, view_of
 from resnetv2_cli.describe import parameters, refuse_one_value
 from resnetv2_cli.errors import Diverged, UserError
 from resnetv2_cli.files import seal_of
-from resnetv2_cli.finetune import begin, refuse_another_architecture
+from resnetv2_cli.finetune import begin
 from resnetv2_cli.leaving import Leaver
 from resnetv2_cli.machine import devices_of, memory_line, precision, processes, trainer_of
-from resnetv2_cli.manifest import READINGS, Manifest, begun, environment, rewritten
+from resnetv2_cli.manifest import READINGS, begun, environment, rewritten
 from resnetv2_cli.resume import extend, finished, same_run
-from resnetv2_cli.runfolder import RunFolder, read_metrics
+from resnetv2_cli.runfolder import OTHERS, RunFolder, read_metrics
 from resnetv2_cli.shortcuts import shortcut_class
 from resnetv2_cli.task import Classification
 from resnetv2_cli.telling import Tell, silent
@@ -179,8 +179,8 @@ def _train(
     if last is None:
         for line in begin(task):
             tell(line)
-    view_of(e, task.normalize)  # whether it fits shows before anything is written
-    meeting.agree(lambda: _state(e, data, last, step), last=False)
+    fit_views(task)  # before anything is written
+    meeting.agree(lambda: state(e, data, last, step), last=False)
     if first_process():
         if resume:
             _go_on(e, folder, step, tell)
@@ -192,10 +192,11 @@ def _train(
     with leaver:
         task.engage(trainer.strategy.root_device, tell)
         _fit(trainer, task, data, folder, last)
+        others = by_others(trainer, task, data)
     if not trainer.is_global_zero:
         return {}
     recorder.csv.write(flush=True)
-    return finish(task, data, folder)
+    return finish(task, data, folder, others)
 
 
 def _fit(
@@ -217,6 +218,28 @@ def _fit(
         checkpoints.load_weights(task, chosen, folder.best)
         trainer.test(task, datamodule=data, verbose=False, weights_only=True)
         task.scores["step"] = chosen["global_step"]
+
+
+def fit_views(task: Classification) -> None:
+    """
+    Raises:
+        UserError: what evaluation sees by one of the protocols is no input of the network.
+    """
+    for protocol in task.experiment.protocols:
+        view_of(task.experiment, task.normalize, protocol)
+
+
+def by_others(
+    trainer: L.Trainer, task: Classification, data: ImageData
+) -> dict[str, dict[str, float]]:
+    """``error``, ``top5_error`` (percent) and ``loss`` (nats) on the test images by each protocol
+    but the first, whose scores the task keeps."""
+    kept, found = task.scores, {}
+    for data.protocol in task.experiment.protocols[1:]:
+        trainer.test(task, datamodule=data, verbose=False, weights_only=True)
+        found[data.protocol] = {k: task.scores[k] for k in ("error", "top5_error", "loss")}
+    task.scores = kept
+    return found
 
 
 def _found(
@@ -242,7 +265,7 @@ def _found(
     return path, held["global_step"]
 
 
-def _state(experiment: Experiment, data: ImageData, last: Path | None, step: int) -> dict[str, Any]:
+def state(experiment: Experiment, data: ImageData, last: Path | None, step: int) -> dict[str, Any]:
     """What each of several processes must begin from, by what a message calls it."""
     return {
         "all done": False,
@@ -261,11 +284,13 @@ def _go_on(experiment: Experiment, folder: RunFolder, step: int, tell: Tell) -> 
     folder.go_on(experiment, step, changed, extended)
 
 
-def finish(task: Classification, data: ImageData, folder: RunFolder) -> dict[str, Any]:
+def finish(
+    task: Classification, data: ImageData, folder: RunFolder, others: dict[str, dict[str, float]]
+) -> dict[str, Any]:
     """Write ``result.json`` and ``curves.png``.
 
     The headline is the test error of the last iteration, or of the one that was chosen on the
-    training images held out.
+    training images held out; by the first of several protocols, and below it by the ``others``.
     """
     e, scores, trained = task.experiment, task.scores, read_metrics(folder.metrics)
     said = folder.manifest.read()
@@ -276,6 +301,7 @@ def finish(task: Classification, data: ImageData, folder: RunFolder) -> dict[str
         "test_loss": scores["loss"],
         "test_images": scores["images"],
         "test_step": scores["step"],
+        OTHERS: others,
         "train_loss": trained["train_loss"][-1][1],
         "train_error": trained["train_error"][-1][1],
         "steps": e.steps,
@@ -303,87 +329,3 @@ def draw(experiment: Experiment, folder: RunFolder) -> None:
         from resnetv2_cli.plot import curves  # with matplotlib, which no first iteration waits for
 
         curves({experiment.name: folder.metrics}, folder.curves)
-
-
-def restore(path: Path, **overrides: Any) -> tuple[dict[str, Any], Classification, ImageData]:
-    """A checkpoint or an export of one, its network with its weights, and the images that it says
-    are tested.
-
-    Raises:
-        UserError: the file is no checkpoint of this tool, or the images are missing.
-    """
-    saved = checkpoints.network(path)
-    tested = checkpoints.experiment_of(saved, **overrides)
-    task, data = build(tested, tuple(saved["classes"]))
-    fill(task, data, saved, path)
-    return saved, task, data
-
-
-def restore_as(path: Path, experiment: Experiment) -> tuple[Classification, ImageData]:
-    """The network and all images of an experiment, with a checkpoint's weights.
-
-    Raises:
-        UserError: the file is no checkpoint of this tool, or the images are missing.
-    """
-    saved = checkpoints.network(path)
-    task, data = build(experiment)
-    fill(task, data, saved, path)
-    return task, data
-
-
-def fill(task: Classification, data: ImageData, saved: dict[str, Any], path: Path) -> None:
-    """Give a network the weights of a checkpoint, ``saved`` at ``path``.
-
-    Raises:
-        UserError: it is of other classes than the images have, or of another architecture.
-    """
-    if list(data.classes) != saved["classes"]:
-        ours, theirs = ", ".join(data.classes[:3]), ", ".join(saved["classes"][:3])
-        raise UserError(
-            f"{path} knows other classes ({theirs}, ...) than the images have ({ours}, ...)",
-            "name the dataset that it was trained on",
-        )
-    try:
-        checkpoints.load_weights(task, saved, path)
-    except UserError:
-        refuse_another_architecture(saved, task.experiment, path)  # in words, where it can
-        raise
-
-
-def manifest_of(checkpoint: Path) -> Manifest | None:
-    """The manifest of the run whose folder a checkpoint is in; others' files are not touched.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    folder = RunFolder.of(checkpoint)
-    if folder and folder.begun and folder.manifest.read():
-        return folder.manifest
-    return None
-
-
-def evaluate(
-    path: Path, meeting: Meeting | None = None, **overrides: Any
-) -> tuple[dict[str, Any], Classification]:
-    """Scores of a checkpoint on its test images; network and data settings come from it alone.
-    ``meeting``: as ``train`` has it.
-
-    Raises:
-        UserError: the file is no checkpoint of this tool, the images are missing or do not fit
-            it, or several processes would not evaluate the same.
-    """
-    saved, task, data = restore(path, **overrides)
-    counted = [Readings(manifest, "test")] if (manifest := manifest_of(path)) else []
-    e = task.experiment
-    view_of(e, task.normalize)
-    leaver = Leaver()
-    trainer = trainer_of(e, logger=False, callbacks=[*counted, leaver])
-    step = saved["global_step"]
-    (meeting or Meeting()).agree(lambda: _state(e, data, path, step))
-    task.fuse(trainer.strategy.root_device)
-    with leaver:
-        trainer.test(task, datamodule=data, verbose=False, weights_only=True)
-    scores = task.scores | {"step": step}
-    expected = len(data.test.labels)
-    assert scores["images"] == expected, f"{scores['images']} of {expected} images were counted"
-    return scores, task

@@ -14,6 +14,7 @@ from resnetv2_cli.locks import held
 from resnetv2_cli.manifest import Manifest
 
 RUNS = Path("runs")  # where runs are, unless another folder is named
+OTHERS = "by_protocol"  # in a result: its scores by protocols but the first
 
 
 class RunFolder:

@@ -27,7 +27,7 @@ ORDER = """
     foreign.names foreign.sources foreign.files foreign.convert
     iteration task finetune callbacks leaving
     scales plot blueprint
-    cluster syncbn machine resume run verify
+    cluster syncbn machine resume run evaluation verify
     stats
     ablation.studies ablation.arms ablation.record ablation.planning ablation.launch
     ablation.sweep ablation.progress ablation.tables ablation.probe

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import SCRIPT, SMALL, STOPPED, THREADS
 
-from resnetv2_cli import __version__, cli, console, run
+from resnetv2_cli import __version__, cli, console, evaluation
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
@@ -93,8 +93,8 @@ def test_a_class_without_test_images_has_no_error(trained, tmp_path, here, monke
         scores["confusion"][3] = [0] * 10
         return scores | {"class_errors": class_errors(scores["confusion"])}, task
 
-    evaluate = run.evaluate
-    monkeypatch.setattr(run, "evaluate", without)
+    evaluate = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", without)
     for more in ([], ["--json"]):
         said = here("eval", trained, "--output", tmp_path, *more).stdout
         assert ('"3": null' if more else "│ 3     │     — │") in said

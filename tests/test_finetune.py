@@ -15,7 +15,7 @@ from iterations import FakeTrainer
 from PIL import Image
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import form, plans, resume, run
+from resnetv2_cli import evaluation, form, plans, resume, run
 from resnetv2_cli.ablation.studies import identity
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.images import digits
@@ -109,7 +109,7 @@ def test_photographs_behind_a_mean_image_are_predicted_and_exported_as_evaluated
     """Each photograph is 48x40, of which evaluation sees the middle 35x35 as 32x32."""
     run.train(photographs_of(own_folder, trained), RunFolder(tmp_path / "run"))
     file = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    _, task, data = run.restore(file)
+    _, task, data = evaluation.restore(file)
     assert task.normalize.mean.shape == (3, 32, 32)
     data.trainer = FakeTrainer()
     evaluated = torch.cat([batch.images for batch in data.test_dataloader()])
@@ -129,7 +129,7 @@ def test_another_size_than_that_of_the_mean_image_is_refused(trained, own_folder
     run.train(photographs_of(own_folder, trained), RunFolder(tmp_path / "run"))
     file = tmp_path / "run" / "checkpoints" / "last.ckpt"
     with pytest.raises(UserError, match=message):
-        run.evaluate(file, protocol="320")
+        evaluation.evaluate(file, protocol="320")
     with pytest.raises(UserError, match=message):
         network(file, protocol="320")
     large = Experiment(dataset="folder", depth=18)

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from trainings import At, trained_as
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import manifest, run
+from resnetv2_cli import evaluation, manifest
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.manifest import ORIGINS, origins
@@ -45,7 +45,7 @@ def test_the_manifest_counts_how_often_the_test_set_was_read(whole, tmp_path):
     said = folder.manifest.read()
     lines = folder.metrics.read_text().splitlines()[1:]
     assert said["test_set_readings"] == sum(not line.endswith(",") for line in lines) == 2
-    run.evaluate(folder.last)
+    evaluation.evaluate(folder.last)
     assert folder.manifest.read()["test_set_readings"] == 3
     assert said["data"]["digest"] == checkpoints.read(whole.last)["data"] != ""
     assert said["settings"]["lr"] == {"value": 0.1, "from": "default"}
@@ -62,9 +62,9 @@ def test_a_manifest_of_something_else_is_left_alone(whole, tmp_path, place, text
     (tmp_path / place).mkdir()
     file = shutil.copy(whole.last, tmp_path / place / "net.ckpt")
     (tmp_path / "manifest.json").write_text(text)
-    assert run.manifest_of(file) is None
+    assert evaluation.manifest_of(file) is None
     if text == OTHERS:
-        run.evaluate(file)
+        evaluation.evaluate(file)
     assert (tmp_path / "manifest.json").read_text() == text
 
 
@@ -73,7 +73,7 @@ def test_a_manifest_that_a_run_cannot_read_any_more_is_named(whole, tmp_path, te
     folder = RunFolder(shutil.copytree(whole.path, tmp_path / "run"))
     folder.manifest.path.write_text(text)
     with pytest.raises(UserError, match="manifest.json is not the manifest of a run"):
-        run.evaluate(folder.last)
+        evaluation.evaluate(folder.last)
     folder.result.unlink()
     with pytest.raises(UserError, match="manifest.json is not the manifest of a run"):
         trained_as(folder.path, resume={})
@@ -131,7 +131,7 @@ def test_what_was_chosen_is_what_is_tested(tmp_path, stopped):
     result = json.loads(folder.result.read_text())
     assert result["test_step"] == min(errors, key=errors.__getitem__) < 50
     for what in (folder.path, folder.best):
-        scores, _ = run.evaluate(find(what))
+        scores, _ = evaluation.evaluate(find(what))
         assert scores["error"] == result["test_error"]
 
 

@@ -17,7 +17,7 @@ from conftest import SMALL
 from lightning.pytorch import Callback
 from trainings import At, same, trained_as
 
-from resnetv2_cli import callbacks, files, jsonfile, run, verify
+from resnetv2_cli import callbacks, evaluation, files, jsonfile, verify
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Damaged, NotSaved, Stopped, UserError
@@ -258,7 +258,7 @@ def test_what_is_read_of_metrics_is_whole_lines(tmp_path):
 def test_deterministic_twice_has_the_same_bits(whole, tmp_path):
     try:
         runs = [trained_as(tmp_path / n, deterministic=True) for n in "ab"]
-        scores = [run.evaluate(r.last, deterministic=True)[0] for r in runs]
+        scores = [evaluation.evaluate(r.last, deterministic=True)[0] for r in runs]
     finally:
         torch.use_deterministic_algorithms(False)
     assert same(*runs) and scores[0] == scores[1]

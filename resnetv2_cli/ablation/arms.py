@@ -11,7 +11,7 @@ from resnetv2_cli.ablation.studies import Study, digest, length, slug
 from resnetv2_cli.config import PAPER_STEPS, Experiment
 from resnetv2_cli.locks import inherited, taken
 from resnetv2_cli.paper import FAIL, Row
-from resnetv2_cli.runfolder import RunFolder
+from resnetv2_cli.runfolder import OTHERS, RunFolder
 from resnetv2_cli.stats import Pairs, Summary
 
 # What may be given and the paper's errors are still of the same recipe.
@@ -22,21 +22,28 @@ HELD_OUT = 5_000  # of CIFAR's training images, for choosing (as [1])
 
 @dataclass(frozen=True)
 class Arm:
-    """One run. Its folder is named after what it is, code of one's own with it, so that rows and
-    studies share runs."""
+    """One run of a row. Its folder is named after what it is, code of one's own with it, so that
+    rows and studies share runs. ``tested``: the protocol that its errors are of, if not the
+    first."""
 
     row: str
     experiment: Experiment
     folder: Path
     origins: Mapping[str, str] = field(default_factory=dict)  # of settings that are no defaults
+    tested: str = ""
 
     @classmethod
     def of(
-        cls, row: str, experiment: Experiment, root: Path, origins: Mapping[str, str] | None = None
+        cls,
+        row: str,
+        experiment: Experiment,
+        root: Path,
+        origins: Mapping[str, str] | None = None,
+        tested: str = "",
     ) -> "Arm":
         name = experiment.name.removesuffix(f"-s{experiment.seed}")
         folder = root / f"{slug(name)}-{digest(experiment)}" / f"s{experiment.seed}"
-        return cls(row, experiment, folder, origins or {})
+        return cls(row, experiment, folder, origins or {}, tested)
 
     @property
     def run(self) -> RunFolder:
@@ -60,9 +67,25 @@ class Arm:
     @property
     def error(self) -> float | None:
         """Test error in percent, FAIL if it diverged, None if it has not come to an end."""
-        if result := self.run.read_result():
-            return float(result["test_error"])
+        if scores := self.scores:
+            return scores["error"]
         return FAIL if self.failure and self.failure["diverged"] else None
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """``error`` and ``top5_error`` on the test images, in percent; nothing before its end."""
+        result = self.run.read_result()
+        if not result:
+            return {}
+        if self.watched:
+            both = {name: result.get(f"test_{name}") for name in ("error", "top5_error")}
+            return {name: float(value) for name, value in both.items() if value is not None}
+        return result.get(OTHERS, {}).get(self.tested, {})
+
+    @property
+    def watched(self) -> bool:
+        """Whether it is tested by the protocol of its curve."""
+        return self.tested in ("", self.experiment.protocols[0])
 
     @property
     def failure(self) -> dict[str, Any] | None:
@@ -110,6 +133,14 @@ class Line:
     def errors(self) -> dict[int, float]:
         """Seed: test error in percent, FAIL for a run that diverged."""
         found = {arm.experiment.seed: arm.error for arm in self.arms}
+        return {seed: error for seed, error in found.items() if error is not None}
+
+    @property
+    def top5(self) -> dict[int, float]:
+        """Seed: error of five guesses in percent, on ImageNet; elsewhere nothing."""
+        if self.arms[0].experiment.dataset != "imagenet":
+            return {}
+        found = {arm.experiment.seed: arm.scores.get("top5_error") for arm in self.arms}
         return {seed: error for seed, error in found.items() if error is not None}
 
     @property
@@ -171,7 +202,7 @@ class Ablation:
         drawn = {
             line.row.name: metrics
             for line in self.lines
-            if (metrics := line.arms[0].run.metrics).exists()
+            if (metrics := line.arms[0].run.metrics).exists() and line.arms[0].watched
         }
         return {
             panel + below: {name: drawn[name] for name in names if name in drawn}

@@ -8,7 +8,7 @@ from typing import Any
 from resnetv2_cli import plans
 from resnetv2_cli.ablation.arms import HARMLESS, HELD_OUT, Ablation, Arm, Line
 from resnetv2_cli.ablation.record import named
-from resnetv2_cli.ablation.studies import LENGTH, SCALES, Study, length, published
+from resnetv2_cli.ablation.studies import LENGTH, SCALES, Study, length, same
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
@@ -71,13 +71,14 @@ def plan(
         settings |= warmed(scale, settings, {*given, *study.axes})
         kept = {k: v for k, v in origins.items() if k in settings or k == "seed"}
         arms = [
-            Arm.of(row.name, Experiment(**{**settings, "seed": seed}), root, kept)
+            Arm.of(row.name, Experiment(**{**settings, "seed": seed}), root, kept, row.tested)
             for seed in range(first, first + runs)
         ]
         if study.axes:
             shortcut = row.settings.get("shortcut", "identity")
             other = {k: v for k, v in asked[row.name].items() if k not in HARMLESS}
-            row = replace(row, published=published(other | fitting(changed, shortcut)))
+            if known := same(other | fitting(changed, shortcut), row.tested):
+                row = replace(row, published=known.published, top5=known.top5)
         check_held_out(arms[0].experiment)
         lines.append(Line(row, arms))
     refuse_twins(lines)
@@ -111,16 +112,16 @@ def check_held_out(experiment: Experiment) -> None:
 
 def refuse_twins(lines: list[Line]) -> None:
     """Refuse rows that share their runs: beside each other they would compare a run with itself."""
-    taken: dict[Path, str] = {}
+    taken: dict[tuple[Path, str], str] = {}
     for line in lines:
-        folder, name = line.arms[0].folder, line.row.name
-        if folder in taken:
+        test, name = (line.arms[0].folder, line.row.tested), line.row.name
+        if test in taken:
             raise UserError(
-                f"{taken[folder]} and {name} are one and the same run",
+                f"{taken[test]} and {name} are one and the same run",
                 "what changes nothing that is learned (devices, workers) is no axis: give it as a "
                 "flag, with an --output for each of its values",
             )
-        taken[folder] = name
+        taken[test] = name
 
 
 def warmed(scale: str, settings: Mapping[str, Any], asked: set[str]) -> dict[str, Any]:

@@ -29,6 +29,8 @@ def write(ablation: Ablation) -> None:
             "spread": line.row.spread,
             "note": line.row.note,
             "baseline": line.row.baseline,
+            "tested": line.row.tested,
+            "top5": line.row.top5,
             "settings": unusual(asdict(replace(line.arms[0].experiment, seed=0))),
             "arms": runs(ablation.root, line, before.get(line.row.name, [])),
         }
@@ -95,14 +97,15 @@ def read(file: Path) -> Ablation:
 def line_of(row: Mapping[str, Any], root: Path) -> Line:
     """A row as ``write`` leaves it; an arm that has not begun is what it will be."""
     published = FAIL if row["published"] == "fail" else row["published"]
-    kept = {key: row[key] for key in ("figure", "spread", "note", "baseline")}
+    kept: dict[str, Any] = {k: row[k] for k in ("figure", "spread", "note", "baseline")}
+    kept |= {key: row[key] for key in ("tested", "top5") if key in row}  # not in earlier versions
     settings = renewed(row.get("settings", {}))
     arms = []
     for place in row["arms"]:
         folder = root / place
         seed = int(folder.name.removeprefix("s"))
         asked = Experiment(**settings, seed=seed)
-        arms.append(Arm(row["name"], asked, folder))
+        arms.append(Arm(row["name"], asked, folder, tested=kept.get("tested", "")))
     return Line(Row(row["name"], published, settings, **kept), arms)
 
 

@@ -175,7 +175,8 @@ def of_unit(unit: str) -> PaperTable:
 def of_grid(axes: list[str]) -> Study:
     """Every combination of ``depth=20,110 shortcut=identity,dropout``; the first is the baseline.
 
-    Values that hold commas have slashes between: ``drops=0.5,0.75/0.4,0.6``.
+    Values that hold commas have slashes between: ``drops=0.5,0.75/0.4,0.6``. Rows that differ in
+    their protocol are tests of one training.
 
     Raises:
         UserError: an axis is no ``setting=value,value``, names no setting, or is there twice,
@@ -201,29 +202,34 @@ def of_grid(axes: list[str]) -> Study:
     for combination in itertools.product(*chosen.values()):
         settings = dict(zip(chosen, combination, strict=True))
         name = " ".join(f"{k}={v}" for k, v in settings.items())
+        tested = settings.get("protocol", "")
+        settings |= {k: ",".join(chosen[k]) for k in settings if k == "protocol"}
         baseline = rows[0].name if rows else ""
-        rows.append(Row(name, None, settings, baseline=baseline))
+        rows.append(Row(name, None, settings, tested=tested, baseline=baseline))
     table = PaperTable(f"Grid: {title}", {}, tuple(rows))
     return Study(f"grid-{slug(title)[:60]}", table, tuple(chosen))
 
 
-def published(settings: Mapping[str, Any]) -> float | None:
-    """The error of the row of the paper with just these settings; None if it has none.
+def same(settings: Mapping[str, Any], tested: str = "") -> Row | None:
+    """The row of the paper with just these settings, tested by this protocol; None if it has none.
 
     What a row leaves open is the default of the tool, which is the paper's recipe.
     """
-    wanted = spelled_out(settings)
+    wanted, by = spelled_out(settings), tested or Experiment(**settings).protocols[0]
     for table in TABLES.values():
         for row in table.rows:
-            if spelled_out(table.base | row.at(settings)) == wanted:
-                return row.published
+            alike = row.tested in ("", by)
+            if alike and spelled_out(table.base | row.at(settings)) == wanted:
+                return row
     return None
 
 
 def spelled_out(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """``identity`` with the shortcut's own settings as they are where none was given."""
+    """``identity`` with the shortcut's own settings as they are where none was given, without how
+    photographs are tested."""
     experiment = Experiment(**settings)
-    return experiment.shortcut_settings | dict(identity(experiment))
+    whole = experiment.shortcut_settings | dict(identity(experiment))
+    return {k: v for k, v in whole.items() if k != "protocol"}
 
 
 def length(experiment: Experiment) -> int | None:

@@ -21,6 +21,8 @@ def table(ablation: Ablation, detect: float) -> tuple[list[str], list[list[str]]
         "paper, %": lambda line: published(line.row),
         "here, %": lambda line: measured(line),
         "n": lambda line: str(line.summary.n),
+        "top-5: paper, %": lambda line: NONE if line.row.top5 is None else f"{line.row.top5:.2f}",
+        "top-5: here, %": lambda line: top5(line),
         f"mean, {CONFIDENCE:.0%} interval": lambda line: interval(line.summary),
         "to paper": lambda line: to_paper(ablation, line),
         "to baseline": lambda line: to_baseline(ablation, line),
@@ -75,6 +77,14 @@ def measured(line: Line) -> str:
     inside = (spread + crashed).removeprefix(", ")
     text = f"{s.median:.2f}" + (f" ({inside})" if inside else "")
     return f"fail: {text}" if failed(line) else text
+
+
+def top5(line: Line) -> str:
+    """Median (mean±std) of the errors of five guesses."""
+    s = Summary(tuple(line.top5.values()))
+    if s.median is None:
+        return NONE
+    return f"{s.median:.2f}" + (f" ({s.mean:.2f}±{s.std:.2f})" if s.std is not None else "")
 
 
 def interval(summary: Summary) -> str:
@@ -161,6 +171,11 @@ def row_as_json(ablation: Ablation, line: Line, detect: float) -> dict[str, Any]
         "spread": line.row.spread,
         "figure": line.row.figure,
         "note": line.row.note,
+        "tested": line.row.tested,
+        "top5": {
+            "published": line.row.top5,
+            "errors": {str(seed): error for seed, error in line.top5.items()},
+        },
         "errors": {str(seed): number(error) for seed, error in line.errors.items()},
         "n": s.n,
         "median": number(s.median),

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from resnetv2_cli.data.folder import chosen
 from resnetv2_cli.data.module import view_of
+from resnetv2_cli.evaluation import restore_as
 from resnetv2_cli.finetune import begin
 from resnetv2_cli.resnet import ResNet
-from resnetv2_cli.run import build, restore_as
+from resnetv2_cli.run import build
 from resnetv2_cli.source import Source
 from resnetv2_cli.telling import Tell
 

@@ -59,6 +59,8 @@ def predict(
 
         refuse_suffix(picture)
         drawn = MOST
+    if "," in flags.get("protocol", ""):
+        raise UserError("predict looks at each picture by one protocol", "--protocol 320")
     task = inference.network(find(checkpoint), **flags, devices="1")
     first: list[Prediction] = []
     broken: list[Prediction] = []

@@ -55,7 +55,7 @@ def train(
 
     For instance: resnetv2 train --depth 1001 --unit full-preact
     """
-    from resnetv2_cli.runfolder import RunFolder
+    from resnetv2_cli.runfolder import OTHERS, RunFolder
 
     budget = None if time is None else seconds(time)
     if resume and (config or output or begun_or_not):
@@ -128,6 +128,9 @@ def train(
     if experiment.val:
         after = f"{result.get('test_step', steps):,} iterations, chosen by --val, of {steps:,}"
     console.out.print(f"test error {error} of {images:,} images after {after}")
+    for protocol, scores in result.get(OTHERS, {}).items():
+        error = f"{scores['error']:.2f} % (top-5 {scores['top5_error']:.2f} %)"
+        console.out.print(f"by --protocol {protocol}: {error}")
     console.note(f"curves:   {folder.curves}")
     words = ["resnetv2", "eval", str(folder.path), *trust.flags(experiment.own.values())]
     console.note(f"evaluate: {shlex.join(words)}")
@@ -150,23 +153,24 @@ def evaluate(
     **flags: Any,
 ) -> None:
     """Evaluate a checkpoint on its test images; it names network and data by itself."""
-    from resnetv2_cli import cluster, run
+    from resnetv2_cli import cluster, evaluation
     from resnetv2_cli.manifest import rewritten
     from resnetv2_cli.plot import confusion
-    from resnetv2_cli.runfolder import RunFolder
+    from resnetv2_cli.run import first_process
+    from resnetv2_cli.runfolder import OTHERS, RunFolder
     from resnetv2_cli.weightfile import find
 
     with cluster.Meeting(console.note) as meeting:
         file = find(checkpoint)
         try:
-            scores, task = run.evaluate(file, meeting, **flags)
+            scores, task = evaluation.evaluate(file, meeting, **flags)
         except Stopped as stopped:
-            if run.first_process():
+            if first_process():
                 console.note(f"{stopped}: it was not evaluated")
             raise
-    if not run.first_process():
+    if not first_process():
         return
-    if manifest := run.manifest_of(file):
+    if manifest := evaluation.manifest_of(file):
         for name in rewritten(task.experiment, manifest.read()):
             console.note(f"{name} has changed since this was trained")
     mine = RunFolder.of(file)
@@ -179,15 +183,20 @@ def evaluate(
         console.note(f"no picture: cannot write {to}: {error.strerror}")
     if wild := scores["not_finite"]:
         console.note(f"the numbers for {wild:,} images are not finite: they count as wrong")
-    rows = paper.evaluated(task.experiment)
+    e, rows = task.experiment, paper.evaluated(task.experiment)
     named = dict(zip(task.classes, scores.pop("class_errors"), strict=True))
     if json:
-        known = [{"name": r.name, "error": r.published, "top5_error": r.top5} for r in rows]
-        extra = {"protocol": task.experiment.protocol, "published": known}
+        known = [
+            {"name": r.name, "protocol": r.tested, "error": r.published, "top5_error": r.top5}
+            for r in rows
+        ]
+        extra = {"protocol": e.protocols[0], "published": known}
         console.as_json(scores | extra | {"class_error": named, "picture": picture})
         return
-    lines = [measured(task.experiment, scores), *map(published, rows)]
-    needless = {"protocol"} if DATASETS[task.experiment.dataset].decoded else set()  # of one view
+    each = {e.protocols[0]: scores} | scores[OTHERS]
+    lines = [measured(e, name, scores | theirs) for name, theirs in each.items()]
+    lines += map(published, rows)
+    needless = {"protocol"} if DATASETS[e.dataset].decoded else set()  # of one view
     needless |= set() if len(task.classes) > TOP else {"top-5"}
     kept = [i for i, column in enumerate(COLUMNS) if column not in needless]
     console.table(
@@ -205,23 +214,23 @@ def evaluate(
 COLUMNS = ["network", "protocol", "error", "top-5", "loss", "images"]
 
 
-def measured(experiment: Experiment, scores: dict[str, Any]) -> list[str]:
-    """The scores of a network as cells of a table, under COLUMNS."""
+def measured(experiment: Experiment, protocol: str, scores: dict[str, Any]) -> list[str]:
+    """The scores of a network by a protocol as cells of a table, under COLUMNS."""
     errors = [f"{scores[key]:.2f} %" for key in ("error", "top5_error")]
     counts = [f"{scores['loss']:.2f}", f"{scores['images']:,}"]
-    return [experiment.name, seen(experiment), *errors, *counts]
+    return [experiment.name, seen(experiment, protocol), *errors, *counts]
 
 
-def seen(experiment: Experiment) -> str:
-    """The protocol, and the side of its crops in pixels where the network trains on smaller ones
+def seen(experiment: Experiment, protocol: str) -> str:
+    """A protocol, and the side of its crops in pixels where the network trains on smaller ones
     than it is named after."""
-    protocol = PROTOCOLS[experiment.protocol]
-    size = protocol.view(side(experiment.dataset, experiment.stem_)).side
-    return f"{experiment.protocol}" + (f" as {size}" if size != protocol.crop else "")
+    row = PROTOCOLS[protocol]
+    size = row.view(side(experiment.dataset, experiment.stem_)).side
+    return protocol + (f" as {size}" if size != row.crop else "")
 
 
 def published(row: paper.Row) -> list[str]:
     """What is published for it, under COLUMNS."""
     source = row.source or "Table 5"
     errors = [f"{error:.2f} %" for error in (row.published, row.top5)]
-    return [f"{row.name} ({source})", row.settings["protocol"], *errors, NONE, "50,000"]
+    return [f"{row.name} ({source})", row.tested, *errors, NONE, "50,000"]

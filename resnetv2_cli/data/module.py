@@ -26,15 +26,16 @@ GPU_EVAL_BATCH = 1000  # on a GPU, which waits for launches: there are a quarter
 EVAL_CROPS = 64  # of photographs, at a time
 
 
-def view_of(experiment: Experiment, normalize: Normalize) -> View:
+def view_of(experiment: Experiment, normalize: Normalize, protocol: str = "") -> View:
     """What a network sees of an image in evaluation: small images whole, of a photograph the crops
-    of the protocol.
+    of the protocol, which is the experiment's first unless given.
 
     Raises:
         UserError: they are of another size than the mean image that came with its weights.
     """
     views = {name: row.view(STEMS[experiment.stem_].size) for name, row in PROTOCOLS.items()}
-    view, by = views[experiment.protocol], f"by --protocol {experiment.protocol} "
+    protocol = protocol or experiment.protocols[0]
+    view, by = views[protocol], f"by --protocol {protocol} "
     if DATASETS[experiment.dataset].decoded:
         views, view, by = {}, View(SIZE), ""
     mean = normalize.mean.shape[-1]
@@ -169,6 +170,7 @@ class ImageData(L.LightningDataModule):
 
     ``classes`` are known after ``setup``; ``normalize`` is made from the training images alone.
     With those that a checkpoint has ``learned``, files are looked for of the test images alone.
+    ``protocol``: what evaluates them from here on, if not the experiment's first.
     ``tell``: hears of what takes a while. ``processes``: will share each batch, which tells how
     many make an epoch before there is a trainer.
     """
@@ -189,7 +191,7 @@ class ImageData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.experiment, self.learned, self.tell = experiment, learned, tell
-        self.processes = processes
+        self.processes, self.protocol = processes, ""
         self.dataset = DATASETS[experiment.dataset]
         self.root = expanded(experiment.data_dir)
         self._ready = False
@@ -296,6 +298,11 @@ class ImageData(L.LightningDataModule):
         """What is evaluated during training: ``val`` if a part is held out, else ``test``."""
         return "val" if self.experiment.val else "test"
 
+    @property
+    def view(self) -> View:
+        """What evaluation sees of an image."""
+        return view_of(self.experiment, self.normalize, self.protocol)
+
     def refuse_few(self, processes: int) -> None:
         """
         Raises:
@@ -368,7 +375,7 @@ class ImageData(L.LightningDataModule):
         rows = share(len(split.labels), trainer.global_rank, trainer.world_size)
         if isinstance(split, images.Split):
             return Sequence(split, rows, trainer.strategy.root_device)
-        n = at_a_time(self.experiment, view_of(self.experiment, self.normalize))
+        n = at_a_time(self.experiment, self.view)
         starts = range(rows.start, rows.stop, n)
         keys = [[(i, -1) for i in range(s, min(s + n, rows.stop))] for s in starts]
         return self._files(split, keys, len(starts), None)
@@ -383,7 +390,7 @@ class ImageData(L.LightningDataModule):
         e, trainer = self.experiment, self.trainer
         assert trainer is not None
         size = STEMS[e.stem_].size
-        view = PROTOCOLS["224"].view(size) if weights else view_of(e, self.normalize)
+        view = PROTOCOLS["224"].view(size) if weights else self.view
         loader: DataLoader = DataLoader(
             folder.FolderImages(split, size, e.crop, e.seed, view),
             batch_sampler=folder.Keys(keys, length),

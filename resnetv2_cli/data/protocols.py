@@ -5,6 +5,8 @@ Nothing here needs torch, so that help and error messages come at once.
 
 from typing import NamedTuple
 
+from resnetv2_cli.errors import unknown
+
 TRAINED = 224  # pixels: side of the training crops that the sides below are for
 
 
@@ -51,3 +53,16 @@ PROTOCOLS = {
         ten=True,
     ),
 }
+
+
+def listed(text: str) -> str:
+    """Names of protocols with commas between, each once.
+
+    Raises:
+        UserError: there is no such protocol.
+    """
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in PROTOCOLS:
+            raise unknown("protocol", name, PROTOCOLS)
+    return ",".join(dict.fromkeys(names))

@@ -55,7 +55,7 @@ def arm(one: Arm) -> dict[str, str]:
     run = Run(one.row, one.run)
     says = f"seed {one.experiment.seed}: {STATES[run.state]}"
     if run.state == "done":
-        says += f", {run.error:.2f} %"
+        says += f", {one.error:.2f} %"
     elif run.failure:
         says += f", {run.failure.get('reason', '')}"
     elif run.state in ("running", "stopped") and run.steps:

@@ -1,0 +1,103 @@
+"""Networks of checkpoints with the images that they are tested on, and their scores."""
+
+from pathlib import Path
+from typing import Any
+
+from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli.callbacks import Readings
+from resnetv2_cli.cluster import Meeting
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.module import ImageData
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.finetune import refuse_another_architecture
+from resnetv2_cli.leaving import Leaver
+from resnetv2_cli.machine import trainer_of
+from resnetv2_cli.manifest import Manifest
+from resnetv2_cli.run import build, by_others, fit_views, state
+from resnetv2_cli.runfolder import OTHERS, RunFolder
+from resnetv2_cli.task import Classification
+
+
+def restore(path: Path, **overrides: Any) -> tuple[dict[str, Any], Classification, ImageData]:
+    """A checkpoint or an export of one, its network with its weights, and the images that it says
+    are tested.
+
+    Raises:
+        UserError: the file is no checkpoint of this tool, or the images are missing.
+    """
+    saved = checkpoints.network(path)
+    tested = checkpoints.experiment_of(saved, **overrides)
+    task, data = build(tested, tuple(saved["classes"]))
+    fill(task, data, saved, path)
+    return saved, task, data
+
+
+def restore_as(path: Path, experiment: Experiment) -> tuple[Classification, ImageData]:
+    """The network and all images of an experiment, with a checkpoint's weights.
+
+    Raises:
+        UserError: the file is no checkpoint of this tool, or the images are missing.
+    """
+    saved = checkpoints.network(path)
+    task, data = build(experiment)
+    fill(task, data, saved, path)
+    return task, data
+
+
+def fill(task: Classification, data: ImageData, saved: dict[str, Any], path: Path) -> None:
+    """Give a network the weights of a checkpoint, ``saved`` at ``path``.
+
+    Raises:
+        UserError: it is of other classes than the images have, or of another architecture.
+    """
+    if list(data.classes) != saved["classes"]:
+        ours, theirs = ", ".join(data.classes[:3]), ", ".join(saved["classes"][:3])
+        raise UserError(
+            f"{path} knows other classes ({theirs}, ...) than the images have ({ours}, ...)",
+            "name the dataset that it was trained on",
+        )
+    try:
+        checkpoints.load_weights(task, saved, path)
+    except UserError:
+        refuse_another_architecture(saved, task.experiment, path)  # in words, where it can
+        raise
+
+
+def manifest_of(checkpoint: Path) -> Manifest | None:
+    """The manifest of the run whose folder a checkpoint is in; others' files are not touched.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    folder = RunFolder.of(checkpoint)
+    if folder and folder.begun and folder.manifest.read():
+        return folder.manifest
+    return None
+
+
+def evaluate(
+    path: Path, meeting: Meeting | None = None, **overrides: Any
+) -> tuple[dict[str, Any], Classification]:
+    """Scores of a checkpoint on its test images; network and data settings come from it alone.
+    ``meeting``: as ``train`` has it.
+
+    Raises:
+        UserError: the file is no checkpoint of this tool, the images are missing or do not fit
+            it, or several processes would not evaluate the same.
+    """
+    saved, task, data = restore(path, **overrides)
+    counted = [Readings(manifest, "test")] if (manifest := manifest_of(path)) else []
+    e = task.experiment
+    fit_views(task)
+    leaver = Leaver()
+    trainer = trainer_of(e, logger=False, callbacks=[*counted, leaver])
+    step = saved["global_step"]
+    (meeting or Meeting()).agree(lambda: state(e, data, path, step))
+    task.fuse(trainer.strategy.root_device)
+    with leaver:
+        trainer.test(task, datamodule=data, verbose=False, weights_only=True)
+        others = by_others(trainer, task, data)
+    scores = task.scores | {"step": step, OTHERS: others}
+    expected = len(data.test.labels)
+    assert scores["images"] == expected, f"{scores['images']} of {expected} images were counted"
+    return scores, task

@@ -1,0 +1,181 @@
+"""One training, tested by several protocols: its result, and the rows of a table that share it."""
+
+import json
+import re
+
+import pytest
+from trainings import trained_as
+
+from resnetv2_cli import evaluation, jsonfile, paper, run
+from resnetv2_cli.ablation import planning, record, studies, tables
+from resnetv2_cli.config import Experiment
+from resnetv2_cli.describe import errors
+from resnetv2_cli.errors import Stopped, UserError
+from resnetv2_cli.report import rows
+
+WAYS = ("320", "224", "ten-crop")
+SMALL = {"dataset": "folder", "stem": "cifar", "depth": 8, "batch_size": 4, "steps": 2}
+SMALL |= {"workers": 0, "precision": "32-true", "warmup": 0, "log_every": 1}
+RESNET_152 = {"depth": 152, "unit": "original", "batch_size": 256, "warmup": 0, "epochs": 90.0}
+RESNET_152 |= {"drops": paper.TABLE_5.base["drops"]}
+
+
+def test_each_protocol_is_named_once_and_exists():
+    given = {"dataset": "imagenet", "depth": 50}
+    assert Experiment(**given, protocol=" 320, 224,320").protocols == ("320", "224")
+    with pytest.raises(UserError, match="unknown protocol '32'"):
+        Experiment(**given, protocol="224,32")
+    with pytest.raises(UserError, match="unknown protocol ''"):
+        Experiment(**given, protocol="224,")
+    with pytest.raises(UserError, match="224,320 is for larger images than those of digits"):
+        Experiment(dataset="digits", protocol="224,320")
+
+
+@pytest.mark.parametrize("val", [0, 2])
+def test_a_result_has_the_scores_by_each(tree, tmp_path, val):
+    """The first is what training looks by, and what the headline is of; with images held out the
+    others are of the checkpoint that was chosen, too."""
+    given = SMALL | {"data_dir": str(tree), "val": val, "batch_size": 4 - val}
+    folder = trained_as(tmp_path / "run", **given, protocol=",".join(WAYS))
+    result = folder.read_result()
+    assert list(result["by_protocol"]) == ["224", "ten-crop"]
+    found = {"320": {k: result[f"test_{k}"] for k in ("error", "top5_error", "loss")}}
+    found |= result["by_protocol"]
+    assert len({scores["loss"] for scores in found.values()}) == 3
+    file = folder.best if val else folder.last
+    for way, scores in found.items():
+        alone, _ = evaluation.evaluate(file, protocol=way)
+        assert alone["by_protocol"] == {}
+        assert {k: alone[k] for k in scores} == pytest.approx(scores, rel=1e-5)
+    # By the first after each of two iterations, or once at the end; by each other once.
+    assert result["test_set_readings"] == (1 if val else 2) + 2
+
+
+def test_a_run_that_was_stopped_before_its_tests_makes_them(tree, tmp_path, monkeypatch):
+    def stopped(*given):
+        raise Stopped("the time is over", 0)
+
+    given = SMALL | {"data_dir": str(tree), "protocol": "224,320"}
+    whole = trained_as(tmp_path / "whole", **given).read_result()
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(run, "by_others", stopped)
+        trained_as(tmp_path / "run", **given)
+    result = trained_as(tmp_path / "run", resume={}).read_result()
+    for key in ("test_loss", "by_protocol"):
+        assert result[key] == whole[key]
+
+
+def test_the_commands_show_each(tree, tmp_path, here):
+    more = [x for k, v in SMALL.items() for x in (f"--{k.replace('_', '-')}", v)]
+    to = tmp_path / "run"
+    said = here("train", *more, "--data-dir", tree, "--protocol", "320,224", "--output", to).stdout
+    assert re.search(r"by --protocol 224: \d+\.\d\d % \(top-5 ", said)
+    scores = json.loads(here("eval", to, "--protocol", "224,320", "--json").stdout)
+    result = json.loads((to / "result.json").read_text())
+    assert scores["protocol"] == "224" and list(scores["by_protocol"]) == ["320"]
+    assert scores["loss"] == pytest.approx(result["by_protocol"]["224"]["loss"])
+    assert scores["by_protocol"]["320"]["loss"] == pytest.approx(result["test_loss"])
+    told = here("eval", to, "--protocol", "224,320").stdout
+    assert [f"{way} as {side}" in told for way, side in (("224", 32), ("320", 46))] == [True, True]
+    assert "by_protocol.224.error" in here("runs", "show", to).stdout
+    refused = here("predict", to, tree / "val" / "ant", "--protocol", "224,320", status=2)
+    assert "predict looks at each picture by one protocol" in refused.stderr
+
+
+def test_a_mean_image_fits_every_protocol_or_none_is_begun(trained, tree, tmp_path):
+    given = SMALL | {"data_dir": str(tree), "protocol": "224,320", "weights": str(trained)}
+    with pytest.raises(UserError, match="by --protocol 320 it sees 46x46"):
+        trained_as(tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+
+
+def table_5(root, runs=1):
+    """The three rows of Table 5 of 152 layers."""
+    [study] = studies.studies(tables=[5])
+    wanted = [row.name for row in study.table.rows if "ResNet-152" in row.name]
+    return planning.plan(study.only(wanted), runs, {}, root)
+
+
+def leave(line, *scores):
+    """A result for each arm of a line: (error, top-5 error) by 320, and by 224."""
+    for arm, each in zip(line.arms, scores, strict=True):
+        by_320, by_224 = ({"error": e, "top5_error": t} for e, t in each)
+        arm.folder.mkdir(parents=True)
+        result = {f"test_{k}": v for k, v in by_320.items()} | {"by_protocol": {"224": by_224}}
+        jsonfile.write(arm.folder / "result.json", result)
+
+
+def test_rows_of_one_training_share_its_runs(tmp_path):
+    made = table_5(tmp_path)
+    first, second, other = (line.arms[0] for line in made.lines)
+    assert first.folder == second.folder != other.folder
+    assert first.experiment.protocols == ("320", "224")
+    assert [arm.error for arm in (first, second)] == [None, None]
+    leave(made.lines[0], [(21.5, 5.75), (23.25, 6.5)])
+    assert [arm.error for arm in (first, second, other)] == [23.25, 21.5, None]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["planned", "as recorded"])
+def test_a_table_has_the_errors_by_each_and_of_five_guesses(tmp_path, again):
+    made = table_5(tmp_path, 3)
+    scores = [[(21.5 + s, 5.75), (23.25 + s, 6.5 - s)] for s in (0.0, 0.5, 1.0)]
+    leave(made.lines[0], *scores)
+    if again:
+        record.write(made)
+        made = record.read(made.file)
+    columns, cells = tables.table(made, 0.5)
+    found = [dict(zip(columns, row, strict=True)) for row in cells]
+    assert [row["here, %"] for row in found] == ["23.75 (23.75±0.50)", "22.00 (22.00±0.50)", "—"]
+    assert [row["top-5: paper, %"] for row in found] == ["6.70", "5.50", "5.50"]
+    assert [row["top-5: here, %"] for row in found] == ["6.00 (6.00±0.50)", "5.75 (5.75±0.00)", "—"]
+    assert [row["to paper"] for row in found] == ["+0.75", "+0.70", "—"]
+    [one, two, _] = tables.as_json(made, 0.5)["rows"]
+    assert one["top5"] == {"published": 6.7, "errors": {"0": 6.5, "1": 6.0, "2": 5.5}}
+    assert (one["tested"], two["tested"]) == ("224", "320")
+    page = rows.study(made, [], 0.5)["rows"]
+    assert [row["arms"][0]["says"] for row in page] == [
+        "seed 0: done, 23.25 %", "seed 0: done, 21.50 %", "seed 0: not begun",
+    ]  # fmt: skip
+
+
+def test_a_record_of_an_earlier_version_has_the_first_protocol(tmp_path):
+    made = planning.plan(studies.of_grid(["depth=50", "dataset=imagenet"]), 1, {}, tmp_path)
+    record.write(made)
+    saved = jsonfile.mapping(made.file)
+    for row in saved["rows"]:
+        del row["tested"], row["top5"]
+    jsonfile.write(made.file, saved)
+    assert record.read(made.file).lines[0].arms[0].tested == ""
+
+
+def test_one_curve_of_one_training(tmp_path):
+    made = table_5(tmp_path)
+    for line in (made.lines[0], made.lines[2]):
+        line.arms[0].folder.mkdir(parents=True)
+        line.arms[0].run.metrics.write_text("step\n1\n", encoding="utf-8")
+    [drawn] = made.curves().values()
+    assert list(drawn) == ["ResNet-152 original, test 320", "ResNet-152 full-preact, test 320"]
+
+
+def test_protocols_of_a_grid_are_tests_of_one_training(tmp_path):
+    axes = ["depth=50,152", "protocol=224,320"]
+    given = {"dataset": "imagenet"} | {k: v for k, v in RESNET_152.items() if k != "depth"}
+    made = planning.plan(studies.of_grid(axes), 1, given, tmp_path)
+    assert [line.row.name for line in made.lines] == [
+        f"depth={depth} protocol={way}" for depth in (50, 152) for way in (224, 320)
+    ]
+    folders = [line.arms[0].folder for line in made.lines]
+    assert folders[0] == folders[1] != folders[2] == folders[3]
+    assert [line.row.published for line in made.lines] == [None, None, 23.0, 21.3]
+    assert [line.row.top5 for line in made.lines] == [None, None, 6.7, 5.5]
+    with pytest.raises(UserError, match="are one and the same run"):
+        planning.plan(studies.of_grid(["depth=50", "protocol=224,224"]), 1, given, tmp_path)
+
+
+@pytest.mark.parametrize("protocol, known", [("224", ["23.00"]), ("320,224", ["23.00", "21.30"])])
+def test_what_is_published_by_each_is_described(protocol, known):
+    e = Experiment(dataset="imagenet", protocol=protocol, **RESNET_152)
+    assert [f"{row.published:.2f}" for row in paper.evaluated(e)] == known
+    told = errors(e)["network"]
+    assert all(error in told for error in known) and "top-5 6.7" in told
+    assert ("21.30" in told) is ("320" in protocol)
