@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from resnetv2_cli import files, form
-from resnetv2_cli.config import OF_FILES, Experiment
+from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import Damaged, NotSaved, UserError, shown
+from resnetv2_cli.options import OF_FILES
 from resnetv2_cli.settings import renewed
 from resnetv2_cli.telling import Tell
 

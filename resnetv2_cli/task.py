@@ -1,6 +1,7 @@
 """Classification as a LightningModule: loss, error rate, optimizer, and what makes a step fast."""
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, Self
@@ -13,6 +14,7 @@ from torchmetrics import Metric
 
 from resnetv2_cli import compiling, graphs, joined, memory, threads
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.data import colors
 from resnetv2_cli.data.augment import Normalize, augmented, in_one
 from resnetv2_cli.data.catalog import DATASETS, side
 from resnetv2_cli.data.module import Batch
@@ -107,7 +109,7 @@ class Classification(L.LightningModule):
         self.net.activate(False, experiment.recompute_bn)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.compiled = False
-        self.augmented = augmented
+        self.augmented = self.looks()
         self.iteration: Iteration | None = None  # the one that is replayed
         self.replayed = False  # whether the current one is
         self.replays: dict[torch.Size, graphs.Forward] = {}  # of the network, by shape of input
@@ -177,7 +179,7 @@ class Classification(L.LightningModule):
             graphs.tidy(self.device)
             self.tell(OWN.format(why) if compiled else f"no CUDA graphs: {why}")
         if kind == "cuda":  # where only replays use the compiled operations
-            self.augmented = augmented
+            self.augmented = self.looks()
             self.fuse(self.device)
 
     def record_with(
@@ -186,7 +188,7 @@ class Classification(L.LightningModule):
         """Record the whole iteration or else the network, with the compiled operations or with
         PyTorch's; or why neither can be had."""
         self.net.activate(compiled, self.experiment.recompute_bn)
-        self.augmented = in_one if compiled and self.device.type == "cuda" else augmented
+        self.augmented = self.looks(compiled and self.device.type == "cuda")
         if not (whole := self.record_iteration(optimizer, batch, processes)):
             self.tell("iterations are replayed, each as one CUDA graph")
             return ""
@@ -195,6 +197,12 @@ class Classification(L.LightningModule):
             return why if why == whole else f"{whole}; the network alone: {why}"
         self.tell(f"the network is replayed as CUDA graphs; the whole iteration not: {whole}")
         return ""
+
+    def looks(self, in_a_kernel: bool = False) -> Callable[[Normalize, Tensor, Tensor], Tensor]:
+        """What makes an input of pixels and of what was drawn for them."""
+        if not DATASETS[self.experiment.dataset].decoded:
+            return colors.recolored
+        return in_one if in_a_kernel else augmented
 
     def record_iteration(
         self, optimizer: torch.optim.Optimizer, batch: Batch, processes: int
@@ -224,7 +232,11 @@ class Classification(L.LightningModule):
         n = len(share(e.batch_size, self.global_rank, processes))
         pixels = torch.randint(256, (n, size, size, 3), dtype=torch.uint8, device=on)
         labels = torch.randint(len(self.classes), (n,), device=on)
-        views = torch.randint(2, (n, 3), device=on) if decoded and e.augment else None
+        views = None
+        if e.augment and decoded:
+            views = torch.randint(2, (n, 3), device=on)
+        elif e.augment and e.color != "none":
+            views = torch.randn(n, 3, 4, device=on)
         return Batch(pixels, labels, views)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ ORDER = """
     native fused triton_joined joined triton_augment
     own layers shortcuts units resnet compiling graphs
     data.catalog data.protocols
-    weightfile recipes config flags
+    weightfile recipes options config flags
     data.picture data.archive data.images
-    data.turbo data.crop data.order data.augment data.shards data.folder
+    data.turbo data.crop data.order data.augment data.colors data.shards data.folder
     data.prepare data.survey data.sortval data.workers data.module
     optim nonfinite anatomy describe
     footprint

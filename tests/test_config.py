@@ -10,7 +10,7 @@ from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resnetv2_cli import config, plans
+from resnetv2_cli import config, options, plans
 from resnetv2_cli.checkpoint import experiment_of
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS, Dataset
@@ -129,6 +129,8 @@ def test_a_mistaken_flag_is_no_mistake_of_the_file(tmp_path, flags, names_the_fi
 @pytest.mark.parametrize("decoded, stem", [(True, "cifar"), (False, "imagenet")])
 def test_a_dataset_is_one_row(monkeypatch, decoded, stem):
     monkeypatch.setitem(DATASETS, "svhn", Dataset("house numbers", decoded=decoded))
+    of_it = runpy.run_path(options.__file__)["Options"]
+    monkeypatch.setattr(options, "Options", of_it)
     anew = runpy.run_path(config.__file__)["Experiment"]
     assert anew(dataset="svhn", depth=50).stem_ == stem
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from resnetv2_cli import jsonfile
 from resnetv2_cli.ablation.studies import Study, digest, length, slug
-from resnetv2_cli.config import PAPER_STEPS, Experiment
+from resnetv2_cli.config import Experiment
 from resnetv2_cli.locks import inherited, taken
+from resnetv2_cli.options import PAPER_STEPS
 from resnetv2_cli.paper import FAIL, Row
 from resnetv2_cli.runfolder import OTHERS, RunFolder
 from resnetv2_cli.stats import Pairs, Summary

@@ -46,8 +46,8 @@ class Normalize(nn.Module):
         self.register_load_state_dict_pre_hook(take_shapes)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images.permute(0, 3, 1, 2).to(self.mean.dtype)
-        return (x - 255 * self.mean) / (255 * self.std)
+        x = images.permute(0, 3, 1, 2).to(self.mean.dtype) - 255 * self.mean
+        return x.div_(255 * self.std)  # in place: of photographs that is much memory to ask for
 
 
 def augmented(normalize: Normalize, images: Tensor, views: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from resnetv2_cli.data import picture
+from resnetv2_cli.data import colors, picture
 from resnetv2_cli.data.crop import Choose, Rectangle, crops
 from resnetv2_cli.data.images import Split
 from resnetv2_cli.data.order import FILES, STREAMS, generator
@@ -220,18 +220,21 @@ class FolderImages(Dataset):
 
     What is drawn follows from seed, epoch and index alone.
 
-    Shape: key (index, epoch) -> (size, size, 3) uint8, label; in test (side, side, 3), or
-    (10, side, side, 3): five crops, and the five mirrored.
+    Shape: key (index, epoch) -> (size, size, 3) uint8, label, and where a ``color`` is to be
+    changed (3, 4), as of ``colors.change``; in test (side, side, 3), or (10, side, side, 3): five
+    crops, and the five mirrored; and the label.
     """
 
-    def __init__(self, folder: Folder, size: int, crop: str, seed: int, view: View) -> None:
+    def __init__(
+        self, folder: Folder, size: int, crop: str, seed: int, view: View, color: str = "none"
+    ) -> None:
         self.folder, self.size, self.crop, self.seed = folder, size, crop, seed
-        self.view = view
+        self.view, self.color = view, color
 
     def __len__(self) -> int:
         return len(self.folder.files)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
         index, epoch = key
         label = self.folder.labels[index]
         if epoch < 0:
@@ -240,7 +243,10 @@ class FolderImages(Dataset):
         g = generator((self.seed * STREAMS + epoch) * FILES + index)
         flip, *draws = torch.rand(1 + DRAWS, generator=g, dtype=torch.float64).tolist()
         [image] = self._crops(index, lambda w, h: [random_box(w, h, self.crop, draws)], self.size)
-        return image.flip(1) if flip < 0.5 else image, label
+        image = image.flip(1) if flip < 0.5 else image
+        if self.color == "none":
+            return image, label
+        return image, label, colors.change(image, self.color, g)
 
     def _crops(self, index: int, choose: Choose, side: int) -> Tensor:
         file = self.folder.files[index]

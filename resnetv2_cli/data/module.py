@@ -56,8 +56,9 @@ def at_a_time(experiment: Experiment, view: View) -> int:
 
 
 class Batch(NamedTuple):
-    """images (N, H, W, 3) uint8, or (N, 10, H, W, 3) of ten crops; labels (N,), views (N, 3) of
-    crops or None, and the weight of their mean loss in the mean over the whole batch."""
+    """images (N, H, W, 3) uint8, or (N, 10, H, W, 3) of ten crops; labels (N,); views (N, 3) of
+    crops, or (N, 3, 4) changes of colors, or None; and the weight of their mean loss in the mean
+    over the whole batch."""
 
     images: Tensor
     labels: Tensor
@@ -145,8 +146,9 @@ class FileStream:
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            for pixels, labels in self.loader:
-                yield Batch(pixels, labels, None, next(self.weights) if self.weights else 1.0)
+            for pixels, labels, *changes in self.loader:
+                weight = next(self.weights) if self.weights else 1.0
+                yield Batch(pixels, labels, changes[0] if changes else None, weight)
         except UserError as error:  # from a worker: between its traceback and its hint
             _, _, said = str(error).rpartition(f"{type(error).__name__}: ")
             message, _, hint = said.partition("\nhint: ")
@@ -298,11 +300,6 @@ class ImageData(L.LightningDataModule):
         """What is evaluated during training: ``val`` if a part is held out, else ``test``."""
         return "val" if self.experiment.val else "test"
 
-    @property
-    def view(self) -> View:
-        """What evaluation sees of an image."""
-        return view_of(self.experiment, self.normalize, self.protocol)
-
     def refuse_few(self, processes: int) -> None:
         """
         Raises:
@@ -375,7 +372,7 @@ class ImageData(L.LightningDataModule):
         rows = share(len(split.labels), trainer.global_rank, trainer.world_size)
         if isinstance(split, images.Split):
             return Sequence(split, rows, trainer.strategy.root_device)
-        n = at_a_time(self.experiment, self.view)
+        n = at_a_time(self.experiment, view_of(self.experiment, self.normalize, self.protocol))
         starts = range(rows.start, rows.stop, n)
         keys = [[(i, -1) for i in range(s, min(s + n, rows.stop))] for s in starts]
         return self._files(split, keys, len(starts), None)
@@ -390,9 +387,9 @@ class ImageData(L.LightningDataModule):
         e, trainer = self.experiment, self.trainer
         assert trainer is not None
         size = STEMS[e.stem_].size
-        view = PROTOCOLS["224"].view(size) if weights else self.view
+        view = PROTOCOLS["224"].view(size) if weights else view_of(e, self.normalize, self.protocol)
         loader: DataLoader = DataLoader(
-            folder.FolderImages(split, size, e.crop, e.seed, view),
+            folder.FolderImages(split, size, e.crop, e.seed, view, e.color),
             batch_sampler=folder.Keys(keys, length),
             **decoded_by(e.workers),
             pin_memory=trainer.strategy.root_device.type == "cuda",
