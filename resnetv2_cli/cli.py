@@ -23,8 +23,8 @@ from resnetv2_cli.signals import SIGNALS
 
 # isort: off
 # They join the app, and help lists them in this order.
-from resnetv2_cli.commands import train, predict, verify, weights, export, ablate  # noqa: F401
-from resnetv2_cli.commands import analyze, report, runs, data, bench, look  # noqa: F401
+from resnetv2_cli.commands import train, predict, precise, verify, weights, export  # noqa: F401
+from resnetv2_cli.commands import ablate, analyze, report, runs, data, bench, look  # noqa: F401
 # isort: on
 
 

@@ -311,6 +311,12 @@ class Classification(L.LightningModule):
         """The network in training. Shape: normalized (N, 3, H, W) -> logits (N, classes)."""
         return self.replays.get(x.shape, self.net)(x)
 
+    def pixels(self, batch: Batch) -> Tensor:
+        """What the network sees of a batch in training. Shape: -> (N, 3, H, W) float32."""
+        if batch.views is None:
+            return self.normalize(batch.images)
+        return self.augmented(self.normalize, batch.images, batch.views)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.iteration and self.replayed:  # and nothing is left to do for the next three
             return self.iteration(batch, self.global_step)
@@ -332,11 +338,7 @@ class Classification(L.LightningModule):
 
     def loss(self, batch: Batch) -> Tensor:
         """The mean loss of a micro-batch, for backward; what is logged is added to ``sums``."""
-        if batch.views is None:
-            x = self.normalize(batch.images)
-        else:
-            x = self.augmented(self.normalize, batch.images, batch.views)
-        logits = self.through(x)
+        logits = self.through(self.pixels(batch))
         smoothing = self.experiment.label_smoothing
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
         with torch.no_grad():

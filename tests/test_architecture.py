@@ -27,7 +27,7 @@ ORDER = """
     foreign.names foreign.sources foreign.files foreign.convert
     iteration task finetune callbacks leaving
     scales plot blueprint
-    cluster syncbn machine resume run evaluation verify
+    cluster syncbn machine resume run evaluation precise verify
     stats
     ablation.studies ablation.arms ablation.record ablation.planning ablation.launch
     ablation.sweep ablation.progress ablation.tables ablation.probe
@@ -39,9 +39,9 @@ ORDER = """
     analysis.backward analysis.shrink analysis.paths analysis.lesion analysis.study
     figures
     report.charts report.rows report.facts report.pictures report.page
-    commands.app commands.train commands.predict commands.verify commands.weights commands.export
-    commands.ablate commands.analyze commands.bench commands.look commands.runs commands.report
-    commands.data
+    commands.app commands.train commands.predict commands.precise commands.verify commands.weights
+    commands.export commands.ablate commands.analyze commands.bench commands.look commands.runs
+    commands.report commands.data
     cli
 """.split()
 HEAVY = ("torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "sklearn", "numpy")

@@ -1,0 +1,70 @@
+"""Precise BN: statistics that are means over many training images, as in the authors' released
+models and in fb.resnet.torch's, where training leaves moving averages of its last iterations.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli.data.module import ImageData
+from resnetv2_cli.errors import UserError
+from resnetv2_cli.evaluation import restore_as
+from resnetv2_cli.machine import trainer_of
+from resnetv2_cli.task import Classification
+
+KEPT = ("experiment", "classes", "global_step", "data", "imported")  # of a checkpoint
+
+
+def precise(path: Path, images: int | None, **overrides: Any) -> tuple[dict[str, Any], int]:
+    """A checkpoint as it is but for BN's statistics, which are those of ``images`` training images
+    (all, if None), in whole batches; and how many these were.
+
+    Raises:
+        UserError: the file is no checkpoint of this tool, the images are missing or fewer, or a
+            statistic is not finite.
+    """
+    saved = checkpoints.network(path)
+    experiment = checkpoints.experiment_of(saved, **overrides, devices="1")
+    experiment = replace(experiment, batch_size=min(experiment.batch_size, images or 2**31))
+    task, data = restore_as(path, replace(experiment, steps=1, warmup=0))
+    if images and images > data.train_images:
+        hint = f"--images {data.train_images} or fewer"
+        raise UserError(f"there are {data.train_images:,} training images, not {images:,}", hint)
+    size = experiment.batch_size
+    batches = (images or data.train_images) // size
+    data.experiment = replace(data.experiment, steps=batches)
+    task.setup("fit")  # parts that were frozen stay as they are
+    found = statistics(task, data)
+    if wild := [name for name, value in found.items() if not value.isfinite().all()]:
+        raise UserError(f"{wild[0]} is not finite", "did this network diverge?")
+    kept = {name: saved[name] for name in KEPT if name in saved}
+    made = {**kept, "state_dict": saved["state_dict"] | found, "precise_bn": batches * size}
+    return made, batches * size
+
+
+@torch.no_grad()
+def statistics(task: Classification, data: ImageData) -> dict[str, torch.Tensor]:
+    """Mean and variance of each BN that learns, by its name in a checkpoint: the mean of those of
+    all batches, which weigh alike."""
+    trainer = trainer_of(data.experiment, logger=False)
+    data.trainer, device = trainer, trainer.strategy.root_device
+    task.to(device)
+    norms: dict[str, nn.Module] = {
+        name: module
+        for name, module in task.named_modules()
+        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
+    }
+    for norm in norms.values():
+        norm.reset_running_stats()  # type: ignore[operator]
+        norm.momentum = None  # type: ignore[assignment]
+    for number, batch in enumerate(data.batches(0)):
+        task.draw(number, 0)
+        with trainer.precision_plugin.forward_context():
+            task.through(task.pixels(trainer.strategy.batch_to_device(batch, device)))
+    names = [f"{name}.{what}" for name in norms for what in ("running_mean", "running_var")]
+    return {name: task.get_buffer(name).cpu() for name in names}
