@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from resnetv2_cli.inventory import Run
+from resnetv2_cli.jsonfile import is_number
 from resnetv2_cli.quantities import NONE, TOP
+from resnetv2_cli.runfolder import OTHERS
 
 RESULTS = {  # of result.json, with what they are measured in
     "test_error": "%",
@@ -50,20 +52,27 @@ def flat(value: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def measured(result: Mapping[str, Any]) -> dict[str, float]:
-    """What a run's result has of RESULTS, but for the top-5 error of so few classes that it is
-    none."""
+    """What a run's result has of RESULTS, and by other protocols, but for the top-5 error of so
+    few classes that it is none."""
     few = result.get("classes", TOP + 1) <= TOP
-    wanted = [key for key in RESULTS if key in result and not (few and key == "test_top5_error")]
-    return {key: result[key] for key in wanted}
+    found = {key: result[key] for key in RESULTS if key in result}
+    found |= flat({OTHERS: result.get(OTHERS, {})})
+    return {k: v for k, v in found.items() if not (few and k.endswith("top5_error"))}
+
+
+def headed(key: str) -> str:
+    """The name of a number of a result, with what it is measured in."""
+    unit = RESULTS.get(f"test_{key.rpartition('.')[2]}" if key.startswith(OTHERS) else key)
+    return f"{key}, {unit}" if unit else key
 
 
 def results(a: Run, b: Run) -> dict[str, list[float | None]]:
     """What was measured at their ends, and b - a; None before."""
     found = {}
     of_a, of_b = measured(a.result), measured(b.result)
-    for key in RESULTS:
+    for key in dict.fromkeys([*RESULTS, *of_a, *of_b]):
         ours, theirs = of_a.get(key), of_b.get(key)
-        apart = None if ours is None or theirs is None else theirs - ours
+        apart = theirs - ours if is_number(ours) and is_number(theirs) else None
         found[key] = [ours, theirs, apart]
     return found
 
@@ -98,8 +107,7 @@ def rows(made: dict[str, Any]) -> list[list[str]]:
     ]
     for key, (a, b, difference) in made["results"].items():
         if a is not None or b is not None:
-            unit = RESULTS[key]
-            found.append([f"{key}, {unit}", number(a), number(b), number(difference, "+")])
+            found.append([headed(key), number(a), number(b), number(difference, "+")])
     return found
 
 
@@ -124,6 +132,6 @@ def word(value: Any) -> str:
     return NONE if value is None else str(value)
 
 
-def number(value: float | None, sign: str = "") -> str:
-    """Four digits behind the point, or a dash."""
-    return NONE if value is None else f"{value:{sign}.4f}"
+def number(value: Any, sign: str = "") -> str:
+    """Four digits behind the point; or a dash, also for what is no number."""
+    return f"{value:{sign}.4f}" if is_number(value) else NONE

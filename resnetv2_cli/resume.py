@@ -9,7 +9,7 @@ from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.machine import processes
 from resnetv2_cli.optim import lr_factor
-from resnetv2_cli.runfolder import RunFolder
+from resnetv2_cli.runfolder import OTHERS, RunFolder
 from resnetv2_cli.settings import checked, flag_name
 from resnetv2_cli.telling import Tell
 
@@ -99,9 +99,10 @@ def longer(folder: RunFolder, saved: Experiment, wished: dict[str, Any]) -> int:
 
 
 def finished(folder: RunFolder, experiment: Experiment) -> dict[str, Any] | None:
-    """The result of a run that has nothing left to do."""
+    """The result of a run that has nothing left to do, nor to test."""
     result = folder.read_result()
-    return result if result.get("steps", -1) >= experiment.steps else None
+    tested = {*experiment.protocols[1:]} <= {*result.get(OTHERS, {})}
+    return result if tested and result.get("steps", -1) >= experiment.steps else None
 
 
 def same_run(

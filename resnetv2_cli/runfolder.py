@@ -133,9 +133,16 @@ class RunFolder:
         return self.config.is_file()
 
     def read_result(self) -> dict[str, Any]:
-        """What ``result.json`` says; nothing before it is there, or if it has no test error."""
+        """What ``result.json`` says; nothing before it is there, or if it has no test error, or
+        none by another protocol that it names."""
         said = jsonfile.mapping(self.result)
-        return said if isinstance(said.get("test_error"), int | float) else {}
+        others = said.get(OTHERS, {})
+        errors = [said.get("test_error")]
+        if not isinstance(others, dict):
+            return {}
+        errors += [scores.get("error") for scores in others.values() if isinstance(scores, dict)]
+        whole = len(errors) == 1 + len(others) and all(map(jsonfile.is_number, errors))
+        return said if whole else {}
 
     def read_failure(self) -> dict[str, Any]:
         """Why it ended without a result: ``reason``, and whether the loss ``diverged``; nothing

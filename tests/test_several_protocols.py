@@ -2,16 +2,19 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from trainings import trained_as
 
 from resnetv2_cli import evaluation, jsonfile, paper, run
 from resnetv2_cli.ablation import planning, record, studies, tables
+from resnetv2_cli.commands.ablate import every
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.describe import errors
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.report import rows
+from resnetv2_cli.report.charts import charts
 
 WAYS = ("320", "224", "ten-crop")
 SMALL = {"dataset": "folder", "stem": "cifar", "depth": 8, "batch_size": 4, "steps": 2}
@@ -65,6 +68,42 @@ def test_a_run_that_was_stopped_before_its_tests_makes_them(tree, tmp_path, monk
         assert result[key] == whole[key]
 
 
+@pytest.mark.parametrize(
+    "damage", [None, [], 3, {"320": None}, {"320": {}}, {"320": {"error": "x"}}]
+)
+def test_a_damaged_result_is_none_and_is_made_again(tree, tmp_path, here, damage):
+    given = SMALL | {"data_dir": str(tree), "protocol": "224,320"}
+    folder = trained_as(tmp_path / "run", **given)
+    whole = folder.read_result()
+    jsonfile.write(folder.result, whole | {"by_protocol": damage})
+    assert folder.read_result() == {} != whole
+    assert "stopped" in here("runs", "ls", "--root", tmp_path).stdout
+    assert (
+        trained_as(tmp_path / "run", resume={}).read_result()["by_protocol"]
+        == (whole["by_protocol"])
+    )
+
+
+def test_a_result_without_a_test_that_was_asked_for_is_completed(tree, tmp_path):
+    given = SMALL | {"data_dir": str(tree), "protocol": "224,320"}
+    folder = trained_as(tmp_path / "run", **given)
+    whole = folder.read_result()
+    jsonfile.write(folder.result, {k: v for k, v in whole.items() if k != "by_protocol"})
+    again = trained_as(tmp_path / "run", resume={}).read_result()
+    assert again["by_protocol"] == whole["by_protocol"]
+
+
+def test_what_is_no_number_is_shown_as_none(tree, tmp_path, here):
+    folder = trained_as(tmp_path / "run", **SMALL, data_dir=str(tree), protocol="224,320")
+    wrong = folder.read_result() | {"test_top5_error": "x", "test_loss": None}
+    jsonfile.write(folder.result, wrong)
+    shown = here("runs", "compare", folder.path, folder.path).stdout
+    assert re.search(r"by_protocol\.320\.error, %.*\d\.\d{4}", shown)
+    here("report", tmp_path, "--output", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "by_protocol.320.loss, nats" in page and "{'" not in page
+
+
 def test_the_commands_show_each(tree, tmp_path, here):
     more = [x for k, v in SMALL.items() for x in (f"--{k.replace('_', '-')}", v)]
     to = tmp_path / "run"
@@ -77,7 +116,7 @@ def test_the_commands_show_each(tree, tmp_path, here):
     assert scores["by_protocol"]["320"]["loss"] == pytest.approx(result["test_loss"])
     told = here("eval", to, "--protocol", "224,320").stdout
     assert [f"{way} as {side}" in told for way, side in (("224", 32), ("320", 46))] == [True, True]
-    assert "by_protocol.224.error" in here("runs", "show", to).stdout
+    assert "by_protocol.224.error, %" in here("runs", "show", to).stdout
     refused = here("predict", to, tree / "val" / "ant", "--protocol", "224,320", status=2)
     assert "predict looks at each picture by one protocol" in refused.stderr
 
@@ -152,9 +191,14 @@ def test_one_curve_of_one_training(tmp_path):
     made = table_5(tmp_path)
     for line in (made.lines[0], made.lines[2]):
         line.arms[0].folder.mkdir(parents=True)
-        line.arms[0].run.metrics.write_text("step\n1\n", encoding="utf-8")
-    [drawn] = made.curves().values()
+        line.arms[0].run.metrics.write_text("step,train_loss\n1,2.5\n", encoding="utf-8")
+    [chart], [drawn] = charts(made), made.curves().values()
+    assert [each["name"] for each in chart["names"]] == list(drawn)
     assert list(drawn) == ["ResNet-152 original, test 320", "ResNet-152 full-preact, test 320"]
+    alone = replace(made, lines=made.lines[:1])  # --row "ResNet-152 original, test 224"
+    assert [list(each) for each in alone.curves().values()] == [["ResNet-152 original, test 224"]]
+    assert [arm.row for arm in every([made])] == list(drawn)
+    assert [arm.row for arm in every([alone])] == ["ResNet-152 original, test 224"]
 
 
 def test_protocols_of_a_grid_are_tests_of_one_training(tmp_path):

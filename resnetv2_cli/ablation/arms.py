@@ -79,9 +79,10 @@ class Arm:
         if not result:
             return {}
         if self.watched:
-            both = {name: result.get(f"test_{name}") for name in ("error", "top5_error")}
-            return {name: float(value) for name, value in both.items() if value is not None}
-        return result.get(OTHERS, {}).get(self.tested, {})
+            said = {name: result.get(f"test_{name}") for name in ("error", "top5_error")}
+        else:
+            said = result.get(OTHERS, {}).get(self.tested, {})
+        return {name: float(value) for name, value in said.items() if jsonfile.is_number(value)}
 
     @property
     def watched(self) -> bool:
@@ -191,6 +192,15 @@ class Ablation:
         baseline = self.line(line.row.baseline)
         return Pairs.of(line.errors, baseline.errors if baseline else {})
 
+    @property
+    def trainings(self) -> list[Line]:
+        """The rows, but of several that are tests of one training that whose protocol it looks by,
+        if it is among them: the curves are that one's."""
+        first: dict[Path, Line] = {}
+        for line in sorted(self.lines, key=lambda line: not line.arms[0].watched):
+            first.setdefault(line.arms[0].folder, line)
+        return [line for line in self.lines if first[line.arms[0].folder] is line]
+
     def curves(self) -> dict[str, dict[str, Path]]:
         """Metrics files of each panel's rows, first seed; all rows in one if it has no panels. A
         panel's title says all that differs from the paper's recipe, too, and where there are more
@@ -202,8 +212,8 @@ class Ablation:
             below += "\nfirst seed of each row"
         drawn = {
             line.row.name: metrics
-            for line in self.lines
-            if (metrics := line.arms[0].run.metrics).exists() and line.arms[0].watched
+            for line in self.trainings
+            if (metrics := line.arms[0].run.metrics).exists()
         }
         return {
             panel + below: {name: drawn[name] for name in names if name in drawn}

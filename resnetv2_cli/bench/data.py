@@ -141,12 +141,12 @@ def ours(crop: str) -> Make:
     """What ``train`` does in each of its workers."""
 
     def make(data: ImageData, device: torch.device) -> Arm:
-        found = photographs(data)
-        size, n = STEMS[data.experiment.stem_].size, len(found.files)
+        found, e = photographs(data), data.experiment
+        size, n = STEMS[e.stem_].size, len(found.files)
         view = PROTOCOLS["224"].view(size)
-        views = folder.FolderImages(found, size, crop, data.experiment.seed, view)
+        views = folder.FolderImages(found, size, crop, e.seed, view, e.color)
         keys = ((i % n, i // n) for i in itertools.count())
-        return on_one_core(lambda: views[next(keys)][0], data.experiment.batch_size, device)
+        return on_one_core(lambda: views[next(keys)][0], e.batch_size, device)
 
     return make
 

@@ -147,8 +147,11 @@ def only(axis: str, given: list[str] | None) -> str | None:
 
 
 def every(made: "list[Ablation]") -> "list[Arm]":
-    """The runs of all rows, each once."""
-    arms = {arm.folder: arm for ablation in made for line in ablation.lines for arm in line.arms}
+    """The runs of all rows, each once, as that of the row whose protocol training looks by."""
+    arms: dict[Path, Arm] = {}
+    for arm in (arm for ablation in made for line in ablation.lines for arm in line.arms):
+        if arm.watched or arm.folder not in arms:
+            arms[arm.folder] = arm
     return list(arms.values())
 
 

@@ -88,7 +88,7 @@ def age(changed: float) -> str:
 def show(name: Name, root: Root = RUNS, format: Format = "table") -> None:
     """Show what one run is, what became of it, and where it ran."""
     from resnetv2_cli.ablation.studies import unusual
-    from resnetv2_cli.compare import RESULTS, flat, measured, number, word
+    from resnetv2_cli.compare import RESULTS, flat, headed, measured, number, word
     from resnetv2_cli.inventory import choose, runs_in
 
     run = choose(name, runs_in(root) if root.is_dir() else [])
@@ -104,7 +104,7 @@ def show(name: Name, root: Root = RUNS, format: Format = "table") -> None:
     errors = measured(run.ended)
     for key, value in flat({k: v for k, v in run.ended.items() if k != "environment"}).items():
         if key in errors:
-            rows.append([f"{key}, {RESULTS[key]}", number(value)])
+            rows.append([headed(key), number(value)])
         elif key not in (*RESULTS, "name", "steps") and value != []:
             rows.append([key, f"{value:,}" if type(value) is int else word(value)])
     rows += [[flag_name(k), word(v)] for k, v in unusual(run.settings).items()]

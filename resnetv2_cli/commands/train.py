@@ -137,7 +137,8 @@ def train(
 
 
 IN_TRAINING = """
-    batch_size val augment crop normalize accumulate compile graphs recompute recompute_bn sync_bn
+    batch_size val augment crop color normalize accumulate compile graphs recompute recompute_bn
+    sync_bn
 """.split()  # settings of other panels that an evaluation has no use for
 
 

@@ -21,7 +21,7 @@ def charts(ablation: Ablation) -> list[dict[str, Any]]:
     color = {line.row.name: i % len(COLORS) for i, line in enumerate(ablation.lines)}
     made = []
     for title, names in panels.items():
-        lines = [line for line in ablation.lines if line.row.name in names]
+        lines = [line for line in ablation.trainings if line.row.name in names]
         curves = [
             curve
             for line in lines

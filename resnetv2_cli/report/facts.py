@@ -3,7 +3,7 @@
 from statistics import median
 from typing import Any
 
-from resnetv2_cli.compare import RESULTS, flat, measured, number, word
+from resnetv2_cli.compare import RESULTS, flat, headed, measured, number, word
 from resnetv2_cli.inventory import Run
 from resnetv2_cli.paper import FAIL
 from resnetv2_cli.report.rows import STATES
@@ -24,9 +24,9 @@ def described(run: Run, shared: dict[str, Any]) -> dict[str, Any]:
     own = {k: v for k, v in run.settings.items() if k not in shared}
     errors = measured(run.result)
     results = [
-        (f"{key}, {RESULTS[key]}", number(value)) if key in errors else (key, word(value))
-        for key, value in run.result.items()
-        if key in errors or key not in (*RESULTS, "environment", "name")
+        (headed(key), number(value)) if key in errors else (key, word(value))
+        for key, value in flat({k: v for k, v in run.result.items() if k != "environment"}).items()
+        if key in errors or key not in (*RESULTS, "name")
     ]
     rate = rate_of(run)
     places = [*([("images a second", f"{rate:,.0f}")] if rate else [])]
