@@ -60,6 +60,19 @@ def measured(result: Mapping[str, Any]) -> dict[str, float]:
     return {k: v for k, v in found.items() if not (few and k.endswith("top5_error"))}
 
 
+def said(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Everything that a result says, but where it ran: what was measured, with its unit, and the
+    rest as it stands there."""
+    errors = measured(result)
+    others = {k: v for k, v in result.items() if k not in ("environment", "name", OTHERS, *RESULTS)}
+    found = [(headed(key), number(value)) for key, value in errors.items()]
+    return found + [
+        (key, f"{value:,}" if type(value) is int else word(value))
+        for key, value in others.items()
+        if value != []
+    ]
+
+
 def headed(key: str) -> str:
     """The name of a number of a result, with what it is measured in."""
     unit = RESULTS.get(f"test_{key.rpartition('.')[2]}" if key.startswith(OTHERS) else key)

@@ -49,6 +49,10 @@ class Experiment(Options):
                     f"leave it out, or say --{f.name} {f.default}",
                 )
 
+        if self.color != "none" and not self.augment:
+            hint = "leave out --no-augment, or say --color none"
+            raise UserError(f"color {self.color} is an augmentation, and there is none", hint)
+
     def _check_start(self) -> None:
         if self.weights and not self.weights_sha256:
             # What is learned depends on the bytes, wherever they lie.

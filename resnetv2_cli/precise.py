@@ -2,6 +2,7 @@
 models and in fb.resnet.torch's, where training leaves moving averages of its last iterations.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,20 @@ from resnetv2_cli.evaluation import restore_as
 from resnetv2_cli.machine import trainer_of
 from resnetv2_cli.task import Classification
 
+Tick = Callable[[int, int], None]
 KEPT = ("experiment", "classes", "global_step", "data", "imported")  # of a checkpoint
 
 
-def precise(path: Path, images: int | None, **overrides: Any) -> tuple[dict[str, Any], int]:
+def precise(
+    path: Path, images: int | None, tick: Tick = lambda done, all: None, **overrides: Any
+) -> tuple[dict[str, Any], int]:
     """A checkpoint as it is but for BN's statistics, which are those of ``images`` training images
-    (all, if None), in whole batches; and how many these were.
+    (all, if None), in whole batches; and how many these were. ``tick``: hears how many batches are
+    done, of how many.
 
     Raises:
-        UserError: the file is no checkpoint of this tool, the images are missing or fewer, or a
-            statistic is not finite.
+        UserError: the file is no checkpoint of this tool, or of a network that has no BN; the
+            images are missing or fewer; or a statistic is not finite.
     """
     saved = checkpoints.network(path)
     experiment = checkpoints.experiment_of(saved, **overrides, devices="1")
@@ -39,7 +44,9 @@ def precise(path: Path, images: int | None, **overrides: Any) -> tuple[dict[str,
     batches = (images or data.train_images) // size
     data.experiment = replace(data.experiment, steps=batches)
     task.setup("fit")  # parts that were frozen stay as they are
-    found = statistics(task, data)
+    found = statistics(task, data, tick)
+    if not found:
+        raise UserError(f"{path} has no BN that averages", "there is nothing to make anew")
     if wild := [name for name, value in found.items() if not value.isfinite().all()]:
         raise UserError(f"{wild[0]} is not finite", "did this network diverge?")
     kept = {name: saved[name] for name in KEPT if name in saved}
@@ -48,7 +55,7 @@ def precise(path: Path, images: int | None, **overrides: Any) -> tuple[dict[str,
 
 
 @torch.no_grad()
-def statistics(task: Classification, data: ImageData) -> dict[str, torch.Tensor]:
+def statistics(task: Classification, data: ImageData, tick: Tick) -> dict[str, torch.Tensor]:
     """Mean and variance of each BN that learns, by its name in a checkpoint: the mean of those of
     all batches, which weigh alike."""
     trainer = trainer_of(data.experiment, logger=False)
@@ -66,5 +73,6 @@ def statistics(task: Classification, data: ImageData) -> dict[str, torch.Tensor]
         task.draw(number, 0)
         with trainer.precision_plugin.forward_context():
             task.through(task.pixels(trainer.strategy.batch_to_device(batch, device)))
+        tick(number + 1, data.experiment.steps)
     names = [f"{name}.{what}" for name in norms for what in ("running_mean", "running_var")]
     return {name: task.get_buffer(name).cpu() for name in names}

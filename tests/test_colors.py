@@ -160,3 +160,8 @@ def test_workers_draw_what_the_process_itself_would(tree, tmp_path):
 def test_small_images_keep_their_colors():
     with pytest.raises(UserError, match="color jitter is for larger images than those of digits"):
         Experiment(dataset="digits", depth=8, color="jitter")
+
+
+def test_colors_are_not_changed_where_nothing_is_augmented():
+    with pytest.raises(UserError, match="color jitter is an augmentation, and there is none"):
+        Experiment(dataset="folder", depth=18, color="jitter", augment=False)

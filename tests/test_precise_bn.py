@@ -28,7 +28,9 @@ def test_they_are_the_means_of_whole_batches_and_nothing_else_changes(
 ):
     """As PyTorch's own loop over the same batches has them."""
     file = trained_as(tmp_path / "run", shortcut=shortcut).last
-    made, n = precise(file, images)
+    heard: list[tuple[int, int]] = []
+    made, n = precise(file, images, lambda *counts: heard.append(counts))
+    assert heard == [(k + 1, batches) for k in range(batches)]
     assert n == 16 * batches == made["precise_bn"]
     before, after = checkpoints.read(file)["state_dict"], made["state_dict"]
     assert before.keys() == after.keys()
@@ -104,6 +106,14 @@ def test_more_images_than_there_are(trained, images, message):
     with pytest.raises(UserError, match=message) as caught:
         precise(trained / "checkpoints" / "last.ckpt", images)
     assert "--images 1437" in caught.value.hint
+
+
+def test_where_all_bn_is_frozen_there_is_nothing_to_make_anew(tmp_path):
+    begun = trained_as(tmp_path / "begun", unit="original")
+    frozen = {"weights": str(begun.path), "freeze": "stem,stage1,stage2,stage3"}
+    file = trained_as(tmp_path / "run", unit="original", **frozen).last
+    with pytest.raises(UserError, match="has no BN that averages"):
+        precise(file, 64)
 
 
 def test_statistics_that_are_not_finite_are_not_written(trained, tmp_path):

@@ -118,8 +118,8 @@ def refuse_twins(lines: list[Line]) -> None:
         if test in taken:
             raise UserError(
                 f"{taken[test]} and {name} are one and the same run",
-                "what changes nothing that is learned (devices, workers) is no axis: give it as a "
-                "flag, with an --output for each of its values",
+                "give each value once; what changes nothing that is learned (devices, workers) is "
+                "no axis: give it as a flag, with an --output for each of its values",
             )
         taken[test] = name
 

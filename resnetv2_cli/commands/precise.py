@@ -46,7 +46,8 @@ def precise_bn(
     refuse_needed(to)
     if to.exists():
         raise UserError(f"{to} exists", "name another file with --output")
-    made, n = precise(file, images, **flags)
+    with console.progress() as tick:
+        made, n = precise(file, images, tick, **flags)
     writer = WholeFiles()
     writer.save_checkpoint(made, to)
     if writer.failure:

@@ -88,7 +88,7 @@ def age(changed: float) -> str:
 def show(name: Name, root: Root = RUNS, format: Format = "table") -> None:
     """Show what one run is, what became of it, and where it ran."""
     from resnetv2_cli.ablation.studies import unusual
-    from resnetv2_cli.compare import RESULTS, flat, headed, measured, number, word
+    from resnetv2_cli.compare import said, word
     from resnetv2_cli.inventory import choose, runs_in
 
     run = choose(name, runs_in(root) if root.is_dir() else [])
@@ -101,12 +101,7 @@ def show(name: Name, root: Root = RUNS, format: Format = "table") -> None:
     rows = [["state", run.state], ["iteration", f"{run.step:,} of {run.steps:,}"]]
     if run.failure:
         rows.append(["reason", run.failure.get("reason", "")])
-    errors = measured(run.ended)
-    for key, value in flat({k: v for k, v in run.ended.items() if k != "environment"}).items():
-        if key in errors:
-            rows.append([headed(key), number(value)])
-        elif key not in (*RESULTS, "name", "steps") and value != []:
-            rows.append([key, f"{value:,}" if type(value) is int else word(value)])
+    rows += [[what, value] for what, value in said(run.ended) if what != "steps"]
     rows += [[flag_name(k), word(v)] for k, v in unusual(run.settings).items()]
     rows += [[what, code] for what, code in run.own_code.items()]
     for key, value in run.environment.items():

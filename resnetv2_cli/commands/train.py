@@ -120,16 +120,19 @@ def train(
     if json:
         console.as_json(result)
         return
-    error = f"{result['test_error']:.2f} %"
-    if result.get("classes", TOP + 1) > TOP:
-        error += f" (top-5 {result['test_top5_error']:.2f} %)"
+
+    def shown(error: float, top5: float) -> str:
+        five = f" (top-5 {top5:.2f} %)" if result.get("classes", TOP + 1) > TOP else ""
+        return f"{error:.2f} %{five}"
+
+    error = shown(result["test_error"], result["test_top5_error"])
     images, steps = result["test_images"], result["steps"]
     after = f"{steps:,} iterations"
     if experiment.val:
         after = f"{result.get('test_step', steps):,} iterations, chosen by --val, of {steps:,}"
     console.out.print(f"test error {error} of {images:,} images after {after}")
     for protocol, scores in result.get(OTHERS, {}).items():
-        error = f"{scores['error']:.2f} % (top-5 {scores['top5_error']:.2f} %)"
+        error = shown(scores["error"], scores["top5_error"])
         console.out.print(f"by --protocol {protocol}: {error}")
     console.note(f"curves:   {folder.curves}")
     words = ["resnetv2", "eval", str(folder.path), *trust.flags(experiment.own.values())]

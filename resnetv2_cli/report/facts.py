@@ -3,7 +3,7 @@
 from statistics import median
 from typing import Any
 
-from resnetv2_cli.compare import RESULTS, flat, headed, measured, number, word
+from resnetv2_cli.compare import flat, said, word
 from resnetv2_cli.inventory import Run
 from resnetv2_cli.paper import FAIL
 from resnetv2_cli.report.rows import STATES
@@ -22,12 +22,6 @@ def in_common(runs: list[Run]) -> dict[str, Any]:
 def described(run: Run, shared: dict[str, Any]) -> dict[str, Any]:
     """A run in three lists: its own settings, its results, where it ran."""
     own = {k: v for k, v in run.settings.items() if k not in shared}
-    errors = measured(run.result)
-    results = [
-        (headed(key), number(value)) if key in errors else (key, word(value))
-        for key, value in flat({k: v for k, v in run.result.items() if k != "environment"}).items()
-        if key in errors or key not in (*RESULTS, "name")
-    ]
     rate = rate_of(run)
     places = [*([("images a second", f"{rate:,.0f}")] if rate else [])]
     places += [(key, word(value)) for key, value in flat(run.environment).items()]
@@ -41,7 +35,7 @@ def described(run: Run, shared: dict[str, Any]) -> dict[str, Any]:
         "error": "" if error is None or error == FAIL else f"{error:.2f} %",
         "reason": run.failure.get("reason", ""),
         "settings": [*((flag_name(k), word(v)) for k, v in own.items()), *run.own_code.items()],
-        "results": results,
+        "results": said(run.result),
         "environment": places,
     }
 
