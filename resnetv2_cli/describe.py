@@ -169,8 +169,9 @@ def errors(experiment: Experiment) -> dict[str, str]:
     found: dict[str, list[str]] = {}
     for number, table in TABLES.items():
         for row in here(table):
+            by = row.tested if len(experiment.protocols) > 1 else ""
             top5 = f"top-5 {row.top5}" if row.top5 else ""
-            told = ", ".join(filter(None, [str(number), top5, row.note]))
+            told = ", ".join(filter(None, [str(number), by, top5, row.note]))
             found.setdefault(percent(row.published), []).append(told)
     own = [f"{e} (Table{'s' * (len(n) > 1)} {', '.join(n)})" for e, n in found.items()]
     own += [f"{percent(row.published)} ({row.source})" for row in here(ELSEWHERE)]

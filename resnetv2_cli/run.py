@@ -232,12 +232,14 @@ def fit_views(task: Classification) -> None:
 def by_others(
     trainer: L.Trainer, task: Classification, data: ImageData
 ) -> dict[str, dict[str, float]]:
-    """``error``, ``top5_error`` (percent) and ``loss`` (nats) on the test images by each protocol
-    but the first, whose scores the task keeps."""
-    kept, found = task.scores, {}
+    """``error``, ``top5_error`` (percent), ``loss`` (nats) and how many were ``not_finite`` on the
+    test images by each protocol but the first, whose scores the task keeps."""
+    kept, found, n = task.scores, {}, len(data.test.labels)
+    what = ("error", "top5_error", "loss", "not_finite")
     for data.protocol in task.experiment.protocols[1:]:
         trainer.test(task, datamodule=data, verbose=False, weights_only=True)
-        found[data.protocol] = {k: task.scores[k] for k in ("error", "top5_error", "loss")}
+        assert task.scores["images"] == n, f"{task.scores['images']} of {n} images were counted"
+        found[data.protocol] = {name: task.scores[name] for name in what}
     task.scores = kept
     return found
 

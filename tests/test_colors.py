@@ -165,3 +165,7 @@ def test_small_images_keep_their_colors():
 def test_colors_are_not_changed_where_nothing_is_augmented():
     with pytest.raises(UserError, match="color jitter is an augmentation, and there is none"):
         Experiment(dataset="folder", depth=18, color="jitter", augment=False)
+
+
+def test_an_evaluation_has_no_use_for_them(trained, here):
+    assert "no such option: --color" in here("eval", trained, "--color", "jitter", status=2).stderr

@@ -1,13 +1,17 @@
 """One training, tested by several protocols: its result, and the rows of a table that share it."""
 
 import json
+import math
+import os
 import re
+import signal
 from dataclasses import replace
 
 import pytest
+from lightning.pytorch import Callback
 from trainings import trained_as
 
-from resnetv2_cli import evaluation, jsonfile, paper, run
+from resnetv2_cli import evaluation, jsonfile, paper
 from resnetv2_cli.ablation import planning, record, studies, tables
 from resnetv2_cli.commands.ablate import every
 from resnetv2_cli.config import Experiment
@@ -15,6 +19,7 @@ from resnetv2_cli.describe import errors
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.report import rows
 from resnetv2_cli.report.charts import charts
+from resnetv2_cli.task import Classification
 
 WAYS = ("320", "224", "ten-crop")
 SMALL = {"dataset": "folder", "stem": "cifar", "depth": 8, "batch_size": 4, "steps": 2}
@@ -54,18 +59,35 @@ def test_a_result_has_the_scores_by_each(tree, tmp_path, val):
     assert result["test_set_readings"] == (1 if val else 2) + 2
 
 
-def test_a_run_that_was_stopped_before_its_tests_makes_them(tree, tmp_path, monkeypatch):
-    def stopped(*given):
-        raise Stopped("the time is over", 0)
+class InTheLastTest(Callback):
+    """SIGTERM, as the test by the last protocol begins."""
 
+    def on_test_batch_start(self, trainer, *_) -> None:
+        if trainer.datamodule.protocol:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_that_is_stopped_in_its_tests_makes_them_again(tree, tmp_path):
     given = SMALL | {"data_dir": str(tree), "protocol": "224,320"}
     whole = trained_as(tmp_path / "whole", **given).read_result()
-    with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(run, "by_others", stopped)
-        trained_as(tmp_path / "run", **given)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        trained_as(tmp_path / "run", display=[InTheLastTest()], **given)
+    assert not (tmp_path / "run" / "result.json").exists()
     result = trained_as(tmp_path / "run", resume={}).read_result()
     for key in ("test_loss", "by_protocol"):
         assert result[key] == whole[key]
+
+
+def test_two_processes_count_each_image_once_by_each(tree, tmp_path, resnetv2):
+    flags = [x for k, v in SMALL.items() for x in (f"--{k.replace('_', '-')}", v)]
+    to = tmp_path / "run"
+    resnetv2("train", *flags, "--data-dir", tree, "--protocol", "224,320", "--devices", 2,
+             "--strategy", "ddp", "--accelerator", "cpu", "--output", to)  # fmt: skip
+    result = json.loads((to / "result.json").read_text())
+    alone, _ = evaluation.evaluate(to / "checkpoints" / "last.ckpt", protocol="320,224")
+    assert result["test_images"] == alone["images"] == 2
+    assert result["test_loss"] == pytest.approx(alone["by_protocol"]["224"]["loss"], rel=1e-5)
+    assert result["by_protocol"]["320"]["loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -108,14 +130,19 @@ def test_the_commands_show_each(tree, tmp_path, here):
     more = [x for k, v in SMALL.items() for x in (f"--{k.replace('_', '-')}", v)]
     to = tmp_path / "run"
     said = here("train", *more, "--data-dir", tree, "--protocol", "320,224", "--output", to).stdout
-    assert re.search(r"^by --protocol 224: \d+\.\d\d %$", said, re.M)  # of two classes no top-5
-    scores = json.loads(here("eval", to, "--protocol", "224,320", "--json").stdout)
     result = json.loads((to / "result.json").read_text())
+    error = result["by_protocol"]["224"]["error"]
+    assert f"by --protocol 224: {error:.2f} %\n" in said  # and of two classes no top-5
+    scores = json.loads(here("eval", to, "--protocol", "224,320", "--json").stdout)
     assert scores["protocol"] == "224" and list(scores["by_protocol"]) == ["320"]
     assert scores["loss"] == pytest.approx(result["by_protocol"]["224"]["loss"])
     assert scores["by_protocol"]["320"]["loss"] == pytest.approx(result["test_loss"])
     told = here("eval", to, "--protocol", "224,320").stdout
-    assert [f"{way} as {side}" in told for way, side in (("224", 32), ("320", 46))] == [True, True]
+    losses = {"224 as 32": scores["loss"], "320 as 46": scores["by_protocol"]["320"]["loss"]}
+    for way, loss in losses.items():
+        [line] = [line for line in told.splitlines() if way in line]
+        assert f"{loss:.2f}" in line
+    assert "error by class, by --protocol 224" in told
     told = here("runs", "show", to).stdout
     assert "by_protocol.224.error, %" in told and "by_protocol.224.top5" not in told
     refused = here("predict", to, tree / "val" / "ant", "--protocol", "224,320", status=2)
@@ -127,6 +154,25 @@ def test_a_mean_image_fits_every_protocol_or_none_is_begun(trained, tree, tmp_pa
     with pytest.raises(UserError, match="by --protocol 320 it sees 46x46"):
         trained_as(tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
+    file = trained_as(tmp_path / "begun", **given | {"protocol": "224"}).last
+    with pytest.raises(UserError, match="by --protocol 320 it sees 46x46"):
+        evaluation.evaluate(file, protocol="224,320")
+    read = jsonfile.mapping(tmp_path / "begun" / "manifest.json")["test_set_readings"]
+    assert read == 2  # in training alone
+
+
+def test_numbers_that_are_not_finite_by_another_protocol_are_told(
+    tree, tmp_path, here, monkeypatch
+):
+    file = trained_as(tmp_path / "run", **SMALL, data_dir=str(tree)).last
+    look = Classification.look
+
+    def wild(task, images):
+        return look(task, images) * (math.nan if images.shape[1] > 32 else 1)
+
+    monkeypatch.setattr(Classification, "look", wild)
+    said = here("eval", file, "--protocol", "224,320", "--output", tmp_path).stderr
+    assert "the numbers for 2 images are not finite" in said
 
 
 def table_5(root, runs=1):
@@ -178,6 +224,26 @@ def test_a_table_has_the_errors_by_each_and_of_five_guesses(tmp_path, again):
     ]  # fmt: skip
 
 
+def test_photographs_of_ones_own_have_no_top_5_column(tmp_path):
+    given = {"dataset": "folder", "data_dir": str(tmp_path / "gone")}
+    made = planning.plan(studies.of_grid(["depth=18", "protocol=320,224"]), 1, given, tmp_path)
+    leave(made.lines[0], [(21.5, 5.75), (23.25, 6.5)])
+    columns, cells = tables.table(made, 0.5)
+    assert not [column for column in columns if "top-5" in column]
+    assert [row[columns.index("here, %")] for row in cells] == ["21.50", "23.25"]
+
+
+@pytest.mark.parametrize("damage", [{"tested": []}, {"tested": "nowhere"}, {"top5": "x"}])
+def test_a_damaged_record_is_told(tmp_path, damage):
+    made = table_5(tmp_path)
+    record.write(made)
+    saved = jsonfile.mapping(made.file)
+    saved["rows"][0] |= damage
+    jsonfile.write(made.file, saved)
+    with pytest.raises(UserError, match="is not what an ablation leaves"):
+        record.read(made.file)
+
+
 def test_a_record_of_an_earlier_version_has_the_first_protocol(tmp_path):
     made = planning.plan(studies.of_grid(["depth=50", "dataset=imagenet"]), 1, {}, tmp_path)
     record.write(made)
@@ -186,6 +252,14 @@ def test_a_record_of_an_earlier_version_has_the_first_protocol(tmp_path):
         del row["tested"], row["top5"]
     jsonfile.write(made.file, saved)
     assert record.read(made.file).lines[0].arms[0].tested == ""
+
+
+def test_a_plan_has_the_time_of_each_training_once(tree, tmp_path, here):
+    small = [x for k, v in SMALL.items() for x in (f"--{k.replace('_', '-')}", v)]
+    said = here("ablate", "--grid", "protocol=224,320", *small, "--data-dir", tree, "--output",
+                tmp_path, "--dry-run", "--format", "csv").stdout  # fmt: skip
+    [_, first, second] = said.strip().splitlines()
+    assert second.endswith(",the same") and not first.endswith(",the same")
 
 
 def test_one_curve_of_one_training(tmp_path):
@@ -213,6 +287,7 @@ def test_protocols_of_a_grid_are_tests_of_one_training(tmp_path):
     assert folders[0] == folders[1] != folders[2] == folders[3]
     assert [line.row.published for line in made.lines] == [None, None, 23.0, 21.3]
     assert [line.row.top5 for line in made.lines] == [None, None, 6.7, 5.5]
+    assert made.lines[1].arms[0].experiment.protocols == ("224", "320")
     with pytest.raises(UserError, match="are one and the same run"):
         planning.plan(studies.of_grid(["depth=50", "protocol=224,224"]), 1, given, tmp_path)
 

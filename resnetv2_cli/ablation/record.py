@@ -11,7 +11,9 @@ from resnetv2_cli import jsonfile
 from resnetv2_cli.ablation.arms import Ablation, Arm, Line
 from resnetv2_cli.ablation.studies import Study, unusual
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError
+from resnetv2_cli.jsonfile import is_number
 from resnetv2_cli.paper import FAIL, PaperTable, Row
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.settings import renewed
@@ -98,15 +100,17 @@ def line_of(row: Mapping[str, Any], root: Path) -> Line:
     """A row as ``write`` leaves it; an arm that has not begun is what it will be."""
     published = FAIL if row["published"] == "fail" else row["published"]
     kept: dict[str, Any] = {k: row[k] for k in ("figure", "spread", "note", "baseline")}
-    kept |= {key: row[key] for key in ("tested", "top5") if key in row}  # not in earlier versions
+    tested, top5 = row.get("tested", ""), row.get("top5")  # which earlier versions did not write
+    if tested not in ("", *PROTOCOLS) or not (top5 is None or is_number(top5)):
+        raise ValueError(f"{row['name']}: {tested!r}, {top5!r}")
     settings = renewed(row.get("settings", {}))
     arms = []
     for place in row["arms"]:
         folder = root / place
         seed = int(folder.name.removeprefix("s"))
         asked = Experiment(**settings, seed=seed)
-        arms.append(Arm(row["name"], asked, folder, tested=kept.get("tested", "")))
-    return Line(Row(row["name"], published, settings, **kept), arms)
+        arms.append(Arm(row["name"], asked, folder, tested=tested))
+    return Line(Row(row["name"], published, settings, top5=top5, tested=tested, **kept), arms)
 
 
 def named(study: str, lines: list[Line], root: Path) -> str:

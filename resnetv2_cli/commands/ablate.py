@@ -217,7 +217,11 @@ def plan(made: "list[Ablation]", jobs: int, probe: bool, detect: float, format: 
             "done": [f"{counts['done']}/{counts['planned']}" for _, counts in rows],
         }
         if probe:
-            columns["time"] = [quantities.duration(counts["seconds"]) for _, counts in rows]
+            own = ablation.trainings  # other rows are tests of one of these
+            columns["time"] = [
+                quantities.duration(counts["seconds"]) if line in own else "the same"
+                for line, counts in rows
+            ]
         title = ablation.title
         if len(set(columns["depth"])) == 1:
             title += f"\n{columns.pop('depth')[0]} layers each"

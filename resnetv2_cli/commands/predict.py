@@ -13,6 +13,7 @@ import typer
 from resnetv2_cli import console
 from resnetv2_cli.commands.app import Saved, app
 from resnetv2_cli.config import Experiment
+from resnetv2_cli.data.protocols import listed
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.flags import with_flags
 
@@ -59,7 +60,7 @@ def predict(
 
         refuse_suffix(picture)
         drawn = MOST
-    if "," in flags.get("protocol", ""):
+    if "," in listed(flags.get("protocol", "224")):
         raise UserError("predict looks at each picture by one protocol", "--protocol 320")
     task = inference.network(find(checkpoint), **flags, devices="1")
     first: list[Prediction] = []

@@ -185,7 +185,7 @@ def evaluate(
     except OSError as error:
         picture = None
         console.note(f"no picture: cannot write {to}: {error.strerror}")
-    if wild := scores["not_finite"]:
+    if wild := max(each["not_finite"] for each in (scores, *scores[OTHERS].values())):
         console.note(f"the numbers for {wild:,} images are not finite: they count as wrong")
     e, rows = task.experiment, paper.evaluated(task.experiment)
     named = dict(zip(task.classes, scores.pop("class_errors"), strict=True))
@@ -210,7 +210,8 @@ def evaluate(
     )
     if len(named) <= 20:
         cells = [(c, NONE if e is None else f"{e:.2f}") for c, e in named.items()]
-        console.table("error by class", ["class", "%"], cells)
+        by = f", by --protocol {e.protocols[0]}" if scores[OTHERS] else ""
+        console.table(f"error by class{by}", ["class", "%"], cells)
     if picture:
         console.note(f"confusion matrix: {picture}")
 

@@ -54,7 +54,7 @@ def arm(one: Arm) -> dict[str, str]:
     """The state of one run of a row, and a sentence on it."""
     run = Run(one.row, one.run)
     says = f"seed {one.experiment.seed}: {STATES[run.state]}"
-    if run.state == "done":
+    if run.state == "done" and one.error is not None:
         says += f", {one.error:.2f} %"
     elif run.failure:
         says += f", {run.failure.get('reason', '')}"
