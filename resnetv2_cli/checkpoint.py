@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from shlex import quote
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import Damaged, NotSaved, UserError, shown
 from resnetv2_cli.options import OF_FILES
+from resnetv2_cli.runfolder import refuse_needed
 from resnetv2_cli.settings import renewed
 from resnetv2_cli.telling import Tell
 
 SEALED = "sealed"  # a key that says that the file ends with its digest
+PRECISE = "precise_bn"  # a key: of how many training images BN's statistics are, made anew
 WHOLE = [name for name, row in DATASETS.items() if row.decoded]  # datasets
 
 
@@ -59,6 +62,41 @@ class WholeFiles(TorchCheckpointIO):
             said = f"cannot save {target}: {error.strerror or error}"
             hint = left_in(path.parent) if target == path else f"{path.name} is saved"
             self.failure = NotSaved(said, hint)
+
+
+def refuse_taken(path: Path) -> None:
+    """Refuse a place for a new checkpoint, before the work for it.
+
+    Raises:
+        UserError: something is there, it is a run's, nothing can be written there, or its name is
+            of another kind of file.
+    """
+    hint = "name another file with --output"
+    refuse_needed(path)
+    if path.exists():
+        raise UserError(f"{path} exists", hint)
+    if path.suffix.lower() == ".safetensors":
+        named = path.with_suffix(".ckpt")
+        raise UserError(f"{path} would be a checkpoint by its content", f"such as {named}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot save {path}: {error.strerror or error}", hint) from None
+
+
+def leave(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a new checkpoint.
+
+    Raises:
+        UserError: it cannot be written, or something is in its place by now.
+    """
+    refuse_taken(path)
+    writer = WholeFiles()
+    writer.save_checkpoint(checkpoint, path)
+    if writer.failure:
+        raise UserError(str(writer.failure), "name another file with --output")
 
 
 def left_in(folder: Path) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.callbacks import Readings
+from resnetv2_cli.checkpoint import PRECISE
 from resnetv2_cli.cluster import Meeting
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.module import ImageData
@@ -64,15 +65,14 @@ def fill(task: Classification, data: ImageData, saved: dict[str, Any], path: Pat
 
 
 def manifest_of(checkpoint: Path) -> Manifest | None:
-    """The manifest of the run whose folder a checkpoint is in; others' files are not touched.
+    """The manifest of the run whose folder a checkpoint is in, as one of its own or made of one;
+    others' files are not touched.
 
     Raises:
         UserError: it cannot be read.
     """
-    folder = RunFolder.of(checkpoint)
-    if folder and folder.begun and folder.manifest.read():
-        return folder.manifest
-    return None
+    folder = RunFolder.of(checkpoint) or RunFolder(checkpoint.absolute().parent)
+    return folder.manifest if folder.begun and folder.manifest.read() else None
 
 
 def evaluate(
@@ -97,7 +97,7 @@ def evaluate(
     with leaver:
         trainer.test(task, datamodule=data, verbose=False, weights_only=True)
         others = by_others(trainer, task, data)
-    scores = task.scores | {"step": step, OTHERS: others}
+    scores = task.scores | {"step": step, OTHERS: others, PRECISE: saved.get(PRECISE, 0)}
     expected = len(data.test.labels)
     assert scores["images"] == expected, f"{scores['images']} of {expected} images were counted"
     return scores, task

@@ -46,6 +46,8 @@ def refuse_misshapen(checkpoint: Any, path: Path) -> None:
     for name, value in checkpoint["state_dict"].items():
         if not isinstance(name, str) or not is_plain(value):
             raise misshapen(path, f"its weight {shown(name)} is no plain tensor")
+    if type(checkpoint.get("precise_bn", 0)) is not int:
+        raise misshapen(path, f"its precise_bn is {shown(checkpoint['precise_bn'])}")
     imported = checkpoint.get("imported", {})  # of those alone that ``import`` made
     if not isinstance(imported, dict):
         raise misshapen(path, f"its imported is {shown(imported)}")

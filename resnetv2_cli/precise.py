@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnetv2_cli import checkpoint as checkpoints
+from resnetv2_cli.checkpoint import PRECISE
 from resnetv2_cli.data.module import ImageData
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.evaluation import restore_as
@@ -50,7 +51,7 @@ def precise(
     if wild := [name for name, value in found.items() if not value.isfinite().all()]:
         raise UserError(f"{wild[0]} is not finite", "did this network diverge?")
     kept = {name: saved[name] for name in KEPT if name in saved}
-    made = {**kept, "state_dict": saved["state_dict"] | found, "precise_bn": batches * size}
+    made = {**kept, "state_dict": saved["state_dict"] | found, PRECISE: batches * size}
     return made, batches * size
 
 

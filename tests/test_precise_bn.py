@@ -1,20 +1,31 @@
 """Precise BN: statistics over many training images, in a checkpoint that is otherwise the same."""
 
 import json
+import shlex
+import shutil
 from itertools import islice
 
 import pytest
 import torch
+from conftest import SMALL
 from iterations import FakeTrainer
 from torch.optim.swa_utils import update_bn
 from trainings import TINY, same, trained_as
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import evaluation
+from resnetv2_cli import evaluation, jsonfile
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.precise import precise
 
+OWN = """
+from resnetv2_cli.shortcuts import Shortcut
+
+
+class Own(Shortcut):
+    def forward(self, x, residual):
+        return 0.9 * self.carry(x) + residual
+"""
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -32,7 +43,11 @@ def test_they_are_the_means_of_whole_batches_and_nothing_else_changes(
     made, n = precise(file, images, lambda *counts: heard.append(counts))
     assert heard == [(k + 1, batches) for k in range(batches)]
     assert n == 16 * batches == made["precise_bn"]
-    before, after = checkpoints.read(file)["state_dict"], made["state_dict"]
+    saved = checkpoints.read(file)
+    assert {k: made[k] for k in ("experiment", "classes", "global_step", "data")}.items() <= (
+        saved.items()
+    )
+    before, after = saved["state_dict"], made["state_dict"]
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.endswith(STATISTICS)}
@@ -67,6 +82,62 @@ def test_the_command_leaves_a_checkpoint_that_every_other_takes(trained, tree, t
     assert "test error" in begun.stdout
     refused = here("precise-bn", trained, "--output", to, status=2).stderr
     assert f"{to} exists" in refused
+
+
+@pytest.mark.parametrize(
+    "images, given, n",
+    [(None, {"batch_size": 500}, 1000), (100, {"batch_size": 64}, 64), (3, {}, 3)],
+)
+def test_batches_are_as_large_as_asked_for_and_no_larger_than_all(tmp_path, images, given, n):
+    file = trained_as(tmp_path / "run", warmup=4).last  # longer than the one iteration here
+    assert precise(file, images, **given)[1] == n
+
+
+def test_the_arithmetic_is_that_which_is_asked_for(trained):
+    file = trained / "checkpoints" / "last.ckpt"
+    made = [precise(file, 64, precision=p)[0]["state_dict"] for p in ("32-true", "bf16-mixed")]
+    assert any(not torch.equal(made[0][name], made[1][name]) for name in made[0])
+
+
+def test_the_command_says_how_it_is_evaluated(trained, tmp_path, monkeypatch, here):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mineprecise.py").write_text(OWN)
+    own = ["--shortcut", "mineprecise:Own", *SMALL, "--steps", 2, "--output", "own"]
+    here("train", *own)
+    said = here("precise-bn", "own", "--allow-code", "mineprecise:Own", "--data-dir", "a b").stderr
+    line = "evaluate: resnetv2 eval own/last-precise-bn.ckpt --allow-code mineprecise:Own"
+    line += " --data-dir 'a b'"
+    assert line in said
+    before = jsonfile.mapping(tmp_path / "own" / "manifest.json")["test_set_readings"]
+    shown = here(*shlex.split(line)[2:]).stdout
+    assert "BN's statistics of 1,408 training images" in shown
+    after = jsonfile.mapping(tmp_path / "own" / "manifest.json")["test_set_readings"]
+    assert after == before + 1
+
+
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        ("new.safetensors", "would be a checkpoint by its content"),
+        ("run/checkpoints/new.ckpt", "is part of a run"),
+        ("/proc/new.ckpt", "cannot save /proc/new.ckpt"),
+        ("run", "exists"),
+    ],
+)
+def test_a_place_where_it_cannot_be_is_refused_before_the_work(
+    trained, tmp_path, monkeypatch, here, place, message
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "run")
+    monkeypatch.setattr("resnetv2_cli.precise.precise", None)
+    refused = here("precise-bn", "run", "--output", place, status=2).stderr
+    assert message in refused and "hint: " in refused
+
+
+def test_on_a_full_disk_nothing_is_left(trained, tmp_path, here, full):
+    full(10_000)
+    refused = here("precise-bn", trained, "--images", 64, "--output", tmp_path / "a.ckpt", status=2)
+    assert "cannot save" in refused.stderr and not [*tmp_path.iterdir()]
 
 
 def test_by_itself_it_lies_in_the_runs_folder_but_not_among_its_checkpoints(tmp_path, here):

@@ -158,6 +158,7 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint on its test images; it names network and data by itself."""
     from resnetv2_cli import cluster, evaluation
+    from resnetv2_cli.checkpoint import PRECISE
     from resnetv2_cli.manifest import rewritten
     from resnetv2_cli.plot import confusion
     from resnetv2_cli.run import first_process
@@ -203,8 +204,10 @@ def evaluate(
     needless = {"protocol"} if DATASETS[e.dataset].decoded else set()  # of one view
     needless |= set() if len(task.classes) > TOP else {"top-5"}
     kept = [i for i, column in enumerate(COLUMNS) if column not in needless]
+    bn = scores[PRECISE]
     console.table(
-        f"{file}, after {scores['step']:,} iterations",
+        f"{file}, after {scores['step']:,} iterations"
+        + (f", BN's statistics of {bn:,} training images" if bn else ""),
         [COLUMNS[i] for i in kept],
         [[cells[i] for i in kept] for cells in lines],
     )

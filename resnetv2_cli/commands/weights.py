@@ -55,7 +55,7 @@ def import_(
         raise UserError(f"--mean {mean!r} is not of 0..1", "divide what is of 0..255 by 255")
     if given and min(given[1]) <= 0:
         raise UserError(f"--std {std!r} is not above 0", "images are divided by it")
-    from resnetv2_cli.checkpoint import WholeFiles
+    from resnetv2_cli.checkpoint import leave
     from resnetv2_cli.foreign.convert import checkpoint, imported
     from resnetv2_cli.foreign.files import tensors
 
@@ -63,12 +63,7 @@ def import_(
     saved = checkpoint(made, source, file, classes, given)
     e = made.experiment
     to = output or Path(f"{source}-resnet{e.depth}-{e.block_}-{e.unit}.ckpt")
-    if to.exists():
-        raise UserError(f"{to} exists", "name another file with --output")
-    writer = WholeFiles()
-    writer.save_checkpoint(saved, to)
-    if writer.failure:
-        raise UserError(str(writer.failure), "name another file with --output")
+    leave(saved, to)
     learned = sum(v.numel() for n, v in made.weights.items() if n.endswith(("weight", "bias")))
     facts = {
         "checkpoint": str(to),
