@@ -290,7 +290,7 @@ def test_each_may_have_its_images_and_weights_elsewhere(tmp_path):
         file.write_bytes(b"of the same bytes")
     of = [{"weights": str(f), "data_dir": str(f), "workers": i} for i, f in enumerate(weights)]
     data = SimpleNamespace(digest="0")
-    one, other = (run._state(Experiment(dataset="digits", **e), data, None, 0) for e in of)
+    one, other = (run.state(Experiment(dataset="digits", **e), data, None, 0) for e in of)
     assert one == other
 
 

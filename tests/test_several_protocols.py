@@ -145,6 +145,9 @@ def test_the_commands_show_each(tree, tmp_path, here):
     assert "error by class, by --protocol 224" in told
     told = here("runs", "show", to).stdout
     assert "by_protocol.224.error, %" in told and "by_protocol.224.top5" not in told
+    here("export", to, "--format", "safetensors")
+    page = next((to / "export").glob("*.md")).read_text(encoding="utf-8")
+    assert f"That is by protocol 320; {error:.2f} % by 224." in page
     refused = here("predict", to, tree / "val" / "ant", "--protocol", "224,320", status=2)
     assert "predict looks at each picture by one protocol" in refused.stderr
 

@@ -11,7 +11,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.inventory import Run
-from resnetv2_cli.runfolder import RunFolder
+from resnetv2_cli.runfolder import OTHERS, RunFolder
 from resnetv2_cli.stats import Summary
 
 
@@ -112,6 +112,11 @@ def outcome(facts: Facts, result: dict[str, Any]) -> str:
             f"{measured:,} iterations: test error {error:.2f} % of {n:,} images."
         )
     lines = [f"Test error {error:.2f} % of {n:,} test images, after {facts.step:,} iterations."]
+    if others := result.get(OTHERS):
+        each = [f"{float(scores['error']):.2f} % by {way}" for way, scores in others.items()]
+        lines = [
+            f"{lines[0]} That is by protocol {facts.experiment.protocols[0]}; {', '.join(each)}."
+        ]
     errors = seeds(facts.run)
     summary = Summary(tuple(errors.values()))
     if summary.n > 1 and summary.mean is not None:
