@@ -367,7 +367,9 @@ def test_numbers_are_whole_and_words_fold(monkeypatch, capsys):
 def test_the_row_of_the_exclusive_gate_reaches_from_0_to_5_below(here):
     """Table 1: "fail" is of b_g = 0 to -5."""
     gate = {"dataset": "cifar10", "depth": 110, "unit": "original", "shortcut": "exclusive-gate"}
-    rows = {b: studies.same(gate | {"gate_bias": float(b)}) for b in (1, 0, -3, -5, -6, -7, -8)}
+    rows = {
+        b: studies.paper_row(gate | {"gate_bias": float(b)}) for b in (1, 0, -3, -5, -6, -7, -8)
+    }
     found = {b: row and row.published for b, row in rows.items()}
     assert found == {
         1: None,
@@ -378,7 +380,7 @@ def test_the_row_of_the_exclusive_gate_reaches_from_0_to_5_below(here):
         -7: 9.81,
         -8: None,
     }
-    assert studies.same(gate | {"shortcut": "shortcut-only-gate", "gate_bias": -3.0}) is None
+    assert studies.paper_row(gate | {"shortcut": "shortcut-only-gate", "gate_bias": -3.0}) is None
     flags = ["--unit", "original", "--shortcut", "exclusive-gate", "--gate-bias"]
     assert "of this network, %: fail (Table 1" in here("describe", *flags, -3).stdout
     assert "of this network" not in here("describe", *flags, -8).stdout

@@ -8,7 +8,7 @@ from typing import Any
 from resnetv2_cli import plans
 from resnetv2_cli.ablation.arms import HARMLESS, HELD_OUT, Ablation, Arm, Line
 from resnetv2_cli.ablation.record import named
-from resnetv2_cli.ablation.studies import LENGTH, SCALES, Study, length, same
+from resnetv2_cli.ablation.studies import LENGTH, SCALES, Study, length, paper_row
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
@@ -77,7 +77,7 @@ def plan(
         if study.axes:
             shortcut = row.settings.get("shortcut", "identity")
             other = {k: v for k, v in asked[row.name].items() if k not in HARMLESS}
-            if known := same(other | fitting(changed, shortcut), row.tested):
+            if known := paper_row(other | fitting(changed, shortcut), row.tested):
                 row = replace(row, published=known.published, top5=known.top5)
         check_held_out(arms[0].experiment)
         lines.append(Line(row, arms))

@@ -203,14 +203,15 @@ def of_grid(axes: list[str]) -> Study:
         settings = dict(zip(chosen, combination, strict=True))
         name = " ".join(f"{k}={v}" for k, v in settings.items())
         tested = settings.get("protocol", "")
-        settings |= {k: ",".join(chosen[k]) for k in settings if k == "protocol"}
+        if tested:
+            settings["protocol"] = ",".join(chosen["protocol"])
         baseline = rows[0].name if rows else ""
         rows.append(Row(name, None, settings, tested=tested, baseline=baseline))
     table = PaperTable(f"Grid: {title}", {}, tuple(rows))
     return Study(f"grid-{slug(title)[:60]}", table, tuple(chosen))
 
 
-def same(settings: Mapping[str, Any], tested: str = "") -> Row | None:
+def paper_row(settings: Mapping[str, Any], tested: str = "") -> Row | None:
     """The row of the paper with just these settings, tested by this protocol; None if it has none.
 
     What a row leaves open is the default of the tool, which is the paper's recipe.

@@ -64,4 +64,4 @@ def recolored(normalize: Normalize, images: Tensor, changes: Tensor) -> Tensor:
     pixels = images.flatten(1, 2).float()
     with torch.autocast(images.device.type, enabled=False):
         changed = torch.baddbmm(changes[:, None, :, 3], pixels, changes[:, :, :3].mT)
-    return normalize(changed.view_as(images))
+    return normalize(changed.reshape(images.shape))
