@@ -240,7 +240,7 @@ _FB_CODE: dict[str, Any] = {
 }
 
 TABLE_5 = PaperTable(
-    "Table 5: ILSVRC-2012 validation, single crop, top-1",
+    "Table 5: ILSVRC-2012 validation, single crop",
     {
         "dataset": "imagenet",
         "shortcut": "identity",
