@@ -196,17 +196,22 @@ class Recorder(Callback):
 
 
 class Readings(Callback):
-    """Counts in the manifest how often the test set was read, by whatever reads it."""
+    """Counts in the manifest how often the test set was read, by whatever reads it: at its first
+    batch, before which a command may have been stopped."""
 
     def __init__(self, manifest: Manifest, scored: str) -> None:
         self.manifest, self.scored = manifest, scored
 
-    def on_validation_start(self, trainer: Trainer, task: Classification) -> None:
+    def on_validation_batch_start(
+        self, trainer: Trainer, task: Classification, batch: Any, batch_idx: int
+    ) -> None:
         if self.scored == "test":
-            self.on_test_start(trainer, task)
+            self.on_test_batch_start(trainer, task, batch, batch_idx)
 
-    def on_test_start(self, trainer: Trainer, task: Classification) -> None:
-        if trainer.is_global_zero:
+    def on_test_batch_start(
+        self, trainer: Trainer, task: Classification, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.is_global_zero and batch_idx == 0:
             with suppress(OSError):  # a full disk is told of by what cannot be saved
                 self.manifest.count_reading()
 

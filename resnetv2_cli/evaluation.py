@@ -1,5 +1,7 @@
 """Networks of checkpoints with the images that they are tested on, and their scores."""
 
+from collections.abc import Sequence
+from itertools import permutations, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +54,9 @@ def fill(task: Classification, data: ImageData, saved: dict[str, Any], path: Pat
         UserError: it is of other classes than the images have, or of another architecture.
     """
     if list(data.classes) != saved["classes"]:
-        ours, theirs = ", ".join(data.classes[:3]), ", ".join(saved["classes"][:3])
+        ours, theirs = (excerpt(a, b) for a, b in permutations([data.classes, saved["classes"]]))
         raise UserError(
-            f"{path} knows other classes ({theirs}, ...) than the images have ({ours}, ...)",
+            f"{path} knows other classes ({theirs}) than the images have ({ours})",
             "name the dataset that it was trained on",
         )
     try:
@@ -62,6 +64,14 @@ def fill(task: Classification, data: ImageData, saved: dict[str, Any], path: Pat
     except UserError:
         refuse_another_architecture(saved, task.experiment, path)  # in words, where it can
         raise
+
+
+def excerpt(classes: Sequence[str], others: Sequence[str]) -> str:
+    """How many classes there are, and the first of those that are not alike."""
+    first = next(n for n, pair in enumerate(zip_longest(classes, others)) if len({*pair}) > 1)
+    named = [*classes[first : first + 3], *(["..."] if len(classes) > first + 3 else [])]
+    shown = ", ".join(["...", *named] if first else named)
+    return f"{len(classes)}: {shown}"
 
 
 def manifest_of(checkpoint: Path) -> Manifest | None:

@@ -60,10 +60,13 @@ class Leaver(Callback):
         if trainer.world_size == 1 or trainer.global_step % AGREE_EVERY == 0:
             self.leave(trainer, task)
 
-    def leave(self, trainer: Trainer, task: Classification) -> None:
+    def wish(self, trainer: Trainer) -> int:
+        """Of all processes: a signal's number, ``TIME_OVER`` or 0."""
         late = time.monotonic() > self.deadline
-        wish = agreed(trainer, self.signal or (TIME_OVER if late else 0))
-        if wish and trainer.global_step < trainer.max_steps:
+        return agreed(trainer, self.signal or (TIME_OVER if late else 0))
+
+    def leave(self, trainer: Trainer, task: Classification) -> None:
+        if (wish := self.wish(trainer)) and trainer.global_step < trainer.max_steps:
             assert self.keeper is not None
             self.keeper.save(trainer, task, leaving=True)
             raise stopped(wish)
@@ -104,7 +107,7 @@ class Leaver(Callback):
         self.leave_evaluation(trainer)
 
     def leave_evaluation(self, trainer: Trainer) -> None:
-        if wish := agreed(trainer, self.signal):
+        if wish := self.wish(trainer):
             raise stopped(wish)
 
 

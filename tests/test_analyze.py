@@ -195,14 +195,24 @@ def test_where_an_analysis_goes(tmp_path):
         (Source(e, inside / "best.ckpt"), tmp_path / "run" / "analysis-best"),
         (Source(e, tmp_path / "mine.ckpt"), tmp_path / "analysis-mine"),
     ]:
-        assert str(study.folder_of(of)) == str(to)
+        assert str(study.folder_of([of])) == str(to)
 
 
 def test_networks_of_one_name_are_analyzed_in_two_places():
     scaled = [{"shortcut_scale": 0.25}, {"residual_scale": 0.25}]
     two = [Source(Experiment(depth=8, shortcut="constant-scale", **how)) for how in scaled]
     assert len({source.experiment.name for source in two}) == 1
-    assert len({study.folder_of(source) for source in two}) == 2
+    assert len({study.folder_of([source]) for source in two}) == 2
+
+
+def test_each_choice_of_networks_beside_one_goes_to_another_place():
+    one, deeper, original = (
+        Source(e) for e in (Experiment(), Experiment(depth=20), Experiment(unit="original"))
+    )
+    choices = [[one], [one, deeper], [one, original], [one, deeper, original]]
+    places = [study.folder_of(choice) for choice in choices]
+    assert len({*places}) == 4 and len({place.parent for place in places}) == 1
+    assert study.folder_of(choices[1]) == places[1]
 
 
 OWN = """

@@ -2,18 +2,20 @@
 code it was, and what was chosen."""
 
 import json
+import math
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SMALL
 from lightning.pytorch import Callback
-from trainings import At, trained_as
+from trainings import TINY, At, trained_as
 
 from resnetv2_cli import checkpoint as checkpoints
-from resnetv2_cli import evaluation, manifest
+from resnetv2_cli import evaluation, leaving, manifest, run
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.manifest import ORIGINS, origins
@@ -106,6 +108,24 @@ def test_the_digest_of_the_source_is_of_its_kernels_too(monkeypatch, tmp_path):
 def test_a_validation_split_leaves_the_test_set_unread_until_the_end(tmp_path):
     folder = trained_as(tmp_path / "run", val=1000, eval_every=0.2)
     assert folder.manifest.read()["test_set_readings"] == 1
+
+
+@pytest.mark.parametrize("by", ["time", "signal"])
+def test_a_test_that_a_run_leaves_before_is_made_when_it_continues(tmp_path, monkeypatch, by):
+    over = SimpleNamespace(monotonic=lambda: math.inf)
+    end = {
+        "time": (lambda: monkeypatch.setattr(leaving, "time", over), 0),
+        "signal": (lambda: os.kill(os.getpid(), signal.SIGTERM), 143),
+    }
+    do, status = end[by]
+    folder, e = RunFolder(tmp_path / "run"), Experiment(**TINY | {"steps": 3, "eval_every": 2 / 90})
+    with pytest.raises(Stopped) as stopped:
+        run.train(e, folder, seconds=600, display=[At(3, do)])
+    assert stopped.value.status == status and not folder.result.exists()
+    assert folder.manifest.read()["test_set_readings"] == 1  # after the second iteration
+    trained_as(folder.path, resume={})
+    result = json.loads(folder.result.read_text())
+    assert (result["test_step"], result["test_set_readings"]) == (3, 2)
 
 
 class Ruin(Callback):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import SMALL
 
-from resnetv2_cli import cli
+from resnetv2_cli import cli, evaluation
 
 
 def mistake(done) -> tuple[str, str]:
@@ -187,7 +187,20 @@ def test_a_checkpoint_of_another_architecture(here, trained):
 def test_a_checkpoint_of_other_classes(here, trained, shared_data):
     flags = ["--dataset", "cifar10", "--data-dir", shared_data]
     said, _ = mistake(here("eval", trained, *flags, status=None))
-    assert "knows other classes (0, 1, 2, ...) than the images have (airplane" in said
+    assert "knows other classes (10: 0, 1, 2, ...) than the images have (10: airplane, " in said
+
+
+@pytest.mark.parametrize(
+    ("classes", "others", "said"),
+    [
+        (["a", "b", "c"], ["b", "a", "c"], "3: a, b, c"),
+        (["a", "b", "c", "d", "e", "f"], ["a", "b", "C"], "6: ..., c, d, e, ..."),
+        (["a", "b"], ["a", "b", "c"], "2: ..."),
+        ([], ["a"], "0: "),
+    ],
+)
+def test_classes_are_told_from_where_they_differ(classes, others, said):
+    assert evaluation.excerpt(classes, others) == said
 
 
 def test_a_run_folder_that_became_read_only(here, trained, tmp_path):

@@ -1,5 +1,6 @@
 """Several topics of several networks: measured one after the other, drawn over each other."""
 
+import hashlib
 import json
 from dataclasses import asdict
 from importlib import import_module
@@ -40,15 +41,18 @@ def fitting(topics: list[str], sources: list[Source]) -> list[str]:
     return topics or [name for name, topic in TOPICS.items() if trained or not topic.trained]
 
 
-def folder_of(main: Source) -> Path:
-    """Where an analysis goes by itself: into the run's folder, else beside the checkpoint, else
-    into ``runs``."""
+def folder_of(sources: list[Source]) -> Path:
+    """Where an analysis goes by itself: into the run's folder of the first network, else beside its
+    checkpoint, else into ``runs``; and elsewhere for each choice of others beside it."""
+    main, *others = sources
+    beside = "".join(f"{digest(s.experiment)} {s.checkpoint}\n" for s in others)
+    of = f"-with-{hashlib.sha256(beside.encode()).hexdigest()[:6]}" if others else ""
     file = main.checkpoint
     if file is None:
-        return RUNS / f"analyze-{main.experiment.name}-{digest(main.experiment)}"
+        return RUNS / f"analyze-{main.experiment.name}-{digest(main.experiment)}{of}"
     run = RunFolder.of(file)
     name = "analysis" if run and file.stem == "last" else f"analysis-{file.stem}"
-    return (run.path if run else file.parent) / name
+    return (run.path if run else file.parent) / (name + of)
 
 
 def study(

@@ -75,7 +75,7 @@ def analyze(
     main = source.from_checkpoint(checkpoint, **flags) if checkpoint else at_start
     sources = source.labelled([main, *(source.beside(main, what) for what in compare or [])])
     topics = study.fitting(list(dict.fromkeys(topic or [])), sources)
-    to = output or study.folder_of(main)
+    to = output or study.folder_of(sources)
     batch = subject.Batch(images, test_images, precision, bn, pairs)
     result = study.study(sources, topics, batch, to, console.note)
     if json:
