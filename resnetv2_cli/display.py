@@ -1,6 +1,7 @@
 """The progress of a training run: a bar on a terminal, plain lines in a log file."""
 
 import time
+from collections import deque
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +14,8 @@ from resnetv2_cli.callbacks import Recorder, stepped
 
 LINES = 10.0  # seconds between plain lines, at least
 REFRESH = 0.5  # seconds between changes of the bar
+RECENT = 600.0  # seconds that a pace is of
+MARKS = 20  # in them
 
 SCORES = {  # what the metrics file got last, in words
     "train_loss": "loss {train_loss:.3f}",
@@ -24,6 +27,23 @@ SCORES = {  # what the metrics file got last, in words
 }
 
 
+class Pace:
+    """Iterations a second, evaluations between them included, over the last ten minutes: a pause
+    before, or other work, says nothing of how long the rest takes."""
+
+    def __init__(self) -> None:
+        self.marks: deque[tuple[float, int]] = deque()  # when so many iterations were done
+
+    def at(self, now: float, step: int) -> float:
+        """The pace at a moment, with so many iterations done; 0 at the first."""
+        while len(self.marks) > 1 and now - self.marks[1][0] >= RECENT:
+            self.marks.popleft()
+        if not self.marks or now - self.marks[-1][0] >= RECENT / MARKS:
+            self.marks.append((now, step))
+        since, before = self.marks[0]
+        return (step - before) / max(1e-9, now - since)
+
+
 class Display(Callback):
     """epoch, it/s, images/s, time left; loss, training and test error, lr."""
 
@@ -31,7 +51,7 @@ class Display(Callback):
         self.console = console
         self.shown = 0.0
         self.live: Live | None = None
-        self.began: float | None = None  # when iterations began, with ``first``
+        self.recent = Pace()
 
     def on_train_start(self, trainer: Trainer, task: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -59,8 +79,8 @@ class Display(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, task: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.began is None:  # behind the recording of graphs, which is no iteration
-            self.began, self.first = time.monotonic(), trainer.global_step
+        if not self.recent.marks:  # behind the recording of graphs, which is no iteration
+            self.recent.at(time.monotonic(), trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, task: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -93,8 +113,7 @@ class Display(Callback):
     def pace(self, trainer: Trainer) -> str:
         """Where the run is, how fast it goes and how long it will take."""
         step, latest = trainer.global_step, self.recorded(trainer)
-        assert self.began is not None
-        rate = (step - self.first) / max(1e-9, time.monotonic() - self.began)
+        rate = self.recent.at(time.monotonic(), step)
         epoch = step / trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
         parts = [f"epoch {epoch:.1f}", f"{rate:.2f} it/s"]
         if "images_per_second" in latest:

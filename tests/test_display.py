@@ -72,6 +72,20 @@ def test_what_comes_before_the_first_iteration_is_in_no_rate(tmp_path, monkeypat
     assert [display.clock(s) for s in (9, 123, 3723)] == ["0:09", "2:03", "1:02:03"]
 
 
+def test_a_pause_is_forgotten_after_ten_minutes():
+    pace, now = display.Pace(), 0.0
+    assert pace.at(now, 100) == 0
+    for step in range(101, 1301):
+        now += 2
+        assert pace.at(now, step) == pytest.approx(0.5)
+    now += 36_000  # the machine slept
+    assert pace.at(now, 1300) < 0.01
+    for step in range(1301, 1702):
+        now += 2
+        rate = pace.at(now, step)
+    assert rate == pytest.approx(0.5) and len(pace.marks) < 25
+
+
 @pytest.mark.parametrize(
     "batch, images, lines",
     [
