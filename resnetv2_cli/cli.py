@@ -118,7 +118,7 @@ DEBUG = "RESNETV2_DEBUG"  # of the environment
 def main(arguments: Iterable[str] | None = None) -> None:
     """The console script: every mistake of the user ends here, in one line and a hint."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with debugging("--debug" in words):  # wherever it stands
+    with debugging("--debug" in words), leaving_whole():  # wherever it stands
         run([word for word in words if word != "--debug"])
 
 
@@ -133,6 +133,22 @@ def debugging(asked: bool) -> Iterator[None]:
     finally:
         if asked and before is None:
             os.environ.pop(DEBUG, None)
+
+
+@contextmanager
+def leaving_whole() -> Iterator[None]:
+    """A process that another one launched ends as it is: once in some thousand times a thread of
+    theirs did not stand it that Python was taken apart around it, and aborted; Lightning then kills
+    the one that launched it."""
+    try:
+        yield
+    except SystemExit as left:
+        group = sys.modules.get("torch.distributed")
+        if child() and group and group.is_initialized():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(left.code if isinstance(left.code, int) else 0)
+        raise
 
 
 def run(given: list[str]) -> None:

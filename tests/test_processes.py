@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -399,6 +400,28 @@ def test_what_ends_all_processes_is_said_by_the_first(
     with pytest.raises(SystemExit) as left:
         main([])
     assert left.value.code == status and ("as all of them" in capsys.readouterr().err) == said
+
+
+LEAVES = """
+import atexit, os, sys
+from torch import distributed
+from resnetv2_cli import cli
+distributed.init_process_group("gloo", f"file://{sys.argv[1]}", rank=0, world_size=1)
+atexit.register(print, "taken apart")
+def app(given, standalone_mode):
+    print("done", end="")
+    return 143
+cli.app = app
+cli.main([])
+"""
+
+
+@pytest.mark.parametrize("launched, said", [(True, "done"), (False, "donetaken apart\n")])
+def test_a_launched_process_is_not_taken_apart_at_its_end(tmp_path, launched, said):
+    environment = {**os.environ, **({LAUNCHED: "1"} if launched else {})}
+    command = [sys.executable, "-c", LEAVES, tmp_path / "meet"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (143, said), done.stderr
 
 
 @pytest.mark.skipif(not native.multiplies(), reason="no products of bf16")
