@@ -137,9 +137,9 @@ def debugging(asked: bool) -> Iterator[None]:
 
 @contextmanager
 def leaving_whole() -> Iterator[None]:
-    """A process that another one launched ends as it is: once in some thousand times a thread of
-    theirs did not stand it that Python was taken apart around it, and aborted; Lightning then kills
-    the one that launched it."""
+    """A process that another one launched, and that exchanged with it, ends as it is. One was seen
+    to abort with all its work done, perhaps by a thread of the exchange while Python was taken
+    apart around it; Lightning then kills the one that launched it."""
     try:
         yield
     except SystemExit as left:

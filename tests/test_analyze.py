@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,6 +214,8 @@ def test_each_choice_of_networks_beside_one_goes_to_another_place():
     places = [study.folder_of(choice) for choice in choices]
     assert len({*places}) == 4 and len({place.parent for place in places}) == 1
     assert study.folder_of(choices[1]) == places[1]
+    trained = [[one, one._replace(checkpoint=Path(name))] for name in ("a.ckpt", "b.ckpt")]
+    assert len({study.folder_of(choice) for choice in trained}) == 2
 
 
 OWN = """

@@ -84,6 +84,7 @@ def test_a_pause_is_forgotten_after_ten_minutes():
         now += 2
         rate = pace.at(now, step)
     assert rate == pytest.approx(0.5) and len(pace.marks) < 25
+    assert pace.at(now + 60, 1701) == pytest.approx(0.45, abs=0.01)  # an evaluation is a part of it
 
 
 @pytest.mark.parametrize(
