@@ -1,4 +1,4 @@
-"""Compiled operations: what they need, and how far what they compute is from float64."""
+"""Compiled operations: what they need, and their error against float64."""
 
 import copy
 import platform

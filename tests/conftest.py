@@ -1,4 +1,4 @@
-"""What several test files share: small real images, small experiments, and the console script."""
+"""Shared by several test files: small real images, small experiments, and the console script."""
 
 import io
 import json

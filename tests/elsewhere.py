@@ -1,5 +1,5 @@
-"""Networks as other code bases build and name them, written anew for the tests: those of the
-libraries that can be installed are taken from them instead. And their logits beside those here."""
+"""Networks as other code bases build and name them, reimplemented for the tests (those of libraries
+that can be installed come from the libraries), and their logits beside those of this tool."""
 
 from collections import OrderedDict
 

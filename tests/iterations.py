@@ -1,4 +1,4 @@
-"""The parts of one iteration, each alone: the LightningModule, a batch, what stands for a trainer,
+"""The parts of one iteration, each alone: the LightningModule, a batch, a stand-in for the trainer,
 and a recorder where there is no GPU.
 
 The recorder keeps each operation with the very tensors it ran on; a replay runs them again, without

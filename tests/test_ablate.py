@@ -1,4 +1,4 @@
-"""Ablations: which rows, which settings, what is run again and how it is summed up."""
+"""Ablations: which rows, which settings, what is rerun, and how results are summarized."""
 
 import io
 import json

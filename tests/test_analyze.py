@@ -1,4 +1,4 @@
-"""``analyze``: what it is called with, what it says, and where that goes."""
+"""``analyze``: its arguments, its output, and where the output goes."""
 
 import json
 from dataclasses import replace

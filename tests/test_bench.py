@@ -1,4 +1,4 @@
-"""What bench says is what the arms did: ratios of turns, floors of the network that was timed."""
+"""``bench`` reports what its arms did: ratios within a round, floors of the network it timed."""
 
 import json
 import mmap

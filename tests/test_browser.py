@@ -1,4 +1,4 @@
-"""The report in a real browser: it draws, answers the pointer, fits a phone, and says no error."""
+"""The report in a real browser: it draws, answers the pointer, fits a phone, and logs no error."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The card beside an exported file: its recipe makes the run again, its script runs, and it claims
+"""The card beside an exported file: its recipe reproduces the run, its script runs, and it claims
 nothing that was not measured."""
 
 import ast

@@ -1,4 +1,4 @@
-"""What is drawn of an ablation: a curve for each seed, a mark for each error."""
+"""Charts of an ablation: a curve for each seed, a mark for each error."""
 
 import pytest
 from conftest import ended, two_rows

@@ -1,4 +1,4 @@
-"""Looking after a tree of photographs: ``data check`` and ``data sort-val``."""
+"""Checking and sorting a tree of photographs: ``data check`` and ``data sort-val``."""
 
 import itertools
 import json

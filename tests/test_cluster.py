@@ -1,4 +1,4 @@
-"""What a process makes of an environment that says it is one of many, before it meets any other."""
+"""How a process reads an environment that says it is one of many, before it meets the others."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Colors of training photographs: what is drawn, what it does, and that a run continues with it."""
+"""Color augmentation of photographs: what is drawn, what it does, and that a resume keeps it."""
 
 import io
 import os

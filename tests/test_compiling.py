@@ -1,4 +1,4 @@
-"""Compiled units: one of each shape, in training alone, with the numbers of those that are not."""
+"""Compiled units: one program per shape, only in training, with the results of eager units."""
 
 import os
 import shutil

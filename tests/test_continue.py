@@ -1,4 +1,4 @@
-"""results/continue.sh: the plan of the paper's tables, in pieces from what the last one kept."""
+"""results/continue.sh: the plan of the paper's tables, each session from what the last one kept."""
 
 import hashlib
 import json

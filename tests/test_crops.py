@@ -1,4 +1,4 @@
-"""What is cropped of photographs: the pixels of the reference, of any file."""
+"""Crops of photographs: the pixels of the reference, whatever the file."""
 
 import io
 

@@ -1,5 +1,5 @@
-"""Files that power failed on, or that were written by hand: what cannot be read of a run has not
-come yet, and nothing that only looks stops there."""
+"""Files damaged by a power failure or written by hand: what is unreadable of a run counts as not
+there yet, and no command that only reads stops at it."""
 
 import json
 import shutil

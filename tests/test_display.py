@@ -1,4 +1,4 @@
-"""What a training says and writes down as it goes: its lines, its rates and its sums."""
+"""What training displays and records as it runs: its lines, its rates and its sums."""
 
 import io
 from types import SimpleNamespace

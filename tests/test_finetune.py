@@ -1,4 +1,4 @@
-"""Fine-tuning: what is taken of given weights, what is new, what stays frozen; the walk-through."""
+"""Fine-tuning: what is taken from given weights, what is new, what is frozen; the walk-through."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The memory that is foretold is the memory that is taken, and micro-batches are made to fit it."""
+"""The predicted memory is the memory used, and micro-batches are sized to fit."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""BN and ReLU as one compiled operation give the numbers of the plain ones, and say when not."""
+"""BN and ReLU as one compiled operation match the plain ones, or the reason is given."""
 
 import copy
 import ctypes

@@ -1,4 +1,4 @@
-"""Random bytes and random words at every door: success or one clear error, never a traceback.
+"""Random bytes and random words at every entry: success or one clear error, never a traceback.
 
 Thousands of cases here; ``RESNETV2_FUZZ=50 pytest tests/test_fuzz.py`` tries fifty times as many.
 """

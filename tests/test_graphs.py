@@ -1,4 +1,4 @@
-"""CUDA graphs: trusted only where they agree with the network; left out where there are none."""
+"""CUDA graphs: used only where they agree with the network; left out where there are none."""
 
 import gc
 import weakref

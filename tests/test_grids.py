@@ -1,4 +1,4 @@
-"""Grids: what they vary wins, what makes a run another, and where the paper has a number."""
+"""Grids: what they vary wins, what makes it a different run, and where the paper has a number."""
 
 from dataclasses import asdict
 

@@ -1,4 +1,4 @@
-"""Files of strangers: at every door, a file that would run something if it were trusted."""
+"""Untrusted files: at every entry, a file that would run code if it were trusted."""
 
 import hashlib
 import io

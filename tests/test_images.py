@@ -1,4 +1,4 @@
-"""Small images: read right from every layout, cached, and one clear error where damaged."""
+"""Small images: read correctly from every layout, cached, and one clear error where damaged."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""A whole iteration as one recording: bit for bit what its calls are, or not used at all."""
+"""A whole iteration as one graph: bit for bit what its calls compute, or not used at all."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""BN, ReLU and a convolution as one operation give the numbers of the three."""
+"""BN, ReLU and a convolution as one operation match the three."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""Where a network has BN, ReLU and a convolution as one operation, and where PyTorch's own."""
+"""Where a network runs BN, ReLU and a convolution as one operation, and where PyTorch's own."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""On what a run is: which devices, which arithmetic, how their processes are started."""
+"""What a run trains on: which devices, which arithmetic, how its processes are started."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""What a run says of itself: where every value came from, how often the test set was read, which
-code it was, and what was chosen."""
+"""What a run records about itself: where every value came from, how often the test set was read,
+which code ran, and what was chosen."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Code of one's own: what it may be made of, and what happens when it changes."""
+"""Code of your own: what it may consist of, and what happens when it changes."""
 
 import copy
 import json

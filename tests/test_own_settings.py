@@ -1,4 +1,4 @@
-"""Settings of one's own, behind the name of a class of one's own: mine:Scaled:start=0.5."""
+"""Settings of a class of your own, given after its name: mine:Scaled:start=0.5."""
 
 import json
 import re

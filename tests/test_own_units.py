@@ -1,4 +1,4 @@
-"""Units of one's own: written as what stands between two of them, or as a class."""
+"""Units of your own: written as what stands between two of them, or as a class."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Pictures: names as they stand, and nothing where there is no number."""
+"""Pictures: names drawn literally, and nothing where there is no number."""
 
 import re
 import warnings

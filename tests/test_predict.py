@@ -1,4 +1,4 @@
-"""predict: any picture, by the eyes of evaluation; a broken file is a row, not the end."""
+"""predict: any picture, prepared as in evaluation; a broken file is a row, not the end."""
 
 import csv
 import io

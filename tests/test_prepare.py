@@ -1,4 +1,4 @@
-"""Photographs as shards: the same images in the same order, whatever stopped their making."""
+"""Photographs as shards: the same images in the same order, whatever stopped their preparation."""
 
 import io
 import itertools

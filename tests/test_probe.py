@@ -1,4 +1,4 @@
-"""What an ablation would take: a step measured here, and what is left of the runs."""
+"""How long an ablation would take, from a step measured here and what is left of its runs."""
 
 import gc
 import weakref

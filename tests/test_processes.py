@@ -1,4 +1,4 @@
-"""Two processes started together, as by torchrun: what they wait for, and what they agree upon."""
+"""Two processes started together, as by torchrun: what they wait for, and what they agree on."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""What evaluation looks at: the views of the named protocols, and what is published for them."""
+"""What evaluation sees: the views of the named protocols, and the errors published for them."""
 
 import pytest
 import torch

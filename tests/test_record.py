@@ -1,4 +1,4 @@
-"""The record that an ablation leaves for reports: no other takes its place, and it goes on."""
+"""The record that an ablation leaves for reports: no other overwrites it, and it is continued."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What is on disk, drawn and written down: figures, and the page."""
+"""Reports of what is on disk: figures, and the page."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""A run continued with other settings, or for longer: what is one run, what is another, and what is
-said of it."""
+"""A run continued with other settings, or for longer: when it is the same run, when it is another,
+and what is reported."""
 
 import json
 import os

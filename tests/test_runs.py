@@ -1,4 +1,4 @@
-"""``runs``: found, named, told apart, compared; and removed only where nobody works in them."""
+"""``runs``: found, named, told apart, compared; and removed only where no process works in them."""
 
 import errno
 import fcntl

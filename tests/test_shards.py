@@ -1,4 +1,4 @@
-"""Shards that are damaged, or another's: one clear error, and a hint that mends them."""
+"""Shards that are damaged, or of something else: one clear error, and a hint that repairs them."""
 
 import errno
 import io

@@ -1,4 +1,4 @@
-"""Every shortcut against its formula, written here once more, by hand."""
+"""Every shortcut against its formula, written out again here by hand."""
 
 import itertools
 import re

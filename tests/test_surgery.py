@@ -1,4 +1,4 @@
-"""Networks that were changed: smaller weights, paths of one length, units deleted."""
+"""Modified networks: smaller weights, paths of one length, units deleted."""
 
 import pytest
 import torch

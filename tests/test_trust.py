@@ -1,4 +1,4 @@
-"""Who admits code of one's own: the command line, and no name of a file."""
+"""What admits code of your own: the command line, and never the name of a file."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""docs/own-shortcut.md, from its very text: its code and its commands, at a small size."""
+"""docs/own-shortcut.md, run from its text: its code and its commands, at a small size."""
 
 import json
 import re

@@ -1,5 +1,5 @@
 """Kill small runs at random moments, continue them, and compare them bit for bit with runs that
-were never stopped; and damage their checkpoints, and see whether that is recognised.
+were never stopped; damage their checkpoints, and check that it is detected.
 
     python tests/stress/kills.py --kills 200 --damages 400 --seed 1 --output kills.json
     python tests/stress/kills.py --kills 20 --processes 2 --damages 0 --seed 1

@@ -1,6 +1,6 @@
-"""Two nodes of one process under torchrun, one worker killed: it ends as if nothing had been.
+"""Two nodes of one process under torchrun, one worker killed: the run ends as if it had not been.
 
-python tests/stress/nodes.py [--output FILE]: both nodes are this machine, and meet at a port of it.
+python tests/stress/nodes.py [--output FILE]: both nodes are this machine, and meet at a local port.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python tests/stress/soak.py --minutes 180 --output soak.json
 
-The sweep of ``ablate`` lives as long as its study does, and starts one process for each run: what
-it holds must not grow. Trainings one after the other in one process must not leave anything behind.
+The sweep of ``ablate`` lives as long as its study does, and starts one process for each run: its
+memory must not grow. Trainings one after the other in one process must not leave anything behind.
 """
 
 import argparse
