@@ -13,16 +13,16 @@ from resnetv2_cli.units import ResidualUnit
 
 # Where the formula ends, in the first line of a shortcut's docstring.
 BEHIND = re.compile(r"[:,]| \((?:Fig|Eqn)|\.$|\.\s")
-# What is no factor of the F(x) behind it: a difference, outside of brackets, or a divisor.
+# What is not a factor of the F(x) after it: a difference outside brackets, or a divisor.
 NO_FACTOR = re.compile(r" - (?![^(]*\))|[-/]$")
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The layers of one unit, in the order that x meets them.
+    """The layers of one unit, in the order in which x passes them.
 
-    ``shared``: before x splits into two paths. ``residual``: F. ``shortcut``: what x meets on its
-    way to the addition. ``scale``: what F is multiplied with, if anything. ``after``: f.
+    ``shared``: before x splits into two paths. ``residual``: F. ``shortcut``: what x passes on its
+    way to the addition. ``scale``: what F is multiplied by, if anything. ``after``: f.
     ``formula``: y_l, as the shortcut's docstring writes it.
     """
 
@@ -48,8 +48,8 @@ class Anatomy:
 def anatomy(unit: ResidualUnit) -> Anatomy:
     """The parts of a unit.
 
-    A shortcut whose docstring has no formula with F(x) in it is named by its class; so is what x
-    meets where the formula is no sum of it and a multiple of F(x), as (x + F(x)) / 2 is none.
+    A shortcut whose docstring has no formula with F(x) in it is shown by the name of its class. So
+    is h if the formula is not the sum of h and a multiple of F(x): (x + F(x)) / 2 is not.
     """
     cls: Any = type(unit.shortcut)
     first = (cls.__doc__ or "").strip().partition("\n")[0]
@@ -75,8 +75,8 @@ def anatomy(unit: ResidualUnit) -> Anatomy:
 
 
 def layers(module: nn.Module) -> Iterator[str]:
-    """What a signal meets in a module, with the paper's names: weight, BN, ReLU; and with that of
-    its class, of one's own."""
+    """The layers of a module that a signal passes, by the paper's names: weight, BN, ReLU; custom
+    ones by the name of their class."""
     if isinstance(module, nn.Conv2d):
         kernel, strided = "x".join(map(str, module.kernel_size)), f", /{module.stride[0]}"
         yield f"weight {kernel}, {module.out_channels}{strided if module.stride != (1, 1) else ''}"
@@ -109,13 +109,13 @@ class Alike:
         return f"stage {self.stage}, {several if self.last > self.first else one}"
 
     def plain(self) -> dict[str, Any]:
-        """As values of JSON."""
+        """As plain values for JSON."""
         equations = {"equations": self.anatomy.equations}
         return {"units": self.name, **asdict(self.anatomy), **equations}
 
 
 def kinds(net: ResNet) -> list[Alike]:
-    """The units of a network, those together that follow each other and are built alike."""
+    """The units of a network; consecutive ones that are built alike are grouped."""
     found: list[Alike] = []
     for number, stage in enumerate(net.body, 1):
         for place, unit in enumerate(stage.children(), 1):

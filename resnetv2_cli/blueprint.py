@@ -11,15 +11,15 @@ from resnetv2_cli.anatomy import Anatomy
 from resnetv2_cli.plot import plt, save
 
 INK, PATH, WEIGHT, OTHER = "#20262e", "#9aa3ad", "#fde7c7", "#e4ecf5"
-WIDE, HIGH, GAP = 1.9, 0.5, 0.28  # of a box, and between two
-SHORTCUT, RESIDUAL = 0.0, 2.4  # where the two paths stand
-LEFT, RIGHT, TOP = -1.1, 3.5, 0.75  # where a drawing ends; it begins at 0
-INCH = 0.5  # that one of the above takes
-ACROSS = 6  # units beside each other
+WIDE, HIGH, GAP = 1.9, 0.5, 0.28  # size of a box, and the gap between two
+SHORTCUT, RESIDUAL = 0.0, 2.4  # x of the two paths
+LEFT, RIGHT, TOP = -1.1, 3.5, 0.75  # edges of a drawing, which begins at 0
+INCH = 0.5  # inches for one of the units above
+ACROSS = 6  # Residual Units side by side
 
 
 def blueprint(units: Mapping[str, Anatomy], to: Path) -> None:
-    """Draw units beside each other: the shortcut on the left, in grey, F on the right."""
+    """Draw units side by side, each with the shortcut on the left, in gray, and F on the right."""
     across = min(ACROSS, len(units))
     rows = [list(units.items())[i : i + across] for i in range(0, len(units), across)]
     tall = [TOP + max(height(a) for _, a in row) for row in rows]
@@ -39,13 +39,13 @@ def blueprint(units: Mapping[str, Anatomy], to: Path) -> None:
 
 
 def height(a: Anatomy) -> float:
-    """How far down a unit reaches."""
+    """The height of a unit's drawing."""
     beside = max(len(a.residual) + bool(a.scale), len(a.shortcut))
     return (len(a.shared) + beside + len(a.after)) * (HIGH + GAP) + 2.0
 
 
 def draw(axes: Axes, a: Anatomy) -> None:
-    """One unit, from x_l at the top to x_{l+1}."""
+    """Draw one unit, from x_l at the top to x_{l+1}."""
     axes.text(SHORTCUT, 0.2, "$x_l$", ha="center", va="bottom", fontsize=10, color=INK)
     y = column(axes, SHORTCUT, 0.15, a.shared)
     line(axes, [(SHORTCUT, y), (SHORTCUT, y - GAP)])
@@ -66,7 +66,7 @@ def draw(axes: Axes, a: Anatomy) -> None:
 
 
 def column(axes: Axes, x: float, top: float, boxes: tuple[str, ...], color: str = INK) -> float:
-    """Boxes below each other, each reached by an arrow; where the last one ends."""
+    """Draw a column of boxes, each with an arrow to it; return where the last one ends."""
     y, wide = top, 3.0 if color == PATH else 1.1
     for text in boxes:
         arrow(axes, (x, y), (x, y - GAP), color, wide)
@@ -77,19 +77,19 @@ def column(axes: Axes, x: float, top: float, boxes: tuple[str, ...], color: str 
         axes.add_patch(FancyBboxPatch(corner, WIDE, HIGH, style, fc=fill, ec=INK, lw=0.8, zorder=2))
         small = 7.5 if len(text) < 15 else 6
         box = axes.text(x, y - HIGH / 2, text, ha="center", va="center", fontsize=small, zorder=3)
-        box.set_parse_math(False)  # a formula of one's own may have any signs
+        box.set_parse_math(False)  # a custom formula may have any characters
         y -= HIGH
     return y
 
 
 def line(axes: Axes, points: list[tuple[float, float]]) -> None:
-    """A line through some points."""
+    """Draw a line through points."""
     axes.plot(*zip(*points, strict=True), color=INK, lw=1.1, zorder=1, solid_capstyle="butt")
 
 
 def arrow(
     axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str, wide: float
 ) -> None:
-    """An arrow of some colour and width."""
+    """Draw an arrow."""
     how = {"arrowstyle": "-|>", "color": color, "lw": wide, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", end, start, arrowprops=how | {"mutation_scale": 8}, zorder=1)

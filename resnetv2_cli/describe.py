@@ -16,21 +16,21 @@ from resnetv2_cli.paper import ELSEWHERE, TABLES, PaperTable, Row, percent, publ
 from resnetv2_cli.resnet import ResNet, default_option
 from resnetv2_cli.shortcuts import settings_in, settings_of, shortcut_class
 
-GLOBAL = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)  # what sees the whole image
-COUNTED = "describe, --dry-run and --micro-batch auto count; train, eval and analyze do without"
-CLASSES = 10  # of a described network, unless its dataset is known to have others
+GLOBAL = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)  # layers that see the whole image
+COUNTED = "describe, --dry-run and --micro-batch auto count; train, eval and analyze do not"
+CLASSES = 10  # of a described network, unless its dataset tells another number
 
 
 class Uncounted(UserError):
-    """A network of which layers and memory cannot be counted without computing."""
+    """The layers and memory of a network cannot be counted without computing."""
 
 
 @contextmanager
 def counting(experiment: Experiment) -> Iterator[None]:
-    """Code of one's own may look at numbers, of which there are none on the meta device.
+    """Report custom code that fails on the meta device, where there are no numbers to look at.
 
     Raises:
-        Uncounted: it does, or fails there for another reason.
+        Uncounted: it looks at numbers, or fails there for another reason.
     """
     try:
         yield
@@ -49,11 +49,11 @@ def skeleton(experiment: Experiment, classes: int = CLASSES) -> ResNet:
 
 
 def refuse_one_value(experiment: Experiment, iteration: int) -> None:
-    """Where ``iteration`` takes one image at a time.
+    """Refuse ``iteration``, which trains on one image at a time, if BN cannot.
 
     Raises:
-        UserError: BN has one value per channel of it, and so no variance; code of one's own that
-            cannot be counted is found out as it trains.
+        UserError: BN would see one value per channel, and so no variance. Custom code that cannot
+            be counted is not checked: it fails once it trains.
     """
     net = skeleton(experiment).train()
     for name in experiment.freeze_:
@@ -68,26 +68,28 @@ def refuse_one_value(experiment: Experiment, iteration: int) -> None:
             raise UserError(
                 f"iteration {iteration} trains on one image at a time, of which BN has one value "
                 "per channel, and so no variance",
-                "use another --batch-size, or larger micro-batches; several devices can --sync-bn",
+                "use another --batch-size, or larger micro-batches; on several devices, --sync-bn",
             ) from None
 
 
 def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
-    """``parameters``, ``macs`` (multiply-adds of one image), ``published`` (test errors of this
-    network; of others with this unit, and with this shortcut) and ``parts``: stem, units and head,
-    each with its output shape (C, H, W), parameters, MACs, and the side of the square of pixels
-    that one value of it can see (``receptive_field``; none behind the global pooling); ``units``:
-    those that are built alike, with what stands for h, F and f in each (Eqns. 1 and 2).
+    """A network's settings, counts, published errors, units and parts, as plain values.
+
+    ``macs``: multiply-adds of one image. ``published``: test errors of this network, and of others
+    with its unit and with its shortcut. ``units``: units that are built alike, together, with what
+    stands for h, F and f in each (Eqns. 1 and 2). ``parts``: stem, units and head, each with output
+    shape (C, H, W), parameters, MACs and ``receptive_field``, the side in pixels of the square that
+    one of its values can see (None after global pooling).
 
     Every multiply-add of a convolution or the classifier counts as one; BN, ReLU, additions and
-    gates' products are left out, as in [1].
+    the products of gates are left out, as in [1].
     """
     net = skeleton(experiment, classes).eval()
     macs: dict[nn.Module, int] = {}
     shapes: dict[nn.Module, tuple[int, ...]] = {}
 
     def note(module: nn.Module, _: Any, out: Any) -> None:
-        if isinstance(out, Tensor):  # a module of one's own may give anything
+        if isinstance(out, Tensor):  # a custom module may return anything
             shapes[module] = tuple(out.shape[1:])
         if isinstance(module, nn.Conv2d):
             macs[module] = module.weight.numel() * out.shape[-2] * out.shape[-1]
@@ -100,7 +102,7 @@ def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
     with torch.no_grad(), counting(experiment):
         net(torch.empty(1, 3, size, size, device="meta"))
 
-    # What one value sees (None: all), and how far apart two neighbours look, in pixels.
+    # The receptive field of a value (None: all) and the distance of two neighbors', in pixels.
     field: int | None = 1
     step = 1
 
@@ -143,19 +145,19 @@ def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
 
 
 def decided(experiment: Experiment) -> dict[str, Any]:
-    """What decides a network, setting by setting, with the values that defaults stand for."""
+    """The settings that determine a network, with defaults resolved."""
     e = experiment
     known = settings_of(shortcut_class(e.shortcut))
     found = e.architecture | {"option": e.option or default_option(e.block_, e.stem_)}
     made = known | settings_in(e.shortcut, found.pop("settings"))
-    if ":" in e.shortcut:  # whose names mean what they mean there
+    if ":" in e.shortcut:  # a custom one, whose setting names mean what it says
         made = {f"{name} of the shortcut": value for name, value in made.items()}
     return found | made
 
 
 def errors(experiment: Experiment) -> dict[str, str]:
-    """What the paper publishes for this network, and on CIFAR-10 for its unit and its shortcut in
-    Tables 1 and 2, each with where it stands and what is said of it there."""
+    """The errors that the paper publishes for this network, and on CIFAR-10 for its unit and its
+    shortcut in Tables 1 and 2, each with its table and what is noted there."""
 
     def seen(e: Experiment) -> dict[str, Any]:
         return decided(e) | {"dataset": e.dataset}
@@ -182,7 +184,7 @@ def errors(experiment: Experiment) -> dict[str, str]:
 
 
 def windows(path: nn.Module) -> list[tuple[int, int]]:
-    """Kernel and stride, in pixels, of all that looks at more than one place or skips some."""
+    """Kernel and stride, in pixels, of each layer that sees more than one place or skips some."""
     layers = [m for m in path.modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d)]
     sizes = [
         [s[0] if isinstance(s, tuple) else s for s in (m.kernel_size, m.dilation, m.stride)]
@@ -192,5 +194,5 @@ def windows(path: nn.Module) -> list[tuple[int, int]]:
 
 
 def parameters(module: nn.Module) -> int:
-    """How many numbers it learns."""
+    """The number of parameters of a module."""
     return sum(p.numel() for p in module.parameters())

@@ -18,14 +18,16 @@ WORDS = {
     "macs": "MACs",
 }
 COUNTED = ("parameters", "macs")  # of each part
-LAID_OUT = plans.LAYOUTS["authors"].settings  # every layout has the same
+LAID_OUT = plans.LAYOUTS["authors"].settings  # every layout sets the same ones
 
 
 def difference(a: Source, b: Source) -> dict[str, Any]:
-    """``settings`` of the network that differ, as [of a, of b], but for those of a layout that
-    change neither; ``counts``, as [of a, of b, b - a]; ``parts``: stem, stages and head whose
-    parameters or MACs differ, alike; ``words``: a sentence on the unit and on the shortcut, where
-    they differ.
+    """The differences of two networks, as plain values.
+
+    ``settings``: those that differ, as [of a, of b], except layout settings that change neither
+    network; ``counts``: [of a, of b, b - a]; ``parts``: the same for stem, stages and head whose
+    parameters or MACs differ; ``words``: a sentence on the unit and on the shortcut, if they
+    differ.
 
     Parameters are counted in numbers, MACs in multiply-adds of one image.
     """
@@ -55,19 +57,19 @@ def difference(a: Source, b: Source) -> dict[str, Any]:
 
 
 def settings(source: Source) -> dict[str, Any]:
-    """What decides a network, with the values that defaults stand for."""
+    """The settings that determine a network and its classes, with defaults resolved."""
     return decided(source.experiment) | {"classes": classes(source)}
 
 
 def acts(source: Source, name: str, value: Any) -> bool:
-    """Whether a setting of that value makes other layers of a network: where the stride stands is
-    nothing to basic blocks."""
+    """Whether this value of a setting changes the layers of a network: ``stride_on`` changes none
+    in basic blocks."""
     other = replace(source.experiment, **{name: value})
     return str(skeleton(source.experiment)) != str(skeleton(other))
 
 
 def classes(source: Source) -> int:
-    """How many there are: a checkpoint knows, else the dataset; of a folder not yet seen 1000."""
+    """The number of classes: of the checkpoint, else of the dataset; 1000 for an unread folder."""
     e = source.experiment
     return source.classes or known_classes(e.dataset, e.classes)
 
@@ -89,12 +91,12 @@ def by_part(made: dict[str, Any]) -> dict[str, dict[str, int]]:
 
 
 def apart(a: int, b: int) -> list[int]:
-    """Of a, of b, b - a."""
+    """Of a, of b, and b - a."""
     return [a, b, b - a]
 
 
 def unit(source: Source) -> str:
-    """Its name, what stands between two of it, and at the three places of Fig. 4."""
+    """A unit's name, what stands between two of them, and what at the three places of Fig. 4."""
     name, between = source.experiment.unit, standing_between(source.experiment.unit)
     last, after, before = (spoken(place) for place in plans.places(between))
     called = ", ".join(dict.fromkeys([name, between]))
@@ -105,13 +107,13 @@ def unit(source: Source) -> str:
 
 
 def spoken(place: str) -> str:
-    """``BN and ReLU``, or ``nothing``."""
+    """The layers at a place in words: ``BN and ReLU``, or ``nothing``."""
     words = {"bn": "BN", "relu": "ReLU"}
     return " and ".join(words[name] for name in place.split()) or "nothing"
 
 
 def shortcut(source: Source) -> str:
-    """Its name and the first line of its docstring, which is its formula."""
+    """A shortcut's name and the first line of its docstring, which is its formula."""
     name = source.experiment.shortcut
     formula = (shortcut_class(name).__doc__ or "").strip().partition("\n")[0]
     return f"{name}, {formula.removesuffix('.') or 'no formula'}"
@@ -121,7 +123,7 @@ SAYS = {"unit": unit, "shortcut": shortcut}
 
 
 def rows(made: dict[str, Any]) -> list[list[str]]:
-    """Everything that differs, and all counts, a line each: what, of a, of b, b - a."""
+    """Everything that differs, and all counts, a row each: what, of a, of b, b - a."""
     found = [[k, str(a), str(b), ""] for k, (a, b) in made["settings"].items()]
     found += [line(WORDS[k], n) for k, n in made["counts"].items()]
     for part, numbers in made["parts"].items():
@@ -130,6 +132,6 @@ def rows(made: dict[str, Any]) -> list[list[str]]:
 
 
 def line(what: str, numbers: list[int]) -> list[str]:
-    """A count for a table, with its difference."""
+    """A count and its difference as a row of a table."""
     a, b, difference = numbers
     return [what, f"{a:,}", f"{b:,}", f"{difference:+,}"]

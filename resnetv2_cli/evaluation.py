@@ -1,4 +1,4 @@
-"""Networks of checkpoints with the images that they are tested on, and their scores."""
+"""Evaluation of checkpoints: their networks, their test images and their scores."""
 
 from collections.abc import Sequence
 from itertools import permutations, zip_longest
@@ -22,8 +22,8 @@ from resnetv2_cli.task import Classification
 
 
 def restore(path: Path, **overrides: Any) -> tuple[dict[str, Any], Classification, ImageData]:
-    """A checkpoint or an export of one, its network with its weights, and the images that it says
-    are tested.
+    """A checkpoint or an export of one, its network with its weights, and the test images that it
+    names.
 
     Raises:
         UserError: the file is no checkpoint of this tool, or the images are missing.
@@ -48,10 +48,10 @@ def restore_as(path: Path, experiment: Experiment) -> tuple[Classification, Imag
 
 
 def fill(task: Classification, data: ImageData, saved: dict[str, Any], path: Path) -> None:
-    """Give a network the weights of a checkpoint, ``saved`` at ``path``.
+    """Load the weights of a checkpoint, ``saved`` at ``path``, into a network.
 
     Raises:
-        UserError: it is of other classes than the images have, or of another architecture.
+        UserError: its classes are not those of the images, or it is of another architecture.
     """
     if list(data.classes) != saved["classes"]:
         ours, theirs = (excerpt(a, b) for a, b in permutations([data.classes, saved["classes"]]))
@@ -62,12 +62,12 @@ def fill(task: Classification, data: ImageData, saved: dict[str, Any], path: Pat
     try:
         checkpoints.load_weights(task, saved, path)
     except UserError:
-        refuse_another_architecture(saved, task.experiment, path)  # in words, where it can
+        refuse_another_architecture(saved, task.experiment, path)  # names settings, if it can
         raise
 
 
 def excerpt(classes: Sequence[str], others: Sequence[str]) -> str:
-    """How many classes there are, and the first of those that are not alike."""
+    """The number of classes, and the first ones that differ from the others."""
     first = next(n for n, pair in enumerate(zip_longest(classes, others)) if len({*pair}) > 1)
     named = [*classes[first : first + 3], *(["..."] if len(classes) > first + 3 else [])]
     shown = ", ".join(["...", *named] if first else named)
@@ -75,8 +75,8 @@ def excerpt(classes: Sequence[str], others: Sequence[str]) -> str:
 
 
 def manifest_of(checkpoint: Path) -> Manifest | None:
-    """The manifest of the run whose folder a checkpoint is in, as one of its own or made of one;
-    others' files are not touched.
+    """The manifest of the run in whose folder a checkpoint lies, its own or one made from its own;
+    None if there is no such run: files of other tools are left alone.
 
     Raises:
         UserError: it cannot be read.
@@ -88,8 +88,8 @@ def manifest_of(checkpoint: Path) -> Manifest | None:
 def evaluate(
     path: Path, meeting: Meeting | None = None, **overrides: Any
 ) -> tuple[dict[str, Any], Classification]:
-    """Scores of a checkpoint on its test images; network and data settings come from it alone.
-    ``meeting``: as ``train`` has it.
+    """Score a checkpoint on its test images; network and data settings come from it alone.
+    ``meeting``: as in ``train``.
 
     Raises:
         UserError: the file is no checkpoint of this tool, the images are missing or do not fit

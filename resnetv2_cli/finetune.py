@@ -1,4 +1,4 @@
-"""Start from weights that are there: what is taken of them, what is new, and what does not fit."""
+"""Start from existing weights: what is loaded, what stays new, and what does not fit."""
 
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ FIRST, HEAD = "net.stem.conv.weight", "net.head.fc."
 
 
 def network_of(path: Path) -> dict[str, Any]:
-    """The network that weights are of, setting by setting, but for how it was initialized; nothing
-    where the file names none.
+    """The network settings of a weight file, except the initialization; empty if it names none.
 
     Raises:
-        UserError: there is no such file, or it cannot be read, or it is another code base's.
+        UserError: there is no such file, it cannot be read, or it is another code base's.
     """
     saved = checkpoints.weights(find(path))
     if FIRST not in saved["state_dict"]:
@@ -35,21 +34,21 @@ def network_of(path: Path) -> dict[str, Any]:
 
 
 def begin(task: Classification) -> list[str]:
-    """Give a new network the weights that its experiment names, and say what was taken.
+    """Load the weights that an experiment names into its new network, and report what was loaded.
 
-    The classifier stays new where the classes differ. Normalization comes with the weights: they
-    were learned behind it.
+    The classifier stays new if the classes differ. Normalization comes with the weights, which
+    were trained on its output.
 
     Raises:
-        UserError: the file is another one than the run began with, or of another architecture; or
-            a classifier would be frozen that is new.
+        UserError: the file is not the one that the run began with, or is of another architecture;
+            or a new classifier would be frozen.
     """
     e = task.experiment
     if not e.weights:
         return []
     path = find(Path(e.weights))
     if sha256(path) != e.weights_sha256:
-        hint = "name those with --weights, or begin another run"
+        hint = "name the original file with --weights, or begin another run"
         raise UserError(f"{path} is not what this run began with: its SHA-256 differs", hint)
     saved = checkpoints.weights(path)
     refuse_another_architecture(saved, e, path)
@@ -77,9 +76,11 @@ def begin(task: Classification) -> list[str]:
 
 
 def refuse_another_architecture(saved: dict[str, Any], here: Experiment, path: Path) -> None:
-    """
+    """Refuse weights of another network than the experiment's.
+
     Raises:
-        UserError: the file names another network; says in which settings, and the flags for its.
+        UserError: the file names another network; says which settings differ, and the flags for
+            that network.
     """
     if "experiment" not in saved:
         return
@@ -95,8 +96,7 @@ def refuse_another_architecture(saved: dict[str, Any], here: Experiment, path: P
 
 
 def plain(experiment: Experiment) -> dict[str, Any]:
-    """What a network is, setting by setting, with what defaults stand for, but for how it was
-    initialized."""
+    """The settings of a network, with defaults resolved, except the initialization."""
     whole = {k: v for k, v in experiment.architecture.items() if k not in ("init", "settings")}
     whole["option"] = whole["option"] or default_option(whole["block"], whole["stem"])
     return whole | experiment.shortcut_settings

@@ -1,4 +1,4 @@
-"""What a checkpoint says of any pictures: each is looked at as evaluation would, batch by batch."""
+"""Predictions of a checkpoint for any pictures, preprocessed as in evaluation, in batches."""
 
 import io
 import os
@@ -31,10 +31,10 @@ STDIN = "-"
 
 
 class Picture(NamedTuple):
-    """A file to look at, and what it is called in results."""
+    """A file to look at, and its name in the results."""
 
     name: str
-    path: Path | Member  # the latter of prepared shards
+    path: Path | Member  # a member of prepared shards
 
 
 class Prediction(NamedTuple):
@@ -50,23 +50,23 @@ class Prediction(NamedTuple):
 
 
 def network(path: Path, **overrides: Any) -> Classification:
-    """The network of a checkpoint, or of what ``export`` made of one as safetensors, from the file
-    alone: no images are looked for.
+    """The network of a checkpoint, or of its export as safetensors, from the file alone: no dataset
+    is needed.
 
     Raises:
-        UserError: the file is neither, or what it would see does not fit it.
+        UserError: the file is neither, or its mean image does not fit the images it would see.
     """
     return network_of(checkpoints.network(path), path, **overrides)
 
 
 def network_of(saved: dict[str, Any], path: Path, **overrides: Any) -> Classification:
-    """The same of what was read from the file.
+    """The same, from what was already read from the file.
 
     Raises:
-        UserError: what it would see does not fit it.
+        UserError: its mean image does not fit the images it would see.
     """
     experiment = checkpoints.experiment_of(saved, **overrides)
-    normalize = Normalize(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))  # the file's are loaded
+    normalize = Normalize(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))  # the file's replace these
     task = Classification(experiment, tuple(saved["classes"]), normalize)
     checkpoints.load_weights(task, saved, path)
     view_of(experiment, task.normalize)
@@ -75,18 +75,18 @@ def network_of(saved: dict[str, Any], path: Path, **overrides: Any) -> Classific
 
 @contextmanager
 def pictures(names: Sequence[str], stdin: BinaryIO, tell: Tell) -> Iterator[list[Picture]]:
-    """The files that some names stand for: a file itself, a folder all images below it, and ``-``
-    what comes on standard input, which is one image, or else the names of files.
+    """The files that names stand for: a file for itself, a folder for all images below it, ``-``
+    for standard input, which is one image or else a list of file names.
 
     Raises:
-        UserError: a folder has no images, or the names on standard input are no text.
+        UserError: a folder has no images, or standard input is neither.
     """
     with TemporaryDirectory() as scratch:
         found: list[Picture] = []
         for name in names:
             if name == STDIN:
                 found += from_stdin(stdin.read(), Path(scratch) / "stdin")
-            elif os.path.isdir(name):  # Path's own would fail on a name that cannot be one
+            elif os.path.isdir(name):  # Path.is_dir may raise on an impossible name
                 found += images_of(Path(name), tell)
             else:
                 found.append(Picture(name, Path(name)))
@@ -94,8 +94,8 @@ def pictures(names: Sequence[str], stdin: BinaryIO, tell: Tell) -> Iterator[list
 
 
 def images_of(folder: Path, tell: Tell) -> list[Picture]:
-    """The images of a folder and of those in it, by their suffixes, in the order of their names.
-    How many other files there are is told.
+    """The images of a folder and its subfolders, by their suffixes, in the order of their names;
+    ``tell`` hears how many other files there are.
 
     Raises:
         UserError: there are none.
@@ -110,8 +110,8 @@ def images_of(folder: Path, tell: Tell) -> list[Picture]:
 
 
 def from_stdin(content: bytes, scratch: Path) -> list[Picture]:
-    """One picture if the bytes are an image; else one for each line, or before each zero byte, as
-    ``find -print0`` writes them.
+    """One picture if the bytes are an image; else one for each line, or for each name that ends in
+    a zero byte, as ``find -print0`` writes them.
 
     Raises:
         UserError: they are neither.
@@ -122,7 +122,7 @@ def from_stdin(content: bytes, scratch: Path) -> list[Picture]:
             return [Picture(STDIN, scratch)]
     except BROKEN:
         pass
-    if content.endswith(b"\0"):  # and a name may have anything else
+    if content.endswith(b"\0"):  # names may contain anything else
         names = [os.fsdecode(part) for part in content.split(b"\0") if part]
     else:
         lines = content.split(b"\n")
@@ -136,7 +136,7 @@ def from_stdin(content: bytes, scratch: Path) -> list[Picture]:
 
 
 class Views(Dataset):
-    """The test view of each file, or a black one and why it cannot be read.
+    """The test view of each file; if it cannot be read, a black one and the reason.
 
     Shape: index -> (side, side, 3) or (10, side, side, 3) uint8, error.
     """
@@ -161,8 +161,8 @@ class Views(Dataset):
 def predict(task: Classification, found: Sequence[Picture], top: int) -> Iterator[Prediction]:
     """Each picture's ``top`` classes, most probable first, with their probabilities (0 to 1).
 
-    Files are decoded by the ``workers`` of the experiment while the network computes, in the
-    arithmetic and in batches of the size that evaluation has.
+    The experiment's ``workers`` decode files while the network computes. Precision and batch size
+    are those of evaluation.
     """
     e = task.experiment
     view = view_of(e, task.normalize)
@@ -170,7 +170,7 @@ def predict(task: Classification, found: Sequence[Picture], top: int) -> Iterato
     loader: DataLoader = DataLoader(
         Views(found, view),
         batch_size=batch,
-        # To start processes takes longer than to decode a batch of small images.
+        # Starting processes takes longer than decoding a batch of small images.
         **decoded_by(min(e.workers, len(found) // batch)),
     )
     trainer = trainer_of(e, logger=False)
@@ -182,7 +182,7 @@ def predict(task: Classification, found: Sequence[Picture], top: int) -> Iterato
             shares = task.look(pixels.to(device)).float().softmax(1)
         if view.ten:
             pixels = pixels[:, MIDDLE]
-        # Stable: of classes that are as probable, the first comes first, as evaluation counts.
+        # Stable: of equally probable classes the first comes first, as evaluation counts.
         values, indices = shares.sort(descending=True, stable=True)
         best = values[:, :top].tolist(), indices[:, :top].tolist()
         finite = shares.isfinite().all(1).tolist()

@@ -1,8 +1,8 @@
-"""A quicker start: what torchmetrics imports at once for metrics of detection, sounds and plots,
-which no command here computes, stays away.
+"""A faster start: keep torchmetrics from importing what it needs only for detection, audio and
+plots, which no command here computes.
 
-Lightning imports torchmetrics, and that all of torchvision's networks, SciPy's signals and
-matplotlib, as far as they are installed: as much work as all the rest of Lightning.
+Lightning imports torchmetrics, which imports all of torchvision's networks, SciPy's signals and
+matplotlib, if they are installed: as much work as all the rest of Lightning.
 """
 
 import importlib.util
@@ -16,11 +16,11 @@ from typing import Any
 
 WHO = "torchmetrics"
 UNUSED = ("matplotlib", "scipy", "torchvision")
-ASKS = "lightning_utilities.core.imports"  # whom it asks what is installed
+ASKS = "lightning_utilities.core.imports"  # the module that it asks what is installed
 
 
 class Lean(MetaPathFinder):
-    """Finds torchmetrics where it is, and has it asked for nothing more once."""
+    """Finds torchmetrics once, and hides the packages in ``UNUSED`` while it is imported."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -41,15 +41,15 @@ class Lean(MetaPathFinder):
 
 
 def start() -> None:
-    """Have torchmetrics import less, if it is not there yet."""
+    """Have torchmetrics import less, unless it is already imported."""
     if WHO not in sys.modules and not any(isinstance(f, Lean) for f in sys.meta_path):
         sys.meta_path.insert(0, Lean())
 
 
 @contextmanager
 def uninstalled(names: Sequence[str]) -> Iterator[None]:
-    """Meanwhile Lightning's packages hear that these are not installed. What else asks, or another
-    version of theirs that asks otherwise, hears the truth."""
+    """Meanwhile, tell Lightning's packages that these are not installed. Other code that asks, and
+    versions of those packages that ask in another way, get the true answer."""
     from importlib.metadata import PackageNotFoundError
 
     asked = importlib.import_module(ASKS)
@@ -71,5 +71,5 @@ def uninstalled(names: Sequence[str]) -> Iterator[None]:
     finally:
         for name, function in before.items():
             setattr(asked, name, function)
-        with suppress(AttributeError):  # which keeps what it heard
+        with suppress(AttributeError):  # it caches the answers
             asked.module_available.cache_clear()

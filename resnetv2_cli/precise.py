@@ -1,5 +1,5 @@
 """Precise BN: statistics that are means over many training images, as in the authors' released
-models and in fb.resnet.torch's, where training leaves moving averages of its last iterations.
+models and in fb.resnet.torch's, instead of the moving averages of training's last iterations.
 """
 
 from collections.abc import Callable
@@ -26,13 +26,13 @@ KEPT = ("experiment", "classes", "global_step", "data", "imported")  # of a chec
 def precise(
     path: Path, images: int | None, tick: Tick = lambda done, all: None, **overrides: Any
 ) -> tuple[dict[str, Any], int]:
-    """A checkpoint as it is but for BN's statistics, which are those of ``images`` training images
-    (all, if None), in whole batches; and how many these were. ``tick``: hears how many batches are
-    done, of how many.
+    """A checkpoint with BN's statistics recomputed from ``images`` training images (all, if None),
+    in whole batches; and how many images that were. ``tick``: called with the batches done and
+    their total.
 
     Raises:
-        UserError: the file is no checkpoint of this tool, or of a network that has no BN; the
-            images are missing or fewer; or a statistic is not finite.
+        UserError: the file is no checkpoint of this tool, or its network has no BN to recompute;
+            the images are missing or fewer; or a statistic is not finite.
     """
     saved = checkpoints.network(path)
     experiment = checkpoints.experiment_of(saved, **overrides, devices="1")
@@ -44,10 +44,10 @@ def precise(
     size = experiment.batch_size
     batches = (images or data.train_images) // size
     data.experiment = replace(data.experiment, steps=batches)
-    task.setup("fit")  # parts that were frozen stay as they are
+    task.setup("fit")  # keeps frozen parts as they are
     found = statistics(task, data, tick)
     if not found:
-        raise UserError(f"{path} has no BN that averages", "there is nothing to make anew")
+        raise UserError(f"{path} has no BN that averages", "there is nothing to recompute")
     if wild := [name for name, value in found.items() if not value.isfinite().all()]:
         raise UserError(f"{wild[0]} is not finite", "did this network diverge?")
     kept = {name: saved[name] for name in KEPT if name in saved}
@@ -57,8 +57,8 @@ def precise(
 
 @torch.no_grad()
 def statistics(task: Classification, data: ImageData, tick: Tick) -> dict[str, torch.Tensor]:
-    """Mean and variance of each BN that learns, by its name in a checkpoint: the mean of those of
-    all batches, which weigh alike."""
+    """Mean and variance of each BN that is not frozen, by name as in a checkpoint: the averages of
+    those of all batches, weighted equally."""
     trainer = trainer_of(data.experiment, logger=False)
     data.trainer, device = trainer, trainer.strategy.root_device
     task.to(device)

@@ -1,11 +1,11 @@
-"""Numbers with units, as one says them."""
+"""Numbers with units, formatted for people."""
 
-NONE = "—"  # where a number or a word is not known
-TOP = 5  # guesses that the second error allows: among so few classes it is none
+NONE = "—"  # in place of an unknown number or word
+TOP = 5  # guesses of the top-5 error, which means nothing with this few classes
 
 
 def duration(seconds: float | None) -> str:
-    """``40 s``, ``12 min``, ``3.5 h`` or ``2.1 days``; a dash where nobody knows."""
+    """``40 s``, ``12 min``, ``3.5 h`` or ``2.1 days``; a dash if unknown."""
     if seconds is None:
         return NONE
     for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):

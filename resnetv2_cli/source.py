@@ -14,24 +14,25 @@ from resnetv2_cli.plans import laid_out, shortcuts
 from resnetv2_cli.recipes import CONFIGS
 from resnetv2_cli.weightfile import find
 
-SAID = {"weights_sha256": "weights"}  # the digits decide what is the same, and tell nobody what
+SAID = {"weights_sha256": "weights"}  # the digest identifies weights, but a label names their path
 
 
 class Source(NamedTuple):
-    """Where a network comes from: an experiment, at initialization, or a checkpoint."""
+    """Where a network comes from: an experiment at initialization, or a checkpoint."""
 
     experiment: Experiment
     checkpoint: Path | None = None
     step: int | None = None  # iterations it was trained for
     label: str = ""
-    classes: int | None = None  # that a checkpoint knows
+    classes: int | None = None  # their number, from a checkpoint
 
 
 def from_checkpoint(path: Path, **overrides: Any) -> Source:
-    """A checkpoint, an export of one or a run's folder; it names network and images by itself.
+    """The source at a path: a checkpoint, an export of one or a run's folder, which itself names
+    the network and the images.
 
     Raises:
-        UserError: there is none, or it is none of this tool.
+        UserError: there is no checkpoint, or it is not one of this tool.
     """
     file = find(path)
     saved = checkpoints.network(file)
@@ -40,8 +41,8 @@ def from_checkpoint(path: Path, **overrides: Any) -> Source:
 
 
 def beside(main: Source, text: str) -> Source:
-    """A network named beside another: a checkpoint or a run's folder, or the first network with
-    other settings, ``depth=110,unit=original``, at initialization.
+    """A network to compare with ``main``: a checkpoint, a run's folder, or ``main`` with other
+    settings, such as ``depth=110,unit=original``, at initialization.
 
     Raises:
         UserError: it is neither, or there is no such setting.
@@ -57,29 +58,29 @@ def beside(main: Source, text: str) -> Source:
             raise unknown("setting", name, known, where=f"{text}: ")
         given[name] = value if name == "layout" else parsed(name, value)
     own: dict[str, Any] = {}
-    if "depth" in given:  # another may have another block
+    if "depth" in given:  # another depth may mean another block
         own["block"] = None
-    if "shortcut" in given:  # which may not have the settings of the one before
+    if "shortcut" in given:  # another one may lack the settings of main's
         rows = shortcuts()
         row = rows.get(str(given["shortcut"]))
         has = row.settings if row else {}
         own |= {name: None for row in rows.values() for name in row.settings if name not in has}
-    if "weights" in given:  # which are other bytes, and may be none
+    if "weights" in given:  # other ones have another digest, or may be none
         own |= {"weights_sha256": None, "freeze": ""}
     kept = None if {"dataset", "classes"} & given.keys() else main.classes
     return Source(replace(main.experiment, **(own | laid_out(given))), classes=kept)
 
 
 def there(path: Path) -> bool:
-    """Whether there is such a file or folder; settings may be too long to be the name of one."""
+    """Whether there is such a file or folder; False for settings too long to be a file name."""
     with suppress(OSError):
         return path.exists()
     return False
 
 
 def named(text: str, main: Source) -> Source:
-    """What ``diff`` names: a config, by its name or its file, or what may stand ``beside`` another
-    network.
+    """A network as ``diff`` takes it: a config, by its name or its file, or whatever ``beside``
+    takes.
 
     Raises:
         UserError: it is none of these, or there is no such setting.
@@ -90,7 +91,7 @@ def named(text: str, main: Source) -> Source:
 
 
 def said(experiment: Experiment, name: str) -> str:
-    """What a label says of a setting; nothing where it was not given."""
+    """A setting as a label shows it; empty if it was not given."""
     told = SAID.get(name, name)
     value = getattr(experiment, told)
     if value is None:
@@ -99,8 +100,8 @@ def said(experiment: Experiment, name: str) -> str:
 
 
 def labelled(sources: list[Source]) -> list[Source]:
-    """The same with labels that tell them apart: what differs between their experiments, and after
-    how many iterations; or the whole name, where nothing does."""
+    """The sources with labels that tell them apart: the settings in which they differ, or the name
+    of the experiment if there are none, and the number of iterations."""
     differing = [
         f.name
         for f in fields(Experiment)

@@ -1,4 +1,4 @@
-"""The file that a run starts from: where it is, and what it is, by its bytes."""
+"""The file that a run starts from: its path and its SHA-256."""
 
 import hashlib
 from functools import cache
@@ -9,7 +9,7 @@ from resnetv2_cli.files import expanded
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that is meant: a file, or a run folder's, chosen or last; ``~`` begins a home.
+    """The checkpoint at ``path``: a file, or the best or else last of a run folder; expands ``~``.
 
     Raises:
         UserError: there is none.
@@ -24,7 +24,7 @@ def find(path: Path) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits; computed once, unless the file changes."""
+    """SHA-256 of a file, in hexadecimal; computed again only if the file has changed."""
     stat = path.stat()
     return _sha256(path.absolute(), stat.st_size, stat.st_mtime_ns)
 

@@ -240,13 +240,13 @@ class Untraceable(nn.Module):
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
-def test_a_network_that_a_format_cannot_follow_is_one_line(trained, tmp_path, capfd, format):
+def test_a_network_that_a_format_cannot_export_is_one_line(trained, tmp_path, capfd, format):
     task = network(trained / "checkpoints" / "last.ckpt", precision="32-true")
     model = fold.Exported(task.normalize, Untraceable()).eval()
-    message = f"^--format {format} cannot follow this network: .*data-dependent.*$"
+    message = f"^--format {format} cannot export this network: .*data-dependent.*$"
     with pytest.raises(UserError, match=message) as caught:
         check.written(task, model, format, View(32), tmp_path / "net", {})
-    assert caught.value.hint == "--format safetensors keeps the weights alone"
+    assert caught.value.hint == "--format safetensors writes the weights alone"
     assert list(tmp_path.iterdir()) == [] and capfd.readouterr() == ("", "")
 
 

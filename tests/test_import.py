@@ -181,7 +181,7 @@ REFUSED = {
     "other": (
         lambda: state(torchvision.models.squeezenet1_0(num_classes=7)),
         "torchvision",
-        "is no network that is known",
+        "is not a known network",
     ),
     "raw projection": (
         lambda: state(Cifar(1, 2, True, BEARPAW, shared=False)),
@@ -192,7 +192,7 @@ REFUSED = {
     "no last bn": (
         lambda: state(Cifar(1, 2, True, KUANGLIU, last=False)),
         "kuangliu",
-        "lacks the BN and ReLU behind the last unit",
+        "lacks the BN and ReLU after the last unit",
     ),
     "cut": (
         lambda: slim(state(torchvision.models.resnet18(num_classes=7)), "layer3.1.bn2"),

@@ -1,1 +1,1 @@
-"""How fast the tool is, beside what most people run and beside what the machine allows."""
+"""Speed of the tool, compared with what most people run and with what the machine allows."""

@@ -1,4 +1,4 @@
-"""Each way from stored images to batches of a network's input, alone: images a second.
+"""Images per second of each way to make input batches from stored images, without training.
 
 To add one: a row in PATHS.
 """
@@ -34,21 +34,21 @@ Make = Callable[[ImageData, torch.device], Arm]
 
 
 class InputPath(NamedTuple):
-    """One way to read images. ``make(data, device)``: its arm, an iteration of which is a batch."""
+    """One way to read images; ``make(data, device)`` gives its arm, which reads a batch a step."""
 
     doc: str
-    decoded: bool  # for images that are whole in memory; else for files
+    decoded: bool  # for images decoded in memory; else for image files
     make: Make
 
 
 def small(data: ImageData) -> images.Split:
-    """The training images, which are whole in memory."""
+    """The training images, decoded in memory."""
     assert isinstance(data.train, images.Split)
     return data.train
 
 
 def from_memory(data: ImageData, device: torch.device) -> Arm:
-    """What ``train`` does: uint8 on the device; one indexing, and the views of a whole batch."""
+    """What ``train`` does: uint8 on the device; a batch is indexed and augmented as a whole."""
     e, n = data.experiment, data.train_images
     parts = Parts(Schedule(n, e.batch_size), 0, 10**9)
     stream = iter(Stream(small(data), parts, EpochMaker(n, e.seed, True, True), device))
@@ -73,13 +73,13 @@ def from_pil(workers: int) -> Make:
 
 
 def photographs(data: ImageData) -> folder.Folder:
-    """The training images, which are files."""
+    """The training images, as files."""
     assert isinstance(data.train, folder.Folder)
     return data.train
 
 
 def one_by_one(reader: Callable[[], Callable[[bytes], torch.Tensor]]) -> Make:
-    """Files through a function that ``reader`` makes, as one worker process has them."""
+    """Files read one by one, as in a worker process, by the function that ``reader`` returns."""
 
     def make(data: ImageData, device: torch.device) -> Arm:
         read, files = reader(), itertools.cycle(photographs(data).files)
@@ -91,7 +91,7 @@ def one_by_one(reader: Callable[[], Callable[[bytes], torch.Tensor]]) -> Make:
 
 
 def on_one_core(read: Callable[[], torch.Tensor], images: int, device: torch.device) -> Arm:
-    """An arm that makes a batch of what is read, with one thread, as in a worker process."""
+    """An arm that stacks ``images`` results of ``read``, on one thread as in a worker process."""
     arm = timed(lambda: torch.stack([read() for _ in range(images)]), device)
 
     def run(steps: int) -> float:
@@ -106,15 +106,15 @@ def on_one_core(read: Callable[[], torch.Tensor], images: int, device: torch.dev
 
 
 def pil_crop() -> Callable[[bytes], torch.Tensor]:
-    """The usual transforms of training on ImageNet, on PIL images."""
+    """The usual ImageNet training transforms, on PIL images."""
     usual = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
     transform = transforms.Compose([*usual, transforms.PILToTensor()])
     return lambda content: transform(picture.rgb(content, "it"))
 
 
 def tensor_crop() -> Callable[[bytes], torch.Tensor]:
-    """torchvision's own decoder, and its transforms on tensors; PIL where it cannot."""
-    # It says that a later version leaves decoding to another package.
+    """torchvision's decoder and its transforms on tensors; PIL for files that it cannot decode."""
+    # It warns that a later version will leave decoding to another package.
     warnings.filterwarnings("ignore", module="torchvision.io", category=DeprecationWarning)
     from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -132,13 +132,13 @@ def tensor_crop() -> Callable[[bytes], torch.Tensor]:
 
 
 def decode_alone(content: bytes) -> torch.Tensor:
-    """Whole pictures by PIL, and nothing of them: what any path that decodes them whole costs."""
+    """Decode a whole picture with PIL and drop it: the least that decoding it whole can cost."""
     picture.rgb(content, "it")
     return torch.empty(0)
 
 
 def ours(crop: str) -> Make:
-    """What ``train`` does in each of its workers."""
+    """What ``train`` does in each of its worker processes."""
 
     def make(data: ImageData, device: torch.device) -> Arm:
         found, e = photographs(data), data.experiment
@@ -166,7 +166,7 @@ PATHS = {
 def prepared_arms(
     experiment: Experiment, folders: list[Path], device: torch.device
 ) -> dict[str, Arm]:
-    """What ``train`` does with the same photographs prepared (``data prepare``), by folder."""
+    """What ``train`` does with folders of the same photographs made by ``data prepare``."""
     arms = {}
     names = apart([place.resolve().name for place in folders], folders)
     for name, place in zip(names, folders, strict=True):
@@ -179,13 +179,13 @@ def prepared_arms(
 def bench_data(
     experiment: Experiment, rounds: int, steps: int, prepared: list[Path]
 ) -> dict[str, Any]:
-    """Images a second of each way to read the dataset, and their ratios to the first of PATHS.
+    """Images per second of each way to read the dataset, and the ratio to the first of PATHS.
 
-    Photographs are read by one core each; so many workers are so many times as fast. ``prepared``:
-    folders of the same photographs, which take turns with them.
+    Each way reads photographs on one core; n workers are n times as fast. ``prepared``: folders of
+    the same photographs made by ``data prepare``, timed in turn with the rest.
 
     Raises:
-        UserError: the images are missing, or there is nothing that could be prepared.
+        UserError: the images are missing, or are not photographs where ``prepared`` is given.
     """
     if prepared and DATASETS[experiment.dataset].decoded:
         raise UserError("only photographs are prepared", "--dataset folder or imagenet")

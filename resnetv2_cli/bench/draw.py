@@ -1,4 +1,4 @@
-"""The picture of a bench: a bar for each arm."""
+"""The chart of a benchmark: one bar per arm."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,12 +7,12 @@ from resnetv2_cli.plot import plt, save
 
 
 def bars(title: str, values: Mapping[str, float], unit: str, to: Path) -> None:
-    """A horizontal bar for each value, with its number behind it, in the order given."""
+    """Draw a horizontal bar for each value, labeled with its number, in the order given."""
     size = (7, 0.42 * len(values) + 1.2)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     names = list(values)
     drawn = axes.barh(names, [values[n] for n in names], color="C0", height=0.7)
-    drawn[0].set_color("grey")  # what the others are measured beside
+    drawn[0].set_color("grey")  # the baseline
     axes.bar_label(drawn, [f" {values[n]:,.0f}" for n in names], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)

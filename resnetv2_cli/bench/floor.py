@@ -1,4 +1,4 @@
-"""What a step is measured against: its convolutions alone, as PyTorch has them, and its bytes."""
+"""What a step is compared with: PyTorch's convolutions alone, and the bytes it must move."""
 
 import time
 from collections.abc import Callable
@@ -13,13 +13,14 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import side
 from resnetv2_cli.describe import skeleton
 
-COPY = 2**26  # numbers in the copy that measures bandwidth: 256 MiB, more than any cache
+COPY = 2**26  # float32s in the copy that measures bandwidth: 256 MiB, more than any cache
 
 
 class Weights(NamedTuple):
-    """A convolution as it stands in a network; ``first``: its input needs no gradient.
+    """A convolution of a network.
 
-    ``read``: shape (C, H, W) of its input; ``written``: of its output.
+    ``read``, ``written``: shapes (C, H, W) of its input and output; ``first``: it is the network's
+    first, whose input needs no gradient.
     """
 
     c_out: int
@@ -52,7 +53,7 @@ def convolutions(experiment: Experiment) -> list[Weights]:
 def convolution(
     w: Weights, images: int, dtype: torch.dtype, layout: torch.memory_format, device: torch.device
 ) -> Callable[[], None]:
-    """One forward and both gradients of a convolution, on numbers that lie there already."""
+    """A callable that runs a convolution and both its gradients on tensors allocated once."""
     x = torch.randn(images, *w.read, device=device, dtype=dtype)
     shape = (w.c_out, w.read[0], w.kernel, w.kernel)
     weight = torch.randn(shape, device=device, dtype=dtype) / w.kernel
@@ -73,10 +74,10 @@ def convolution(
 def convolutions_alone(
     experiment: Experiment, dtype: torch.dtype, layout: torch.memory_format, device: torch.device
 ) -> Arm:
-    """An arm whose iteration is every convolution of a training step, and nothing else.
+    """An arm that runs every convolution of a training step, and nothing else.
 
-    Convolutions of one shape share their input, which therefore lies in a cache more often than in
-    a network: a floor must not be too high.
+    Convolutions of the same shape share their input, so it is in cache more often than in a
+    network. That can only lower the floor, which must not be too high.
     """
     every = convolutions(experiment)
     n = experiment.batch_size
@@ -90,7 +91,7 @@ def convolutions_alone(
 
 
 def bytes_moved(experiment: Experiment, dtype: torch.dtype) -> int:
-    """Bytes of a training step in which BN, ReLU and additions cost none of their own.
+    """Bytes that a training step moves if BN, ReLU and additions move none of their own.
 
     Each convolution reads its input and writes its output; in backward it reads its input and the
     gradient of its output, and writes the gradient of its input. Weights are not counted.
@@ -103,7 +104,7 @@ def bytes_moved(experiment: Experiment, dtype: torch.dtype) -> int:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written in a second by a copy of 256 MiB: the median of 5, once warm."""
+    """Bytes per second read and written by a copy of 256 MiB: median of 5, after a warm-up."""
     source = torch.zeros(COPY, device=device)
     target = torch.empty_like(source)
     taken = []
@@ -116,6 +117,6 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def floor(experiment: Experiment, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """``bytes``, ``copy_bytes_per_second`` and the ``seconds`` that the bytes take at that rate."""
+    """``bytes``, ``copy_bytes_per_second`` and the ``seconds`` that the bytes take at this rate."""
     moved, rate = bytes_moved(experiment, dtype), copy_bandwidth(device)
     return {"bytes": moved, "copy_bytes_per_second": rate, "seconds": moved / rate}

@@ -1,4 +1,4 @@
-"""The loop that most people write: what everything else is measured beside."""
+"""The training loop that most people write: the baseline of the benchmarks."""
 
 import time
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ WORKERS = 2
 
 
 class PilImages(Dataset):
-    """Images as most loops have them: PIL, one by one, through torchvision's transforms."""
+    """Images as most loops read them: one PIL image at a time, with torchvision's transforms."""
 
     def __init__(self, split: images.Split) -> None:
         self.pictures = [Image.fromarray(image) for image in split.images]
@@ -43,25 +43,25 @@ class PilImages(Dataset):
 
 
 def plain_loader(split: images.Split, batch: int, workers: int = WORKERS) -> DataLoader:
-    """A DataLoader that shuffles."""
+    """A shuffling DataLoader of PIL images."""
     return DataLoader(PilImages(split), batch, shuffle=True, **decoded_by(workers))
 
 
 def forever(loader: Any) -> Iterator[Any]:
-    """Epoch after epoch of it."""
+    """The batches of a loader, epoch after epoch."""
     while True:
         yield from loader
 
 
 def usual_sgd(net: nn.Module) -> torch.optim.SGD:
-    """The optimizer as most write it."""
+    """The optimizer as most people write it."""
     return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
 
 
 class PlainLoop:
-    """float32, NCHW, eager; a DataLoader of two workers; one ``.item()`` an iteration.
+    """float32, NCHW, eager; a DataLoader with two workers; one ``.item()`` per iteration.
 
-    ``waited``: seconds of the last stretch that went into waiting for images.
+    ``waited``: seconds spent waiting for images in the last turn.
     """
 
     def __init__(
@@ -87,5 +87,5 @@ class PlainLoop:
     def __call__(self, steps: int) -> float:
         self.net.train()
         seconds = timed(self.step, self.device)(steps)
-        self.waited = sum(self.waits[-steps:])  # without those before the clock
+        self.waited = sum(self.waits[-steps:])  # without the warm-up
         return seconds

@@ -1,4 +1,4 @@
-"""One training step under each option that the tool has, beside plain float32 and the floor.
+"""One training step under each option of the tool, compared with plain float32 and the floor.
 
 To add an option: a row in OPTIONS.
 """
@@ -32,13 +32,13 @@ class Option(NamedTuple):
     doc: str
     mixed: bool = True  # bf16 autocast; else float32
     last: bool = True  # channels last; else NCHW
-    plain: bool = False  # ``usual_sgd``
+    plain: bool = False  # ``usual_sgd``; else ``optim.sgd``
     fused: bool = False  # BN and ReLU as one compiled operation
-    forget: bool = False  # what they make is made again in backward
-    recompute: int = 0  # segments of the body; -1: every unit is one
+    forget: bool = False  # what they compute is recomputed in backward
+    recompute: int = 0  # segments of the body to recompute; -1: each unit is one
     compile: bool = False
     graphs: bool = False  # replayed as a CUDA graph
-    usual: tuple[str, ...] = ("cpu", "cuda")  # devices where it is timed when none is named
+    usual: tuple[str, ...] = ("cpu", "cuda")  # devices on which it is timed by default
 
     @property
     def precision(self) -> str:
@@ -54,7 +54,7 @@ class Option(NamedTuple):
 
     @property
     def floor(self) -> str:
-        """The arm of its convolutions alone."""
+        """The name of the arm that runs its convolutions alone."""
         return f"floor {'bf16' if self.mixed else 'fp32'} {'NHWC' if self.last else 'NCHW'}"
 
 
@@ -79,10 +79,10 @@ OPTIONS = {
 
 
 def step_arm(experiment: Experiment, option: Option, device: torch.device) -> Arm:
-    """Forward, backward and update on one batch of noise.
+    """An arm that runs forward, backward and update on one batch of noise.
 
     Raises:
-        UserError: the device has no such option.
+        UserError: the device does not support the option.
     """
     torch.manual_seed(experiment.seed)
     classes = known_classes(experiment.dataset, experiment.classes)
@@ -120,15 +120,16 @@ def bench_step(
     steps: int,
     tell: Tell,
 ) -> dict[str, Any]:
-    """Each option's time, its ratio to the plain step, and its share of the floor.
+    """Each option's time, and its speed relative to the plain step and to its floor.
 
-    The floor of an option is the convolutions alone, in its precision and layout; it takes turns
-    with the options. ``floors``: beside it, the bytes that must move over the copy bandwidth.
+    The floor of an option is the convolutions alone in its precision and layout, timed in turn with
+    the options. ``floors``: a second one for each dtype, the bytes that a step must move and the
+    seconds that they take at the bandwidth of a copy.
     """
     device = ready(experiment)
     options = {name: OPTIONS[name] for name in [PLAIN, *(n for n in names if n != PLAIN)]}
     arms: dict[str, Arm] = {}
-    of: dict[str, str] = {}  # option: the arm that is its floor
+    of: dict[str, str] = {}  # option -> the arm that is its floor
     for name, option in options.items():
         arms[name] = step_arm(experiment, option, device)
         of[name] = option.floor

@@ -1,4 +1,4 @@
-"""Whole training: the tool's command beside its bare step and beside the loop that most write."""
+"""Whole training: ``resnetv2 train``, its bare step, and the loop that most people write."""
 
 import subprocess
 import sys
@@ -37,13 +37,13 @@ from resnetv2_cli.task import Classification
 from resnetv2_cli.telling import Tell, silent
 
 PLAIN, BARE, TRAIN = "plain loop", "bare step", "resnetv2 train"
-PATIENCE = 600.0  # seconds that a new process may take to its first step
+PATIENCE = 600.0  # seconds that a new process may take until its first step is done
 
 
 def bare_arm(
     task: Classification, data: ImageData, split: images.Split, device: torch.device
 ) -> Arm:
-    """The tool's network, images, arithmetic and optimizer, without the Trainer around them."""
+    """An arm with the tool's network, images, arithmetic and optimizer, but no Trainer."""
     e = task.experiment
     task = task.to(device).train()
     task.on_fit_start()
@@ -76,7 +76,7 @@ def bare_arm(
 
 
 class Clock(Callback):
-    """When each iteration ended."""
+    """Records when each iteration ends."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -88,7 +88,7 @@ class Clock(Callback):
 
 
 class Waited:
-    """Training batches, and the seconds that went into waiting for each."""
+    """Training batches, and the seconds spent waiting for each."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
@@ -111,7 +111,7 @@ class Waited:
 class WholeTrain:
     """What ``resnetv2 train`` runs: the Trainer with its callbacks, files and display.
 
-    ``waited``: seconds of the last stretch that went into waiting for images.
+    ``waited``: seconds spent waiting for images in the last turn.
     """
 
     def __init__(self, task: Classification, data: ImageData, folder: Path) -> None:
@@ -148,7 +148,7 @@ class WholeTrain:
 
 
 def augmentation_seconds(data: ImageData, split: images.Split, device: torch.device) -> float:
-    """Normalization and augmentation of one batch: the median of 50."""
+    """Seconds to normalize and augment one batch: the median of 50."""
     n = data.experiment.batch_size
     pixels = torch.from_numpy(split.images[:n]).to(device)
     views, normalize = epoch_order(n, 0, 0).views.to(device), data.normalize.to(device)
@@ -165,7 +165,7 @@ def first_step_seconds(experiment: Experiment, folder: Path) -> float:
     """Seconds from the start of a ``train`` process to the end of its first iteration.
 
     Raises:
-        UserError: it ended without one.
+        UserError: the process ended without one, or took longer than ``PATIENCE``.
     """
     config, output = folder / "first.yaml", folder / "first"
     config.write_text(experiment.dump(), encoding="utf-8")
@@ -179,7 +179,7 @@ def first_step_seconds(experiment: Experiment, folder: Path) -> float:
             while not (lines.exists() and lines.read_text(encoding="utf-8").count("\n") > 1):
                 if process.poll() is not None or time.perf_counter() - began > PATIENCE:
                     log.seek(0)
-                    raise UserError("train made no first step", log.read().strip()[-300:])
+                    raise UserError("train completed no first step", log.read().strip()[-300:])
                 time.sleep(0.01)
             return time.perf_counter() - began
         finally:
@@ -188,11 +188,12 @@ def first_step_seconds(experiment: Experiment, folder: Path) -> float:
 
 
 def bench_train(experiment: Experiment, rounds: int, steps: int, tell: Tell) -> dict[str, Any]:
-    """Images a second of each arm, and the ratio of each to the plain loop.
+    """Images per second of each arm, and the ratio of each to the plain loop.
 
-    ``waiting``: of an arm's time, the share in which it waited for images. ``trainer_overhead``:
-    what the Trainer, its files and callbacks add to the bare step. ``first_step_seconds``: from
-    the start of a new ``train`` process.
+    ``waiting``: the share of an arm's time spent waiting for images. ``trainer_overhead``: what
+    the Trainer, its files and callbacks add to the bare step, as a share of its time.
+    ``augmentation``: the share of normalization and augmentation in the bare step.
+    ``first_step_seconds``: from the start of a new ``train`` process.
 
     Raises:
         UserError: the dataset is not one of small decoded images, or batches are split.

@@ -1,4 +1,4 @@
-"""Arms that take turns in one process, and what is said of them: medians of ratios."""
+"""Arms timed in turn in one process, and their summary: medians of ratios."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -9,20 +9,23 @@ import torch
 
 from resnetv2_cli import memory
 
-WARM = 2  # iterations before a stretch is timed: allocators, worker processes, kernels' choices
-Arm = Callable[[int], float]  # iterations -> seconds an iteration
+WARM = 2  # untimed iterations of each turn: allocators, worker processes and kernel choices settle
+Arm = Callable[[int], float]  # iterations -> seconds per iteration
 
 
 class Turn(NamedTuple):
-    """One stretch of one arm: seconds an iteration, and the most bytes that the process had in it;
-    on a GPU above what lay there before; None where that is not known, as of a replay."""
+    """One turn of one arm: seconds per iteration, and the peak memory of the process in bytes.
+
+    On a GPU the peak counts only memory reserved in addition to what was reserved before. None
+    where it is not known, as for a replayed graph.
+    """
 
     seconds: float
     peak: int | None
 
 
 def finish(device: torch.device) -> None:
-    """Wait for what the device still has to do, before a clock is read."""
+    """Wait until the device has done all queued work, before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -45,9 +48,9 @@ def timed(step: Callable[[], object], device: torch.device) -> Arm:
 def in_turns(
     arms: Mapping[str, Arm], rounds: int, steps: int, device: torch.device
 ) -> dict[str, list[Turn]]:
-    """``steps`` iterations of each arm, ``rounds`` times over.
+    """Time ``steps`` iterations of each arm in turn, ``rounds`` times over.
 
-    A machine whose speed drifts slows all of them alike.
+    So a drift in the machine's speed affects all arms alike.
     """
     turns: dict[str, list[Turn]] = {name: [] for name in arms}
     for _ in range(rounds):
@@ -57,12 +60,12 @@ def in_turns(
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)
-                there = torch.cuda.memory_reserved(device)  # by all arms, their recordings with it
+                there = torch.cuda.memory_reserved(device)  # by all arms, their graphs too
             seconds = arm(steps)
             peak = memory.peak(device)
             known = peak["host"] if fresh else None
             if peak["device"] is not None:
-                known = (peak["device"] - there) or None  # a replay takes nothing anew
+                known = (peak["device"] - there) or None  # a replay allocates nothing new
             turns[name].append(Turn(seconds, known))
     return turns
 
@@ -74,8 +77,8 @@ def ratios(turns: Mapping[str, list[Turn]], one: str, other: str) -> list[float]
 
 
 def rows(turns: Mapping[str, list[Turn]], first: str, images: int) -> dict[str, dict[str, Any]]:
-    """For each arm its images a second and its ratio to the ``first``: median, least and most over
-    rounds; and the peak of memory, bytes."""
+    """For each arm: images per second, speed relative to ``first`` (median, least and most over
+    rounds), and peak memory in bytes."""
     made = {}
     for name, taken in turns.items():
         times, found = ratios(turns, name, first), [t.peak for t in taken]

@@ -1,1 +1,1 @@
-"""What leaves the tool: files that others run, checked against the network they were made from."""
+"""Export to files that other tools run, checked against the network they were made from."""

@@ -1,4 +1,4 @@
-"""The model card: what a file is, how it came to be, and how good it is, in Markdown."""
+"""The model card: what a file is, how it was made, and how good it is, in Markdown."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,8 +23,8 @@ class Facts:
     classes: tuple[str, ...]
     parameters: int
     step: int
-    imported: dict[str, str]  # whose weights they are, of those that ``import`` made
-    run: Path | None  # the folder of the run, where the checkpoint is in one
+    imported: dict[str, str]  # where the weights come from, if ``import`` made them
+    run: Path | None  # the run's folder, if the checkpoint is in one
     file: str
     bytes: int
     sha256: str
@@ -34,13 +34,13 @@ class Facts:
 
 
 def made_of(folder: RunFolder) -> tuple[Any, dict[str, str]]:
-    """What makes a run what it is, but for its seed: its settings, and code of one's own."""
+    """What identifies a run, apart from its seed: its settings and its custom code."""
     return identity(folder.experiment()), Run("", folder).own_code
 
 
 def seeds(run: Path) -> dict[int, float]:
-    """Seed: test error in percent, of the run and of those beside it that are the same experiment
-    but for their seed."""
+    """Seed -> test error in percent, of the run and of the runs in the same folder that differ from
+    it in their seed alone."""
     wanted, found = made_of(RunFolder(run)), {}
     for other in sorted(run.absolute().parent.iterdir()):
         folder = RunFolder(other)
@@ -49,16 +49,16 @@ def seeds(run: Path) -> dict[int, float]:
             continue
         try:
             same = made_of(folder) == wanted
-        except UserError:  # of another version
+        except UserError:  # a run of another version
             continue
         if same:
             found[int(result["seed"])] = float(result["test_error"])
-    own = RunFolder(run).read_result()  # of two runs of one seed this one counts
+    own = RunFolder(run).read_result()  # if another run has the same seed, this one counts
     return found | ({int(own["seed"]): float(own["test_error"])} if own else {})
 
 
 def card(facts: Facts) -> str:
-    """A Markdown page, with the header that hubs read."""
+    """The card as a Markdown page, with the header that hubs read."""
     e, run = facts.experiment, Run("", RunFolder(facts.run)) if facts.run else None
     result = run.result if run else {}
     header = {
@@ -92,11 +92,11 @@ def card(facts: Facts) -> str:
         made_by(run.environment if run else {}),
     ]
     page = "\n\n".join(parts) + "\n"
-    return page.encode(errors="backslashreplace").decode()  # names of classes may be no text
+    return page.encode(errors="backslashreplace").decode()  # class names may not be valid text
 
 
 def outcome(facts: Facts, result: dict[str, Any]) -> str:
-    """The test error, with the spread over seeds where there are several."""
+    """The test error, with the spread over seeds if there are several."""
     if facts.run is None:
         return "Not known: the checkpoint lay in no run's folder."
     if not result:
@@ -131,7 +131,7 @@ def outcome(facts: Facts, result: dict[str, Any]) -> str:
 
 
 def data(facts: Facts, result: dict[str, Any]) -> str:
-    """What it learned from, and its classes."""
+    """The training data and the classes."""
     e, names = facts.experiment, facts.classes
     some = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     lines = [f"{e.dataset}: {DATASETS[e.dataset].doc}."]
@@ -146,14 +146,17 @@ def data(facts: Facts, result: dict[str, Any]) -> str:
 
 
 def recipe(e: Experiment) -> str:
-    """Every setting that changes what is learned, as a file that ``--config`` reads: of the engine
-    what is no default; and of weights that it began with no place, which is nobody else's."""
+    """Every setting that affects what is learned, as a file that ``--config`` reads.
+
+    Engine settings only where they are not the default, and not the path of initial weights, which
+    means nothing elsewhere.
+    """
     panels = ("Network", "Data", "Optimization", "Fine-tuning")
     given = {}
     for f in fields(e):
         panel, value = f.metadata["panel"], getattr(e, f.name)
         told = panel in panels or (panel == "Engine" and value != f.default)
-        # Photographs are normalized by ImageNet's mean and std, whatever it says.
+        # Photographs are normalized by ImageNet's mean and std, whatever this says.
         fixed = f.name == "normalize" and not DATASETS[e.dataset].decoded
         if told and not fixed and not f.metadata["free"] and value not in (None, ""):
             given[f.name] = value
@@ -164,13 +167,13 @@ def recipe(e: Experiment) -> str:
 
 
 def origin(imported: dict[str, str]) -> str:
-    """Where imported weights come from: how they were trained is known there."""
+    """Where imported weights come from; how they were trained is not known here."""
     named = ", ".join(f"{what} `{value}`" for what, value in imported.items())
     return f"Not known: the weights were imported, {named}."
 
 
 def made_by(environment: dict[str, Any]) -> str:
-    """Hardware and versions of the training."""
+    """Hardware and software versions of the training."""
     if not environment:
         return "Not known."
     versions = [f"{name} {v}" for name, v in environment.get("versions", {}).items()]

@@ -18,16 +18,16 @@ from resnetv2_cli.export.formats import FORMATS, Metadata, Run
 from resnetv2_cli.files import expanded, partial
 from resnetv2_cli.task import Classification
 
-LARGEST = 1e-4  # logit difference that is taken for rounding, over the largest logit or 1
-SMALL, PHOTOGRAPHS = 256, 16  # images that are compared
+LARGEST = 1e-4  # logit difference that counts as rounding, relative to max(1, largest logit)
+SMALL, PHOTOGRAPHS = 256, 16  # images to compare on
 
 
 class Agreement(NamedTuple):
     """How far a file's logits are from the network's."""
 
-    difference: float  # largest of all
-    logit: float  # largest, in magnitude
-    same: int  # images of the same likeliest class
+    difference: float  # largest over all logits
+    logit: float  # largest magnitude
+    same: int  # images with the same top class
     images: int
     source: str
 
@@ -39,14 +39,14 @@ class Agreement(NamedTuple):
 
 
 def test_images(task: Classification, view: View) -> tuple[Tensor, str]:
-    """Images to compare on, and what they are: of the test set where it is at hand (nothing is
+    """Images to compare on, and what they are: test images if they are at hand (nothing is
     downloaded), else noise.
 
     Shape: (N, size, size, 3) uint8.
     """
     e, size = task.experiment, view.side
     n = SMALL if DATASETS[e.dataset].decoded else PHOTOGRAPHS
-    with suppress(UserError, OSError):  # half of a dataset is as good as none, here
+    with suppress(UserError, OSError):  # an incomplete dataset counts as none here
         if split := at_hand(e):
             found, _ = folder.chosen(split, n, view)
             if found.shape[1:3] == (size, size):
@@ -57,10 +57,10 @@ def test_images(task: Classification, view: View) -> tuple[Tensor, str]:
 
 
 def at_hand(e: Experiment) -> images.Split | folder.Folder | None:
-    """The test images; None where they would be downloaded.
+    """The test images; None if they would have to be downloaded.
 
     Raises:
-        UserError: they are missing, or not whole.
+        UserError: they are missing or incomplete.
     """
     root = expanded(e.data_dir)
     if not DATASETS[e.dataset].decoded:
@@ -73,7 +73,7 @@ def at_hand(e: Experiment) -> images.Split | folder.Folder | None:
 
 @torch.inference_mode()
 def compare(task: Classification, run: Run, pixels: Tensor, source: str) -> Agreement:
-    """The same images through both, the file's in two unequal batches.
+    """Compare the logits of the network and of the file, which gets two unequal batches.
 
     Raises:
         UserError: they differ by more than rounding.
@@ -85,19 +85,19 @@ def compare(task: Classification, run: Run, pixels: Tensor, source: str) -> Agre
     same = int((found.argmax(1) == expected.argmax(1)).sum())
     difference = float((found - expected).abs().max())
     made = Agreement(difference, largest, same, len(pixels), source)
-    if not difference <= LARGEST * max(1.0, largest):  # not a number neither
-        raise UserError(f"what was exported computes something else: {made}", "nothing is kept")
+    if not difference <= LARGEST * max(1.0, largest):  # also refuses NaN
+        raise UserError(f"the exported file computes something else: {made}", "nothing is kept")
     return made
 
 
 def written(
     task: Classification, model: Exported, format: str, view: View, to: Path, metadata: Metadata
 ) -> Agreement:
-    """Write a file under another name, check it, and give it its name.
+    """Write a file under a temporary name, check it, and rename it.
 
     Raises:
-        UserError: the check fails, the format cannot have the network, or it cannot be written; no
-            file is left, and one that was there before stays.
+        UserError: the check fails, the format cannot express the network, or the file cannot be
+            written; nothing is left of it, and a file that was there before stays.
     """
     row = FORMATS[format]
     pixels, source = test_images(task, view)
@@ -114,11 +114,11 @@ def written(
         raise UserError(
             f"cannot write {to}: {said}", "make room, or name another --output"
         ) from None
-    except Exception as error:  # of an exporter, or a runtime, with code of one's own: any
+    except Exception as error:  # with custom code, exporters and runtimes may raise anything
         said = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"--format {format} cannot follow this network: {said}",
-            "--format safetensors keeps the weights alone",
+            f"--format {format} cannot export this network: {said}",
+            "--format safetensors writes the weights alone",
         ) from None
     finally:
         beside.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""BN folded into the convolution that it stands directly behind, and the network that leaves."""
+"""BN folded into the convolution directly before it, and the network that is exported."""
 
 import copy
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from resnetv2_cli.task import Classification
 
 
 class Exported(nn.Module):
-    """Normalization and network: what is exported needs no other preprocessing than a resize.
+    """Normalization and network: what is exported needs no preprocessing except a resize.
 
     Shape: RGB images (N, 3, H, W) float32, 0 to 1 -> logits (N, classes).
     """
@@ -28,7 +28,7 @@ class Exported(nn.Module):
 
 
 def exported(task: Classification, fold: bool) -> tuple[Exported, list[str]]:
-    """A copy of a network on the CPU, in evaluation; and the names of the BN that were folded."""
+    """A copy of a network on the CPU, in eval mode, and the names of the BN layers folded."""
     net = copy.deepcopy(task.net).cpu().eval().to(memory_format=torch.contiguous_format)
     for weight in net.parameters():
         weight.requires_grad_(False)
@@ -37,17 +37,16 @@ def exported(task: Classification, fold: bool) -> tuple[Exported, list[str]]:
 
 
 def folded_into(net: nn.Module) -> list[str]:
-    """Fold each BN that a convolution feeds and nothing else; the names of those that are gone.
+    """Fold each BN after a convolution that feeds nothing else; return the names of the folded BN.
 
-    A convolution's output goes to the next layer of its sequence alone. Where an addition stands
-    between, as before the BN of ``bn-after-add`` and of pre-activation, there is nothing to fold
-    into.
+    A convolution feeds only the next layer of its sequence. Where an addition comes between, as
+    before the BN of ``bn-after-add`` and of pre-activation, there is nothing to fold into.
     """
     gone = []
     for conv, norm in pairs(net):
         module, bn = net.get_submodule(conv), net.get_submodule(norm)
         assert isinstance(module, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d)
-        # In float64: a product of rounded factors is rounded once.
+        # In float64, so that products of float32 factors are rounded only once.
         fused = fuse_conv_bn_eval(module.double(), bn.double()).float()
         net.set_submodule(conv, fused)
         net.set_submodule(norm, nn.Identity())
@@ -56,15 +55,15 @@ def folded_into(net: nn.Module) -> list[str]:
 
 
 def pairs(net: nn.Module) -> list[tuple[str, str]]:
-    """The names of each convolution and of the BN directly behind it."""
+    """The names of each convolution and the BN directly after it."""
     found = []
     for name, module in net.named_modules():
         parent = net.get_submodule(name.rpartition(".")[0])
         if type(module) not in SEQUENCES or type(parent) in SEQUENCES:
-            continue  # a part of a longer sequence, which is gone through as a whole
+            continue  # part of a longer sequence, which is searched as a whole
         layers = list(chain(module, name))
         for (first, conv), (second, bn) in pairwise(layers):
-            # Others, derived from these, may compute something else with their weights.
+            # Subclasses may compute something else with their weights.
             plain = type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d
             if plain and bn.track_running_stats:
                 found.append((first, second))
@@ -72,7 +71,7 @@ def pairs(net: nn.Module) -> list[tuple[str, str]]:
 
 
 def chain(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The layers of a sequence and of the sequences in it, in the order in which they act."""
+    """The layers of a sequence and of the sequences nested in it, in the order they run."""
     if type(module) in SEQUENCES:
         for child, part in module.named_children():
             yield from chain(part, f"{name}.{child}")
@@ -81,7 +80,7 @@ def chain(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def blank(model: Exported) -> Exported:
-    """The same without its numbers, which a file that is read has to bring."""
+    """A copy with its numbers erased, so that they have to come from the file that is read."""
     other = copy.deepcopy(model)
     for tensor in (*other.parameters(), *other.buffers()):
         tensor.fill_(torch.nan if tensor.is_floating_point() else 0)

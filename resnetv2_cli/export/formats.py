@@ -1,7 +1,7 @@
-"""The files that a network can leave as; each is read back by what will run it.
+"""The export formats; each file is read back by the runtime that will use it.
 
-To add a format: a row in FORMATS. Nothing needs torch before it is called, so that help comes at
-once. Files are opened here, and libraries get their bytes: some refuse a name that is no UTF-8.
+To add a format: a row in FORMATS. Nothing imports torch until it is called, so that help is fast.
+Files are opened here and libraries get bytes: some refuse a file name that is not UTF-8.
 """
 
 import io
@@ -27,9 +27,9 @@ INPUT, OUTPUT = "images", "logits"
 
 
 class Format(NamedTuple):
-    """``write`` and ``read`` a file; ``fold``: whether BN is folded unless it is said otherwise;
-    ``needs``: packages of the extra ``export``; ``use``: how ``{file}`` is run on images
-    (N, 3, size, size), 0 to 1."""
+    """``write`` and ``read`` a file; ``fold``: whether BN is folded by default; ``needs``: packages
+    of the extra ``export``; ``use``: code that runs ``{file}`` on ``images`` (N, 3, size, size),
+    0 to 1."""
 
     doc: str
     suffix: str
@@ -41,22 +41,22 @@ class Format(NamedTuple):
 
 
 def write_safetensors(model: "Exported", example: "Tensor", path: Path, metadata: Metadata) -> None:
-    """The weights, every tensor by its name."""
+    """Write the weights, every tensor under its name."""
     from safetensors.torch import save
 
-    # Counters of batches are the training's alone, but --weights wants every tensor.
+    # Only training uses the counters of batches, but --weights requires every tensor.
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    path.write_bytes(ordered(save(state, metadata)))  # save_file raises an error that is no OSError
+    path.write_bytes(ordered(save(state, metadata)))  # save_file's own error is no OSError
 
 
 def ordered(file: bytes) -> bytes:
-    """A safetensors file with its metadata in the order of their names. They are written in any, so
-    that the bytes of the same weights were others each time."""
+    """A safetensors file with its metadata sorted by name. The library writes them in any order, so
+    that the same weights would give different bytes each time."""
     size = int.from_bytes(file[:8], "little")
     header = json.loads(file[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin where 8 divides
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text + file[8 + size :]
 
 
@@ -72,7 +72,7 @@ def read_safetensors(model: "Exported", path: Path) -> Run:
 
 
 def write_onnx(model: "Exported", example: "Tensor", path: Path, metadata: Metadata) -> None:
-    """The graph by PyTorch's exporter, checked by onnx."""
+    """Write the graph made by PyTorch's exporter, checked by onnx."""
     import onnx
     import torch
 
@@ -89,7 +89,7 @@ def write_onnx(model: "Exported", example: "Tensor", path: Path, metadata: Metad
     assert program is not None
     graph = program.model_proto
     for node in graph.graph.node:
-        del node.metadata_props[:]  # which lines of which files made it, on this machine
+        del node.metadata_props[:]  # the source lines that made it, with paths on this machine
     onnx.helper.set_model_props(graph, metadata)
     onnx.checker.check_model(graph, full_check=True)
     path.write_bytes(graph.SerializeToString())
@@ -110,22 +110,22 @@ def read_onnx(model: "Exported", path: Path) -> Run:
 def write_torch_export(
     model: "Exported", example: "Tensor", path: Path, metadata: Metadata
 ) -> None:
-    """The graph as ``torch.export`` has it."""
+    """Write the graph made by ``torch.export``."""
     import torch
 
     shapes = {INPUT: {0: torch.export.Dim("batch")}}
     with quiet():
         program = torch.export.export(model, (example,), dynamic_shapes=shapes)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # of files on this machine
-    file = io.BytesIO()  # by its name it would insist on a suffix; a full disk would end it all
+        node.meta.pop("stack_trace", None)  # has paths on this machine
+    file = io.BytesIO()  # given a path, save insists on a suffix, and a full disk ends the process
     with quiet():
         torch.export.save(program, file, extra_files=metadata)  # type: ignore[arg-type]
     path.write_bytes(file.getbuffer())
 
 
 def read_torch_export(model: "Exported", path: Path) -> Run:
-    """The graph as ``torch.export.load`` gives it."""
+    """The graph as ``torch.export.load`` returns it."""
     import torch
 
     with quiet(), path.open("rb") as file:
@@ -167,9 +167,10 @@ FORMATS = {
 
 
 def check_packages(format: str) -> None:
-    """
+    """Check that the packages of a format are installed.
+
     Raises:
-        UserError: a package that the format needs is not installed.
+        UserError: one is not.
     """
     from importlib.util import find_spec
 
@@ -181,8 +182,8 @@ def check_packages(format: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what exporters say to their own developers off the terminal, and out of --json: some
-    versions print."""
+    """Keep exporters' messages to their own developers off the terminal and out of --json: some
+    versions print them."""
     loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     said = io.StringIO()

@@ -1,4 +1,4 @@
-"""Upload to a hub, where the extra ``hub`` is installed and a network is there."""
+"""Upload to a hub, which needs the extra ``hub`` and a network connection."""
 
 from pathlib import Path
 
@@ -6,9 +6,10 @@ from resnetv2_cli.errors import UserError
 
 
 def check_package() -> None:
-    """
+    """Check that the package of the extra ``hub`` is installed.
+
     Raises:
-        UserError: the package is not installed.
+        UserError: it is not.
     """
     try:
         import huggingface_hub  # noqa: F401
@@ -19,7 +20,7 @@ def check_package() -> None:
 
 
 def push(repository: str, file: Path, card: Path) -> str:
-    """Upload a file, and its card as the repository's README.md; where they are then.
+    """Upload a file, and its card as the repository's README.md; return the repository's URL.
 
     Raises:
         UserError: the hub cannot be reached, or refuses.

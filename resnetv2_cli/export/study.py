@@ -23,20 +23,20 @@ from resnetv2_cli.inference import network_of
 from resnetv2_cli.runfolder import RunFolder, refuse_needed
 from resnetv2_cli.weightfile import sha256
 
-FOLDED = (  # weights alone, which no network here has: how they are read
+FOLDED = (  # how to read folded weights, which no network here has
     "from safetensors.torch import load_file\n\nweights = load_file({file})"
 )
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and how it compared."""
+    """What was written, and how it compares with the network."""
 
     file: Path
     card: Path
     size: int  # bytes
-    norms: int  # BN of the network
-    folded: list[str]  # names of those that are gone
+    norms: int  # BN layers of the network
+    folded: list[str]  # names of those folded
     agreement: Agreement
 
     def as_json(self) -> dict[str, Any]:
@@ -48,25 +48,25 @@ class Export:
 def export(
     path: Path, format: str, output: Path | None, fold: bool | None, data_dir: str | None
 ) -> Export:
-    """Write a checkpoint's network as a file of some format, with a card beside it.
+    """Write a checkpoint's network as a file of the given format, with a card beside it.
 
     Raises:
-        UserError: a package is missing, ``output`` is a file that is needed, or the file computes
-            something else; nothing is left.
+        UserError: a package is missing, ``output`` is a file that a run needs or the checkpoint
+            itself, or the file computes something else; nothing is left.
     """
     check_packages(format)
     row = FORMATS[format]
     overrides = {"precision": "32-true"} | ({"data_dir": data_dir} if data_dir else {})
     saved = checkpoints.network(path)
     task = network_of(saved, path, **overrides)
-    trained = Experiment(**checkpoints.settings_of(saved))  # task is as this machine has it
+    trained = Experiment(**checkpoints.settings_of(saved))  # task's engine is this machine's
     run = RunFolder.of(path)
     to = output or (run.path if run else path.parent) / "export" / f"{path.stem}{row.suffix}"
     if to.is_dir():
         raise UserError(f"{to} is a folder", f"name a file, such as network{row.suffix}")
     refuse_needed(to)
     if to.resolve() == path.resolve():
-        raise UserError(f"{to} is what is exported", "name another file with --output")
+        raise UserError(f"{to} is the file being exported", "name another file with --output")
     model, folded = exported(task, row.fold if fold is None else fold)
     view = view_of(task.experiment, task.normalize)._replace(ten=False)
     use = FOLDED if folded and format == "safetensors" else row.use
@@ -93,13 +93,13 @@ def export(
 
 
 def quoted(name: str) -> str:
-    """A name as Python has it in its text, between the quotes that are usual there."""
+    """A name as a Python string literal, in double quotes unless it contains one."""
     said = repr(name)
     return said if '"' in name else f'"{said[1:-1]}"'
 
 
 def preprocessing(view: View) -> str:
-    """What an image goes through before the network, in words."""
+    """How an image is preprocessed for the network, in words."""
     size = view.side
     return (
         f"The input is RGB, float32 from 0 to 1, of the shape (N, 3, {size}, {size}), any N: an "
@@ -111,11 +111,11 @@ def preprocessing(view: View) -> str:
 def metadata(
     saved: dict[str, Any], trained: Experiment, folded: list[str], view: View
 ) -> dict[str, str]:
-    """What a file says of itself: text, and JSON where it is more than a word."""
+    """The metadata of a file: plain text, or JSON where a value is more than a word."""
     size = view.side
     shape = {"name": INPUT, "shape": ["N", 3, size, size], "colors": "RGB", "range": [0, 1]}
     resize = {"shorter_side": view.shorter, "interpolation": "bicubic", "crop": size}
-    # Where images and weights lay on this machine is for nobody else.
+    # Paths of images and weights on this machine concern nobody else.
     weights = Path(trained.weights).name if trained.weights else None
     told = replace(trained, data_dir=Experiment.data_dir, weights=weights)
     origin = {"imported": json.dumps(saved["imported"])} if "imported" in saved else {}

@@ -1,1 +1,1 @@
-"""Weights that other code bases have trained."""
+"""Weights trained by other code bases."""

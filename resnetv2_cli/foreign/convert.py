@@ -1,4 +1,4 @@
-"""Another code base's weights as a checkpoint of this tool."""
+"""Conversion of another code base's weights to a checkpoint of this tool."""
 
 import re
 from collections import Counter
@@ -35,10 +35,10 @@ class Imported(NamedTuple):
 
 
 def imported(given: Mapping[str, Tensor], source: str, file: str = "the file") -> Imported:
-    """The network that tensors of another code base make, exactly.
+    """Return this tool's exact equivalent of the network that another code base's tensors make.
 
     Raises:
-        UserError: it is none of this tool's; says what differs.
+        UserError: there is none; says what differs.
     """
     row = SOURCES[source]
     network = recognized(given, row, Path(file).name, f"{file}, from {source}")
@@ -50,9 +50,10 @@ def imported(given: Mapping[str, Tensor], source: str, file: str = "the file") -
 
 
 def recognized(names: Iterable[str], source: Source, file: str, where: str) -> Network:
-    """
+    """Return the network of a source whose tensors have these names.
+
     Raises:
-        UserError: the source's network has no counterpart here, with the reason; or it is unknown.
+        UserError: the network has no counterpart here, with the reason; or it is unknown.
     """
     names = list(names)
 
@@ -67,7 +68,7 @@ def recognized(names: Iterable[str], source: Source, file: str, where: str) -> N
         if like(network.has, network.lacks):
             return network
     seen = ", ".join(names[:3])
-    raise UserError(f"{where}, is no network that is known: it has {seen}, ...", source.doc)
+    raise UserError(f"{where}, is not a known network: it has {seen}, ...", source.doc)
 
 
 def head(given: Mapping[str, Tensor], network: Network, file: str) -> str:
@@ -83,7 +84,7 @@ def head(given: Mapping[str, Tensor], network: Network, file: str) -> str:
 
 
 def places(given: Mapping[str, Tensor], network: Network, ending: str) -> list[dict[str, int]]:
-    """Stage, unit and k of every 4-dimensional weight that is called ``ending`` here."""
+    """Stage, unit and k of every 4-dimensional weight whose layer here is named ``ending``."""
     found = []
     for name, tensor in given.items():
         there = name.removesuffix(".weight")
@@ -97,10 +98,10 @@ def places(given: Mapping[str, Tensor], network: Network, ending: str) -> list[d
 
 
 def experiment_of(given: Mapping[str, Tensor], network: Network, file: str) -> Experiment:
-    """The experiment that builds it: depth and block from the layers that are there.
+    """The experiment that builds the network, with depth and block read from its layers.
 
     Raises:
-        UserError: no network here has so many units.
+        UserError: no network here has these numbers of units and convolutions.
     """
     convolutions = places(given, network, "residual.conv{k}")
     units = Counter(p["s"] for p in convolutions if p["k"] == 1)
@@ -132,16 +133,16 @@ def translated(
     shapes: str,
     file: str,
 ) -> dict[str, Tensor]:
-    """Our names and the tensors they get, in float64.
+    """Our tensor names and their values, in float64.
 
-    Where their convolutions have biases, BN behind takes them off its mean: (x + b) - m is
+    A bias of their convolutions is subtracted from the mean of the BN that follows: (x + b) - m is
     x - (m - b). Another epsilon goes into the variance: v + e' is (v + e' - e) + e.
 
     Raises:
-        UserError: a layer is missing, left over or of another shape; names the first.
+        UserError: a tensor is missing, left over or of another shape; names the first.
     """
     left, made = dict(given), dict[str, Tensor]()
-    waiting = torch.zeros(())  # the bias of a convolution, until its BN comes
+    waiting = torch.zeros(())  # the bias of a convolution, until the loop reaches its BN
     deep = len(BLOCKS[experiment.block_].kernels)
     for name, module in skeleton(experiment, classes).named_modules():
         if not isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)):
@@ -169,13 +170,13 @@ def translated(
 
 
 def tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """What a layer learns and what BN keeps, but for its count of batches."""
+    """A layer's parameters and BN's running statistics, without its count of batches."""
     there = [(part, getattr(module, part, None)) for part in PARTS]
     return [(part, tensor) for part, tensor in there if tensor is not None]
 
 
 def called(name: str, network: Network, deep: int) -> str:
-    """What one of our layers is called there; ``deep``: K, the weight layers of F."""
+    """The other code base's name of our layer; ``deep``: K, the number of weight layers of F."""
     for ours, theirs in network.keys.items():
         if (holes := numbers(ours, name)) is not None:
             return filled(theirs, holes | {"K": deep})
@@ -185,10 +186,10 @@ def called(name: str, network: Network, deep: int) -> str:
 def taken(
     left: dict[str, Tensor], name: str, shape: tuple[int, ...], shapes: str, file: str
 ) -> Tensor:
-    """Take a tensor out of those that are left, in float64.
+    """Remove a tensor from ``left`` and return it in float64.
 
     Raises:
-        UserError: it is missing, or of another shape than here.
+        UserError: it is missing, or its shape is not ours.
     """
     value = left.pop(name, None)
     if value is None:
@@ -203,17 +204,19 @@ def taken(
 def optional(
     left: dict[str, Tensor], name: str, shape: tuple[int, ...], shapes: str, file: str
 ) -> Tensor:
-    """The same, or zeros where there is none."""
+    """The same as ``taken``, or zeros if there is no such tensor."""
     return taken(left, name, shape, shapes, file) if name in left else torch.zeros(shape)
 
 
 def class_names(classes: int, stem: str, given: Path | None) -> tuple[str, tuple[str, ...]]:
-    """The dataset, and its classes in the order of the logits: those of a text file, one a line; of
-    a folder of class folders, by name; else those that CIFAR and ImageNet have.
+    """The dataset, and its classes in the order of the logits.
+
+    ``given``: a text file with one class per line, or a folder of class folders, which are sorted
+    by name. Without it, the classes of CIFAR or ImageNet if their number fits.
 
     Raises:
-        UserError: they are not as many as the network's, or nothing says which they are, or the
-            file is no text.
+        UserError: the network has another number of classes, one is named twice, nothing names
+            them, or the file is not text.
     """
     if given is None:
         known = {
@@ -243,8 +246,10 @@ def class_names(classes: int, stem: str, given: Path | None) -> tuple[str, tuple
 def checkpoint(
     made: Imported, source: str, file: Path, classes: Path | None, normalize: Any = None
 ) -> dict[str, Any]:
-    """What ``checkpoint.read`` expects, with the source's normalization; never trained here, so
-    its step is 0.
+    """The checkpoint of an imported network, as ``checkpoint.read`` expects it.
+
+    It has the source's normalization unless another is given. Its step is 0: it was never trained
+    here.
 
     Raises:
         UserError: the classes are not known.

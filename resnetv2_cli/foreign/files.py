@@ -1,4 +1,4 @@
-"""Files of tensors: opened without running anything that is in them."""
+"""Files of tensors, opened without running anything in them."""
 
 import io
 import pickle
@@ -14,10 +14,10 @@ from torch import Tensor
 from resnetv2_cli import form
 from resnetv2_cli.errors import UserError
 
-WRAPPERS = ("state_dict", "model", "net")  # where training scripts keep weights beside the rest
-PARALLEL = "module."  # what DataParallel puts before every name
+WRAPPERS = ("state_dict", "model", "net")  # keys of the weights in training checkpoints
+PARALLEL = "module."  # prefix that DataParallel gives every name
 
-KERAS = {  # a variable's name in Keras: in PyTorch
+KERAS = {  # variable name in Keras: in PyTorch
     "kernel": "weight",
     "gamma": "weight",
     "beta": "bias",
@@ -34,10 +34,10 @@ KERAS_ORDER = {
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file by its name, laid out as PyTorch has it.
+    """Every tensor of a file by its name, in PyTorch's layout.
 
     Raises:
-        UserError: the file is missing, of a kind that is not read, or holds more than tensors.
+        UserError: the file is missing, of an unsupported kind, or holds more than tensors.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}", "name a file of weights")
@@ -61,31 +61,32 @@ def tensors(path: Path) -> dict[str, Tensor]:
 
 
 def refuse_unsound(found: Mapping[str, Tensor], path: Path) -> None:
-    """
+    """Refuse tensors that cannot be weights.
+
     Raises:
-        UserError: a tensor is none of numbers one by one, or they are not finite, or it is of
-            variances and has one below 0.
+        UserError: a tensor is not a plain one of single numbers, has a number that is not finite,
+            or has a variance below 0.
     """
     for name, tensor in found.items():
-        if not form.is_plain(tensor.detach()):  # which makes a tensor of a parameter
-            hint = "quantized and sparse networks cannot come over"
+        if not form.is_plain(tensor.detach()):  # detach makes a tensor of a parameter
+            hint = "quantized and sparse networks cannot be imported"
             raise UserError(f"{path}: {name} is no plain tensor", hint)
         variance = name.endswith(("running_var", "moving_variance"))
         if not tensor.isfinite().all() or (variance and (tensor < 0).any()):
             said = (
                 "a variance below 0" if tensor.isfinite().all() else "numbers that are not finite"
             )
-            raise UserError(f"{path}: {name} has {said}", "were they saved of a run that diverged?")
+            raise UserError(f"{path}: {name} has {said}", "are they from a run that diverged?")
 
 
 def is_pickled(path: Path) -> bool:
-    """Whether a file begins as a zip, which ``torch.save`` writes today, or a pickle, as before."""
+    """Whether a file begins as a zip, which ``torch.save`` writes now, or as an old pickle."""
     with path.open("rb") as file:
         return file.read(2).startswith((b"PK", b"\x80"))
 
 
 def _torch(path: Path) -> dict[str, Tensor]:
-    with warnings.catch_warnings(action="ignore"):  # of what is looked at below
+    with warnings.catch_warnings(action="ignore"):  # about what is checked below
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     for key in WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
@@ -109,32 +110,32 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 def _torch7(path: Path) -> dict[str, Tensor]:
     raise UserError(
-        f"{path} is a file of Torch7, which no maintained reader opens",
-        "PyTorch reads them no more since 1.0; --from fb takes tensors named by their places in "
+        f"{path} is a Torch7 file, which no maintained reader opens",
+        "PyTorch 1.0 dropped support for them; --from fb takes tensors named by their positions in "
         "Torch7's containers, as converters of that time saved them (.pth)",
     )
 
 
 def _keras_zip(path: Path) -> dict[str, Tensor]:
-    """``.keras``, which has a ``.weights.h5`` in it."""
+    """The tensors of a ``.keras`` archive, which contains a ``.weights.h5``."""
     with zipfile.ZipFile(path) as archive:
         form.refuse_bomb(archive, path)
         return _keras(io.BytesIO(archive.read("model.weights.h5")))
 
 
 def _keras(file: Path | io.BytesIO) -> dict[str, Tensor]:
-    """Both forms: by the names of layers and variables, and Keras 3's ``.weights.h5``, which
-    numbers the variables of a layer and keeps its name beside them."""
+    """The tensors of an HDF5 file of either form: named by layer and variable; or Keras 3's
+    ``.weights.h5``, which numbers the variables of a layer and stores its name beside them."""
     try:
         import h5py
     except ModuleNotFoundError:
         hint = "pip install 'resnetv2-cli[import]'"
-        raise UserError("files of Keras need h5py to be read", hint) from None
+        raise UserError("reading Keras files needs h5py", hint) from None
     found: dict[str, Tensor] = {}
 
     def keep(layer: str, variable: str, data: Any) -> None:
         array = torch.from_numpy(data[()])
-        if variable == "kernel":  # (H, W, in, out) or (in, out) there
+        if variable == "kernel":  # (H, W, in, out) or (in, out) in Keras
             array = array.permute(3, 2, 0, 1) if array.ndim == 4 else array.T
         found[f"{layer}.{KERAS[variable]}"] = array.contiguous()
 

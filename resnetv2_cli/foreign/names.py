@@ -1,6 +1,6 @@
-"""Names of layers as patterns: ``layer{s}.{u-1}.conv{k}``, where s, u, k and K are whole numbers.
+"""Layer names as patterns: ``layer{s}.{u-1}.conv{k}``, where s, u, k and K are whole numbers.
 
-A hole is a letter, perhaps with a factor before it and a number added behind: ``{3k-5}``.
+A hole is a letter, optionally with a factor before it and an offset after it: ``{3k-5}``.
 """
 
 import re
@@ -11,14 +11,14 @@ HOLE = re.compile(r"\{(\d*)(\w)([+-]\d+)?\}")
 
 
 def filled(pattern: str, numbers: Mapping[str, int]) -> str:
-    """The pattern with numbers in its holes."""
+    """The pattern with its holes filled with numbers."""
     return HOLE.sub(
         lambda hole: str(int(hole[1] or 1) * numbers[hole[2]] + int(hole[3] or 0)), pattern
     )
 
 
 def numbers(pattern: str, name: str) -> dict[str, int] | None:
-    """What its holes hold in a name; None if the name is no such one."""
+    """The numbers that fill the pattern to give ``name``; None if none do."""
     match = _expression(pattern).fullmatch(name)
     if match is None:
         return None

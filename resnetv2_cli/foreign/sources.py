@@ -1,7 +1,7 @@
-"""What other code bases call the layers of a residual network, as data; and what cannot come over.
+"""Other code bases' names for the layers of residual networks, as data; and what is not importable.
 
 To add a code base: one row in SOURCES. Nothing here needs torch. In a pattern s is the stage, u the
-unit in it and k the weight layer of F, all from 1; K is how many weight layers F has.
+unit in it and k the weight layer of F, all counted from 1; K is the number of weight layers of F.
 """
 
 from typing import NamedTuple
@@ -19,8 +19,8 @@ CIFAR100_FB = ((129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255,
 
 
 class Refusal(NamedTuple):
-    """A file with a name like ``has`` and none like ``lacks`` (regular expressions) cannot come;
-    where these are also names of one that can, if it is itself called like ``file``."""
+    """A file cannot be imported if one of its tensors' names matches ``has`` and none ``lacks``
+    (regular expressions), and its own name matches ``file``: the only clue to some networks."""
 
     has: str
     lacks: str
@@ -29,26 +29,26 @@ class Refusal(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A kind of network that can be built here: recognized by its names, then read by them."""
+    """A kind of network that can be built here; its tensors' names identify it and its layers."""
 
     doc: str
-    has: str  # a regular expression that one of its names matches
-    lacks: str  # and one that none does; empty: all may
+    has: str  # a regular expression that at least one name matches
+    lacks: str  # one that no name matches; empty: no condition
     settings: dict[str, str]  # of the experiment that builds it here
-    keys: dict[str, str]  # our name: its name there; the first pattern that fits counts
+    keys: dict[str, str]  # our name: its name there; the first match counts
     normalize: Normalization
-    biased: bool = False  # whether convolutions have biases, which BN behind them takes up
-    epsilon: float = 1e-5  # of BN; another one is added to the variance
-    bgr: bool = False  # whether images come as blue, green, red
-    normalize_100: Normalization | None = None  # with 100 classes, where it is another
+    biased: bool = False  # whether convolutions have biases, which the next BN absorbs
+    epsilon: float = 1e-5  # of BN; a difference from ours goes into the variance
+    bgr: bool = False  # whether channels are in the order blue, green, red
+    normalize_100: Normalization | None = None  # with 100 classes, if different
 
     def normalization(self, classes: int) -> Normalization:
-        """What a network of so many classes was trained with: its data set has that many."""
+        """What the network was trained with; its number of classes tells the dataset."""
         return self.normalize_100 if self.normalize_100 and classes == 100 else self.normalize
 
 
 class Source(NamedTuple):
-    """A code base: its networks, and what is known of those that differ from every one here."""
+    """A code base: its networks, and those known to have no counterpart here."""
 
     doc: str
     networks: tuple[Network, ...] = ()
@@ -63,7 +63,7 @@ IN_IMAGENET = {"stem": "imagenet"}
 IN_CIFAR = {"stem": "cifar", "normalize": "channel"}
 ON_3X3 = {"stride_on": "3x3"}
 
-_RESNET = {  # torchvision's names, which many took over
+_RESNET = {  # torchvision's names, which many adopted
     "stem.conv": "conv1",
     "stem.act.bn": "bn1",
     UNIT + "residual.conv{k}": "layer{s}.{u-1}.conv{k}",
@@ -116,8 +116,8 @@ _KERAS = {
 
 
 def _torch7(stages: int, fc: str) -> dict[str, str]:
-    """A post-activation network by its places in Torch7's containers, counted from 0; a stage s
-    is the container ``stages`` + s."""
+    """Names of a post-activation network: positions in Torch7's containers, counted from 0; stage s
+    is container ``stages`` + s."""
     unit = f"{{s+{stages}}}.{{u-1}}."
     return {
         "stem.conv": "0",
@@ -132,7 +132,7 @@ def _torch7(stages: int, fc: str) -> dict[str, str]:
 
 
 def _torch7_pre(stages: int, head: str, fc: str, first: dict[str, str]) -> dict[str, str]:
-    """The same of a pre-activation network: units that begin a stage activate before they split."""
+    """The same for a pre-activation network: a stage's first unit activates before the split."""
     unit, begins = f"{{s+{stages}}}.{{u-1}}.", f"{{s+{stages}}}.0."
     return {
         "stem.conv": "0",
@@ -166,7 +166,7 @@ _TORCHVISION = Network(
 _DEEP_STEM = "its stem is three 3x3 convolutions; every one here is a single convolution"
 _EARLY_FB = (
     "it is of the first preresnet.lua (until 2016-04-30): projections with BN that read the raw "
-    "input, and a first stage without pre-activation; no unit here is so"
+    "input, and a first stage without pre-activation; no unit here is like that"
 )
 
 SOURCES = {
@@ -174,7 +174,7 @@ SOURCES = {
         "torchvision.models.resnet18 ... resnet152",
         (_TORCHVISION,),
         (Refusal(r"^conv1\.0\.", "", _DEEP_STEM),),
-        "wide_resnet* and resnext* have other widths or groups; resnet18 ... 152 come over",
+        "wide_resnet* and resnext* have other widths or groups; resnet18 ... 152 can be imported",
     ),
     "timm": Source(
         "timm's resnetv2_18 ... resnetv2_152 with BatchNorm, and its resnet18 ... resnet152",
@@ -193,19 +193,20 @@ SOURCES = {
             Refusal(
                 r"^norm\.weight$",
                 r"^norm\.running_mean$",
-                "it is of BiT's kind: GroupNorm and standardized weights, where this tool has the "
-                "paper's BN and plain convolutions; resnetv2_50, resnetv2_101, ... come over",
+                "it is like BiT: GroupNorm and standardized weights, where this tool has the "
+                "paper's BN and plain convolutions; resnetv2_50, resnetv2_101, ... can be imported",
             ),
             Refusal(
                 r"^bn1\.weight$",
                 r"\.running_mean$",
-                "it has GroupNorm, where this tool has the paper's BN; resnet18 ... 152 come over",
+                "it has GroupNorm, where this tool has the paper's BN; resnet18 ... 152 can be "
+                "imported",
             ),
             Refusal(r"^stem\.conv1\.|^conv1\.0\.", "", _DEEP_STEM),
             Refusal(
                 r"^layer4\.",
                 "",
-                "its pools blur, which no tensor tells (resnetaa*, resnetblur*); here strides skip",
+                "its pools blur, which no tensor shows (resnetaa*, resnetblur*); here strides skip",
                 r"resnet(aa|blur)",
             ),
         ),
@@ -274,7 +275,7 @@ SOURCES = {
                 "its max-pool with zeros; networks here halve in the first and pad with nothing",
             ),
         ),
-        "another network of keras.applications; ResNet50, ResNet101 and ResNet152 come over",
+        "another network of keras.applications; ResNet50, ResNet101, ResNet152 can be imported",
     ),
     "bearpaw": Source(
         "bearpaw/pytorch-classification's resnet on CIFAR",
@@ -292,8 +293,8 @@ SOURCES = {
             Refusal(
                 r"^layer\d\.0\.downsample\.0\.weight$",
                 r"^layer\d\.0\.downsample\.1\.",
-                "its preresnet projects the raw input of a unit; the paper's projections read what "
-                "is activated, as F does (appendix)",
+                "its preresnet projects the raw input of a unit; the paper's projections read the "
+                "activated input, as F does (appendix)",
             ),
         ),
     ),
@@ -324,14 +325,14 @@ SOURCES = {
                 r"^stage1\.block1\.conv3\.weight$",
                 "",
                 "its bottlenecks are four times narrower in the first stage than the paper's: 16 "
-                "channels out of it, not 64 (ResNet-164 has 1,619,290 parameters there, 1,703,258 "
+                "output channels, not 64 (ResNet-164 has 1,619,290 parameters there, 1,703,258 "
                 "here)",
             ),
             Refusal(
                 r"^stage1\.block1\.bn3\.",
                 "",
-                "a BN stands behind the last convolution of F (add_last_bn), as in no unit of Fig. "
-                "4 that opens with BN and ReLU",
+                "a BN follows the last convolution of F (add_last_bn), as in no unit of Fig. 4 "
+                "that opens with BN and ReLU",
             ),
         ),
     ),
@@ -342,13 +343,13 @@ SOURCES = {
             Refusal(
                 r"^layer1\.0\.bn1\.",
                 r"^bn1?\.",
-                "its PreActResNet lacks the BN and ReLU behind the last unit, which the paper's "
-                "networks end with (appendix)",
+                "its PreActResNet lacks the BN and ReLU after the last unit, with which the "
+                "paper's networks end (appendix)",
             ),
             Refusal(
                 r"^layer4\.0\.",
                 "",
-                "its ResNet has the four stages of ImageNet, 64 to 512 wide, behind a 3x3 stem; "
+                "its ResNet has the four stages of ImageNet, 64 to 512 wide, after a 3x3 stem; "
                 "CIFAR networks here have the paper's three, 16 to 64 wide",
             ),
         ),
