@@ -18,7 +18,7 @@ from resnetv2_cli.shortcuts import settings_in, settings_of, shortcut_class
 
 GLOBAL = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)  # layers that see the whole image
 COUNTED = "describe, --dry-run and --micro-batch auto count; train, eval and analyze do not"
-CLASSES = 10  # of a described network, unless its dataset tells another number
+CLASSES = 10  # of a described network, unless its dataset is known to have another number
 
 
 class Uncounted(UserError):
@@ -49,7 +49,7 @@ def skeleton(experiment: Experiment, classes: int = CLASSES) -> ResNet:
 
 
 def refuse_one_value(experiment: Experiment, iteration: int) -> None:
-    """Refuse ``iteration``, which trains on one image at a time, if BN cannot.
+    """Check that BN can train in ``iteration``, which takes one image at a time.
 
     Raises:
         UserError: BN would see one value per channel, and so no variance. Custom code that cannot
@@ -76,10 +76,10 @@ def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
     """A network's settings, counts, published errors, units and parts, as plain values.
 
     ``macs``: multiply-adds of one image. ``published``: test errors of this network, and of others
-    with its unit and with its shortcut. ``units``: units that are built alike, together, with what
-    stands for h, F and f in each (Eqns. 1 and 2). ``parts``: stem, units and head, each with output
-    shape (C, H, W), parameters, MACs and ``receptive_field``, the side in pixels of the square that
-    one of its values can see (None after global pooling).
+    with its unit and with its shortcut. ``units``: groups of consecutive units built alike, with
+    what stands for h, F and f in each (Eqns. 1 and 2). ``parts``: stem, units and head, each with
+    output shape (C, H, W), parameters, MACs and ``receptive_field``, the side in pixels of the
+    square that one of its values can see (None after global pooling).
 
     Every multiply-add of a convolution or the classifier counts as one; BN, ReLU, additions and
     the products of gates are left out, as in [1].
@@ -102,7 +102,7 @@ def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
     with torch.no_grad(), counting(experiment):
         net(torch.empty(1, 3, size, size, device="meta"))
 
-    # The receptive field of a value (None: all) and the distance of two neighbors', in pixels.
+    # Receptive field of a value (None: all), and distance between those of neighbors, in pixels.
     field: int | None = 1
     step = 1
 
@@ -150,7 +150,7 @@ def decided(experiment: Experiment) -> dict[str, Any]:
     known = settings_of(shortcut_class(e.shortcut))
     found = e.architecture | {"option": e.option or default_option(e.block_, e.stem_)}
     made = known | settings_in(e.shortcut, found.pop("settings"))
-    if ":" in e.shortcut:  # a custom one, whose setting names mean what it says
+    if ":" in e.shortcut:  # custom: its setting names are its own
         made = {f"{name} of the shortcut": value for name, value in made.items()}
     return found | made
 

@@ -69,7 +69,7 @@ def acts(source: Source, name: str, value: Any) -> bool:
 
 
 def classes(source: Source) -> int:
-    """The number of classes: of the checkpoint, else of the dataset; 1000 for an unread folder."""
+    """How many classes: the checkpoint's, else the dataset's; 1000 for a folder not read yet."""
     e = source.experiment
     return source.classes or known_classes(e.dataset, e.classes)
 

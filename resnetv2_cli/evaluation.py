@@ -22,8 +22,8 @@ from resnetv2_cli.task import Classification
 
 
 def restore(path: Path, **overrides: Any) -> tuple[dict[str, Any], Classification, ImageData]:
-    """A checkpoint or an export of one, its network with its weights, and the test images that it
-    names.
+    """What a checkpoint or an export of one holds, its network with its weights, and the test
+    images that it names.
 
     Raises:
         UserError: the file is no checkpoint of this tool, or the images are missing.
@@ -75,8 +75,8 @@ def excerpt(classes: Sequence[str], others: Sequence[str]) -> str:
 
 
 def manifest_of(checkpoint: Path) -> Manifest | None:
-    """The manifest of the run in whose folder a checkpoint lies, its own or one made from its own;
-    None if there is no such run: files of other tools are left alone.
+    """The manifest of the run whose folder holds a checkpoint, in ``checkpoints`` or directly; None
+    if there is no such run: files of other tools are left alone.
 
     Raises:
         UserError: it cannot be read.

@@ -67,9 +67,7 @@ def begin(task: Classification) -> list[str]:
         there = len(classes) if classes else int(shape[0]) if shape else 0
         lines.append(f"the classifier is new: {there} classes there, {len(task.classes)} here")
         if "head" in e.freeze_:
-            raise UserError(
-                f"{lines[-1]}; frozen, it would stay at random", "--freeze without head"
-            )
+            raise UserError(f"{lines[-1]}; frozen, it would stay random", "--freeze without head")
     if e.freeze_:
         lines.append(f"frozen: {', '.join(e.freeze_)}")
     return lines

@@ -79,7 +79,7 @@ def pictures(names: Sequence[str], stdin: BinaryIO, tell: Tell) -> Iterator[list
     for standard input, which is one image or else a list of file names.
 
     Raises:
-        UserError: a folder has no images, or standard input is neither.
+        UserError: a folder has no images, or standard input is neither image nor list.
     """
     with TemporaryDirectory() as scratch:
         found: list[Picture] = []

@@ -1,8 +1,8 @@
 """A faster start: keep torchmetrics from importing what it needs only for detection, audio and
 plots, which no command here computes.
 
-Lightning imports torchmetrics, which imports all of torchvision's networks, SciPy's signals and
-matplotlib, if they are installed: as much work as all the rest of Lightning.
+Lightning imports torchmetrics, which imports all of torchvision's networks, SciPy's signal
+processing and matplotlib, if they are installed: as much work as all the rest of Lightning.
 """
 
 import importlib.util
@@ -48,8 +48,8 @@ def start() -> None:
 
 @contextmanager
 def uninstalled(names: Sequence[str]) -> Iterator[None]:
-    """Meanwhile, tell Lightning's packages that these are not installed. Other code that asks, and
-    versions of those packages that ask in another way, get the true answer."""
+    """Within the context, tell Lightning's packages that ``names`` are not installed. Other code,
+    and versions of those packages that ask in another way, get the true answer."""
     from importlib.metadata import PackageNotFoundError
 
     asked = importlib.import_module(ASKS)

@@ -20,7 +20,7 @@ from resnetv2_cli.machine import trainer_of
 from resnetv2_cli.task import Classification
 
 Tick = Callable[[int, int], None]
-KEPT = ("experiment", "classes", "global_step", "data", "imported")  # of a checkpoint
+KEPT = ("experiment", "classes", "global_step", "data", "imported")  # keys that stay
 
 
 def precise(

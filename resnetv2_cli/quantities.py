@@ -1,7 +1,7 @@
 """Numbers with units, formatted for people."""
 
 NONE = "—"  # in place of an unknown number or word
-TOP = 5  # guesses of the top-5 error, which means nothing with this few classes
+TOP = 5  # guesses of the top-5 error, which means nothing among so few classes
 
 
 def duration(seconds: float | None) -> str:

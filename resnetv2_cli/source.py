@@ -60,12 +60,12 @@ def beside(main: Source, text: str) -> Source:
     own: dict[str, Any] = {}
     if "depth" in given:  # another depth may mean another block
         own["block"] = None
-    if "shortcut" in given:  # another one may lack the settings of main's
+    if "shortcut" in given:  # another shortcut may lack the settings of main's
         rows = shortcuts()
         row = rows.get(str(given["shortcut"]))
         has = row.settings if row else {}
         own |= {name: None for row in rows.values() for name in row.settings if name not in has}
-    if "weights" in given:  # other ones have another digest, or may be none
+    if "weights" in given:  # other weights have another digest, and may be none
         own |= {"weights_sha256": None, "freeze": ""}
     kept = None if {"dataset", "classes"} & given.keys() else main.classes
     return Source(replace(main.experiment, **(own | laid_out(given))), classes=kept)

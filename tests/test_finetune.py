@@ -144,7 +144,7 @@ def test_as_many_classes_in_another_order_get_a_new_classifier_too(trained, tmp_
     fresh, lines, now = started(Experiment(**SMALL, weights=str(tmp_path / "other.ckpt")))
     torch.testing.assert_close(now["net.head.fc.weight"], fresh["net.head.fc.weight"])
     assert lines[1] == "the classifier is new: 10 classes there, 10 here"
-    with pytest.raises(UserError, match="; frozen, it would stay at random"):
+    with pytest.raises(UserError, match="; frozen, it would stay random"):
         started(Experiment(**SMALL, weights=str(tmp_path / "other.ckpt"), freeze="stem,head"))
 
 

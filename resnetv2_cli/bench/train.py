@@ -199,7 +199,9 @@ def bench_train(experiment: Experiment, rounds: int, steps: int, tell: Tell) -> 
         UserError: the dataset is not one of small decoded images, or batches are split.
     """
     if experiment.accumulate > 1 or experiment.devices not in ("1", "auto"):
-        raise UserError("bench times whole batches on one device", "leave out what splits them")
+        raise UserError(
+            "bench times whole batches on one device", "leave out --accumulate and --devices"
+        )
     experiment = replace(experiment, devices="1")
     task, data = build(experiment)
     split = data.train

@@ -50,7 +50,7 @@ def write_safetensors(model: "Exported", example: "Tensor", path: Path, metadata
 
 
 def ordered(file: bytes) -> bytes:
-    """A safetensors file with its metadata sorted by name. The library writes them in any order, so
+    """A safetensors file with its metadata sorted by name. The library writes it in any order, so
     that the same weights would give different bytes each time."""
     size = int.from_bytes(file[:8], "little")
     header = json.loads(file[8 : 8 + size])

@@ -225,7 +225,7 @@ def class_names(classes: int, stem: str, given: Path | None) -> tuple[str, tuple
             ("imagenet", 1000): ("imagenet", tuple(WNIDS.read_text(encoding="utf-8").split())),
         }
         if (stem, classes) not in known:
-            hint = "--classes FILE, one name a line, or a folder with one folder a class"
+            hint = "--classes FILE, one name per line, or a folder with one folder per class"
             raise UserError(f"the network has {classes} classes, and nothing names them", hint)
         return known[stem, classes]
     if given.is_dir():
@@ -235,11 +235,11 @@ def class_names(classes: int, stem: str, given: Path | None) -> tuple[str, tuple
         try:
             lines = given.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError:
-            raise UserError(f"{given} is no text", "one name a line, in UTF-8") from None
+            raise UserError(f"{given} is no text", "one name per line, in UTF-8") from None
         names = tuple(filter(None, map(str.strip, lines)))
     if len(names) != classes or len(set(names)) != classes:
         what = f"{len(names)} classes" if len(names) == len(set(names)) else "a class twice"
-        raise UserError(f"{given} names {what}, and the network has {classes}", "one name a line")
+        raise UserError(f"{given} names {what}, and the network has {classes}", "one name per line")
     return "folder", names
 
 

@@ -64,11 +64,11 @@ def refuse_unsound(found: Mapping[str, Tensor], path: Path) -> None:
     """Refuse tensors that cannot be weights.
 
     Raises:
-        UserError: a tensor is not a plain one of single numbers, has a number that is not finite,
-            or has a variance below 0.
+        UserError: a tensor is quantized, sparse or otherwise not plain, or has a number that is not
+            finite, or a variance below 0.
     """
     for name, tensor in found.items():
-        if not form.is_plain(tensor.detach()):  # detach makes a tensor of a parameter
+        if not form.is_plain(tensor.detach()):  # detach turns a parameter into a tensor
             hint = "quantized and sparse networks cannot be imported"
             raise UserError(f"{path}: {name} is no plain tensor", hint)
         variance = name.endswith(("running_var", "moving_variance"))

@@ -1,4 +1,4 @@
-"""Other code bases' names for the layers of residual networks, as data; and what is not importable.
+"""Layer names of residual networks in other code bases, as data; and what cannot be imported.
 
 To add a code base: one row in SOURCES. Nothing here needs torch. In a pattern s is the stage, u the
 unit in it and k the weight layer of F, all counted from 1; K is the number of weight layers of F.
@@ -6,7 +6,7 @@ unit in it and k the weight layer of F, all counted from 1; K is the number of w
 
 from typing import NamedTuple
 
-Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean, std of channels, of 0..1
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of channels of 0..1
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 INCEPTION = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -19,8 +19,9 @@ CIFAR100_FB = ((129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255,
 
 
 class Refusal(NamedTuple):
-    """A file cannot be imported if one of its tensors' names matches ``has`` and none ``lacks``
-    (regular expressions), and its own name matches ``file``: the only clue to some networks."""
+    """A network that cannot be imported, and ``why``: one of its tensors' names matches ``has`` and
+    none ``lacks`` (regular expressions). Where these do not tell, ``file`` matches the file's name.
+    """
 
     has: str
     lacks: str
@@ -97,7 +98,7 @@ _HYSTS_POST = _HYSTS | {
     UNIT + "shortcut.carry.act.bn": "stage{s}.block{u}.shortcut.bn",
 }
 _HYSTS_PRE = _HYSTS | {
-    "stem.act.bn": "stage1.block1.bn1",  # which acts before the first unit splits
+    "stem.act.bn": "stage1.block1.bn1",  # acts before the first unit splits
     UNIT + "shared.bn": "stage{s}.block{u}.bn1",
     UNIT + "residual.act{k}.bn": "stage{s}.block{u}.bn{k}",
     "head.act.bn": "bn",
