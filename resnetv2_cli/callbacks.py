@@ -1,4 +1,4 @@
-"""What happens around the training steps: metrics and checkpoints."""
+"""Callbacks around the training steps: metrics and checkpoints."""
 
 import math
 import time
@@ -22,14 +22,14 @@ from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.task import Classification
 from resnetv2_cli.telling import Tell
 
-SAVE_SECONDS = 600.0  # last.ckpt is hardly older than this, however long an epoch takes
+SAVE_SECONDS = 600.0  # last.ckpt is hardly older than this, however long an epoch is
 ADVICE = "try a lower --lr, a longer --warmup or --precision 32-true; what was saved before is kept"
-LEAST_SCALE = 2.0**-24  # float16's smallest number; it is halved where a gradient overflows
-AGREE_EVERY = 10  # iterations between the questions of several processes what they wish
+LEAST_SCALE = 2.0**-24  # float16's smallest number; a gradient's overflow halves the scale
+AGREE_EVERY = 10  # iterations between exchanges in which several processes agree what to do
 
 
 def agreed(trainer: Trainer, wish: int) -> int:
-    """The largest wish of all processes, so that they do the same at the same iteration."""
+    """The maximum of ``wish`` over all processes: all do the same at the same iteration."""
     if trainer.world_size == 1:
         return wish
     number = torch.tensor(int(wish), device=trainer.strategy.root_device)
@@ -39,7 +39,7 @@ def agreed(trainer: Trainer, wish: int) -> int:
 def refuse_apart(trainer: Trainer, folder: RunFolder) -> None:
     """
     Raises:
-        UserError: the processes begin at different iterations, in each of them.
+        UserError: in every process, if they begin at different iterations.
     """
     first, last = -agreed(trainer, -trainer.global_step), agreed(trainer, trainer.global_step)
     if first != last:
@@ -53,8 +53,8 @@ def refuse_apart(trainer: Trainer, folder: RunFolder) -> None:
 def refuse_diverged(trainer: Trainer, task: Classification) -> None:
     """
     Raises:
-        Diverged: an iteration was not finite, and they are not skipped; or too many were skipped,
-            by float16's scaler too.
+        Diverged: an iteration was not finite and is not to be skipped; too many in a row were
+            skipped; or float16's gradients overflow at every loss scale.
     """
     _, first, in_a_row = (agreed(trainer, n) for n in task.guard.read())
     if task.guard.stop and first >= 0:
@@ -65,7 +65,7 @@ def refuse_diverged(trainer: Trainer, task: Classification) -> None:
         code = -agreed(trainer, -(len(places) if found is None else found))
         what = "gradient" if len(places) // 2 <= code < len(places) else "loss"
         where = places[code] if code < len(places) else ""
-        says = f"it began in {where}" if where else "run again, the iteration was finite"
+        says = f"it began in {where}" if where else "when run again, the iteration was finite"
         message = f"the {what} is not finite at iteration {first + 1}: {says}"
         raise Diverged(message, ADVICE, first + 1, where)
     if in_a_row >= min(IN_A_ROW, trainer.max_steps):
@@ -73,14 +73,14 @@ def refuse_diverged(trainer: Trainer, task: Classification) -> None:
         raise Diverged(message, ADVICE, trainer.global_step - in_a_row + 1, "")
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is not None and agreed(trainer, scaler.get_scale() < LEAST_SCALE):
-        message = "float16's gradients overflow whatever they are scaled by: nothing is learned"
+        message = "float16's gradients overflow at every loss scale: nothing is learned"
         raise Diverged(message, ADVICE, trainer.global_step, "")
 
 
 def refuse_infinite(trainer: Trainer, task: Classification) -> None:
     """
     Raises:
-        Diverged: something in the network is not finite: it is neither evaluated nor kept.
+        Diverged: something in the network is not finite; it is then neither evaluated nor saved.
     """
     refuse_diverged(trainer, task)
     largest = get_total_norm(task.net.parameters(), math.inf)
@@ -104,8 +104,8 @@ class Recorder(Callback):
     def __init__(self, csv: CSVMetrics, speed: CSVMetrics, log_every: int, scored: str) -> None:
         self.csv, self.speed, self.log_every, self.scored = csv, speed, log_every, scored
         self.latest: dict[str, float] = {}
-        self.mark: float | None = None  # when images after the first ``before`` in ``sums`` began
-        self.before = 0.0  # images that passed before a resume
+        self.mark: float | None = None  # when the images in ``sums`` after ``before`` began
+        self.before = 0.0  # images in ``sums`` from before a resume
         self.lr = 0.0
         self.kept: torch.Tensor | None = None
         self.non_finite = torch.tensor([0, -1, 0])
@@ -118,21 +118,21 @@ class Recorder(Callback):
         self.non_finite = state_dict.get("non_finite", self.non_finite)
 
     def on_save_checkpoint(self, trainer: Trainer, task: Classification, checkpoint: Any) -> None:
-        # Every process has its own sums, and takes them again: added up now, they would be rounded
-        # otherwise than in a run that never stopped.
+        # Each process gets its own sums back: added up now, they would be rounded differently from
+        # those of a run that never stopped.
         sums = trainer.strategy.all_gather(task.sums).reshape(-1, 3)
         checkpoint["callbacks"][self.state_key] = {
             "sums": sums.cpu(), "non_finite": task.guard.found.cpu()
         }  # fmt: skip
 
     def on_fit_start(self, trainer: Trainer, task: Classification) -> None:
-        task.guard.found.copy_(self.non_finite)  # of a run too that has no iteration left
+        task.guard.found.copy_(self.non_finite)  # even if no iteration is left
 
     def on_train_start(self, trainer: Trainer, task: Classification) -> None:
         self.before = 0.0
         if self.kept is not None:
             each = self.kept.reshape(-1, 3)
-            if len(each) != trainer.world_size:  # the first of another number takes them all
+            if len(each) != trainer.world_size:  # the world size changed: the first takes all
                 each = torch.zeros(trainer.world_size, 3, dtype=each.dtype)
                 each[0] = self.kept.reshape(-1, 3).sum(0)
             task.sums.copy_(each[trainer.global_rank])
@@ -143,7 +143,7 @@ class Recorder(Callback):
         self, trainer: Trainer, task: Classification, batch: Any, batch_idx: int
     ) -> None:
         self.lr = trainer.optimizers[0].param_groups[0]["lr"]
-        if self.mark is None:  # behind the recording of graphs, a part of the start
+        if self.mark is None:  # after the capture of graphs, which is part of startup
             self.mark = time.perf_counter()
 
     def on_train_batch_end(
@@ -180,7 +180,7 @@ class Recorder(Callback):
         self.began = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, task: Classification) -> None:
-        if self.mark is not None:  # one without an iteration: only the last evaluation was missing
+        if self.mark is not None:  # else no iteration ran: only the last evaluation was missing
             self.mark += time.perf_counter() - self.began
         self.evaluated(trainer, task)
 
@@ -196,8 +196,8 @@ class Recorder(Callback):
 
 
 class Readings(Callback):
-    """Counts in the manifest how often the test set was read, by whatever reads it: at its first
-    batch, before which a command may have been stopped."""
+    """Counts in the manifest how often the test set was read, whichever command reads it. A reading
+    counts from its first batch on; before that the command may have been stopped."""
 
     def __init__(self, manifest: Manifest, scored: str) -> None:
         self.manifest, self.scored = manifest, scored
@@ -212,17 +212,17 @@ class Readings(Callback):
         self, trainer: Trainer, task: Classification, batch: Any, batch_idx: int
     ) -> None:
         if trainer.is_global_zero and batch_idx == 0:
-            with suppress(OSError):  # a full disk is told of by what cannot be saved
+            with suppress(OSError):  # a full disk is reported by whatever cannot be saved
                 self.manifest.count_reading()
 
 
 class Keeper(Callback):
-    """Keeps ``last.ckpt`` after each evaluation, every ten minutes, and on leaving early, with the
-    one before it as ``previous.ckpt``; ``best.ckpt`` by the validation error; and a numbered name
-    for ``last.ckpt`` every ``save_every`` iterations.
+    """Saves ``last.ckpt`` after each evaluation, every ten minutes, and on leaving early, and keeps
+    the one before it as ``previous.ckpt``; ``best.ckpt`` by the validation error; and
+    ``step-N.ckpt`` every ``save_every`` iterations.
 
-    The best on the test set is never kept: choosing by it is what a test set must not be used for.
-    ``metrics``: files whose lines must be on the disk before a checkpoint that is later than they.
+    The best on the test set is never kept: a test set must not be used to choose.
+    ``metrics``: files whose lines must be on disk before a checkpoint of a later iteration is.
     """
 
     def __init__(
@@ -243,9 +243,9 @@ class Keeper(Callback):
         self.best = checkpoint["callbacks"][self.state_key]["best"]
         if not self.experiment.val:
             return
-        with suppress(UserError):  # there is none yet, or it is not whole
+        with suppress(UserError):  # there is none yet, or it is damaged
             chosen = read(self.folder.best)
-            # The evaluation after the last iteration may have chosen what was saved before it.
+            # ``last.ckpt`` may be from before the final evaluation, which then chose ``best.ckpt``.
             if chosen["global_step"] <= checkpoint["global_step"]:
                 self.best = chosen["callbacks"][self.state_key]["best"]
 
@@ -253,11 +253,11 @@ class Keeper(Callback):
         refuse_apart(trainer, self.folder)
 
     def save(self, trainer: Trainer, task: Classification, *, leaving: bool = False) -> None:
-        """Replace ``last.ckpt``; ``leaving``: the run ends with it.
+        """Replace ``last.ckpt``. ``leaving``: the run ends here.
 
         Raises:
-            Diverged: something in the network is not finite; what was saved before stays.
-            NotSaved: it cannot be written, and the run ends here or ``save_failure`` says stop.
+            Diverged: something in the network is not finite; earlier checkpoints stay.
+            NotSaved: it cannot be written, and the run ends here or ``save_failure`` is ``stop``.
         """
         refuse_infinite(trainer, task)
         names: dict[str, Any] = {"before": self.folder.previous}
@@ -268,13 +268,13 @@ class Keeper(Callback):
         self.saved_at = time.monotonic()
 
     def numbered(self, step: int) -> bool:
-        """Whether the checkpoint of this iteration is kept beside the last."""
+        """Whether the checkpoint of this iteration is also kept under a numbered name."""
         return self.experiment.save_every > 0 and step % self.experiment.save_every == 0
 
     def write(
         self, trainer: Trainer, path: Path, names: dict[str, Any], leaving: bool = False
     ) -> bool:
-        """Write a checkpoint, after the metrics; whether that went well. All processes agree."""
+        """Write the metrics, then a checkpoint; whether that succeeded, as all processes agree."""
         writer = trainer.strategy.checkpoint_io
         assert isinstance(writer, WholeFiles)
         failure = self.flush() if trainer.is_global_zero else None
@@ -287,11 +287,11 @@ class Keeper(Callback):
         if leaving or self.experiment.save_failure == "stop":
             raise failure
         if trainer.is_global_zero:
-            self.tell(f"{failure}; {failure.hint}; training goes on (--save-failure stop: stop)")
+            self.tell(f"{failure}; {failure.hint}; training goes on (--save-failure stop ends it)")
         return False
 
     def flush(self) -> NotSaved | None:
-        """Bring the metrics to the disk; why that cannot be done."""
+        """Flush the metrics to disk; the error, if that fails."""
         try:
             for file in self.metrics:
                 file.write(flush=True)
@@ -305,14 +305,14 @@ class Keeper(Callback):
             before, self.best = self.best, task.scores["error"]
             if not self.write(trainer, self.folder.best, {}):
                 self.best = before
-        if trainer.state.fn == TrainerFn.FITTING:  # else the last is there already
+        if trainer.state.fn == TrainerFn.FITTING:  # else last.ckpt is there already
             self.save(trainer, task, leaving=trainer.global_step == trainer.max_steps)
 
     def on_train_batch_end(
         self, trainer: Trainer, task: Classification, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not stepped(trainer, batch_idx) or evaluates(trainer, batch_idx):
-            return  # after an evaluation it is saved anyway, and then with its result
+            return  # saved after the evaluation, with its result
         step = trainer.global_step
         last = step == trainer.max_steps
         late = time.monotonic() - self.saved_at > SAVE_SECONDS

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and opened without running anything in them."""
+"""Checkpoints: written atomically, and opened without running anything in them."""
 
 import pickle
 import zipfile
@@ -23,16 +23,16 @@ from resnetv2_cli.runfolder import refuse_needed
 from resnetv2_cli.settings import renewed
 from resnetv2_cli.telling import Tell
 
-SEALED = "sealed"  # a key that says that the file ends with its digest
-PRECISE = "precise_bn"  # a key: of how many training images BN's statistics are, made anew
-WHOLE = [name for name, row in DATASETS.items() if row.decoded]  # datasets
+SEALED = "sealed"  # a key: the file ends with its digest
+PRECISE = "precise_bn"  # a key: how many training images BN's statistics were recomputed from
+WHOLE = [name for name, row in DATASETS.items() if row.decoded]  # datasets decoded whole
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes to a temporary name in the same folder, flushes it to disk, reads it back, renames it.
+    """Writes to a temporary file in the same folder, flushes it to disk, reads it back, renames it.
 
-    ``failure``: why the last one could not be written. It is not raised, because of several
-    processes only the first writes, and the others wait for it.
+    ``failure``: why the last checkpoint could not be written. It is not raised, because only the
+    first of several processes writes, and the others wait for it.
     """
 
     def __init__(self) -> None:
@@ -42,8 +42,8 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """``storage_options``: the name that the file in this place gets, and more names for the
-        new one: ``{"before": path, "also": [path]}``."""
+        """Write a checkpoint. ``storage_options``, ``{"before": path, "also": [path]}``: the new
+        name of the file that ``path`` has now, and further names for the one written."""
         path, names = Path(path), storage_options or {}
         beside, target = files.partial(path), Path(path)
         self.failure = None
@@ -65,11 +65,11 @@ class WholeFiles(TorchCheckpointIO):
 
 
 def refuse_taken(path: Path) -> None:
-    """Refuse a place for a new checkpoint, before the work for it.
+    """Refuse a path at which a new checkpoint cannot be saved, before the work for it is done.
 
     Raises:
-        UserError: something is there, it is a run's, nothing can be written there, or its name is
-            of another kind of file.
+        UserError: something is there, it belongs to a run, it cannot be written, or its name is
+            that of another kind of file.
     """
     hint = "name another file with --output"
     refuse_needed(path)
@@ -77,7 +77,7 @@ def refuse_taken(path: Path) -> None:
         raise UserError(f"{path} exists", hint)
     if path.suffix.lower() == ".safetensors":
         named = path.with_suffix(".ckpt")
-        raise UserError(f"{path} would be a checkpoint by its content", f"such as {named}")
+        raise UserError(f"{path} would be a checkpoint, not safetensors", f"such as {named}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=path.parent):
@@ -90,7 +90,7 @@ def leave(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a new checkpoint.
 
     Raises:
-        UserError: it cannot be written, or something is in its place by now.
+        UserError: it cannot be written, or something is there by now.
     """
     refuse_taken(path)
     writer = WholeFiles()
@@ -100,7 +100,7 @@ def leave(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def left_in(folder: Path) -> str:
-    """What there is where a checkpoint cannot be saved, as a hint."""
+    """The hint where a checkpoint cannot be saved: whether there is an earlier one."""
     if any(folder.glob("*.ckpt")):
         return "the checkpoint before it is kept"
     return "none is saved yet: make room for the first"
@@ -110,7 +110,7 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint with its seal, and read it back from the disk.
 
     Raises:
-        OSError: it cannot be written, or is read as something else.
+        OSError: it cannot be written, or does not read back as it was written.
     """
     with path.open("wb") as file:
         sealing = files.Sealing(file)
@@ -122,17 +122,17 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
         written = sealing.seal()
         files.flush(file)
     if files.seal_of(path) != (written, written):
-        raise OSError(f"{path} is read back as something else than what was written")
+        raise OSError(f"{path} does not read back as it was written")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a checkpoint of this tool holds, as tensors and plain values.
+    """The contents of a checkpoint of this tool, as tensors and plain values.
 
     Raises:
         Damaged: the file is cut short or changed.
-        UserError: it is no checkpoint, or is not one of this tool.
+        UserError: it is no checkpoint, or not one of this tool.
     """
-    again = "copy it again; in the folder of a run, resnetv2 train --resume takes the one before"
+    again = "copy it again; in a run's folder, resnetv2 train --resume takes the one before it"
     try:
         sealed, digest = files.seal_of(path)
         if sealed not in (None, digest):
@@ -147,11 +147,11 @@ def read(path: Path) -> dict[str, Any]:
         damaged = Damaged(f"{path} is no checkpoint, or is cut short", again)
         raise form.other(path) or damaged from None
     except pickle.UnpicklingError:
-        hint = "such a file could run anything; only tensors and plain values are read"
+        hint = "such a file could run any code; only tensors and plain values are read"
         raise UserError(f"{path} holds more than tensors", hint) from None
     except UserError:
         raise
-    except Exception as error:  # what was tampered with fails in any way
+    except Exception as error:  # a file that was tampered with may fail in any way
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise form.other(path) or UserError(
             f"cannot read {path}: {line}", "was it changed?"
@@ -163,7 +163,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def network(path: Path) -> dict[str, Any]:
-    """A checkpoint, or what ``export`` made of one as safetensors: ``state_dict``, ``experiment``,
+    """The contents of a checkpoint, or of its safetensors export: ``state_dict``, ``experiment``,
     ``classes`` and ``global_step``.
 
     Raises:
@@ -176,7 +176,7 @@ def network(path: Path) -> dict[str, Any]:
 
 
 def weights(path: Path) -> dict[str, Any]:
-    """The same, or a safetensors file of weights alone, which has nothing but ``state_dict``.
+    """The same as ``network``, or of a safetensors file of weights alone: just ``state_dict``.
 
     Raises:
         UserError: it is neither, or its BN is folded.
@@ -198,11 +198,11 @@ def weights(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path, last: Path, tell: Tell) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that a run continues from, and what it holds: ``last``, or, if that is not
-    whole, the one with the most iterations of those in ``folder`` that are; None if there is none.
+    """The checkpoint that a run continues from, and its contents: ``last``, or, if that is damaged,
+    the intact one in ``folder`` with the most iterations; None if there are no checkpoints.
 
     Raises:
-        UserError: there are some, and none is whole.
+        UserError: there are some, and none is intact.
     """
     if not any(folder.glob("*.ckpt")):
         return None
@@ -218,14 +218,14 @@ def newest(folder: Path, last: Path, tell: Tell) -> tuple[Path, dict[str, Any]] 
                 path, held = other, found
     if held is None:
         again = f"resnetv2 train --config {quote(str(folder.parent / 'config.yaml'))}"
-        hint = f"put back a whole one, or begin another run: {again}"
-        raise UserError(f"{damaged}, and there is no whole one beside it", hint)
+        hint = f"put back an intact one, or begin another run: {again}"
+        raise UserError(f"{damaged}, and there is no intact one beside it", hint)
     tell(f"{damaged}; continuing from {path.name}, iteration {held['global_step']:,}")
     return path, held
 
 
 def settings_of(checkpoint: dict[str, Any], **overrides: Any) -> dict[str, Any]:
-    """The settings a checkpoint was made by, all of them that say something beside ``overrides``.
+    """The settings that a checkpoint was made with, except those that ``overrides`` make moot.
 
     Raises:
         UserError: it has a setting that this version does not know.
@@ -237,17 +237,17 @@ def settings_of(checkpoint: dict[str, Any], **overrides: Any) -> dict[str, Any]:
             raise UserError(
                 f"the checkpoint has an unknown setting {shown(name)}", "of another version?"
             )
-    if not written.get("weights"):  # as older exports left it
+    if not written.get("weights"):  # as in older exports
         written.pop("weights_sha256", None)
-    # Of a network of photographs, or as a version wrote it that ignored it.
+    # A network of photographs has these settings, and so do files of versions that ignored them.
     if overrides.get("dataset", written.get("dataset")) in WHOLE:
         written = {name: value for name, value in written.items() if name not in OF_FILES}
     return written
 
 
 def experiment_of(checkpoint: dict[str, Any], **overrides: Any) -> Experiment:
-    """The experiment a checkpoint was made by, on the machine that is here: what it says of
-    devices and arithmetic is left out, but for float32, which every machine has.
+    """The experiment that a checkpoint was made with, on this machine: its settings of devices and
+    arithmetic are left out, except for float32, which every machine has.
 
     Raises:
         UserError: it has a setting that this version does not know.
@@ -263,7 +263,7 @@ def experiment_of(checkpoint: dict[str, Any], **overrides: Any) -> Experiment:
 
 
 def preprocesses(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether it is the mean or std of channels, or a mean image, which may have any size."""
+    """Whether it is the mean or std of the channels, or a mean image, which may have any size."""
     square = len(shape) == 3 and shape[0] in (1, 3) and shape[1] == shape[2]
     return square and (name == "normalize.mean" or (name == "normalize.std" and shape[1] == 1))
 
@@ -272,12 +272,12 @@ def load_weights(module: torch.nn.Module, checkpoint: dict[str, Any], path: Path
     """Put a checkpoint's weights into a module.
 
     Raises:
-        UserError: they are of another architecture; names the first difference.
+        UserError: they are of another architecture; the message names the first difference.
     """
     own, given = module.state_dict(), checkpoint["state_dict"]
     for name in [*own, *given]:
         if name in own and name in given and preprocesses(name, given[name].shape):
-            continue  # it takes the shape of what is given
+            continue  # the module's takes the shape of the given one
         if name not in given or name not in own or own[name].shape != given[name].shape:
             here = tuple(own[name].shape) if name in own else "nothing"
             there = tuple(given[name].shape) if name in given else "nothing"

@@ -1,5 +1,5 @@
-"""Processes of one run: those started from outside, by torchrun or a cluster's queue, what they may
-share, what they do not wait for, and that they begin together or not at all; and those launched."""
+"""The processes of one run: those started from outside, by torchrun or a cluster's queue, which
+begin together or not at all, and those that the first process launches itself."""
 
 import atexit
 import math
@@ -37,39 +37,39 @@ from resnetv2_cli.errors import LAUNCHED, Gone, UserError, shown
 from resnetv2_cli.signals import SIGNALS
 from resnetv2_cli.telling import Tell, silent
 
-# As Lightning's Trainer looks for them: torchrun may itself run inside of a queue's job.
+# In the order of Lightning's Trainer: torchrun may itself run inside a queue's job.
 OUTSIDE = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
 
-PARTS = "its processes hold parts of the weights, and a checkpoint here is whole, and exact"
-COPIES = "its processes begin with a copy of the run, whose files and locks have none"
-UNFIT = {  # strategies of Lightning's by how their names begin, and why a run cannot use them
+PARTS = "its processes each hold a part of the weights, and a checkpoint here is whole and exact"
+COPIES = "its processes begin with a copy of the run, and files and locks cannot be copied"
+UNFIT = {  # Lightning's strategies, by prefix of their names, and why a run cannot use them
     "fsdp": PARTS,
     "deepspeed": PARTS,
     "ddp_spawn": COPIES,
     "ddp_fork": COPIES,
     "ddp_notebook": "it is for notebooks",
-    "xla": "sums over many images need float64, which such devices lack",
-    "single_": "it is for one device, which --strategy auto sees to",
+    "xla": "sums over many images need float64, which XLA's devices lack",
+    "single_": "it is for one device, which --strategy auto handles",
 }
 
 
 def refuse_unfit(strategy: str) -> None:
-    """Refuse a strategy with which a run could not be saved, continued or counted as it should be.
+    """Refuse a strategy under which a run could not be saved, continued or counted correctly.
 
     Raises:
-        UserError: says why.
+        UserError: the strategy is unknown, or such a one; the message says why.
     """
     for name, why in UNFIT.items():
         if strategy.startswith(name):
-            raise UserError(f"--strategy {strategy} is of no use here: {why}", "use auto or ddp")
+            raise UserError(f"--strategy {strategy} cannot be used here: {why}", "use auto or ddp")
     if strategy not in ("auto", *StrategyRegistry.available_strategies()):
         raise UserError(f"no strategy is called {shown(strategy)}", "use auto or ddp")
 
 
 def outside() -> ClusterEnvironment | None:
-    """What started this process as one of many; None where it is the only one."""
+    """The environment that started this process as one of several; None if it is alone."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice to use srun, wherever there is one
+        warnings.simplefilter("ignore")  # advice to use srun, wherever it is installed
         for kind in OUTSIDE:
             if kind.detect():
                 try:
@@ -81,48 +81,48 @@ def outside() -> ClusterEnvironment | None:
 
 
 def know_rank() -> None:
-    """Have a process that is the only one be the first, whatever rank its environment has: a job's
-    script may hand one on that is of something else, and Lightning would believe it."""
+    """Give a process that is alone rank 0, whatever rank its environment names: a job's script may
+    pass on that of something else, and Lightning would believe it."""
     if LAUNCHED not in os.environ and outside() is None:
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # 0 is what Lightning writes as it launches
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # Lightning writes 0 when it launches
             del os.environ["LOCAL_RANK"]
 
 
 def refuse_another_number(asked: int) -> None:
-    """Refuse to train in another number of processes than were started.
+    """Refuse to train with another number of processes than were started.
 
     Raises:
-        UserError: each would train by itself, into the same folder.
+        UserError: the numbers differ: each process would train alone, into the same folder.
     """
     found = outside()
     if found and found.world_size() != asked:
         raise UserError(
             f"{found.world_size()} processes were started together, and --devices and --nodes ask "
             f"for {asked}",
-            "--devices is as many as there are on a machine, with --strategy ddp",
+            "--devices must be the number of processes on each machine, with --strategy ddp",
         )
 
 
 def refuse_free_folder() -> None:
-    """Refuse a folder that each process would look for by itself, and find another one.
+    """Refuse to choose a run's folder automatically where each process would choose its own.
 
     Raises:
-        UserError: there are several, started from outside.
+        UserError: there are several processes, started from outside.
     """
     if found := outside():
         raise UserError(
             f"{found.world_size()} processes were started together, and each would choose a folder",
-            "give --output, the same for all; with --continue it may have been begun",
+            "give all of them the same --output; with --continue its run may have begun already",
         )
 
 
 class Meeting:
-    """Where processes that were started from outside say how each would begin, before they do.
+    """Where processes that were started from outside compare how each would begin, before they do.
 
-    They meet in the process group in which they will train, as often as ``agree`` is called; who
-    fails before the last time says so there. One process alone meets nobody. ``tell``: hears if
-    another one is long in coming.
+    They meet in the process group that they will train in, once for each call of ``agree``; one
+    that fails before the last meeting tells the others so. A process alone meets nobody. ``tell``:
+    hears if the others are slow to arrive.
     """
 
     def __init__(self, tell: Tell = silent) -> None:
@@ -143,16 +143,16 @@ class Meeting:
             self._said({"failed": said})
 
     def agree(self, state: Callable[[], dict[str, Any]], last: bool = True) -> None:
-        """Go on if all are here with the same ``state``, plain values by what a message calls them,
-        which is made only where there are several. ``last``: they will not meet again.
+        """Return once all have come with the same ``state``: plain values, keyed by their names in
+        messages, computed only if there are several processes. ``last``: they will not meet again.
 
         Raises:
-            UserError: in each of them, one cannot begin, or they would begin from different states.
+            UserError: in every process, if one cannot begin, or if their states differ.
         """
         if self.over:
             return
         everyone = self._said({"state": state()})
-        self.over = True  # for those who differ, too
+        self.over = True  # also for those that differ
         for rank, one in enumerate(everyone):
             if "failed" in one:
                 message, hint = one["failed"]
@@ -161,7 +161,7 @@ class Meeting:
         self.over = last
 
     def _said(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
-        """What each says this time, in the order of their ranks.
+        """What each process says at this meeting, in the order of their ranks.
 
         Raises:
             UserError: one does not come.
@@ -172,7 +172,7 @@ class Meeting:
         everyone: list[Any] = [None] * size
         late = partial(self.tell, f"process {rank} of {size} waits for the others at {place}")
         try:
-            if not distributed.is_initialized():  # Lightning takes it as it is
+            if not distributed.is_initialized():  # Lightning then uses this one
                 store = attended(partial(common, place, rank, size), late)
                 distributed.init_process_group(store=store, rank=rank, world_size=size)
                 if torch.cuda.is_available():
@@ -187,12 +187,12 @@ class Meeting:
 
 PATIENCE = timedelta(minutes=30)  # as long as processes wait for one another in training
 AGAIN = 0.05  # seconds between two looks at a store
-LONG = 10.0  # seconds after which somebody may wonder what is waited for
+LONG = 10.0  # seconds after which a user may wonder what the process is waiting for
 
 
 def attended(waits: Callable[[], Any], late: Callable[[], None]) -> Any:
-    """What a function gives that waits where Python hears no signal: here it hears them. ``late``
-    is called if that is long."""
+    """The result of a function that waits where Python handles no signals. It runs in a thread, so
+    that they are handled meanwhile. ``late`` is called once if the wait is long."""
     found: Future[Any] = Future()
     end = time.monotonic() + LONG
 
@@ -212,7 +212,7 @@ def attended(waits: Callable[[], Any], late: Callable[[], None]) -> Any:
 
 
 def common(place: str, rank: int, size: int) -> distributed.Store:
-    """Where the processes of this meeting, and of no other, leave word for one another.
+    """A store for the processes of this meeting, and of no other.
 
     Raises:
         RuntimeError: one does not come.
@@ -223,11 +223,11 @@ def common(place: str, rank: int, size: int) -> distributed.Store:
 
 
 def met(store: distributed.Store, rank: int, size: int) -> str:
-    """A name of this meeting, the same in each process and in no other meeting.
+    """A name for this meeting, the same in each process, and used by no other meeting.
 
-    torchrun keeps one store through its restarts, and who finds in it where those that are gone
-    could be reached tries that, and fails or waits for ever. So the first process calls, and takes
-    no answer but to this call; the others answer until they are taken.
+    torchrun keeps one store across its restarts, and a process that finds the addresses of dead
+    processes in it tries to reach them, and fails or waits forever. So the first process calls, and
+    accepts only answers to this call; the others answer until theirs is accepted.
 
     Raises:
         RuntimeError: one does not come.
@@ -257,17 +257,17 @@ def met(store: distributed.Store, rank: int, size: int) -> str:
 def wait(end: float) -> None:
     """
     Raises:
-        RuntimeError: the time is over.
+        RuntimeError: the time is up.
     """
     if time.monotonic() > end:
-        raise RuntimeError(f"after {PATIENCE} one has not come")
+        raise RuntimeError(f"after {PATIENCE} one is still missing")
     time.sleep(AGAIN)
 
 
 def refuse_apart(states: list[dict[str, Any]]) -> None:
     """
     Raises:
-        UserError: they are not the same; names the first difference.
+        UserError: they are not the same; the message names the first difference.
     """
     for rank, state in enumerate(states):
         for name, value in state.items():
@@ -281,11 +281,11 @@ def refuse_apart(states: list[dict[str, Any]]) -> None:
 
 
 class Steps(_TrainingEpochLoop):
-    """Lightning's loop over batches, without its broadcast in each of them.
+    """Lightning's loop over batches, without its broadcast at every batch.
 
-    There every process asks the first before each batch whether SIGTERM came, and waits for the
-    answer, which on a GPU waits for all that was queued. ``leaving.Leaver`` has that signal, and
-    asks every ten iterations.
+    With that broadcast, every process asks the first before each batch whether SIGTERM came, and
+    waits for the answer, which on a GPU waits for all queued work. Here ``leaving.Leaver`` handles
+    that signal, and asks every ten iterations.
     """
 
     def _broadcast_sigterm_tensor(self) -> None:
@@ -293,37 +293,38 @@ class Steps(_TrainingEpochLoop):
 
 
 class NoHandlers(_SignalConnector):
-    """Lightning's handlers of signals, which are not installed.
+    """Lightning's signal connector, without its handlers.
 
-    Theirs of SIGTERM broadcasts from within: another process takes that for its own next exchange,
-    and all of them hang. On SLURM theirs of USR1 saves a checkpoint of its own and requeues.
+    Its SIGTERM handler broadcasts: another process takes that for its own next collective, and all
+    of them hang. On SLURM, its USR1 handler saves a checkpoint of its own and requeues the job.
     """
 
     def register_signal_handlers(self) -> None:
         pass
 
 
-GLOO = "gloo/transport"  # in what is said where another process does not answer any more
+GLOO = "gloo/transport"  # in the error's text when another process no longer answers
 
 
 class Launcher(_SubprocessScriptLauncher):
-    """Lightning's launcher of the other processes on this machine, which are born with the signals
-    blocked that ``leaving.Leaver`` handles, and hear of what came once they have its handler: one
-    to the whole group would end them while they start, and Lightning the first one with them.
+    """Lightning's launcher of the other processes on this machine. They start with the signals
+    blocked that ``leaving.Leaver`` handles, and receive them once they have its handler: a signal
+    to the whole group would otherwise kill them during startup, and Lightning would then kill the
+    first process too.
 
     Raises:
-        Gone: one of the others has died; on a GPU NCCL waits, and Lightning ends this one too.
+        Gone: one of the others has died; on a GPU, where NCCL waits, Lightning kills this one too.
     """
 
     def launch(self, function: Callable[..., Any], *given: Any, **more: Any) -> Any:
         try:
             return super().launch(function, *given, **more)
         except Exception as error:
-            self.procs.clear()  # or Lightning, once it sees that they left, kills this one too
+            self.procs.clear()  # or Lightning, seeing that the others ended, kills this one too
             if GLOO not in str(error):
                 raise
-            hint = "start it again; a training goes on from what it saved, with --resume"
-            raise Gone("another process has died, or is out of reach", hint) from error
+            hint = "start it again; with --resume, training continues from its last checkpoint"
+            raise Gone("another process has died, or cannot be reached", hint) from error
 
     def _call_children_scripts(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

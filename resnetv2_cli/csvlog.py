@@ -1,4 +1,4 @@
-"""Metrics files as they are written; ``runfolder`` reads them, without waiting for a framework."""
+"""Writing of metrics files; ``runfolder`` reads them, without importing a framework."""
 
 import errno
 import os
@@ -15,14 +15,14 @@ from resnetv2_cli.files import write_text
 class CSVMetrics(Logger):
     """A CSV file that is only ever appended to; a resumed run continues it after its step.
 
-    Lines that cannot be written, because the disk is full, wait for the next ones.
+    Lines that cannot be written because the disk is full are kept, and written with later ones.
     """
 
     def __init__(self, path: Path, columns: list[str]) -> None:
         super().__init__()
         self.path, self.columns = path, columns
         self.waiting = ""
-        # A run that was killed after its last evaluation makes that evaluation again.
+        # A run that was killed after its last evaluation repeats it, and would log it twice.
         self.newest = self.lines()[-1]
 
     @property
@@ -34,10 +34,10 @@ class CSVMetrics(Logger):
         return 0
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: ``config.yaml`` has them."""
+        """Do nothing: ``config.yaml`` has them."""
 
     def lines(self) -> list[str]:
-        """The header and the whole lines: power that fails leaves parts of one, or none."""
+        """The header and all complete lines: a power failure may leave part of one."""
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         whole = [line for line in text.split("\n")[1:-1] if self.is_whole(line)]
         return [",".join(self.columns), *whole]
@@ -48,7 +48,7 @@ class CSVMetrics(Logger):
 
     @rank_zero_only
     def start(self, step: int) -> None:
-        """Keep the lines up to iteration ``step``: later ones will be written again."""
+        """Drop the lines after iteration ``step``: they will be written again."""
         header, *lines = self.lines()
         kept = [header, *(line for line in lines if int(line.split(",")[0]) <= step)]
         write_text(self.path, "\n".join(kept) + "\n")
@@ -62,14 +62,14 @@ class CSVMetrics(Logger):
         if any(cells[1:]) and line != self.newest:
             self.newest = line
             self.waiting += line + "\n"
-            with suppress(OSError):  # the next checkpoint, which needs them on the disk, says so
+            with suppress(OSError):  # reported at the next checkpoint, which needs them on disk
                 self.write()
 
     def write(self, *, flush: bool = False) -> None:
-        """Append the lines that wait; ``flush``: and bring all of them to the disk.
+        """Append the waiting lines. ``flush``: and flush the file to disk.
 
         Raises:
-            OSError: it cannot be done; then they wait on, and none of them is in the file.
+            OSError: that failed. Lines that could not be written wait on, none of them in the file.
         """
         data = self.waiting.encode()
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)

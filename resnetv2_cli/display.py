@@ -12,12 +12,12 @@ from rich.text import Text
 
 from resnetv2_cli.callbacks import Recorder, stepped
 
-LINES = 10.0  # seconds between plain lines, at least
-REFRESH = 0.5  # seconds between changes of the bar
-RECENT = 600.0  # seconds that a pace is of
-MARKS = 20  # in them
+LINES = 10.0  # least seconds between plain lines
+REFRESH = 0.5  # least seconds between updates of the bar
+RECENT = 600.0  # seconds that a pace is measured over
+MARKS = 20  # samples in that time
 
-SCORES = {  # what the metrics file got last, in words
+SCORES = {  # the newest metrics, in words
     "train_loss": "loss {train_loss:.3f}",
     "train_error": "train {train_error:.1f} %",
     "val_error": "val {val_error:.2f} % at {evaluated:,}",
@@ -28,14 +28,14 @@ SCORES = {  # what the metrics file got last, in words
 
 
 class Pace:
-    """Iterations a second, evaluations between them included, over the last ten minutes: a pause
-    before, or other work, says nothing of how long the rest takes."""
+    """Iterations per second, including evaluations, over the last ten minutes: an earlier pause, or
+    other work on the machine then, says nothing about how long the rest takes."""
 
     def __init__(self) -> None:
-        self.marks: deque[tuple[float, int]] = deque()  # when so many iterations were done
+        self.marks: deque[tuple[float, int]] = deque()  # time, iterations done by then
 
     def at(self, now: float, step: int) -> float:
-        """The pace at a moment, with so many iterations done; 0 at the first."""
+        """The pace at time ``now``, with ``step`` iterations done; 0 at the first call."""
         while len(self.marks) > 1 and now - self.marks[1][0] >= RECENT:
             self.marks.popleft()
         if not self.marks or now - self.marks[-1][0] >= RECENT / MARKS:
@@ -45,7 +45,7 @@ class Pace:
 
 
 class Display(Callback):
-    """epoch, it/s, images/s, time left; loss, training and test error, lr."""
+    """Shows epoch, it/s, images/s, time left; loss, training and test error, lr."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -79,7 +79,7 @@ class Display(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, task: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if not self.recent.marks:  # behind the recording of graphs, which is no iteration
+        if not self.recent.marks:  # after the capture of graphs, which is no iteration
             self.recent.at(time.monotonic(), trainer.global_step)
 
     def on_train_batch_end(
@@ -91,7 +91,7 @@ class Display(Callback):
         last, latest = step == trainer.max_steps, self.recorded(trainer)
         if not last and now - self.shown < (REFRESH if self.live else LINES):
             return
-        if last:  # what was evaluated is of another iteration; the last one's comes next
+        if last:  # the known scores are of an earlier iteration; those of the last come next
             latest = {k: v for k, v in latest.items() if k not in ("val_error", "test_error")}
         scores = "  ".join(said.format(**latest) for key, said in SCORES.items() if key in latest)
         if self.live:
@@ -106,12 +106,12 @@ class Display(Callback):
 
     @staticmethod
     def recorded(trainer: Trainer) -> dict[str, float]:
-        """What the metrics file got last."""
+        """The newest metrics."""
         [recorder] = [c for c in trainer.callbacks if isinstance(c, Recorder)]  # type: ignore
         return recorder.latest
 
     def pace(self, trainer: Trainer) -> str:
-        """Where the run is, how fast it goes and how long it will take."""
+        """Where the run is, how fast it goes and how long is left."""
         step, latest = trainer.global_step, self.recorded(trainer)
         rate = self.recent.at(time.monotonic(), step)
         epoch = step / trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]

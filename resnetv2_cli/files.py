@@ -1,8 +1,8 @@
-"""Files that are there whole or not at all, whenever the process or the machine stops; seals, by
-which one that was damaged since is known; and where those are kept that can be made anew.
+"""Files that are there whole or not at all, whenever the process or the machine stops; seals, which
+show whether a file was damaged later; and the cache folder.
 
-A seal is the SHA-256 of a file, written behind its end: as the comment of a zip file, which any
-reader of such files opens, or behind a library, whose loader asks for nothing that stands there.
+A seal is the SHA-256 of a file, written at its end: as the comment of a zip file, which any zip
+reader accepts, or after a shared library, whose loader ignores what follows.
 """
 
 import hashlib
@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import BinaryIO
 
 MARK = b"resnetv2 sha256 "
-SEAL = 2 + len(MARK) + 64  # bytes at the end: the comment's length, and the comment
+SEAL = 2 + len(MARK) + 64  # bytes at the end: the comment's length and the comment
 CHUNK = 2**20  # bytes read at a time
-PARTIAL = ".tmp"  # ends the name of a file that is not whole yet
+PARTIAL = ".tmp"  # suffix of a file that is not complete yet
 
 
 def flush_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where its filesystem can."""
+    """Flush the names in a folder to disk, where its filesystem can."""
     opened = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some network filesystems do this by themselves, and refuse
+        with suppress(OSError):  # some network filesystems do this themselves, and refuse
             os.fsync(opened)
     finally:
         os.close(opened)
 
 
 def flush(file: BinaryIO) -> None:
-    """Bring what was written to the disk, and forget it, so that it is read from there."""
+    """Flush a file to disk, and drop it from the page cache, so that it is read back from disk."""
     file.flush()
     os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):
@@ -38,18 +38,19 @@ def flush(file: BinaryIO) -> None:
 
 
 def partial(path: Path) -> Path:
-    """The name of a file that is not whole yet."""
+    """The path that a file is written to until it is complete."""
     return path.with_name(path.name + PARTIAL)
 
 
 def expanded(path: Path | str) -> Path:
-    """A path with a home for ``~``; as it is where there is no such user: ``Path.expanduser`` would
-    raise."""
+    """A path with ``~`` expanded; unchanged if there is no such user, where ``Path.expanduser``
+    would raise."""
     return Path(os.path.expanduser(path))
 
 
 def cache() -> Path | None:
-    """The user's cache folder; whatever is in it can be made anew. None for who has no home."""
+    """The user's cache folder, whose contents can all be made again. None for a user without a
+    home."""
     with suppress(RuntimeError):
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnetv2"
     return None
@@ -57,10 +58,10 @@ def cache() -> Path | None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write; it takes the place of ``path`` once it is whole and on the disk.
+    """A file to write, which replaces ``path`` once it is complete and on disk.
 
     Raises:
-        OSError: it cannot be written; ``path`` is as it was.
+        OSError: it cannot be written; ``path`` is unchanged.
     """
     beside = partial(path)
     try:
@@ -78,14 +79,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by a text, wholly or not at all."""
+    """Replace a file by a text, atomically."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def name_too(path: Path, other: Path) -> None:
-    """Let ``other`` name what ``path`` names now, also when ``path`` is replaced: no bytes are
-    written where the filesystem has hard links."""
+    """Give the file at ``path`` the name ``other`` too, which it keeps when ``path`` is replaced: a
+    hard link, or a copy where the filesystem has none."""
     beside = partial(other)
     beside.unlink(missing_ok=True)
     try:
@@ -97,14 +98,14 @@ def name_too(path: Path, other: Path) -> None:
 
 
 class Sealing:
-    """What ``torch.save`` writes to: passes a zip file on, and keeps its digest.
+    """A file object for ``torch.save``: writes the zip file through, and computes its digest.
 
-    An error of the disk is kept until ``seal``: the zip writer below does not survive one.
+    A disk error is kept until ``seal``, because PyTorch's zip writer does not survive one.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, hashlib.sha256()
-        self.held = b""  # a zip ends with two bytes that say how long its comment is
+        self.held = b""  # the last two bytes: at the end of a zip, the length of its comment
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
@@ -126,10 +127,10 @@ class Sealing:
             self.error = error
 
     def flush(self) -> None:
-        """Nothing: the file is flushed once it is sealed."""
+        """Do nothing: the file is flushed once it is sealed."""
 
     def seal(self) -> str:
-        """Write the digest, which is returned.
+        """Write the digest, and return it.
 
         Raises:
             OSError: something could not be written.
@@ -147,7 +148,7 @@ def _sealed(digest: str) -> bytes:
 
 
 def seal(path: Path) -> None:
-    """Seal a file that is no zip, and bring it to the disk.
+    """Seal a file that is no zip, and flush it to disk.
 
     Raises:
         OSError: it cannot be written.
@@ -158,7 +159,7 @@ def seal(path: Path) -> None:
 
 
 def seal_of(path: Path) -> tuple[str | None, str]:
-    """The digest that a file is sealed with, None if with none, and the one that it has.
+    """The digest that a file is sealed with, None without a seal, and the digest of its content.
 
     Raises:
         OSError: it cannot be read.
@@ -176,7 +177,7 @@ def seal_of(path: Path) -> tuple[str | None, str]:
 
 
 def whole(path: Path) -> bool:
-    """Whether a file is there, sealed, and as it was sealed."""
+    """Whether a file is there, sealed, and unchanged since."""
     try:
         sealed, digest = seal_of(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""What is on disk: runs, ablations and analyses below some folders, and what became of each run."""
+"""What is on disk: runs, ablations and analyses below some folders, and the state of each run."""
 
 import os
 import re
@@ -23,18 +23,18 @@ from resnetv2_cli.recipes import read_yaml
 from resnetv2_cli.runfolder import RUNS, RunFolder, read_metrics
 
 FRESH = 1200.0  # seconds; a run that trains saves every ten minutes
-STATES = ("done", "fail", "crashed", "running", "stopped")  # of what has begun
-SEED = re.compile(r"s\d+(/|$)")  # the folder of a run, in one that says of what network
-NAMED = "name runs, or folders that hold some"
+STATES = ("done", "fail", "crashed", "running", "stopped")  # of runs that have begun
+SEED = re.compile(r"s\d+(/|$)")  # a run's folder named by its seed alone, in one of its network
+NAMED = "name runs, or folders that hold runs"
 LIST = "resnetv2 runs ls shows what there is"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run as its folder has it at the first look; what is read is kept.
+    """One run, as its folder was when first looked at: what is read is cached.
 
-    ``name``: the folder's, below the one that was looked through; where another has the same, or it
-    is that of a seed, with folders above it.
+    ``name``: the path of its folder in the one that was searched; with folders above that, where
+    another run has the same name or the name is only a seed's.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What ``config.yaml`` says, as it stands there: the run may be of another version."""
+        """The content of ``config.yaml``, unchecked: the run may be of another version."""
         try:
             return read_yaml(self.folder.config)
         except UserError:
@@ -58,18 +58,18 @@ class Run:
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        """Command, versions and hardware: of its end, or of its beginning before that."""
+        """Command, versions and hardware: at its end, or at its beginning if it has not ended."""
         return self.result.get("environment") or environment_in(mapping(self.folder.manifest.path))
 
     @cached_property
     def own_code(self) -> dict[str, str]:
-        """Digests of code of one's own, by what it is."""
+        """Digests of the user's own code, by what it defines."""
         said = own_code(mapping(self.folder.manifest.path))
         return {f"code of the {what}": str(code.get("sha256"))[:12] for what, code in said.items()}
 
     @cached_property
     def series(self) -> dict[str, list[tuple[int, float]]]:
-        """The columns of metrics.csv as (iteration, value) pairs; empty before the first."""
+        """The columns of ``metrics.csv`` as (iteration, value) pairs; empty before the first."""
         return read_metrics(self.folder.metrics)
 
     @property
@@ -78,12 +78,12 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The last iteration that its metrics know of."""
+        """The last iteration in its metrics."""
         return max((points[-1][0] for points in self.series.values()), default=0)
 
     @property
     def steps(self) -> int:
-        """The iterations that it is to have; 0 where its settings cannot be read."""
+        """The planned number of iterations; 0 if its settings cannot be read."""
         steps = self.settings.get("steps", 0)
         return steps if isinstance(steps, int) else 0
 
@@ -106,26 +106,26 @@ class Run:
 
     @property
     def ended(self) -> dict[str, Any]:
-        """Its result, with the readings of the test set that came after it."""
+        """Its result, with the readings of the test set counted up to now."""
         read = mapping(self.folder.manifest.path).get(READINGS)
         return self.result | ({READINGS: read} if self.result and read is not None else {})
 
     @property
     def error(self) -> float | None:
-        """Test error in percent once it is done, FAIL if it diverged."""
+        """Test error in percent if it is done, FAIL if it diverged."""
         if self.result:
             return float(self.result["test_error"])
         return FAIL if self.state == "fail" else None
 
     @property
     def changed(self) -> float:
-        """When something was last written, in seconds since 1970."""
+        """When one of its files was last written, in seconds since 1970."""
         return newest(self.folder)
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What ``analyze`` left in a folder."""
+    """The output of ``analyze`` in a folder."""
 
     name: str
     folder: Path
@@ -141,7 +141,7 @@ Named = TypeVar("Named", Run, Analysis)
 
 @dataclass
 class Found:
-    """What is below some folders; ``runs`` are those that belong to no ablation."""
+    """What was found below some folders; ``runs`` are those that belong to no ablation."""
 
     ablations: list[Ablation] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
@@ -159,8 +159,8 @@ class Found:
 
     @property
     def open(self) -> bool:
-        """Whether more is to come: a run is on its way, or was not long ago and others wait. Where
-        an ablation was stopped these may wait for ever."""
+        """Whether more is to come: a run is running, or runs are waiting and one has changed not
+        long ago. If their ablation was stopped, waiting runs may never begin."""
         runs = self.every
         states = {run.state for run in runs}
         latest = max((run.changed for run in runs), default=0.0)
@@ -168,32 +168,32 @@ class Found:
 
 
 def newest(folder: RunFolder) -> float:
-    """When something in a run's folder was last written, in seconds since 1970."""
+    """When a file in a run's folder was last written, in seconds since 1970."""
     latest = 0.0
     for file in (folder.config, folder.metrics, folder.last, folder.result, folder.failed):
-        with suppress(FileNotFoundError):  # or it is gone by now
+        with suppress(FileNotFoundError):  # it is not there, or was just removed
             latest = max(latest, file.stat().st_mtime)
     return latest
 
 
 def alive(folder: RunFolder) -> bool:
-    """Whether a run without a result is on its way: it is in use; or, where there are no locks,
-    something was written not long ago."""
+    """Whether a run without a result is running: its folder is in use; or, where the filesystem has
+    no locks, something in it was written not long ago."""
     held = locks(folder)
     return time.time() - newest(folder) < FRESH if None in held else any(held)
 
 
 def locks(folder: RunFolder) -> list[bool | None]:
-    """Whether a process works in a run's folder, and whether an ablation keeps it for one; None
-    where there are no locks."""
+    """Whether a process works in a run's folder, and whether an ablation reserves it for one; None
+    where the filesystem has no locks."""
     return [taken(lock) for lock in (folder.lock, folder.beside(".lock"))]
 
 
 def look(paths: Iterable[Path]) -> Found:
-    """Everything in some folders and below them, each once.
+    """Everything in and below some folders, each once.
 
     Raises:
-        UserError: there is no such folder, or a file in it is not what its name says.
+        UserError: there is no such folder, or a file in it does not hold what its name says.
     """
     found = Found()
     seen: set[Path] = set()
@@ -211,7 +211,7 @@ def look(paths: Iterable[Path]) -> Found:
 
 
 def told_apart(found: list[Named]) -> list[Named]:
-    """The same, each with a name of its own."""
+    """The same, each with a unique name."""
     names = apart([one.name for one in found], [one.place for one in found], SEED.match)
     return [replace(one, name=name) for one, name in zip(found, names, strict=True)]
 
@@ -219,8 +219,9 @@ def told_apart(found: list[Named]) -> list[Named]:
 def apart(
     names: list[str], paths: list[Path], vague: Callable[[str], Any] = lambda name: False
 ) -> list[str]:
-    """Names that are the ends of paths; where several are one, or one is ``vague``, as a seed is
-    that many networks have, with so many of the folders before it that none is another's."""
+    """Make names unique, each of which is the end of its path: where several are equal, or one is
+    ``vague``, like a seed that many networks have, put as many of its parent folders before it as
+    that takes."""
     whole = [path.resolve().parts for path in paths]
     for _ in range(max(map(len, whole), default=0)):
         counted = Counter(names)
@@ -234,8 +235,8 @@ def apart(
 
 
 def folders(path: Path, seen: set[Path] | None = None) -> Iterable[Path]:
-    """A folder and those below it, in order, each once; not what runs keep for themselves. A link
-    is followed once all that lies here itself has been seen."""
+    """A folder and those below it, in order, each once; of those inside a run only its analyses.
+    Symbolic links are followed last, after everything that is really here."""
     seen = set() if seen is None else seen
     links: list[Path] = []
     for here, below, _ in os.walk(path):
@@ -254,7 +255,7 @@ def folders(path: Path, seen: set[Path] | None = None) -> Iterable[Path]:
 
 
 def add(found: Found, folder: Path, root: Path) -> None:
-    """What one folder itself is or holds."""
+    """Add what one folder itself is or holds."""
     name = str(folder.relative_to(root)) if folder != root else folder.resolve().name
     found.ablations += [read(file) for file in sorted(folder.glob("ablation-*.json"))]
     if (run := RunFolder(folder)).begun:
@@ -281,15 +282,15 @@ def runs_in(root: Path) -> list[Run]:
 
 
 def choose(word: str, runs: list[Run]) -> Run:
-    """The run that is meant: by its folder, its name, the only beginning that fits, or ``last``,
-    the one that was begun last, or continued with a change. A beginning may leave out the folders
-    that the run is in.
+    """The run that ``word`` names: by its folder, its name, a beginning that fits no other, or
+    ``last``, the one begun, or continued with a change, most recently. A beginning may leave out
+    the folders that the run is in.
 
     Raises:
-        UserError: there is none, or several begin like that.
+        UserError: there is none, or several names begin like that.
     """
-    if not word:  # as of a variable that is not set; every name begins like that
-        raise UserError("a run is named by nothing", LIST)
+    if not word:  # as from an unset shell variable; every name begins with it
+        raise UserError("the name of the run is empty", LIST)
     if (named := RunFolder(Path(word))).begun:
         return Run(str(named.path), named)
     if word == "last" and runs:
@@ -311,7 +312,7 @@ def choose(word: str, runs: list[Run]) -> Run:
 def refuse_in_use(runs: Iterable[Run]) -> None:
     """
     Raises:
-        UserError: a process works in the folder of one of them, whatever it has become so far.
+        UserError: a process works in the folder of one of them, whatever the run's state.
     """
     for run in runs:
         if run.state == "running" or any(locks(run.folder)):
@@ -319,11 +320,11 @@ def refuse_in_use(runs: Iterable[Run]) -> None:
 
 
 def remove(run: Run) -> None:
-    """Remove a run's folder, and what an ablation keeps beside it: request, log and lock. Of a link
-    to one, both go.
+    """Remove a run's folder, and what an ablation keeps beside it: request, log and lock. If it is
+    a symbolic link, remove both the link and its target.
 
     Raises:
-        UserError: something of it cannot be removed.
+        UserError: some of it cannot be removed.
     """
     try:
         shutil.rmtree(run.folder.path.resolve())
@@ -332,10 +333,10 @@ def remove(run: Run) -> None:
         if run.folder.beside(".lock").exists():
             for suffix in (".yaml", ORIGINS, ".log", ".lock"):
                 run.folder.beside(suffix).unlink(missing_ok=True)
-    except OSError as error:  # in a folder it names a file without that
+    except OSError as error:  # inside a folder, ``filename`` is a bare name
         raise UserError(
             f"cannot remove {run.folder.path}: {Path(error.filename or '').name}: {error.strerror}",
-            "can it be written, and is it yours? some of it may be gone",
+            "is it writable, and yours? some of it may be gone",
         ) from None
 
 
@@ -346,10 +347,10 @@ def tails(name: str) -> list[str]:
 
 
 def places(words: Iterable[str], root: Path = RUNS) -> list[Path]:
-    """The folders that words on the command line name: as they are, or as runs below ``root``.
+    """The folders that words on the command line name: as paths, or as runs below ``root``.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: one names neither.
     """
     chosen = []
     for word in words:

@@ -1,4 +1,4 @@
-"""JSON files: written wholly or not at all, and nothing in them that JSON does not know."""
+"""JSON files: written atomically, with nothing in them that standard JSON does not allow."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from resnetv2_cli.files import write_text
 
 
 def finite(value: Any) -> Any:
-    """The same with None for numbers that are not finite."""
+    """The same value, with None for numbers that are not finite."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -18,26 +18,26 @@ def finite(value: Any) -> Any:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is one; true and false are none."""
+    """Whether a value is a number; true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def text(value: Any) -> str:
-    """A value as JSON; null for what is not finite."""
+    """A value as JSON; null for numbers that are not finite."""
     return json.dumps(finite(value), indent=2, allow_nan=False)
 
 
 def write(path: Path, value: Any) -> None:
-    """Replace a file by a value.
+    """Replace a file by a value as JSON.
 
     Raises:
-        OSError: it cannot be written; ``path`` is as it was.
+        OSError: it cannot be written; ``path`` is unchanged.
     """
     write_text(path, text(value) + "\n")
 
 
 def mapping(path: Path) -> dict[str, Any]:
-    """A file's object; empty if there is none, or none yet."""
+    """The JSON object in a file; empty if the file is missing or holds none."""
     try:
         return parsed(path.read_bytes())
     except OSError:
@@ -45,7 +45,7 @@ def mapping(path: Path) -> dict[str, Any]:
 
 
 def parsed(content: bytes) -> dict[str, Any]:
-    """The object that a file's content is; empty if it is none."""
+    """The JSON object in a file's content; empty if that is none."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Leaving early, by a signal or when the time is over: all processes, and nothing is lost."""
+"""Leaving early, on a signal or when the time is up: all processes leave, and nothing is lost."""
 
 import math
 import os
@@ -20,25 +20,26 @@ TIME_OVER = 1000  # beside the numbers of signals
 
 
 class Leaver(Callback):
-    """Saves and leaves at the next iteration on a signal, or when ``seconds`` are over. In an
-    evaluation after training all is saved: one process leaves at once, several at a batch.
+    """Saves and leaves at the next iteration on a signal, or when ``seconds`` are over. During an
+    evaluation after training everything is saved already: a single process leaves at once, several
+    leave after a batch.
 
-    Its handler is there while it is entered, and sets a flag: several processes agree, every ten
-    iterations, before any of them saves. A second Ctrl-C leaves at once.
+    Its handlers are installed while it is entered, and set a flag: several processes agree, every
+    ten iterations, before any of them saves. A second Ctrl-C leaves at once.
 
     Raises:
-        Stopped: with the exit status, 128 + the signal's number, or 0 when the time is over.
+        Stopped: with the exit status, 128 + the signal's number, or 0 when the time is up.
     """
 
     def __init__(self, keeper: Keeper | None = None, seconds: float | None = None) -> None:
         self.keeper, self.signal = keeper, 0
         self.deadline = math.inf if seconds is None else time.monotonic() + seconds
         self.at_once = False
-        self.shared = 0  # batches of an evaluation that every process has
+        self.shared = 0  # batches of an evaluation that every process has in common
 
     def __enter__(self) -> "Leaver":
         self.before = {number: signal.signal(number, self.handle) for number in SIGNALS}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # as ``cluster.Launcher`` left them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # ``cluster.Launcher`` blocked them
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -61,7 +62,7 @@ class Leaver(Callback):
             self.leave(trainer, task)
 
     def wish(self, trainer: Trainer) -> int:
-        """Of all processes: a signal's number, ``TIME_OVER`` or 0."""
+        """What all processes agree on: a signal's number, ``TIME_OVER`` or 0."""
         late = time.monotonic() > self.deadline
         return agreed(trainer, self.signal or (TIME_OVER if late else 0))
 
@@ -92,7 +93,7 @@ class Leaver(Callback):
     def on_test_batch_end(
         self, trainer: Trainer, task: Classification, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # To ask waits for a GPU. A processor has nothing to wait for, and takes long for a batch.
+        # Asking waits for a GPU. On a CPU there is nothing to wait for, and a batch takes long.
         often = trainer.strategy.root_device.type == "cpu" or (batch_idx + 1) % AGREE_EVERY == 0
         if often and batch_idx < self.shared:
             self.leave_evaluation(trainer)
@@ -102,7 +103,7 @@ class Leaver(Callback):
 
     def begin(self, trainer: Trainer, batches: Sequence[float]) -> None:
         """Before the first batch of an evaluation after training."""
-        self.shared = -agreed(trainer, -int(sum(batches)))  # another may have one less
+        self.shared = -agreed(trainer, -int(sum(batches)))  # another process may have one fewer
         self.at_once = trainer.world_size == 1
         self.leave_evaluation(trainer)
 
@@ -112,7 +113,7 @@ class Leaver(Callback):
 
 
 def stopped(wish: int) -> Stopped:
-    """What a signal, or the time, ends the command with."""
+    """The exception that a signal, or the end of the time, ends the command with."""
     if wish == TIME_OVER:
         return Stopped("the time is over", 0)
     return Stopped(signal.Signals(wish).name, SIGNALS[wish])

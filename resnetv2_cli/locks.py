@@ -1,5 +1,5 @@
-"""Locks, by which no other process works in a folder meanwhile. They are free again when who holds
-them has gone, however it went."""
+"""Locks, which keep other processes from working in a folder. A lock is released when its holder
+ends, however it ends."""
 
 import fcntl
 import os
@@ -12,15 +12,15 @@ from typing import TextIO
 
 from resnetv2_cli.errors import UserError
 
-TRIES = 10  # a lock may go just when it is opened, or be ``taken`` for the moment of a look
+TRIES = 10  # a lock may vanish just when it is opened, or be held for a moment by ``taken``
 PAUSE = 0.02  # seconds
 
 _held: set[TextIO] = set()  # the locks of this process, open
 
 
 def _let_go() -> None:
-    """In a process that was forked: the workers of one that is killed live on for some seconds, and
-    would hold its locks."""
+    """Close the locks in a forked child: the workers of a process that was killed live on for some
+    seconds, and would still hold its locks."""
     for file in _held:
         file.close()
     _held.clear()
@@ -31,13 +31,13 @@ os.register_at_fork(after_in_child=_let_go)
 
 @contextmanager
 def held(lock: Path, hint: str) -> Iterator[None]:
-    """Hold a folder by a lock in it, so that no other process works in it meanwhile.
+    """Hold a lock in a folder, so that no other process works in the folder meanwhile.
 
-    The folder is made where there is none. The lock goes with its holder, and with it whatever was
-    made for it and has nothing else in it: who is refused in between leaves what was there before.
+    The folder is created if it is missing. On leaving, the lock is removed, and so are folders that
+    were created for it and are still empty, also if the lock is refused or an error is raised.
 
     Raises:
-        UserError: another process has it (``hint``: what to do then), or it cannot be written.
+        UserError: another process holds it (``hint``: what to do then), or it cannot be written.
     """
     with left_as_it_was(lock.parent), _locked(lock, hint) as file:
         _held.add(file)
@@ -51,7 +51,7 @@ def held(lock: Path, hint: str) -> Iterator[None]:
 
 @contextmanager
 def left_as_it_was(folder: Path) -> Iterator[None]:
-    """A folder that is made meanwhile, and those above it, go again if nothing stays in them."""
+    """Remove ``folder``, and those above it, if they are created meanwhile and end up empty."""
     made = [f for f in (folder, *folder.parents) if not f.exists()]
     try:
         yield
@@ -67,7 +67,7 @@ def _locked(lock: Path, hint: str) -> TextIO:
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = lock.open("a+", encoding="utf-8")
         except OSError as error:
-            hint = "it must be possible to write there; what is new goes where --output says"
+            hint = "that folder must be writable; --output names another for new files"
             raise UserError(f"cannot write {lock.parent}: {error.strerror}", hint) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,9 +83,9 @@ def _locked(lock: Path, hint: str) -> TextIO:
             pass
         if _is(lock, file):
             break
-        file.close()  # who held it took it away in between, and there may be another by now
+        file.close()  # its holder removed it in between, and there may be a new one by now
     else:
-        raise UserError(f"{lock.parent} is in use by others, one after the other", hint)
+        raise UserError(f"{lock.parent} is in use by one process after another", hint)
     with suppress(OSError):  # on a full disk it is held all the same, and closes without an error
         file.truncate(0)
         os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -93,7 +93,7 @@ def _locked(lock: Path, hint: str) -> TextIO:
 
 
 def _is(path: Path, file: TextIO) -> bool:
-    """Whether a path names the file that is open."""
+    """Whether a path still names the open file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -101,7 +101,7 @@ def _is(path: Path, file: TextIO) -> bool:
 
 
 def taken(lock: Path) -> bool | None:
-    """Whether a process holds a lock; None where the filesystem has none, and nobody can say."""
+    """Whether a process holds a lock; None if the filesystem has no locks, and it is not known."""
     try:
         file = os.open(lock, os.O_RDONLY)
     except OSError:
@@ -118,8 +118,8 @@ def taken(lock: Path) -> bool | None:
 
 
 def inherited(lock: Path) -> int | None:
-    """A lock, open as a file, for processes to inherit: it is free again when all of them have
-    gone. None while another has it."""
+    """A file descriptor of a lock, for processes to inherit: it is released when all of them have
+    ended. None if another process holds it."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(lock, os.O_RDWR | os.O_CREAT)
     try:
@@ -134,7 +134,7 @@ def inherited(lock: Path) -> int | None:
 
 @contextmanager
 def in_turn(folder: Path) -> Iterator[None]:
-    """Have a folder's turn: another process that wants it waits until this one is done."""
+    """Take turns in a folder: another process that asks for it waits until this one is done."""
     file = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a filesystem without locks

@@ -1,5 +1,5 @@
-"""What a run was made by and of: code, versions, hardware, settings and where each came from, data,
-seeds, how often the test set was read, and every time it was continued."""
+"""A run's provenance: code, versions, hardware, settings and where each came from, data, seeds, how
+often the test set was read, and every time it was continued."""
 
 import hashlib
 import json
@@ -29,16 +29,16 @@ from resnetv2_cli.locks import in_turn
 from resnetv2_cli.plans import OWN
 from resnetv2_cli.recipes import asked_for
 
-if TYPE_CHECKING:  # what only reads manifests does not wait for it
+if TYPE_CHECKING:  # code that only reads manifests does not wait for its import
     import torch
 
 PACKAGES = ["resnetv2-cli", "torch", "torchvision", "lightning", "torchmetrics", "numpy"]
 ENVIRONMENT = ("command", "python", "versions", "commit", "hardware", "cpu_threads", "system")
-LONGEST_DIFF = 2**16  # characters of it that are kept whole
+LONGEST_DIFF = 2**16  # characters; a longer diff is not kept
 PACKAGE = Path(__file__).parent
-SOURCE = (".py", ".c", ".h")  # what decides numbers: kernels in C too, on a CPU
+SOURCE = (".py", ".c", ".h")  # what affects the numbers: on a CPU, also kernels in C
 READINGS = "test_set_readings"  # how often the test set was read
-ORIGINS = ".origins.json"  # ends the name of what is beside a config that an ablation wrote
+ORIGINS = ".origins.json"  # suffix of the file beside a config that an ablation wrote
 
 
 class Manifest:
@@ -48,29 +48,30 @@ class Manifest:
         self.path = path
 
     def read(self) -> dict[str, Any]:
-        """What it says; nothing where there is none.
+        """Its content; empty if there is none.
 
         Raises:
-            UserError: it is no manifest any more.
+            UserError: the file is no longer a manifest.
         """
         said = jsonfile.mapping(self.path)
         if not said and self.path.exists():
-            hint = "put back what the run wrote, or remove it and do without what it said"
+            hint = "restore what the run wrote, or remove it and do without its record"
             raise UserError(f"{self.path} is not the manifest of a run", hint)
         return said
 
     def extensions(self) -> list[dict[str, Any]]:
-        """What training longer made of the run, each time."""
+        """What ``resume.extend`` returned each time the run was trained longer."""
         return [r["extended"] for r in self.read().get("resumes", []) if r.get("extended")]
 
     def lengths(self) -> list[int]:
-        """The iterations that longer training made of the run's, each time."""
+        """The number of iterations that the run was extended to, each time."""
         changes = [r.get("changed", {}) for r in self.read().get("resumes", [])]
         return [changed["steps"] for changed in changes if "steps" in changed]
 
     @contextmanager
     def change(self) -> Iterator[dict[str, Any]]:
-        """What it says, to be changed; an evaluation of a run at work waits for its turn.
+        """Its content, to be changed in place; it is then written back. Another process, such as an
+        evaluation while the run trains, waits for its turn.
 
         Raises:
             OSError: it cannot be written.
@@ -81,7 +82,7 @@ class Manifest:
             jsonfile.write(self.path, said)
 
     def count_reading(self) -> None:
-        """The test set was read once more.
+        """Count one more reading of the test set.
 
         Raises:
             OSError: it cannot be written.
@@ -90,8 +91,8 @@ class Manifest:
             said[READINGS] = said.get(READINGS, 0) + 1
 
     def add_resume(self, step: int, changed: dict[str, Any], extended: dict[str, Any]) -> None:
-        """The run goes on after iteration ``step``, with these settings changed; ``extended``: what
-        longer training makes of it.
+        """Record that the run continues after iteration ``step``, with these settings changed.
+        ``extended``: as ``resume.extend`` returns it.
 
         Raises:
             OSError: it cannot be written.
@@ -103,14 +104,15 @@ class Manifest:
 
 
 def environment_in(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest says of where its run began, as ``environment`` tells it."""
+    """The part of a manifest that ``environment`` made, of where its run began."""
     return {key: manifest[key] for key in ENVIRONMENT if key in manifest}
 
 
 def origins(path: Path | str | None, overrides: Mapping[str, Any]) -> dict[str, str]:
-    """Where each setting came from that is no default, for those that ``load`` is given.
+    """Where each setting that is not a default came from, given the arguments of
+    ``Experiment.load``.
 
-    An ablation leaves beside a config that it writes where its settings came from.
+    An ablation saves the origins of a config's settings beside the config.
     """
     asked = asked_for(path, overrides, [f.name for f in fields(Experiment)])
     given = dict.fromkeys(asked, f"file {path}")
@@ -125,7 +127,7 @@ def origins(path: Path | str | None, overrides: Mapping[str, Any]) -> dict[str, 
 
 
 def annotated(experiment: Experiment, origins: Mapping[str, str]) -> str:
-    """The experiment as YAML, and behind values that are no defaults where they came from."""
+    """The experiment as YAML, with a comment after each value that is not a default: its origin."""
     notes = {name: f"  # {origin}" for name, origin in origins.items()}
     if experiment.epochs is not None:
         notes["steps"] = "  # not used: epochs say how long"
@@ -143,10 +145,10 @@ def begun(
     origins: dict[str, str],
     data: dict[str, Any],
 ) -> dict[str, Any]:
-    """What a manifest says when its run begins.
+    """The content of a manifest when its run begins.
 
-    ``given``: before ``settled`` was made of it. ``devices``: those it trains on. ``origins``:
-    where settings came from that are no defaults. ``data``: of the images.
+    ``given``: the experiment that ``settled`` was made from. ``devices``: those it trains on.
+    ``origins``: where settings that are not defaults came from. ``data``: facts about the images.
     """
     origins = dict(origins)
     if given.epochs is not None:
@@ -180,15 +182,15 @@ def now() -> str:
 
 
 def command() -> str:
-    """The command line, as it can be typed again."""
+    """The command line, quoted so that it can be typed again."""
     name = Path(sys.argv[0]).name
     started = ["python", "-m", "resnetv2_cli"] if name == "__main__.py" else [name]
     return shlex.join([*started, *sys.argv[1:]])
 
 
 def code(experiment: Experiment) -> dict[str, Any]:
-    """The version; commit and changes since, of a checkout; a digest of the source that ran, and of
-    the files of code of one's own."""
+    """The version; for a checkout, its commit and the changes since; digests of the source that
+    ran, and of the files of the user's own code."""
     digest = hashlib.sha256()
     for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in SOURCE):
         digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
@@ -209,7 +211,7 @@ def code(experiment: Experiment) -> dict[str, Any]:
 
 
 def own_files(experiment: Experiment) -> dict[str, list[Path]]:
-    """Where the unit and the shortcut are written, where they are of one's own: the file of the
+    """The files of the unit and of the shortcut, where they are the user's own: the file of the
     class, and those beside it that it imports.
 
     Raises:
@@ -227,24 +229,24 @@ def own_files(experiment: Experiment) -> dict[str, list[Path]]:
 
 
 def content(files: list[Path]) -> bytes:
-    """What files have in them, one behind the other."""
+    """The concatenated contents of files."""
     return b"".join(file.read_bytes() for file in files)
 
 
 def digest_of(files: list[Path]) -> str:
-    """SHA-256 of what files have in them."""
+    """The SHA-256 of the concatenated contents of files."""
     return hashlib.sha256(content(files)).hexdigest()
 
 
 def own_code(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a manifest says of code of one's own: of the unit, of the shortcut."""
+    """The entries of a manifest on the user's own code: of the unit, of the shortcut."""
     said = manifest.get("code")
     code = said if isinstance(said, dict) else {}
     return {what: code[what] for what in OWN if isinstance(code.get(what), dict)}
 
 
 def rewritten(experiment: Experiment, manifest: Mapping[str, Any]) -> list[str]:
-    """The code of one's own, ``module:Class``, that is another now than when a run began."""
+    """The user's own code, ``module:Class``, that has changed since a run began."""
     before, changed = own_code(manifest), []
     for what, files in own_files(experiment).items():
         if said := before.get(what):
@@ -254,7 +256,7 @@ def rewritten(experiment: Experiment, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def environment(devices: "Sequence[torch.device]" = ()) -> dict[str, Any]:
-    """Command, versions, hardware and commit: what a number is reported with.
+    """Command, versions, hardware and commit: the provenance reported with a number.
 
     ``devices``: those it was computed on; without any, the CPU.
     """
@@ -294,7 +296,7 @@ def hardware(devices: "Sequence[torch.device]") -> str:
 
 
 def git(*arguments: str) -> str:
-    """What git says of this package's own checkout; nothing where it is in none."""
+    """The output of git in this package's own checkout; empty if it is in none."""
     try:
         done = subprocess.run(
             ["git", "-C", str(PACKAGE), *arguments],
@@ -306,8 +308,8 @@ def git(*arguments: str) -> str:
 
 
 def commit() -> str:
-    """The commit of this package's own checkout, ``+`` if it was changed since; else empty."""
-    if not git("ls-files", "__init__.py"):  # installed inside of a checkout of something else
+    """The commit of this package's own checkout, ``+`` if changed since; empty outside of one."""
+    if not git("ls-files", "__init__.py"):  # installed inside a checkout of something else
         return ""
     changed = git("status", "--porcelain", "-uno", ".").strip()
     return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")

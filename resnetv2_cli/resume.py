@@ -1,4 +1,4 @@
-"""What a continued run may change, what that does, and what is refused: nothing is ignored."""
+"""What a continued run may change, to what effect, and what is refused: nothing is ignored."""
 
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from resnetv2_cli.telling import Tell
 
 @dataclass(frozen=True)
 class Change:
-    """One setting of a run that is continued with another value, and what that does."""
+    """One setting whose value changes when a run is continued, and the effect of that."""
 
     name: str
     before: Any
@@ -28,18 +28,18 @@ class Change:
 
 
 def continued(folder: RunFolder, given: dict[str, Any]) -> tuple[Experiment, list[Change]]:
-    """The saved experiment with what is given and may change, and these changes.
+    """The saved experiment with the ``given`` settings that may change, and a list of the changes.
 
     Raises:
-        UserError: a flag would make it another experiment, the run diverged and nothing would
-            change that, or the folder is not that of a run.
+        UserError: a flag would make it another experiment, the run diverged and no setting
+            changes, or the folder is not that of a run.
     """
     saved = folder.experiment()
     known = {f.name: f for f in fields(Experiment)}
     wished = {name: checked(known[name], value) for name, value in given.items()}
     if wished.get("precision") == "auto":
         del wished["precision"]  # it was settled when the run began
-    for name in ("epochs", "weights_sha256"):  # what a file holds that has every setting
+    for name in ("epochs", "weights_sha256"):  # null in a config file that has every setting
         if wished.get(name) is None:
             wished.pop(name, None)
     changes = []
@@ -57,7 +57,7 @@ def continued(folder: RunFolder, given: dict[str, Any]) -> tuple[Experiment, lis
         changes.append(Change(name, getattr(saved, name), value, effect))
     changed = replace(saved, **{c.name: c.after for c in changes})
     if "steps" in wished or "epochs" in wished:
-        steps = longer(folder, changed, wished)  # its images may lie elsewhere now
+        steps = longer(folder, changed, wished)  # of ``changed``: its images may have moved
         if steps != saved.steps:
             effect = f"the schedule is that of {steps:,} iterations from here on"
             changes.insert(0, Change("steps", saved.steps, steps, effect))
@@ -72,16 +72,16 @@ def continued(folder: RunFolder, given: dict[str, Any]) -> tuple[Experiment, lis
 
 
 def same_weights(saved: Experiment, weights: str | None) -> bool:
-    """Whether a file has the bytes of the weights that a run was begun with."""
+    """Whether a file of weights has the same bytes as the one that a run was begun with."""
     other = replace(saved, weights=weights, weights_sha256=None, freeze="")
     return other.weights_sha256 == saved.weights_sha256
 
 
 def longer(folder: RunFolder, saved: Experiment, wished: dict[str, Any]) -> int:
-    """The iterations that are wished.
+    """The number of iterations asked for.
 
     Raises:
-        UserError: they are fewer than the run has.
+        UserError: it is smaller than the run's.
     """
     steps = wished.get("steps", saved.steps)
     if "epochs" in wished:
@@ -92,14 +92,14 @@ def longer(folder: RunFolder, saved: Experiment, wished: dict[str, Any]) -> int:
         since = "was extended to" if folder.manifest.lengths() else "was begun with"
         raise UserError(
             f"{steps:,} iterations are fewer than the {saved.steps:,} the run {since}",
-            "leave them out: its schedule has been that of the longer training; to end it early, "
-            "use --time",
+            "leave --steps and --epochs out: the run has followed the schedule of the longer "
+            "training; to end it early, use --time",
         )
     return steps
 
 
 def finished(folder: RunFolder, experiment: Experiment) -> dict[str, Any] | None:
-    """The result of a run that has nothing left to do, nor to test."""
+    """The result of a run that has nothing left to train or to test, else None."""
     result = folder.read_result()
     tested = {*experiment.protocols[1:]} <= {*result.get(OTHERS, {})}
     return result if tested and result.get("steps", -1) >= experiment.steps else None
@@ -108,12 +108,13 @@ def finished(folder: RunFolder, experiment: Experiment) -> dict[str, Any] | None
 def same_run(
     path: Path, held: dict[str, Any], experiment: Experiment, digest: str, lengths: list[int]
 ) -> None:
-    """Refuse a checkpoint of another experiment than the folder's ``config.yaml`` has now.
+    """Refuse a checkpoint of an experiment other than the one in the folder's ``config.yaml``.
 
-    ``lengths``: iterations that the run was extended to, before it had a checkpoint of them.
+    ``lengths``: the numbers of iterations that the run was extended to; a checkpoint from before an
+    extension has a smaller one.
 
     Raises:
-        UserError: it is of another one, of another length, or of other images.
+        UserError: it is of another experiment, of another length, or of other images.
     """
     ours, hint = asdict(experiment), "put config.yaml back as it was, or start a new run"
     for f in fields(Experiment):
@@ -123,8 +124,8 @@ def same_run(
             raise UserError(f"{path}: its {f.name} is {theirs}, not {ours[f.name]}", hint)
     if held.get("data", digest) != digest:
         raise UserError(
-            f"the images are not those that {path} has learned from",
-            "look at --data-dir; a run is continued with the same images",
+            f"the images are not those that {path} was trained on",
+            "check --data-dir; a run is continued with the same images",
         )
 
 
@@ -135,11 +136,11 @@ def extend(
     before: list[dict[str, Any]],
     tell: Tell,
 ) -> dict[str, Any]:
-    """Say, and return for the result, what training longer than was planned makes of a run.
+    """Report, and return for the result, whether a run extended at ``step`` has one schedule.
 
-    The learning rates so far were those of shorter schedules: of ``saved``, and of what was
-    extended ``before``, as returned here. Only if the longer one has the same up to ``step`` is it
-    the run that it would have been from its start.
+    The learning rates so far were those of shorter schedules: of ``saved``, and of the extensions
+    ``before``, as returned here. Only if the longer schedule has the same rates up to ``step`` is
+    the run the same as one that was this long from its start.
     """
     if saved.steps == experiment.steps:
         return {}
@@ -153,12 +154,12 @@ def extend(
         ]
         begun = plan["at"]
     if not differ:
-        tell(f"its rates so far are those of {experiment.steps:,} iterations too: one run")
+        tell(f"its learning rates so far are those of {experiment.steps:,} iterations too: one run")
     else:
         shorter = list(dict.fromkeys(f"{steps:,}" for _, steps in differ))
         named = f"the schedule{'s' if len(shorter) > 1 else ''} of {', '.join(shorter)}"
         tell(
             f"not one run of {experiment.steps:,} iterations: {differ[0][0] + 1:,} to "
-            f"{differ[-1][0] + 1:,} had rates of {named}; the result says so"
+            f"{differ[-1][0] + 1:,} had learning rates of {named}; the result says so"
         )
     return {"from_steps": saved.steps, "at": step, "one_schedule": not differ}

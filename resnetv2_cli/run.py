@@ -1,4 +1,4 @@
-"""Train one experiment in a run folder, continue it, and evaluate what came of it."""
+"""Train one experiment in a run folder, continue it, and evaluate the result."""
 
 import time
 from dataclasses import asdict, replace
@@ -34,11 +34,11 @@ from resnetv2_cli.telling import Tell, silent
 from resnetv2_cli.units import refuse_broken
 
 OF_EACH = ("data_dir", "workers", "weights")  # what processes of one run need not share
-FOLDER = "RESNETV2_RUN_FOLDER"  # tells those that the first process launches where the run is
+FOLDER = "RESNETV2_RUN_FOLDER"  # tells the processes that the first one launches where the run is
 
 
 def first_process() -> bool:
-    """Whether this is the process that writes and reports, of one or of many."""
+    """Whether this process, alone or one of many, is the one that writes and reports."""
     know_rank()
     return getattr(rank_zero_only, "rank", 0) in (0, None)
 
@@ -46,7 +46,7 @@ def first_process() -> bool:
 def build(
     experiment: Experiment, learned: tuple[str, ...] = (), tell: Tell = silent
 ) -> tuple[Classification, ImageData]:
-    """Network and images; the weights follow from the seed. The others: as of ``ImageData``."""
+    """Network and images; the weights follow from the seed. The others: as in ``ImageData``."""
     shortcut_class(experiment.shortcut)  # a mistake in it shows before images are read
     refuse_broken(experiment.unit, experiment.block_, experiment.stem_)
     data = ImageData(experiment, learned, tell, processes(experiment))
@@ -59,10 +59,10 @@ def build(
 
 
 def loggers(experiment: Experiment, folder: RunFolder, scored: str) -> list[Logger]:
-    """metrics.csv and speed.csv always; others by their flags.
+    """Loggers of ``metrics.csv`` and ``speed.csv``, and those that flags ask for.
 
     Raises:
-        UserError: the package of another logger is not installed.
+        UserError: the package of one of the latter is not installed.
     """
     columns = ["step", "epoch", "lr", "train_loss", "train_error"]
     csv = CSVMetrics(folder.metrics, [*columns, f"{scored}_loss", f"{scored}_error"])
@@ -93,16 +93,16 @@ def train(
     tell: Tell = silent,
     meeting: Meeting | None = None,
 ) -> dict[str, Any]:
-    """Train to the last iteration, evaluate, and leave ``result.json``, which is returned.
+    """Train to the last iteration, evaluate, write ``result.json`` and return its content.
 
     ``seconds``: save and leave cleanly when they are over. ``origins``: where settings came from.
-    ``tell``: gets what happens, a line at a time. ``meeting``: entered before, by each of several
-    processes, in which it hears of mistakes before and here.
+    ``tell``: gets progress messages, a line at a time. ``meeting``: each of several processes has
+    entered it before, and hears there of the others' errors, before this call and in it.
 
     Raises:
         UserError: the images, devices, folder or checkpoint are not what is needed, or several
-            processes would not begin from the same.
-        Stopped: a signal came or the time was over; the run can be continued.
+            processes would begin from different states.
+        Stopped: a signal came or the time was up; the run can be continued.
     """
     go = partial(
         _train,
@@ -120,12 +120,12 @@ def train(
         folder.refuse_if_used()
     with folder.claimed():
         if not resume:
-            folder.refuse_if_used()  # another process may have ended in it just now
+            folder.refuse_if_used()  # another process may have just ended in it
         return go(tell=tell)
 
 
 class Left:
-    """Seconds that are left of those that were given, None where none were."""
+    """The seconds that are left of those given, at least 1; None if none were given."""
 
     def __init__(self, seconds: float | None) -> None:
         self.end = None if seconds is None else time.monotonic() + seconds
@@ -187,7 +187,7 @@ def _train(
         else:
             folder.create(e, begun(experiment, e, devices_of(e), origins, data.facts))
     meeting.agree(dict)
-    for file in write[:2]:  # also where no iteration is left: a line may be cut
+    for file in write[:2]:  # even if no iteration is left: a line may be cut short
         file.start(step)  # type: ignore[attr-defined]
     with leaver:
         task.engage(trainer.strategy.root_device, tell)
@@ -202,7 +202,7 @@ def _train(
 def _fit(
     trainer: L.Trainer, task: Classification, data: ImageData, folder: RunFolder, last: Path | None
 ) -> None:
-    """Train to the last iteration, and evaluate what the result is of."""
+    """Train to the last iteration, and evaluate what the result reports."""
     try:
         trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
     except Diverged as error:
@@ -211,9 +211,9 @@ def _fit(
             said |= {"iteration": error.iteration, "where": error.where}
             jsonfile.write(folder.failed, said)
         raise
-    if task.scores.get("step") != task.experiment.steps:  # it was not at the end of an epoch
+    if task.scores.get("step") != task.experiment.steps:  # no evaluation was due at the end
         trainer.validate(task, datamodule=data, verbose=False, weights_only=True)
-    if data.scored == "val":  # chosen without the test images, which are now read the first time
+    if data.scored == "val":  # the test images are read only now, after the choice
         chosen = checkpoints.read(folder.best)
         checkpoints.load_weights(task, chosen, folder.best)
         trainer.test(task, datamodule=data, verbose=False, weights_only=True)
@@ -223,7 +223,7 @@ def _fit(
 def fit_views(task: Classification) -> None:
     """
     Raises:
-        UserError: what evaluation sees by one of the protocols is no input of the network.
+        UserError: what the network would see under one of the protocols does not fit it.
     """
     for protocol in task.experiment.protocols:
         view_of(task.experiment, task.normalize, protocol)
@@ -232,8 +232,8 @@ def fit_views(task: Classification) -> None:
 def by_others(
     trainer: L.Trainer, task: Classification, data: ImageData
 ) -> dict[str, dict[str, float]]:
-    """``error``, ``top5_error`` (percent), ``loss`` (nats) and how many were ``not_finite`` on the
-    test images by each protocol but the first, whose scores the task keeps."""
+    """The test ``error`` and ``top5_error`` (percent), ``loss`` (nats) and number of ``not_finite``
+    images under each protocol but the first, whose scores the task keeps."""
     kept, found, n = task.scores, {}, len(data.test.labels)
     what = ("error", "top5_error", "loss", "not_finite")
     for data.protocol in task.experiment.protocols[1:]:
@@ -247,19 +247,19 @@ def by_others(
 def _found(
     task: Classification, data: ImageData, folder: RunFolder, tell: Tell
 ) -> tuple[Path | None, int]:
-    """The checkpoint to continue from, after a look at what is in it, and its iteration; None and 0
-    if there is none yet.
+    """The checkpoint to continue from, checked, and its iteration; None and 0 if there is none yet.
 
     Raises:
-        UserError: it is of another run than the folder's, or the images are others.
+        UserError: it is of another run than the folder's, or the images or the user's own code
+            have changed.
     """
     found = checkpoints.newest(folder.checkpoints, folder.last, tell)
     if found is None:  # it was killed before its first
-        tell("there is no checkpoint yet: it begins again")
+        tell("there is no checkpoint yet: training starts over")
         return None, 0
     path, held = found
     for name in rewritten(task.experiment, folder.manifest.read()):
-        hint = f"{folder.manifest.path} has what it was; or begin a new run"
+        hint = f"put back the code that is in {folder.manifest.path}, or begin a new run"
         raise UserError(f"{name} has changed since the run began", hint)
     planned = replace(task.experiment, steps=folder.experiment().steps)
     same_run(path, held, planned, data.digest, folder.manifest.lengths())
@@ -268,7 +268,7 @@ def _found(
 
 
 def state(experiment: Experiment, data: ImageData, last: Path | None, step: int) -> dict[str, Any]:
-    """What each of several processes must begin from, by what a message calls it."""
+    """The state that several processes must all begin from, keyed by its names in messages."""
     return {
         "all done": False,
         "iteration": step,
@@ -279,7 +279,7 @@ def state(experiment: Experiment, data: ImageData, last: Path | None, step: int)
 
 
 def _go_on(experiment: Experiment, folder: RunFolder, step: int, tell: Tell) -> None:
-    """Write down that the run is continued after iteration ``step``, and with which changes."""
+    """Record that the run is continued after iteration ``step``, and with which changes."""
     saved = folder.experiment()
     extended = extend(saved, experiment, step, folder.manifest.extensions(), tell)
     changed = {k: v for k, v in asdict(experiment).items() if getattr(saved, k) != v}
@@ -291,8 +291,8 @@ def finish(
 ) -> dict[str, Any]:
     """Write ``result.json`` and ``curves.png``.
 
-    The headline is the test error of the last iteration, or of the one that was chosen on the
-    training images held out; by the first of several protocols, and below it by the ``others``.
+    The headline is the test error of the last iteration, or of the one chosen on the held-out
+    training images, under the first protocol; the ``others`` stand below it.
     """
     e, scores, trained = task.experiment, task.scores, read_metrics(folder.metrics)
     said = folder.manifest.read()
@@ -326,8 +326,8 @@ def finish(
 
 
 def draw(experiment: Experiment, folder: RunFolder) -> None:
-    """Draw ``curves.png``, unless it is there."""
+    """Draw ``curves.png`` unless it exists."""
     if not folder.curves.exists():
-        from resnetv2_cli.plot import curves  # with matplotlib, which no first iteration waits for
+        from resnetv2_cli.plot import curves  # matplotlib must not delay the first iteration
 
         curves({experiment.name: folder.metrics}, folder.curves)

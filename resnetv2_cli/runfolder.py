@@ -1,4 +1,4 @@
-"""The folder of one run: what is in it, and that nothing in it is overwritten or lost."""
+"""The folder of one run: its files, none of which is overwritten or lost."""
 
 import os
 from contextlib import AbstractContextManager, suppress
@@ -13,14 +13,14 @@ from resnetv2_cli.files import PARTIAL, write_text
 from resnetv2_cli.locks import held
 from resnetv2_cli.manifest import Manifest
 
-RUNS = Path("runs")  # where runs are, unless another folder is named
-OTHERS = "by_protocol"  # in a result: its scores by protocols but the first
+RUNS = Path("runs")  # where runs are by default
+OTHERS = "by_protocol"  # in a result: its scores under the protocols after the first
 
 
 class RunFolder:
-    """``config.yaml``, ``manifest.json``, ``metrics.csv``, ``speed.csv``, ``checkpoints/``, and at
-    the end ``result.json`` and ``curves.png``, or ``failed.json`` if the loss diverged; while a
-    process trains in it, ``run.lock``."""
+    """Has ``config.yaml``, ``manifest.json``, ``metrics.csv``, ``speed.csv``, ``checkpoints/``, and
+    at the end ``result.json`` and ``curves.png``, or ``failed.json`` if the run diverged or
+    crashed; while a process trains in it, ``run.lock``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,7 +39,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, checkpoint: Path) -> "RunFolder | None":
-        """The folder of the run that a checkpoint is in, if it is in one."""
+        """The folder of the run that a checkpoint is in; None if it is in none."""
         inside = checkpoint.parent
         if not inside.name:  # it is in the working directory
             inside = inside.absolute()
@@ -48,7 +48,7 @@ class RunFolder:
 
     @classmethod
     def free(cls, experiment: Experiment) -> "RunFolder":
-        """The folder for a run that was given none: ``runs/NAME``, numbered if that is taken."""
+        """The default folder of a run: ``runs/NAME``, numbered if that is taken."""
         path, n = RUNS / experiment.name, 1
         while path.exists():
             n += 1
@@ -56,14 +56,14 @@ class RunFolder:
         return cls(path)
 
     def beside(self, suffix: str) -> Path:
-        """What an ablation keeps beside the folder: the run's request, log or lock."""
+        """The path of what an ablation keeps beside the folder: the run's request, log or lock."""
         path = self.path if self.path.name not in ("", "..") else Path(os.path.abspath(self.path))
         return path.with_name(path.name + suffix)
 
     def refuse_if_used(self) -> None:
         """
         Raises:
-            UserError: the folder holds something already, and not only what a run leaves that was
+            UserError: the folder already holds something other than the remains of a run that was
                 killed before it began.
         """
         begun = {self.lock.name, self.manifest.path.name, self.checkpoints.name}
@@ -78,23 +78,23 @@ class RunFolder:
             raise UserError(f"{self.path} is not empty", hint)
 
     def _way_on(self) -> str:
-        """What else can be done with a folder that holds something, where it is that of a run."""
+        """What else a hint can suggest for a used folder, if it is that of a run."""
         if self.begun:
             return f", or continue it: resnetv2 train --resume {quote(str(self.path))}"
         if self.metrics.exists() or any(self.checkpoints.glob("*.ckpt")):
-            return f", or put the {self.config.name} back that this run had"
+            return f", or restore this run's {self.config.name}"
         return ""
 
     def claimed(self) -> AbstractContextManager[None]:
-        """Hold the folder: no other process trains in it meanwhile.
+        """Lock the folder: no other process trains in it meanwhile.
 
         Raises:
-            UserError: another process has it, or it cannot be written.
+            UserError: another process holds it, or it cannot be written.
         """
         return held(self.lock, "wait for it, or let it save and leave: kill -TERM")
 
     def create(self, experiment: Experiment, manifest: dict[str, Any]) -> None:
-        """Begin a new run; it is one as soon as it has a ``config.yaml``.
+        """Begin a new run; the folder counts as one once it has its ``config.yaml``.
 
         Raises:
             UserError: it cannot be written.
@@ -113,8 +113,8 @@ class RunFolder:
     def go_on(
         self, experiment: Experiment, step: int, changed: dict[str, Any], extended: dict[str, Any]
     ) -> None:
-        """Continue the run after iteration ``step``: ``config.yaml`` gets what was changed, and the
-        result of a shorter training another name.
+        """Continue the run after iteration ``step``: write changes to ``config.yaml``, and rename
+        the result of a shorter training.
 
         Raises:
             OSError: it cannot be written.
@@ -133,8 +133,8 @@ class RunFolder:
         return self.config.is_file()
 
     def read_result(self) -> dict[str, Any]:
-        """What ``result.json`` says; nothing before it is there, or if it has no test error, or
-        none by another protocol that it names."""
+        """The content of ``result.json``; empty if it is missing, or lacks the test error, or one
+        under another protocol that it names."""
         said = jsonfile.mapping(self.result)
         others = said.get(OTHERS, {})
         errors = [said.get("test_error")]
@@ -145,19 +145,19 @@ class RunFolder:
         return said if whole else {}
 
     def read_failure(self) -> dict[str, Any]:
-        """Why it ended without a result: ``reason``, and whether the loss ``diverged``; nothing
-        where it did not, or nothing can be read."""
+        """Why the run failed: ``reason``, and whether the loss ``diverged``; empty if it did not
+        fail, or the file cannot be read."""
         said = jsonfile.mapping(self.failed)
         return {"reason": "unknown", "diverged": True} | said if said else {}
 
     @property
     def diverged(self) -> str | None:
-        """Why the loss of the run is no longer finite, if it is not."""
+        """Why the run diverged; None if it did not."""
         said = self.read_failure()
         return said["reason"] if said and said["diverged"] else None
 
     def experiment(self) -> Experiment:
-        """What the run is.
+        """The experiment of the run.
 
         Raises:
             UserError: the folder is not that of a run.
@@ -168,10 +168,10 @@ class RunFolder:
 
 
 def refuse_needed(path: Path) -> None:
-    """Refuse to write over what a run needs to be continued, or has come to.
+    """Refuse to overwrite what a run needs to be continued, or its results.
 
     Raises:
-        UserError: the path is such a file's.
+        UserError: the path is that of such a file.
     """
     whole = path.resolve()
     own, above = RunFolder(whole.parent), RunFolder(whole.parent.parent)
@@ -183,7 +183,7 @@ def refuse_needed(path: Path) -> None:
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     """Each column of a metrics file as (iteration, value) pairs; empty if there is none yet.
 
-    A line that is not whole, as power that fails leaves it, is none.
+    An incomplete line, as a power failure may leave it, is skipped.
     """
     series: dict[str, list[tuple[int, float]]] = {}
     try:

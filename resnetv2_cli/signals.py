@@ -1,4 +1,4 @@
-"""On which signals a run saves and leaves, and with what exit status."""
+"""The signals on which a run saves and leaves, each with its exit status."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""Who hears what happens, a line at a time."""
+"""Callables that receive progress messages, a line at a time."""
 
 from collections.abc import Callable
 
@@ -6,4 +6,4 @@ Tell = Callable[[str], None]
 
 
 def silent(line: str) -> None:
-    """Where nobody is told."""
+    """Discard a message."""

@@ -1,5 +1,5 @@
-"""Whether a run that was killed or stopped, and continued, ends with the bits of one that was not:
-tried here, with the user's own settings."""
+"""Test whether a run that is killed or stopped, and continued, ends with the same bits as one that
+is not: on this machine, with the user's own settings."""
 
 import json
 import os
@@ -25,10 +25,10 @@ from resnetv2_cli.quantities import duration
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.telling import Tell, silent
 
-STEPS = 20  # unless given
-TRIES = 10  # runs more than signals, as one may end before the moment that was drawn
+STEPS = 20  # by default
+TRIES = 10  # more runs than signals, because one may end before the moment that was drawn
 POLL = 0.005  # seconds between looks at a child
-# What may differ between two runs that are the same: where, when and how often they were begun.
+# What may differ between equal runs: where, when and how often they were begun.
 CIRCUMSTANCES = ("environment", READINGS, "extended")
 PARTS = {
     "weights": "state_dict",
@@ -57,14 +57,14 @@ def difference(one: Any, other: Any, place: str = "") -> str:
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are the same, also where they are not a number."""
+    """Whether two tensors are the same bit for bit, NaNs included."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
 
 
 def differences(one: RunFolder, other: RunFolder) -> dict[str, str]:
-    """What two finished runs left, part by part: empty where it is the same bit for bit.
+    """How the outputs of two finished runs differ, part by part: empty where bit for bit the same.
 
     Raises:
         UserError: a checkpoint is missing or damaged.
@@ -78,14 +78,14 @@ def differences(one: RunFolder, other: RunFolder) -> dict[str, str]:
 
 
 def result(folder: RunFolder) -> dict[str, Any]:
-    """What a run came to, without where and when."""
+    """The result of a run, without its circumstances."""
     whole = json.loads(folder.result.read_bytes())
     return {k: v for k, v in whole.items() if k not in CIRCUMSTANCES}
 
 
 @dataclass
 class Child:
-    """One ``train`` in a process group of its own, which is killed as a whole."""
+    """One ``train`` command in its own process group, which is killed as a whole."""
 
     arguments: list[str]
     folder: RunFolder
@@ -107,7 +107,7 @@ class Child:
         self.said.close()
 
     def begun(self) -> None:
-        """Wait until it has a folder and has begun."""
+        """Wait until it has locked its folder, or ended."""
         lock = self.folder.lock
         mark = lock.stat().st_mtime_ns if lock.exists() else 0
         while self.process.poll() is None:
@@ -117,11 +117,12 @@ class Child:
         self.since = time.time()
 
     def trained(self) -> float:
-        """Seconds from there to its result, which it has: then it draws, and cannot be stopped."""
+        """Seconds from ``begun`` to its result, which must exist; after that it only draws, and can
+        no longer be stopped."""
         return self.folder.result.stat().st_mtime - self.since
 
     def ended(self, within: float | None = None) -> bool:
-        """Whether it has ended, after so many seconds at most."""
+        """Wait until it ends, for ``within`` seconds at most; whether it has ended."""
         try:
             self.process.wait(within)
         except subprocess.TimeoutExpired:
@@ -135,17 +136,17 @@ class Child:
     def check(self, *statuses: int) -> None:
         """
         Raises:
-            UserError: it ended with another status; its own words.
+            UserError: it ended with another status; the message is its own.
         """
         if self.process.wait() not in statuses:
             self.said.seek(0)
             said = self.said.read()
             words = last_error(said) or said.strip().rpartition("\n")[2] or "it said nothing"
-            raise UserError(f"a run of it failed: {words}")
+            raise UserError(f"one of the runs failed: {words}")
 
 
 class Trial:
-    """The same short training again and again, in folders under ``root``."""
+    """The same short training, repeated in folders under ``root``."""
 
     def __init__(
         self,
@@ -164,19 +165,19 @@ class Trial:
         return RunFolder(self.root / name)
 
     def arguments(self, folder: RunFolder) -> list[str]:
-        """Begin the run, or continue it if it has begun."""
+        """Arguments that begin the run, or continue it if it has begun."""
         if folder.begun:
             return ["--resume", str(folder.path), *self.more]
         return ["--config", str(self.config), "--output", str(folder.path), *self.more]
 
     def whole(self, name: str) -> RunFolder:
-        """A run that is never stopped; moments are drawn from the time that it trained."""
+        """A run that is never stopped; the moments of signals are drawn from its training time."""
         folder = self.folder(name)
         self.seconds = self.to_its_end(folder)
         return folder
 
     def to_its_end(self, folder: RunFolder) -> float:
-        """Begin a run, or continue it; the seconds that it trained."""
+        """Begin a run, or continue it, and let it end; the seconds that it trained."""
         with Child(self.arguments(folder), folder) as child:
             child.begun()
             child.ended()
@@ -184,8 +185,8 @@ class Trial:
             return child.trained()
 
     def stopped(self, name: str, number: int, times: int) -> tuple[RunFolder, list[int]]:
-        """A run that gets a signal at random moments and is continued; and after how many
-        iterations it could go on, each time."""
+        """A run that gets a signal at random moments and is continued; and the iteration that it
+        continued after, each time."""
         folder = self.folder(name)
         steps: list[int] = []
         while len(steps) < times:
@@ -193,7 +194,7 @@ class Trial:
                 child.begun()
                 if child.ended(self.random.uniform(0, self.seconds)):
                     child.check(0)
-                    if not steps:  # it was faster than the moment that was drawn
+                    if not steps:  # it ended before the moment that was drawn
                         self.seconds = min(self.seconds, child.trained())
                     break
                 child.send(number)
@@ -203,24 +204,24 @@ class Trial:
                 break
             found = checkpoints.newest(folder.checkpoints, folder.last, silent)
             steps.append(found[1]["global_step"] if found else 0)
-            self.tell(f"{signal.Signals(number).name}: it goes on after iteration {steps[-1]}")
+            self.tell(f"{signal.Signals(number).name}: it continues after iteration {steps[-1]}")
         self.to_its_end(folder)
         return folder, steps
 
 
 def short(config: Path | None, flags: dict[str, Any]) -> Experiment:
-    """The training that a file and flags describe, of STEPS iterations if the flags do not say how
-    long, with checkpoints between which the moments fall.
+    """The training that a config and flags describe, of STEPS iterations unless the flags give a
+    length, with checkpoints throughout, so that signals arrive between them.
 
     Raises:
-        UserError: there is no such training.
+        UserError: the settings are not valid.
     """
     brief = {} if "steps" in flags or "epochs" in flags else {"steps": STEPS}
     often = max(1, {**flags, **brief}.get("steps", STEPS) // 6)
     settings = {"log_every": often, "save_every": often} | flags | brief
     experiment = Experiment.load(config, **settings)
     if "warmup" not in flags and (experiment.warmup or 0) > experiment.steps:
-        return replace(experiment, warmup=None)  # the config's is of a longer training
+        return replace(experiment, warmup=None)  # the config's is for a longer training
     return experiment
 
 
@@ -231,8 +232,8 @@ def verify(
     tell: Tell,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """For each way to stop a run: how often, after which iterations it went on, and for each part
-    what differs from the run that was never stopped. The first way is none: the same run twice.
+    """For each way to stop a run: the iterations that it continued after, and for each part how it
+    differs from that of the run that was never stopped. The first way is none: the same run again.
 
     Raises:
         UserError: a run failed for another reason.
@@ -241,9 +242,9 @@ def verify(
     tell("a run that is never stopped")
     began = time.monotonic()
     whole = trial.whole("whole")
-    # Of runs that are stopped half, on average, and of each the start of a process.
+    # Stopped runs take half as long on average, and each has the startup of a process.
     left = (4 + 0.75 * kills) * (time.monotonic() - began)
-    tell(f"the same again; it takes some {duration(left)} more in all")
+    tell(f"the same again; some {duration(left)} are left in all")
     same = differences(whole, trial.whole("again"))
     made: list[dict[str, Any]] = [{"stopped by": "nothing, run twice", "went on after": [], **same}]
     for number, times in ((signal.SIGKILL, kills), (signal.SIGTERM, 1)):
@@ -257,8 +258,8 @@ def verify(
 def several(
     trial: Trial, number: int, times: int, look: Callable[[RunFolder], dict[str, str]]
 ) -> tuple[list[int], dict[str, str]]:
-    """As many runs as it takes to stop so many times; after how many iterations each went on, and
-    what was found in any of them.
+    """As many runs as it takes to send ``times`` signals; the iterations that they continued after,
+    and the first difference found in each part.
 
     Raises:
         UserError: they end before they can be stopped.
@@ -273,4 +274,4 @@ def several(
             found[part] = found.get(part) or place
         if len(steps) >= times:
             return steps, found
-    raise UserError("the runs end before they can be stopped", "give them more with --steps")
+    raise UserError("the runs end before they can be stopped", "give more --steps")

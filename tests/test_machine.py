@@ -33,7 +33,7 @@ def test_the_hardware_is_what_the_run_is_on(monkeypatch, settings, said):
     "strategy", ["fsdp", "deepspeed_stage_3", "ddp_spawn", "ddp_fork_find_unused_parameters_true"]
 )
 def test_a_strategy_that_cannot_be_used_is_refused_with_the_reason(tmp_path, strategy):
-    with pytest.raises(UserError, match=f"--strategy {strategy} is of no use here: its processes"):
+    with pytest.raises(UserError, match=f"--strategy {strategy} cannot be used here: its proc"):
         run.train(Experiment(dataset="digits", strategy=strategy), RunFolder(tmp_path / "run"))
     assert not list(tmp_path.iterdir())  # it was not begun
     assert machine.trainer_of(Experiment(dataset="digits", accelerator="cpu", strategy="ddp"))

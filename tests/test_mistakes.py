@@ -117,7 +117,7 @@ def test_a_used_folder_is_left_alone(here, trained):
     "missing, way",
     [
         ("", "or continue it"),
-        ("config.yaml", "or put the config.yaml back that this run had"),
+        ("config.yaml", "or restore this run's config.yaml"),
         ("config.yaml metrics.csv checkpoints", ""),  # it may be anybody's
     ],
 )

@@ -118,7 +118,7 @@ def test_the_command_says_how_it_is_evaluated(trained, tmp_path, monkeypatch, he
 @pytest.mark.parametrize(
     "place, message",
     [
-        ("new.safetensors", "would be a checkpoint by its content"),
+        ("new.safetensors", "would be a checkpoint, not safetensors"),
         ("run/checkpoints/new.ckpt", "is part of a run"),
         ("/proc/new.ckpt", "cannot save /proc/new.ckpt"),
         ("run", "exists"),

@@ -129,7 +129,7 @@ def not_begun(folder: RunFolder) -> None:
 
 
 APART = {  # what is done to the second process's folder: what the first one and the second one say
-    nothing_whole: ("process 1 cannot begin: ", "and there is no whole one beside it"),
+    nothing_whole: ("process 1 cannot begin: ", "and there is no intact one beside it"),
     other_momentum: ("process 0 would begin with a checkpoint of SHA-256",) * 2,
     earlier: ("process 0 would begin with iteration 23, process 1 with 22",) * 2,
     other_rate: ("process 1 cannot begin: ", "its lr is 0.1, not 0.2"),
@@ -327,7 +327,7 @@ def test_who_waits_for_others_hears_signals(monkeypatch):
     told = []
     late = partial(told.append, "late")
     assert cluster.attended(lambda: 3, late) == 3
-    with pytest.raises(RuntimeError, match="one has not come"):
+    with pytest.raises(RuntimeError, match="one is still missing"):
         cluster.attended(partial(cluster.wait, 0.0), late)
     monkeypatch.setattr(cluster, "LONG", 0.5)
     assert cluster.attended(partial(time.sleep, 0.1), late) is None and not told

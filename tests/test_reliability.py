@@ -93,7 +93,7 @@ def test_where_none_is_whole_it_does_not_begin_again(whole, tmp_path):
     for file in folder.checkpoints.glob("*.ckpt"):
         file.unlink()
         file.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="no whole one beside it") as refused:
+    with pytest.raises(UserError, match="no intact one beside it") as refused:
         trained_as(folder.path, resume={})
     assert f"train --config {folder.config}" in refused.value.hint
 

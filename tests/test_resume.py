@@ -75,7 +75,7 @@ def test_longer_training_is_one_run_where_the_rates_were_the_same(tmp_path):
     short.curves.write_text("of 12 iterations")
     trained_as(short.path, said.append, resume={"steps": 20})
     assert short.curves.read_bytes().startswith(b"\x89PNG")
-    assert "its rates so far are those of 20 iterations too: one run" in said
+    assert "its learning rates so far are those of 20 iterations too: one run" in said
     assert not differences(longer, short)["weights"]
     assert json.loads(short.result.read_text())["extended"] == [
         {"from_steps": 12, "at": 12, "one_schedule": True}
@@ -87,7 +87,8 @@ def test_longer_training_is_one_run_where_the_rates_were_the_same(tmp_path):
 def test_longer_training_with_other_rates_so_far_says_so(tmp_path):
     folder, said = trained_as(tmp_path / "run"), []
     trained_as(folder.path, said.append, resume={"steps": 20})
-    assert "not one run of 20 iterations: 7 to 12 had rates of the schedule of 12" in said[2]
+    line = "not one run of 20 iterations: 7 to 12 had learning rates of the schedule of 12"
+    assert line in said[2]
     assert not json.loads(folder.result.read_text())["extended"][0]["one_schedule"]
 
 
@@ -140,8 +141,8 @@ def test_every_schedule_that_a_longer_training_had_is_named(tmp_path):
     trained_as(folder.path, said.append, resume={"steps": 16})
     trained_as(folder.path, said.append, resume={"steps": 20})
     [first, second] = [line for line in said if "not one run" in line]
-    assert "of 16 iterations: 7 to 12 had rates of the schedule of 12;" in first
-    assert "of 20 iterations: 7 to 15 had rates of the schedules of 12, 16;" in second
+    assert "of 16 iterations: 7 to 12 had learning rates of the schedule of 12;" in first
+    assert "of 20 iterations: 7 to 15 had learning rates of the schedules of 12, 16;" in second
     made = json.loads(folder.result.read_text())["extended"]
     assert [e["one_schedule"] for e in made] == [False, False]
     assert [(e["from_steps"], e["at"]) for e in made] == [(12, 12), (16, 16)]

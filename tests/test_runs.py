@@ -271,7 +271,7 @@ def test_nothing_names_no_run(here, lab, tmp_path):
     root = shutil.copytree(lab / "alone", tmp_path / "runs" / "alone").parent
     for cwd in (tmp_path, root / "alone"):
         said = here("runs", "rm", "", "--yes", "--root", root, status=2, cwd=cwd).stderr
-        assert "a run is named by nothing" in said
+        assert "the name of the run is empty" in said
     assert (root / "alone" / "config.yaml").exists()
 
 
