@@ -222,7 +222,7 @@ class Keeper(Callback):
     ``step-N.ckpt`` every ``save_every`` iterations.
 
     The best on the test set is never kept: a test set must not be used to choose.
-    ``metrics``: files whose lines must be on disk before a checkpoint of a later iteration is.
+    ``metrics``: files whose lines must be on disk before a checkpoint newer than they are.
     """
 
     def __init__(

@@ -57,7 +57,7 @@ def refuse_unfit(strategy: str) -> None:
     """Refuse a strategy under which a run could not be saved, continued or counted correctly.
 
     Raises:
-        UserError: the strategy is unknown, or such a one; the message says why.
+        UserError: it is such a strategy, or unknown; the message says why.
     """
     for name, why in UNFIT.items():
         if strategy.startswith(name):
@@ -90,7 +90,7 @@ def know_rank() -> None:
 
 
 def refuse_another_number(asked: int) -> None:
-    """Refuse to train with another number of processes than were started.
+    """Refuse to train in a different number of processes than were started.
 
     Raises:
         UserError: the numbers differ: each process would train alone, into the same folder.

@@ -13,7 +13,8 @@ from resnetv2_cli.files import write_text
 
 
 class CSVMetrics(Logger):
-    """A CSV file that is only ever appended to; a resumed run continues it after its step.
+    """A CSV file that is only ever appended to; a resumed run continues it after the step it
+    resumes from.
 
     Lines that cannot be written because the disk is full are kept, and written with later ones.
     """
@@ -37,7 +38,7 @@ class CSVMetrics(Logger):
         """Do nothing: ``config.yaml`` has them."""
 
     def lines(self) -> list[str]:
-        """The header and all complete lines: a power failure may leave part of one."""
+        """The header and all complete lines: a power failure may leave part of one, or nothing."""
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         whole = [line for line in text.split("\n")[1:-1] if self.is_whole(line)]
         return [",".join(self.columns), *whole]

@@ -24,7 +24,7 @@ from resnetv2_cli.runfolder import RUNS, RunFolder, read_metrics
 
 FRESH = 1200.0  # seconds; a run that trains saves every ten minutes
 STATES = ("done", "fail", "crashed", "running", "stopped")  # of runs that have begun
-SEED = re.compile(r"s\d+(/|$)")  # a run's folder named by its seed alone, in one of its network
+SEED = re.compile(r"s\d+(/|$)")  # a seed's folder, inside that of its network
 NAMED = "name runs, or folders that hold runs"
 LIST = "resnetv2 runs ls shows what there is"
 

@@ -45,7 +45,7 @@ def mapping(path: Path) -> dict[str, Any]:
 
 
 def parsed(content: bytes) -> dict[str, Any]:
-    """The JSON object in a file's content; empty if that is none."""
+    """The JSON object in a file's content; empty if it holds none."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):

@@ -16,7 +16,7 @@ from resnetv2_cli.errors import Stopped
 from resnetv2_cli.signals import SIGNALS
 from resnetv2_cli.task import Classification
 
-TIME_OVER = 1000  # beside the numbers of signals
+TIME_OVER = 1000  # above the numbers of all signals
 
 
 class Leaver(Callback):

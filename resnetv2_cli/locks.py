@@ -101,7 +101,7 @@ def _is(path: Path, file: TextIO) -> bool:
 
 
 def taken(lock: Path) -> bool | None:
-    """Whether a process holds a lock; None if the filesystem has no locks, and it is not known."""
+    """Whether a process holds a lock; None if the filesystem has no locks, and nobody can tell."""
     try:
         file = os.open(lock, os.O_RDONLY)
     except OSError:

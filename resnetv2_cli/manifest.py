@@ -38,7 +38,7 @@ LONGEST_DIFF = 2**16  # characters; a longer diff is not kept
 PACKAGE = Path(__file__).parent
 SOURCE = (".py", ".c", ".h")  # what affects the numbers: on a CPU, also kernels in C
 READINGS = "test_set_readings"  # how often the test set was read
-ORIGINS = ".origins.json"  # suffix of the file beside a config that an ablation wrote
+ORIGINS = ".origins.json"  # suffix of the file of origins beside a config that an ablation wrote
 
 
 class Manifest:

@@ -33,7 +33,7 @@ from resnetv2_cli.task import Classification
 from resnetv2_cli.telling import Tell, silent
 from resnetv2_cli.units import refuse_broken
 
-OF_EACH = ("data_dir", "workers", "weights")  # what processes of one run need not share
+OF_EACH = ("data_dir", "workers", "weights")  # settings that may differ between a run's processes
 FOLDER = "RESNETV2_RUN_FOLDER"  # tells the processes that the first one launches where the run is
 
 
