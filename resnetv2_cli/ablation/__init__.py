@@ -1,1 +1,1 @@
-"""Rows of the paper, or of one's own, run under several seeds beside a baseline."""
+"""Rows of the paper, or of the user's own, run with several seeds and compared with a baseline."""

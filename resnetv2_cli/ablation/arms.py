@@ -1,4 +1,4 @@
-"""One run of one row, its folder and what became of it; and the rows of a study with their runs."""
+"""One run of one row, its folder and its outcome; and the rows of a study with their runs."""
 
 import os
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from resnetv2_cli.paper import FAIL, Row
 from resnetv2_cli.runfolder import OTHERS, RunFolder
 from resnetv2_cli.stats import Pairs, Summary
 
-# What may be given and the paper's errors are still of the same recipe.
+# Settings that do not depart from the recipe of the paper's errors.
 HARMLESS = {f.name for f in fields(Experiment) if f.metadata["free"]} - {"weights"}
 HARMLESS |= {"seed", "precision", "log_every", "eval_every"}
 HELD_OUT = 5_000  # of CIFAR's training images, for choosing (as [1])
@@ -23,14 +23,14 @@ HELD_OUT = 5_000  # of CIFAR's training images, for choosing (as [1])
 
 @dataclass(frozen=True)
 class Arm:
-    """One run of a row. Its folder is named after what it is, code of one's own with it, so that
-    rows and studies share runs. ``tested``: the protocol that its errors are of, if not the
+    """One run of a row. Its folder is named after its experiment, including the user's own code, so
+    that rows and studies share runs. ``tested``: the protocol that its errors are of, if not the
     first."""
 
     row: str
     experiment: Experiment
     folder: Path
-    origins: Mapping[str, str] = field(default_factory=dict)  # of settings that are no defaults
+    origins: Mapping[str, str] = field(default_factory=dict)  # of settings that are not defaults
     tested: str = ""
 
     @classmethod
@@ -48,17 +48,17 @@ class Arm:
 
     @property
     def run(self) -> RunFolder:
-        """What is in its folder."""
+        """The contents of its folder."""
         return RunFolder(self.folder)
 
     @property
     def config(self) -> Path:
-        """What the run is asked for, beside its folder."""
+        """The file that requests the run, beside its folder."""
         return self.run.beside(".yaml")
 
     @property
     def log(self) -> Path:
-        """What the run says."""
+        """The output of the run, beside its folder."""
         return self.run.beside(".log")
 
     @property
@@ -67,14 +67,14 @@ class Arm:
 
     @property
     def error(self) -> float | None:
-        """Test error in percent, FAIL if it diverged, None if it has not come to an end."""
+        """Test error in percent, FAIL if it diverged, None if it has no result."""
         if scores := self.scores:
             return scores["error"]
         return FAIL if self.failure and self.failure["diverged"] else None
 
     @property
     def scores(self) -> dict[str, float]:
-        """``error`` and ``top5_error`` on the test images, in percent; nothing before its end."""
+        """``error`` and ``top5_error`` on the test images, in percent; empty before its end."""
         result = self.run.read_result()
         if not result:
             return {}
@@ -86,7 +86,7 @@ class Arm:
 
     @property
     def watched(self) -> bool:
-        """Whether it is tested by the protocol of its curve."""
+        """Whether its errors are of the protocol that its curve shows."""
         return self.tested in ("", self.experiment.protocols[0])
 
     @property
@@ -96,7 +96,7 @@ class Arm:
 
     @property
     def crashed(self) -> bool:
-        """Whether it ended by a mistake or a bug; one that diverged is a result."""
+        """Whether a mistake or a bug ended it; divergence is a result, not a crash."""
         return self.error is None and self.failure is not None
 
     def fail(self, reason: str) -> None:
@@ -115,8 +115,8 @@ class Arm:
         return bool(taken(self.run.lock))
 
     def claim(self) -> int | None:
-        """A lock that the run's process inherits; None while another has it, or a job of a queue,
-        which inherits nothing, trains on behind its ablation."""
+        """A lock that the run's process inherits; None while another process holds it, or while a
+        queued job, which inherits no lock, trains on after its ablation has ended."""
         lock = inherited(self.run.beside(".lock"))
         if lock is not None and self.busy:
             os.close(lock)
@@ -126,20 +126,20 @@ class Arm:
 
 @dataclass(frozen=True)
 class Line:
-    """One row: what the paper published, and the runs of all seeds."""
+    """One row: what the paper published, and the runs with all seeds."""
 
     row: Row
     arms: list[Arm] = field(default_factory=list)
 
     @property
     def errors(self) -> dict[int, float]:
-        """Seed: test error in percent, FAIL for a run that diverged."""
+        """Test error by seed, in percent; FAIL for a run that diverged."""
         found = {arm.experiment.seed: arm.error for arm in self.arms}
         return {seed: error for seed, error in found.items() if error is not None}
 
     @property
     def top5(self) -> dict[int, float]:
-        """Seed: error of five guesses in percent, on ImageNet; elsewhere nothing."""
+        """Top-5 error by seed, in percent, on ImageNet; empty for other images."""
         if self.arms[0].experiment.dataset != "imagenet":
             return {}
         found = {arm.experiment.seed: arm.scores.get("top5_error") for arm in self.arms}
@@ -147,7 +147,7 @@ class Line:
 
     @property
     def in_full(self) -> bool:
-        """Whether it trains for the paper's 64,000 iterations at least, on all images but those
+        """Whether it trains for at least the paper's 64,000 iterations, on all images except those
         that a protocol may hold out."""
         e = self.arms[0].experiment
         return e.val <= HELD_OUT and (length(e) or 0) >= PAPER_STEPS
@@ -158,17 +158,17 @@ class Line:
 
     @property
     def failures(self) -> list[str]:
-        """The reasons of the runs that crashed, each once."""
+        """The reasons why runs crashed, each once."""
         reasons = [arm.failure["reason"] for arm in self.arms if arm.failure and arm.crashed]
         return list(dict.fromkeys(reasons))
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """A study and its runs, one line a row.
+    """A study and its runs, one line per row.
 
-    ``title``: the table's, with all that makes every row differ from the paper's recipe;
-    ``comparable``: whether nothing does that was asked for here.
+    ``title``: the table's, with everything that makes all rows differ from the paper's recipe;
+    ``comparable``: whether none of these differences was asked for here.
     """
 
     study: Study
@@ -188,23 +188,23 @@ class Ablation:
         return next((line for line in self.lines if line.row.name == name), None)
 
     def pairs(self, line: Line) -> Pairs:
-        """A row beside the one that it is compared with."""
+        """A row paired with its baseline, seed by seed."""
         baseline = self.line(line.row.baseline)
         return Pairs.of(line.errors, baseline.errors if baseline else {})
 
     @property
     def trainings(self) -> list[Line]:
-        """The rows, but of several that are tests of one training that whose protocol it looks by,
-        if it is among them: the curves are that one's."""
+        """One row for each training. Where several rows test the same training, it is the one whose
+        protocol is used during training, if there is one: the curves are of that protocol."""
         first: dict[Path, Line] = {}
         for line in sorted(self.lines, key=lambda line: not line.arms[0].watched):
             first.setdefault(line.arms[0].folder, line)
         return [line for line in self.lines if first[line.arms[0].folder] is line]
 
     def curves(self) -> dict[str, dict[str, Path]]:
-        """Metrics files of each panel's rows, first seed; all rows in one if it has no panels. A
-        panel's title says all that differs from the paper's recipe, too, and where there are more
-        seeds, since the table beside it is of all."""
+        """Metrics files of each panel's rows, first seed; all rows in one panel if the table has
+        none. A panel's title also names all differences from the paper's recipe, and says that the
+        curves are of the first seed where there are more, since the table beside it is of all."""
         table = self.study.table
         panels = table.panels or {table.title: tuple(line.row.name for line in self.lines)}
         below = self.title.removeprefix(table.title)

@@ -1,4 +1,4 @@
-"""How the process of one run is started: on this machine, or by a cluster's queue."""
+"""How the process of one run is started: on this machine, or through a cluster's queue."""
 
 import os
 import signal
@@ -22,19 +22,19 @@ class Started(Protocol):
         """The exit status, negative for a signal; None while it runs."""
 
     def stop(self) -> None:
-        """Ask it to save and leave."""
+        """Ask it to save and exit."""
 
 
 class Launcher(Protocol):
     """Starts runs."""
 
     def start(self, arm: Arm, slot: int, lock: int) -> Started:
-        """Start a run in one of the places that there are for runs at the same time."""
+        """Start a run in one of the slots for concurrent runs."""
 
 
 def command(arm: Arm) -> list[str]:
-    """The command of one run: a ``train`` that anybody could type."""
-    # -P: a file that lies in the current folder must not stand in for a package.
+    """The command of one run: an ordinary ``train``. Writes the config that it names."""
+    # -P: a file in the current folder must not shadow a package.
     tool = [
         sys.executable,
         "-P",
@@ -52,7 +52,7 @@ def command(arm: Arm) -> list[str]:
 
 
 class Process:
-    """A child of this process, which holds the run's lock as long as it lives."""
+    """A child of this process, which holds the run's lock for as long as it lives."""
 
     def __init__(self, arm: Arm, environment: dict[str, str], lock: int) -> None:
         with arm.log.open("ab") as log:
@@ -63,7 +63,7 @@ class Process:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 pass_fds=[lock],
-                start_new_session=True,  # Ctrl-C reaches it through ``stop``, once
+                start_new_session=True,  # Ctrl-C reaches it only once, through ``stop``
                 preexec_fn=leave_with_parent,
             )
 
@@ -76,7 +76,7 @@ class Process:
 
 
 def leave_with_parent() -> None:
-    """In the child: save and leave when the parent is killed, where the system (Linux) says so."""
+    """In the child: get SIGTERM, so save and exit, when the parent is killed (Linux only)."""
     if sys.platform == "linux":
         import ctypes
 
@@ -85,7 +85,7 @@ def leave_with_parent() -> None:
 
 
 class Processes:
-    """Runs as children on this machine: each has its share of the processors, or a GPU."""
+    """Runs as children on this machine, each with its share of the CPU cores, or with a GPU."""
 
     def __init__(self, jobs: int) -> None:
         import torch
@@ -105,7 +105,7 @@ class Processes:
 
 
 class Job:
-    """A job of submitit's, which gives the exit status of its run."""
+    """A submitit job; its result is the exit status of its run."""
 
     def __init__(self, job: Any, log: Path) -> None:
         self.job, self.log = job, log
@@ -116,7 +116,7 @@ class Job:
         error = self.job.exception()
         if error is None:
             return int(self.job.result())
-        with self.log.open("a", encoding="utf-8") as log:  # which else would not say what befell it
+        with self.log.open("a", encoding="utf-8") as log:  # or it would not say what ended the job
             log.write(f"{error}\n")
         return 1
 
@@ -125,8 +125,8 @@ class Job:
 
 
 class LocalJob(Job):
-    """A job of the stand-in: ``cancel`` would have it killed a second later. It is named after the
-    process that looks after it, which passes SIGTERM on."""
+    """A job of submitit's local executor. ``cancel`` would kill it a second later. The job's ID is
+    that of the process that supervises it, which passes SIGTERM on."""
 
     def stop(self) -> None:
         if not self.job.done():
@@ -134,7 +134,7 @@ class LocalJob(Job):
 
 
 class Queue:
-    """Runs as jobs of a SLURM cluster, or of submitit's own stand-in for one (``local``)."""
+    """Runs as jobs of a SLURM cluster, or of submitit's local substitute for one (``local``)."""
 
     def __init__(self, cluster: str, root: Path, hours: float) -> None:
         try:
@@ -151,29 +151,29 @@ class Queue:
         self.job = LocalJob if cluster == "local" else Job
 
     def start(self, arm: Arm, slot: int, lock: int) -> Job:
-        # Ctrl-C reaches what the stand-in starts through ``stop``, once.
+        # Blocked: Ctrl-C reaches what the local executor starts only once, through ``stop``.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             return self.job(self.executor.submit(logged, command(arm), arm.log), arm.log)
-        except RuntimeError as error:  # as of a partition, an account or a limit
-            hint = "the same command goes on where this one ends"
+        except RuntimeError as error:  # about a partition, an account or a limit
+            hint = "the same command continues where this one ends"
             raise UserError(f"no job: {str(error).strip().splitlines()[-1]}", hint) from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def logged(command: list[str], log: Path) -> int:
-    """In a job: run a command that says what it has to say in a file; its exit status. Whatever
-    ends the job before lets it save and leave."""
+    """In a job: run a command with its output in a file; return its exit status. Whatever ends the
+    job early, the command gets SIGTERM, so that it can save and exit."""
     run: subprocess.Popen[bytes] | None = None
     asked: list[int] = []
 
     def leave(number: int, frame: object) -> None:
-        asked.append(number)  # it may come while the command is being started
+        asked.append(number)  # the signal may come while the command is being started
         if run:
             run.terminate()
 
-    before = signal.signal(signal.SIGTERM, leave)  # submitit lets it pass
+    before = signal.signal(signal.SIGTERM, leave)  # submitit ignores it
     try:
         with log.open("ab") as to:
             run = subprocess.Popen(
@@ -197,4 +197,4 @@ LAUNCHERS: dict[str, Callable[[int, Path, float], Launcher]] = {
     "process": lambda jobs, root, hours: Processes(jobs),
     "local": lambda jobs, root, hours: Queue("local", root, hours),
     "slurm": lambda jobs, root, hours: Queue("slurm", root, hours),
-}  # of ``jobs`` at a time, in ``root``, each for ``hours`` at most; --launcher has their names
+}  # by the name that --launcher takes; ``hours``: the most that one run may take

@@ -1,4 +1,4 @@
-"""What runs a study takes: rows, settings and seeds, refused where a row is not what it says."""
+"""The runs of a study: rows, settings and seeds; refused where a row is not what its name says."""
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -32,20 +32,20 @@ def plan(
 ) -> Ablation:
     """A line for each row, with a run for each seed; seeds are the same in all rows.
 
-    ``given``: settings that win over the rows' own; and over those of the file ``config``, which
-    are as if given where they are none that the rows differ in.
+    ``given``: settings that override the rows' own. Those of the file ``config`` do so too, except
+    where ``given`` has them or the rows differ in them.
 
     Raises:
-        UserError: a setting does not fit a row, or two rows would be one run; or there is no such
-            file, or it has no settings.
+        UserError: a setting does not fit a row, two rows would be the same run, or the file does
+            not exist or has no settings.
     """
     settled = {*given, *PROTOCOLS[protocol]}
-    if settled & LENGTH:  # an axis of either would be nothing but a name
+    if settled & LENGTH:  # either overrides both, so an axis of them would change names only
         settled |= LENGTH
     if twice := sorted(study.varied & settled):
         name = twice[0].replace("_", "-")
         if study.axes:
-            raise UserError(f"{name} is an axis of the grid", "give it there alone")
+            raise UserError(f"{name} is an axis of the grid", "give it only there")
         table = study.table.title.partition(":")[0]
         hint = f"leave rows out with --row, or make some of your own: --grid {name}=..."
         raise UserError(f"rows of {table} have a {name} of their own", hint)
@@ -89,10 +89,10 @@ def plan(
 
 
 def beside(study: Study, config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are given, and those of a file that say nothing of what the rows differ in.
+    """The settings that are given, and those of a file, except what the rows differ in.
 
     Raises:
-        UserError: there is no such file, or it has no settings.
+        UserError: the file does not exist or has no settings.
     """
     asked = asked_for(config, given, [f.name for f in fields(Experiment)])
     differ = study.varied | (LENGTH if LENGTH & {*study.axes} else set())
@@ -100,32 +100,32 @@ def beside(study: Study, config: Path | None, given: Mapping[str, Any]) -> dict[
 
 
 def check_held_out(experiment: Experiment) -> None:
-    """Refuse to hold out more images than train, before every run says so; a folder's are counted
-    by the run."""
+    """Refuse to hold out all training images or more, before every run does. The images of a folder
+    are counted only by the run."""
     n = DATASETS[experiment.dataset].train
     if n and experiment.val >= n:
         raise UserError(
             f"cannot hold out {experiment.val} of {n} training images",
-            "--val holds out fewer, with --protocol val too",
+            "--val holds out fewer, also under --protocol val",
         )
 
 
 def refuse_twins(lines: list[Line]) -> None:
-    """Refuse rows that share their runs: beside each other they would compare a run with itself."""
+    """Refuse rows that share their runs: a comparison would be of a run with itself."""
     taken: dict[tuple[Path, str], str] = {}
     for line in lines:
         test, name = (line.arms[0].folder, line.row.tested), line.row.name
         if test in taken:
             raise UserError(
                 f"{taken[test]} and {name} are one and the same run",
-                "give each value once; what changes nothing that is learned (devices, workers) is "
-                "no axis: give it as a flag, with an --output for each of its values",
+                "give each value once; a setting that does not change what is learned (devices, "
+                "workers) is not an axis: give it as a flag, with an --output for each value",
             )
         taken[test] = name
 
 
 def warmed(scale: str, settings: Mapping[str, Any], asked: set[str]) -> dict[str, Any]:
-    """A budget's warm-up as the same share of another length that was asked for."""
+    """A budget's warm-up, scaled to a length of training that was asked for."""
     recipe = SCALES[scale].recipe
     if "warmup" not in recipe or "warmup" in asked or not asked & LENGTH:
         return {}
@@ -146,7 +146,7 @@ def titled(table: PaperTable, scale: str, protocol: str, changed: Mapping[str, A
 
 
 def fitting(given: Mapping[str, Any], shortcut: str) -> dict[str, Any]:
-    """Those of the settings that a shortcut has: a gate's bias is nothing to identity."""
+    """The settings without those of other shortcuts: a gate's bias means nothing to identity."""
     known = plans.shortcuts()
     if shortcut not in known:
         return dict(given)

@@ -1,4 +1,4 @@
-"""What an ablation would take: counts, memory of activations, and time by a short measurement."""
+"""What an ablation would cost: counts, activation memory, and time from a short measurement."""
 
 import time
 from collections.abc import Iterable
@@ -24,28 +24,28 @@ from resnetv2_cli.optim import sgd
 from resnetv2_cli.task import Classification
 from resnetv2_cli.telling import silent
 
-PROBE_IMAGES = 32  # of a batch; more would show the same, later
-QUICK = 0.5  # seconds: what an iteration costs whatever its batch is no small part of less
+PROBE_IMAGES = 32  # of a batch; more would show the same, but take longer
+QUICK = 0.5  # seconds; below, costs that do not depend on the batch are a large part
 PROBE_STEPS = 3
 
 
 def step_seconds(experiment: Experiment) -> float:
-    """Seconds of one training iteration here: the median of a few, on a part of the batch where it
-    takes long."""
+    """Seconds of one training iteration here: the median of a few, measured on a part of the batch
+    where it takes long."""
     device = devices_of(experiment)[0]
     if device.type == "cuda":
         torch.cuda.set_device(device)
     seconds, whole = 0.0, experiment.batch_size
-    if device.type == "cpu" and whole > PROBE_IMAGES:  # a GPU takes as long for a few as for many
+    if device.type == "cpu" and whole > PROBE_IMAGES:  # a GPU takes as long for few as for many
         seconds = measured(experiment, device, PROBE_IMAGES)
     if seconds < QUICK:
         seconds = measured(experiment, device, whole)
-    graphs.tidy(device)  # frees the recording, which ``measured`` had names for till now
+    graphs.tidy(device)  # frees the CUDA graph, which ``measured`` held until it returned
     return seconds
 
 
 def measured(experiment: Experiment, device: torch.device, most: int) -> float:
-    """The seconds of one training iteration on a device, by so many images of it at most."""
+    """The seconds of one training iteration on a device, timed on ``most`` images at most."""
     n = min(most, -(-experiment.batch_size // experiment.accumulate))
     settled = replace(experiment, batch_size=n, accumulate=1)
     settled = replace(settled, precision=precision(settled))  # type: ignore[arg-type]
@@ -70,9 +70,9 @@ def measured(experiment: Experiment, device: torch.device, most: int) -> float:
 
 def forecast(ablation: Ablation, measure: bool) -> list[dict[str, Any]]:
     """For each line: ``parameters``; ``macs`` of one image; ``activation_bytes`` that a batch keeps
-    for the backward pass; ``done`` of ``planned`` runs; and the ``seconds`` of what is left, None
-    where nothing is measured, or the images cannot be counted. A network that several rows have is
-    measured once.
+    for the backward pass; ``done`` of ``planned`` runs; and ``seconds`` of training that remain,
+    None if nothing is measured or the images cannot be counted. An experiment that several rows
+    share is measured once.
     """
 
     @cache
@@ -102,10 +102,10 @@ def forecast(ablation: Ablation, measure: bool) -> list[dict[str, Any]]:
 
 
 def total(planned: Iterable[tuple[Ablation, list[dict[str, Any]]]], jobs: int) -> float | None:
-    """Seconds of all that is left, ``jobs`` at a time, of ablations with their forecasts; a run
-    that several have counts once. None where nothing was measured.
+    """Seconds of all remaining training, ``jobs`` at a time, of ablations with their forecasts; a
+    run that several share counts once. None if any of it was not measured.
 
-    Jobs on one device share it, so their number only counts devices.
+    Jobs on one device share its speed, so only the number of devices in use counts.
     """
     each: dict[Path, float | None] = {}
     for ablation, lines in planned:

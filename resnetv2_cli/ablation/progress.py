@@ -1,4 +1,4 @@
-"""How far the runs of an ablation are: a live table on a terminal, lines in a log."""
+"""The progress of an ablation's runs: a live table on a terminal, lines in a log."""
 
 import time
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ LINES = 60.0  # seconds between lines in a log
 
 
 class Progress:
-    """Says what becomes of each run, and shows those that are on their way."""
+    """Announces what becomes of each run, and shows the running ones."""
 
     def __init__(self, console: Console, total: int) -> None:
         self.console, self.total, self.ended = console, total, 0
@@ -34,13 +34,13 @@ class Progress:
             self.live.stop()
 
     def announce(self, arm: Arm, state: str) -> None:
-        """One line for each run that begins, stops or ends."""
+        """Print a line for a run that begins, stops or ends."""
         self.ended += arm.error is not None or arm.failure is not None
         line = f"[{self.ended}/{self.total}] {arm.row}, seed {arm.experiment.seed}: {state}"
         self.console.print(escape(line), soft_wrap=True, highlight=False)
 
     def watch(self, running: Iterable[Arm]) -> None:
-        """Look at the runs, not too often."""
+        """Show how far the runs are, but not too often."""
         now = time.monotonic()
         if now - self.looked < LOOK:
             return
@@ -58,7 +58,7 @@ class Progress:
 
 
 def place(arm: Arm) -> list[str]:
-    """Iteration, training loss and last test error of a run, as its files have them."""
+    """Iteration, training loss and last validation and test errors of a run, from its files."""
     folder = arm.run
     if not folder.metrics.exists():
         return ["starting"]

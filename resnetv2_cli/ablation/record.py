@@ -1,4 +1,4 @@
-"""An ablation as its file keeps it, so that a report finds rows that have not begun too."""
+"""The file of an ablation, from which a report also knows rows that have not begun."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from resnetv2_cli.settings import renewed
 
 
 def write(ablation: Ablation) -> None:
-    """Leave an ablation's file."""
+    """Write an ablation's file."""
     ablation.root.mkdir(parents=True, exist_ok=True)
     before = recorded(ablation.file)
     rows = [
@@ -52,14 +52,14 @@ def write(ablation: Ablation) -> None:
 
 
 def runs(root: Path, line: Line, before: list[str]) -> list[str]:
-    """The folders of a row's runs, with those of more seeds that the record had before."""
+    """The folders of a row's runs, and of runs that the record had before and that have begun."""
     ours = [str(arm.folder.relative_to(root)) for arm in line.arms]
     begun = [place for place in before if RunFolder(root / place).begun]
     return list(dict.fromkeys([*ours, *begun]))
 
 
 def recorded(file: Path) -> dict[str, list[str]]:
-    """The folders of each row's runs in the file of an ablation; nothing if there is none."""
+    """The folders of each row's runs in the file of an ablation; empty if there is none."""
     try:
         rows = jsonfile.mapping(file).get("rows", [])
         return {str(row["name"]): [str(place) for place in row["arms"]] for row in rows}
@@ -73,10 +73,10 @@ def number(error: float | None) -> float | str | None:
 
 
 def read(file: Path) -> Ablation:
-    """An ablation as it was last written, its runs in whatever state they are.
+    """An ablation as last written, with its runs in whatever state they are now.
 
     Raises:
-        UserError: the file is none that an ablation leaves.
+        UserError: the file is not one that ``write`` leaves.
     """
     root = file.parent
     try:
@@ -92,15 +92,15 @@ def read(file: Path) -> Ablation:
             *(made[key] for key in ("title", "scale", "protocol", "comparable")),
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        hint = "without it, the same resnetv2 ablate command writes it anew"
+        hint = "remove it, and the same resnetv2 ablate command writes it again"
         raise UserError(f"{file} is not what an ablation leaves: {error!r}", hint) from None
 
 
 def line_of(row: Mapping[str, Any], root: Path) -> Line:
-    """A row as ``write`` leaves it; an arm that has not begun is what it will be."""
+    """A row as ``write`` leaves it; each arm has the settings that it runs or will run with."""
     published = FAIL if row["published"] == "fail" else row["published"]
     kept: dict[str, Any] = {k: row[k] for k in ("figure", "spread", "note", "baseline")}
-    tested, top5 = row.get("tested", ""), row.get("top5")  # which earlier versions did not write
+    tested, top5 = row.get("tested", ""), row.get("top5")  # earlier versions did not write these
     if tested not in ("", *PROTOCOLS) or not (top5 is None or is_number(top5)):
         raise ValueError(f"{row['name']}: {tested!r}, {top5!r}")
     settings = renewed(row.get("settings", {}))
@@ -114,9 +114,9 @@ def line_of(row: Mapping[str, Any], root: Path) -> Line:
 
 
 def named(study: str, lines: list[Line], root: Path) -> str:
-    """A study's name with a digest of its rows and of what their runs are, so that no ablation
-    takes the files of another; its name alone, where an earlier version's file of that name has
-    just these rows."""
+    """A study's name with a digest of its rows and their experiments, so that no ablation writes
+    over another's files; the name alone if an earlier version left a file of that name with exactly
+    these rows."""
     rows = {line.row.name: line.arms[0].folder.parent.name for line in lines}
     before = recorded(root / f"ablation-{study}.json")
     if rows == {name: Path(*places[:1]).parent.name for name, places in before.items()}:

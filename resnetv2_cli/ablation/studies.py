@@ -1,4 +1,4 @@
-"""What an ablation runs: rows of the paper's tables and figures, or of a grid of one's own.
+"""What an ablation runs: rows of the paper's tables and figures, or of a user's grid.
 
 To add a budget: one row in SCALES.
 """
@@ -20,15 +20,15 @@ from resnetv2_cli.flags import parsed
 from resnetv2_cli.manifest import content, own_files
 from resnetv2_cli.paper import FIGURES, TABLE_1, TABLE_2, TABLES, PaperTable, Row
 
-LENGTH = {"steps", "epochs"}  # of training, which an experiment has in one of them
-LISTS = {"drops", "freeze", "devices"}  # settings of which one value may hold commas
+LENGTH = {"steps", "epochs"}  # of training; an experiment is given one of them
+LISTS = {"drops", "freeze", "devices"}  # settings whose values may contain commas
 BASELINE = "original"  # the unit that others are compared with
-ILSVRC = 1_281_167  # training images of ImageNet, where it is not there to be counted
+ILSVRC = 1_281_167  # training images of ImageNet, used if there is no copy to count
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A budget: which depth stands for a depth of the paper, and the recipe."""
+    """A budget: the depth that replaces each of the paper's, and the recipe."""
 
     doc: str
     depths: Mapping[int, int] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Scale:
 
 SCALES = {
     "paper": Scale("the paper's depths and full recipe"),
-    # Deep enough that what harms a signal at every unit shows: 0.5 to the 18th is 4e-6.
+    # Deep enough to show what weakens the signal at every unit: 0.5 to the 18th is 4e-6.
     "laptop": Scale(
         "38 layers for 110 and 164, 65 for 1001, 56 for 1202; 400 iterations of 64 images, the "
         "first 40 at a tenth of the learning rate of 0.05",
@@ -56,8 +56,8 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Study:
-    """Rows that stand in one table; ``name`` is what its files are called, ``axes`` the settings
-    that a grid varies."""
+    """The rows of one table; ``name`` is the name of its files, ``axes`` are the settings that a
+    grid varies."""
 
     name: str
     table: PaperTable
@@ -65,13 +65,14 @@ class Study:
 
     @property
     def varied(self) -> set[str]:
-        """The settings that make a row what its name says: a flag that gave all rows another would
-        leave names that are not true. Of its length the name of a table's row says nothing."""
+        """The settings that the names of rows stand for: a flag that set one for all rows would
+        make the names false. The name of a table's row says nothing about the length of training,
+        which may be set."""
         made = {name for row in self.table.rows for name in row.settings}
         return {*self.axes} or made - LENGTH
 
     def at(self, scale: str) -> "Study":
-        """The same rows at another budget, which leaves the axes of a grid as they are.
+        """The same rows at another budget, which does not touch the axes of a grid.
 
         Raises:
             UserError: the budget has no depth for one of them.
@@ -99,7 +100,7 @@ class Study:
         return replace(self, name=f"{self.name}-{scale}", table=replace(self.table, rows=rows))
 
     def only(self, wanted: list[str]) -> "Study":
-        """The rows that are named; all if none is."""
+        """The rows with these names; all of them if no name is given."""
         rows = tuple(row for row in self.table.rows if row.name in wanted or not wanted)
         return replace(self, table=replace(self.table, rows=rows))
 
@@ -111,8 +112,8 @@ def studies(
     unit: str | None = None,
     grid: list[str] | None = None,
 ) -> list[Study]:
-    """The rows of tables or figures; those that concern a shortcut or a unit, after their
-    baseline; or every combination of a grid.
+    """The rows of tables or figures; those of a shortcut or a unit, after their baseline; or every
+    combination of a grid.
 
     Raises:
         UserError: none or several of these are given, or one does not exist.
@@ -146,7 +147,7 @@ def around(table: PaperTable, baseline: list[Row], **settings: Any) -> PaperTabl
 
 
 def of_shortcut(shortcut: str) -> PaperTable:
-    """The rows of Table 1 with a shortcut, after identity; a row for one that it does not have."""
+    """The rows of Table 1 with a shortcut, after identity; a new row if the table has none."""
     baseline = TABLE_1.of(shortcut="identity")
     if TABLE_1.of(shortcut=shortcut):
         return around(TABLE_1, baseline, shortcut=shortcut)
@@ -156,8 +157,8 @@ def of_shortcut(shortcut: str) -> PaperTable:
 
 
 def of_unit(unit: str) -> PaperTable:
-    """The rows of Table 2 with a unit, after the original ones; of one that it does not have a row
-    at the first of its depths, after the original unit and full pre-activation."""
+    """The rows of Table 2 with a unit, after the original ones; if the table has none, a new row at
+    the table's first depth, after the original unit and full pre-activation."""
     baseline = TABLE_2.of(unit=BASELINE)
     if TABLE_2.of(unit=unit):
         return around(TABLE_2, baseline, unit=unit)
@@ -175,12 +176,12 @@ def of_unit(unit: str) -> PaperTable:
 def of_grid(axes: list[str]) -> Study:
     """Every combination of ``depth=20,110 shortcut=identity,dropout``; the first is the baseline.
 
-    Values that hold commas have slashes between: ``drops=0.5,0.75/0.4,0.6``. Rows that differ in
-    their protocol are tests of one training.
+    Values that contain commas are separated by slashes: ``drops=0.5,0.75/0.4,0.6``. Rows that
+    differ only in their protocol are tests of one training.
 
     Raises:
-        UserError: an axis is no ``setting=value,value``, names no setting, or is there twice,
-            as steps and epochs are.
+        UserError: an axis is not ``setting=value,value``, names no setting, or is given twice
+            (steps and epochs count as one); or it is the seed.
     """
     chosen: dict[str, list[Any]] = {}
     for axis in axes:
@@ -188,9 +189,9 @@ def of_grid(axes: list[str]) -> Study:
         name = name.strip().lstrip("-").replace("-", "_")
         if not values:
             hint = "for instance: --grid depth=20,110 shortcut=identity,dropout"
-            raise UserError(f"{axis!r} is no axis of a grid", hint)
+            raise UserError(f"{axis!r} is not an axis of a grid", hint)
         if name == "seed":
-            raise UserError("seeds are no axis", "--runs N gives every row N seeds")
+            raise UserError("seed is not an axis", "--runs N gives every row N seeds")
         if name in chosen:
             raise UserError(f"the grid has {name} twice", "give all its values together")
         between = "/" if name in LISTS else ","
@@ -212,9 +213,9 @@ def of_grid(axes: list[str]) -> Study:
 
 
 def paper_row(settings: Mapping[str, Any], tested: str = "") -> Row | None:
-    """The row of the paper with just these settings, tested by this protocol; None if it has none.
+    """The row of the paper with exactly these settings, tested by this protocol; None if none.
 
-    What a row leaves open is the default of the tool, which is the paper's recipe.
+    What a row leaves open has the default of the tool, which is the paper's recipe.
     """
     wanted, by = spelled_out(settings), tested or Experiment(**settings).protocols[0]
     for table in TABLES.values():
@@ -226,16 +227,16 @@ def paper_row(settings: Mapping[str, Any], tested: str = "") -> Row | None:
 
 
 def spelled_out(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """``identity`` with the shortcut's own settings as they are where none was given, without how
-    photographs are tested."""
+    """The settings of ``identity``, and all of the shortcut's own, defaults included; without the
+    protocol by which photographs are tested."""
     experiment = Experiment(**settings)
     whole = experiment.shortcut_settings | dict(identity(experiment))
     return {k: v for k, v in whole.items() if k != "protocol"}
 
 
 def length(experiment: Experiment) -> int | None:
-    """Iterations, counted on the whole training set where epochs are given; None where that is a
-    folder which is not there."""
+    """The number of iterations, computed from the training set where epochs are given; None if that
+    is a folder that does not exist."""
     if experiment.epochs is None:
         return experiment.steps
     images = training_images(experiment.dataset, experiment.data_dir)
@@ -247,10 +248,10 @@ def length(experiment: Experiment) -> int | None:
 
 @cache
 def training_images(dataset: str, place: str) -> int:
-    """How many a dataset has; 0 where it is a folder which is not there."""
+    """The number of training images of a dataset; 0 if it is a folder that does not exist."""
     if known := DATASETS[dataset].train:
         return known
-    from resnetv2_cli.data.folder import scan  # with torch, which a report does without
+    from resnetv2_cli.data.folder import scan  # imports torch, which a report does without
 
     try:
         return len(scan(expanded(place), "train").files)
@@ -259,10 +260,10 @@ def training_images(dataset: str, place: str) -> int:
 
 
 def identity(experiment: Experiment) -> tuple[tuple[str, Any], ...]:
-    """What makes an experiment what it is: all but its seed and what is free to change; of images
-    that their folder names alone, that too.
+    """What identifies an experiment: all settings but the seed and those that are free to change;
+    for images that only their folder identifies, the folder too.
 
-    Defaults are left out, so that runs are found again by a version that has more settings.
+    Defaults are left out, so that a version with more settings still finds the runs.
     """
     whole = {"block": experiment.block_, "stem": experiment.stem_}
     if experiment.dataset == "folder":
@@ -275,8 +276,8 @@ def identity(experiment: Experiment) -> tuple[tuple[str, Any], ...]:
 
 
 def digest(experiment: Experiment) -> str:
-    """Six digits that tell experiments of one name apart: of what makes one what it is, code of
-    one's own with it."""
+    """Six hexadecimal digits that tell experiments of the same name apart: a digest of ``identity``
+    and of the user's own code."""
     made = repr(identity(experiment)).encode()
     for files in own_files(experiment).values():
         made += content(files)
@@ -284,11 +285,11 @@ def digest(experiment: Experiment) -> str:
 
 
 def unusual(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those settings that are not the defaults."""
+    """The settings that are not defaults."""
     usual = {f.name: f.default for f in fields(Experiment)}
     return {k: v for k, v in settings.items() if k not in usual or v != usual[k]}
 
 
 def slug(text: str) -> str:
-    """A name for a file: small letters, digits, dots and hyphens."""
+    """A file name: lowercase letters, digits, dots, plus signs and hyphens."""
     return re.sub(r"[^a-z0-9.+]+", "-", text.lower()).strip("-")

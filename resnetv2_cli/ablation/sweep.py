@@ -1,4 +1,4 @@
-"""Runs everything that has no result yet, some at a time; what fails is a row that says so."""
+"""Run everything that has no result yet, some at a time; a failure is reported in its row."""
 
 import math
 import os
@@ -14,10 +14,10 @@ from resnetv2_cli.ablation.launch import Launcher, Started
 from resnetv2_cli.errors import Stopped, UserError, last_error
 from resnetv2_cli.signals import SIGNALS
 
-POLL = 0.2  # seconds between looks at what runs
-PATIENCE = 120.0  # seconds that runs are left to save when the ablation is stopped
+POLL = 0.2  # seconds between checks of the runs
+PATIENCE = 120.0  # seconds that runs have to save when the ablation is stopped
 
-TRACEBACK = "Traceback (most recent call last):"  # before indented lines, and what was raised
+TRACEBACK = "Traceback (most recent call last):"  # followed by indented lines and the exception
 
 Announce = Callable[[Arm, str], None]
 Watch = Callable[[Iterable[Arm]], None]
@@ -25,7 +25,7 @@ Watch = Callable[[Iterable[Arm]], None]
 
 @dataclass
 class Running:
-    """A run in one of the places; ``heard``: how much its log had before."""
+    """A run in one of the slots; ``heard``: bytes that its log had before."""
 
     arm: Arm
     slot: int
@@ -36,10 +36,10 @@ class Running:
 
 @dataclass
 class Sweep:
-    """Runs in ``jobs`` places at a time, seed by seed; several ablations may share a folder.
+    """Runs arms seed by seed, ``jobs`` at a time; several ablations may share a folder.
 
-    ``announce`` is told what becomes of each run, ``watch`` what runs, again and again. When
-    ``seconds`` are over, runs save and leave.
+    ``announce`` is called when a run starts or ends, ``watch`` with the running ones, again and
+    again. After ``seconds``, runs save and exit.
     """
 
     launcher: Launcher
@@ -52,10 +52,11 @@ class Sweep:
     over: bool = False
 
     def run(self, arms: Iterable[Arm]) -> None:
-        """
+        """Run what has no result yet.
+
         Raises:
-            Stopped: Ctrl-C, SIGTERM, or the time is over; runs were left time to save, and the
-                same command continues.
+            Stopped: Ctrl-C, SIGTERM, or the time is over; runs had time to save, and the same
+                command continues.
         """
         deadline = time.monotonic() + self.seconds
         each = {arm.folder: arm for arm in sorted(arms, key=seed)}.values()
@@ -81,7 +82,7 @@ class Sweep:
 
     @property
     def stopping(self) -> bool:
-        """Whether runs are asked to leave, so that none of them failed by leaving."""
+        """Whether runs were asked to exit, so that their exit is not a failure."""
         return bool(self.signal) or self.over
 
     def note(self, number: int, frame: FrameType | None) -> None:
@@ -90,8 +91,8 @@ class Sweep:
         self.signal = number
 
     def fill(self, waiting: list[Arm]) -> list[Arm]:
-        """Start what there is a place for; what still waits is returned. While all places are
-        taken no file is looked at: there may be thousands of runs."""
+        """Start runs while there are free slots, and return those that still wait. While all slots
+        are taken no file is read: there may be thousands of runs."""
         left: list[Arm] = []
         for i, arm in enumerate(waiting):
             if len(self.running) == self.jobs:
@@ -101,18 +102,18 @@ class Sweep:
         return left
 
     def done(self, arm: Arm) -> bool:
-        """Whether a run has ended before, which is announced."""
+        """Whether a run already has a result; if so, that is announced."""
         ended = arm.error is not None
         if ended:
             self.announce(arm, "done before")
         return ended
 
     def start(self, arm: Arm) -> bool:
-        """Start a run, unless another ablation has it; whether it is looked after."""
+        """Start a run unless another ablation has it; return False if it must wait."""
         lock = arm.claim()
         if lock is None:
             return False
-        if self.done(arm):  # another ablation ended it a moment ago
+        if self.done(arm):  # another ablation finished it a moment ago
             os.close(lock)
             return True
         arm.clear()
@@ -131,21 +132,21 @@ class Sweep:
         return True
 
     def collect(self) -> None:
-        """Take the runs that have ended out of their places."""
+        """Remove the runs that have ended from their slots."""
         for r in list(self.running):
             status = r.started.status()
             if status is None:
                 continue
             self.running.remove(r)
-            asked = self.stopping or status in SIGNALS.values()  # by us, or one by its own signal
-            refused = r.arm.busy  # a job of another ablation, which waited in the queue, was first
+            asked = self.stopping or status in SIGNALS.values()  # by us, or by a signal of its own
+            refused = r.arm.busy  # by a job of another ablation that had waited in the queue
             if r.arm.error is None and not asked and not refused:
                 r.arm.fail(reason(r.arm, status, r.heard))
             os.close(r.lock)
             self.announce(r.arm, outcome(r.arm))
 
     def leave(self) -> None:
-        """Ask what still runs to save, and wait for it."""
+        """Ask the running runs to save and exit, and wait for them."""
         for r in self.running:
             r.started.stop()
         deadline = time.monotonic() + PATIENCE
@@ -155,14 +156,14 @@ class Sweep:
 
 
 def seed(arm: Arm) -> int:
-    """All rows get their first seed before any gets its second."""
+    """Sort key: all rows get their first seed before any gets its second."""
     return arm.experiment.seed
 
 
 def reason(arm: Arm, status: int, heard: int = 0) -> str:
-    """Why a run ended without a result: its own last words, or the signal that killed it.
+    """Why a run ended without a result: its error or last line, or the signal that killed it.
 
-    ``heard``: bytes of its log that are of earlier attempts.
+    ``heard``: bytes of its log that are from earlier attempts.
     """
     if status == -signal.SIGKILL:
         return "killed by SIGKILL: was the memory full? try a smaller --batch-size or fewer --jobs"
@@ -179,7 +180,7 @@ def reason(arm: Arm, status: int, heard: int = 0) -> str:
 
 
 def outcome(arm: Arm) -> str:
-    """One line on a run that has ended."""
+    """One line about a run that has ended."""
     failure: dict[str, Any] | None = arm.failure
     if arm.error is not None:
         return f"fail: {failure['reason']}" if failure else f"test error {arm.error:.2f} %"

@@ -12,9 +12,9 @@ from resnetv2_cli.stats import CONFIDENCE, MOST_SEEDS, Summary, seeds_needed
 
 
 def table(ablation: Ablation, detect: float) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows; a column that has nothing to say in any row is left out.
+    """Columns and rows; a column that would be empty in every row is left out.
 
-    ``detect``: the difference, in points, for which the number of seeds is given.
+    ``detect``: the difference, in points, for which the needed number of seeds is given.
     """
     columns = {
         "row": lambda line: line.row.name,
@@ -45,22 +45,22 @@ def published(row: Row) -> str:
 
 
 def failed(line: Line) -> bool:
-    """Whether the paper would print ``fail``: the error is above 20 % where that rules, or training
-    diverged."""
+    """Whether the paper would print ``fail``: the median error is above 20 % where that limit
+    applies (``ruled``), or training diverged."""
     median = line.summary.median
     return median is not None and (median == FAIL or (ruled(line) and median > FAIL_ABOVE))
 
 
 def ruled(line: Line) -> bool:
-    """Whether an error above 20 % is a ``fail``: of CIFAR-10, after training in full. After less
-    most are, and that says nothing; on other images so are the paper's own."""
+    """Whether an error above 20 % is a ``fail``: only on CIFAR-10, after training in full. After
+    less, most errors are that high, which means nothing; on other images the paper's own are."""
     return line.arms[0].experiment.dataset == "cifar10" and line.in_full
 
 
 def measured(line: Line) -> str:
-    """Median (mean±std), as in Table 4; behind ``fail`` where the paper would print that alone.
+    """Median (mean±std), as in Table 4; after ``fail`` where the paper would print only that.
 
-    Where nothing was measured because runs crashed: why.
+    If there is no error because runs crashed: why.
     """
     s = line.summary
     if s.median is None:
@@ -80,7 +80,7 @@ def measured(line: Line) -> str:
 
 
 def top5(line: Line) -> str:
-    """Median (mean±std) of the errors of five guesses."""
+    """Median (mean±std) of the top-5 errors."""
     s = Summary(tuple(line.top5.values()))
     if s.median is None:
         return NONE
@@ -88,8 +88,8 @@ def top5(line: Line) -> str:
 
 
 def interval(summary: Summary) -> str:
-    """Where the mean of many seeds lies: that part of the interval which can be an error. Of two
-    seeds Student's t often reaches beyond."""
+    """The confidence interval of the mean, clipped to possible errors: with two seeds, Student's t
+    often reaches beyond them."""
     if summary.interval is None:
         return NONE
     low, high = summary.interval
@@ -97,7 +97,7 @@ def interval(summary: Summary) -> str:
 
 
 def difference(line: Line) -> float | None:
-    """Median minus the published error, in points; none where either failed."""
+    """Median minus the published error, in points; None where either is missing or failed."""
     ours, theirs = line.summary.median, line.row.published
     if ours is None or theirs in (None, FAIL) or failed(line):
         return None
@@ -105,14 +105,14 @@ def difference(line: Line) -> float | None:
 
 
 def to_paper(ablation: Ablation, line: Line) -> str:
-    """Median minus the published error, where both are of the same recipe."""
+    """Median minus the published error, if both are of the same recipe."""
     points = difference(line) if ablation.comparable else None
     return NONE if points is None else f"{points:+.2f}"
 
 
 def to_baseline(ablation: Ablation, line: Line) -> str:
-    """Mean difference to the row that it is compared with, over the seeds that both have, and how
-    many these are where they are not all of the row's; ``fail`` where its median is one."""
+    """Mean difference from the baseline over the seeds that both rows have, and the number of these
+    if it differs from the row's; ``fail`` if the row's median is infinite."""
     pairs = ablation.pairs(line)
     if pairs.diverged and line.summary.median == FAIL:
         return "fail"
@@ -122,13 +122,13 @@ def to_baseline(ablation: Ablation, line: Line) -> str:
 
 
 def p(ablation: Ablation, line: Line) -> str:
-    """That seeds alone make such a difference (paired t-test)."""
+    """Probability of such a difference by seeds alone (paired t-test)."""
     value = ablation.pairs(line).p
     return NONE if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def published_difference(ablation: Ablation, line: Line) -> str:
-    """The same difference between the paper's own errors."""
+    """The difference from the baseline between the paper's own errors."""
     baseline = ablation.line(line.row.baseline)
     if baseline is None:
         return NONE
@@ -139,7 +139,7 @@ def published_difference(ablation: Ablation, line: Line) -> str:
 
 
 def seeds(ablation: Ablation, line: Line, detect: float) -> str:
-    """With how many seeds a true difference of ``detect`` points would be seen 8 times in 10."""
+    """The number of seeds that would show a true difference of ``detect`` points 8 times in 10."""
     std = ablation.pairs(line).std
     if std is None:
         return NONE
@@ -150,8 +150,8 @@ def seeds(ablation: Ablation, line: Line, detect: float) -> str:
 def as_json(
     ablation: Ablation, detect: float, counts: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
-    """Everything that the table says, and the settings, as plain values; ``counts``: what each row
-    has beside."""
+    """Everything in the table, and the settings, as plain values; ``counts``: further values for
+    each row."""
     rows = [row_as_json(ablation, line, detect) for line in ablation.lines]
     return {
         "title": ablation.title,
@@ -163,7 +163,7 @@ def as_json(
 
 
 def row_as_json(ablation: Ablation, line: Line, detect: float) -> dict[str, Any]:
-    """One row."""
+    """One row as plain values."""
     s, pairs = line.summary, ablation.pairs(line)
     return {
         "name": line.row.name,
