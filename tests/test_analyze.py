@@ -145,7 +145,7 @@ def test_a_network_in_which_no_unit_keeps_its_shape_has_no_stage_to_follow(here,
 def test_analyze_of_a_run(here, trained):
     many = ("--images", 2, "--test-images", 360, "--pairs", 2)
     done = here("analyze", trained, *many)
-    for word in ("(Eq. 4)", "(Eqs. 5, 8)", "(Eq. 5, its text)", "(Veit et al. 2016)", "360 images"):
+    for word in ("(Eq. 4)", "(Eqs. 5, 8)", "(Sec. 2, Eq. 5)", "(Veit et al. 2016)", "360 images"):
         assert word in done.stdout, word
     assert "2 of 3 pairs, drawn at random" in done.stdout
     folder = trained / "analysis"

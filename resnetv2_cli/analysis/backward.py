@@ -18,7 +18,8 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 
 
 def vjp(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
-    """The sum of cotangents times Jacobians, one for each input; zeros where nothing leads.
+    """Vector-Jacobian products summed over the outputs, one for each input; zeros where
+    an input has no effect.
 
     Shape: each cotangent as its output; each result as its input.
     """
@@ -41,9 +42,9 @@ def gradients(trace: Trace) -> tuple[dict[Unit, Tensor], dict[Unit, Tensor]]:
 
 def direct_terms(span: list[Unit], at_end: Tensor) -> list[Tensor]:
     """dL/dx_L times the product of h'_i from i = L-1 down to l, for l = L, L-1, ... of a span:
-    the vjp of the shortcuts alone, each at the x_i it had.
+    the vjp of the shortcuts alone, each at its own x_i.
 
-    Source: Eq. 8, and "h'" for others than constant scaling; in Eq. 5 it is dL/dx_L.
+    Source: Eq. 8, with "h'" for shortcuts other than constant scaling; in Eq. 5 it is dL/dx_L.
 
     Shape: at_end as x_L; each term as its x_l.
     """
@@ -57,8 +58,8 @@ def split(span: list[Unit], at_end: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The two terms of Eq. 8 at every x_l of a span: direct, and through the weights.
 
     The second is d/dx_l of the sum of F-hat(x_i), times dL/dx_L, in one vjp. F-hat is F times the
-    product of h'_j above it, so F(x_i) has as its cotangent the direct term that arrives there;
-    with identity shortcuts every one of them is dL/dx_L (Eq. 5).
+    product of h'_j above it, so the cotangent of F(x_i) is the direct term that arrives there; with
+    identity shortcuts each of these is dL/dx_L (Eq. 5).
 
     Shape: at_end as x_L; both terms as their x_l.
     """
@@ -68,10 +69,10 @@ def split(span: list[Unit], at_end: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def shortcut_scale(unit: Unit, cotangent: Tensor) -> float:
-    """By how much h' alone scales a gradient's norm: |lambda_l| for constant scaling, since norms
-    have no sign; NaN where there is no gradient.
+    """The factor by which h' alone scales a gradient's norm: |lambda_l| for constant scaling, since
+    norms have no sign; NaN where there is no gradient.
 
-    Where the shape changes, padding or projecting is not counted: only what is done beside it.
+    Where the shape changes, padding or projection is not counted, only the rest of the shortcut.
     """
     [below] = vjp([unit.h], [unit.x], [cotangent])
     if unit.keeps_shape:
@@ -82,9 +83,9 @@ def shortcut_scale(unit: Unit, cotangent: Tensor) -> float:
 
 
 def limits(products: list[float]) -> dict[str, dict[str, int | None]]:
-    """For each number format, after how many units a product of scales is no longer normal
-    (``underflow``), no longer finite (``overflow``), or too small to change a 1 that it is added
-    to (``lost``); None: it never is. ``products`` from the last unit down."""
+    """For each number format, after how many units the product of scales is below the normal
+    numbers (``underflow``), above the finite ones (``overflow``), or too small to change a 1 that
+    it is added to (``lost``); None if it never is. ``products`` run from the last unit down."""
 
     def first(found: list[bool]) -> int | None:
         return found.index(True) + 1 if True in found else None
@@ -101,7 +102,7 @@ def limits(products: list[float]) -> dict[str, dict[str, int | None]]:
 
 
 def gate(unit: Unit) -> list[float] | None:
-    """Mean, least and most of g(x_l); None for a shortcut without a gate, and where g is none."""
+    """Mean, minimum and maximum of g(x_l); None without a gate, and where g has NaN."""
     g = unit.gate
     if g is None or g.isnan().any():
         return None
@@ -111,8 +112,8 @@ def gate(unit: Unit) -> list[float] | None:
 def measure(subject: Subject, trace: Trace) -> dict[str, Any]:
     """For every unit: ``gradient`` (norm of dL/dx_l), ``direct`` and ``weights`` (norms of the two
     terms) and ``off`` (norm of gradient - direct - weights, over the gradient's), None where the
-    shape changes; ``scale`` of its shortcut, and ``product`` of these from the last unit down to
-    it; ``gate``. And ``limits`` of the products."""
+    shape changes; ``scale`` of its shortcut, and the ``product`` of scales from the last unit down
+    to it; ``gate``. And ``limits`` of the products."""
     at_x, at_out = gradients(trace)
     terms = {
         unit: pair
@@ -136,7 +137,7 @@ def measure(subject: Subject, trace: Trace) -> dict[str, Any]:
 
 
 def table(measured: Measured) -> Table:
-    """A line for each stage of each network; the terms at its first unit that keeps the shape."""
+    """A line for each stage of each network; terms are of its first unit that keeps the shape."""
     columns = ["stage", "|dL/dx_l|", "direct", "weights", "off by", "scales", "g"]
     rows = []
     for label, m in measured.items():
@@ -177,7 +178,7 @@ def notes(measured: Measured) -> list[str]:
 
 
 def draw(measured: Measured, to: Path) -> None:
-    """Gradients, terms, products and, where there are any, gates, over depth."""
+    """Gradients, terms, products and, if there are any, gates, over depth."""
     titles = [
         "norm of dL/dx_l (solid) and of its direct term within the stage (dashed)",
         "Eqs. 5, 8 off by: |dL/dx_l - direct - through weights| / |dL/dx_l|",
@@ -185,7 +186,7 @@ def draw(measured: Measured, to: Path) -> None:
     ]
     gated = {label: m for label, m in measured.items() if any(m["gate"])}
     if gated:
-        titles.append("1 - g, openness of the shortcut: mean, least and most")
+        titles.append("1 - g, openness of the shortcut: mean, minimum and maximum")
     panels = Panels(measured, *titles)
     for label, m in measured.items():
         panels.over_depth(0, label, m["gradient"])

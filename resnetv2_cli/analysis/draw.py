@@ -1,6 +1,6 @@
-"""What the pictures of all topics share: panels over depth, several networks laid over each other.
+"""What the pictures of all topics share: panels over depth, with several networks overlaid.
 
-Color tells the network, dash the quantity, as in the paper's figures.
+Color shows the network, line style the quantity, as in the paper's figures.
 """
 
 import math
@@ -14,16 +14,16 @@ from matplotlib.ticker import MaxNLocator
 from resnetv2_cli.plot import COLORS, as_is, plt, save
 from resnetv2_cli.quantities import NONE
 
-Measured = Mapping[str, dict[str, Any]]  # by the network's label
+Measured = Mapping[str, dict[str, Any]]  # by network label
 Value = float | None
-ROUND = 1e-17  # below what float64 can tell from 1
+ROUND = 1e-17  # below the rounding of float64 at 1
 
 
 class Panels:
     """Panels one above the other, for the networks of ``measured``.
 
-    Where all of them have the same units, these are counted along the bottom, l = 1 ... L; else
-    it is the share of the depth. Dotted lines stand where the feature-map size changes.
+    The x-axis is l = 1 ... L if all of them have the same number of units in every stage, otherwise
+    the share of the depth. Dotted lines show where the first network's feature-map size changes.
     """
 
     def __init__(self, measured: Measured, *titles: str, over_depth: bool = True) -> None:
@@ -56,7 +56,7 @@ class Panels:
         self.below("depth, % of the units" if self.relative else "unit l")
 
     def over_depth(self, panel: int, label: str, ys: Sequence[Value], dash: str = "-") -> None:
-        """A value of every unit; gaps where there is none."""
+        """Draw a value for every unit, with gaps where there is none."""
         n = len(ys)
         xs = [(i + 1) * (100 / n if self.relative else 1) for i in range(n)]
         self.line(panel, label, xs, ys, dash)
@@ -64,28 +64,28 @@ class Panels:
     def line(
         self, panel: int, label: str, xs: Sequence[float], ys: Sequence[Value], dash: str = "-"
     ) -> None:
-        """A line in the color of its network; gaps where there is no number."""
+        """Draw a line in the color of its network, with gaps where there is no number."""
         shown = [y if y is not None and math.isfinite(y) else math.nan for y in ys]
         self.panels[panel].plot(xs, shown, dash, color=self.colors[label], lw=1.4, ms=3)
 
     def off(self, panel: int, label: str, ys: Sequence[Value]) -> None:
-        """By how much an equation is off, from rounding to all of it; nothing is drawn as ROUND."""
+        """Draw the relative error of an equation, at least ROUND, so that 0 shows too."""
         self.over_depth(panel, label, [y if y is None else max(y, ROUND) for y in ys])
         self.panels[panel].set_yscale("log")
         self.panels[panel].set_ylim(ROUND / 10, 100)
 
     def below(self, text: str) -> None:
-        """What the last panel has along the bottom."""
+        """Label the x-axis of the last panel."""
         self.panels[-1].set_xlabel(text, fontsize=9)
 
     def log(self, *panels: int) -> None:
-        """Logarithmic; what is zero leaves a gap, and a panel of nothing else stays as it is."""
+        """Make panels logarithmic: zeros leave gaps, and a panel of only zeros stays linear."""
         for panel in (self.panels[i] for i in panels):
             if math.isfinite(panel.dataLim.minposy):
                 panel.set_yscale("log", nonpositive="mask")
 
     def save(self, to: Path) -> None:
-        """Write the picture, the networks named on top."""
+        """Write the picture, with the networks named at the top."""
         handles = [plt.Line2D([], [], color=c, lw=2) for c in self.colors.values()]
         self.figure.legend(
             handles,
@@ -99,7 +99,7 @@ class Panels:
 
 
 def named(measured: Measured, label: str, part: object = "") -> str:
-    """What a line of a table is about; where there is one network, its title has the name."""
+    """The first cell of a line; with one network, the name is in the table's title instead."""
     return ": ".join(filter(None, [label if len(measured) > 1 else "", str(part)]))
 
 
@@ -109,7 +109,7 @@ def of(measured: Measured) -> str:
 
 
 def by_stage(measured: dict[str, Any]) -> list[tuple[int, list[int]]]:
-    """Every stage with the places of its units."""
+    """Every stage with the indices of its units."""
     stages = measured["stage"]
     return [(s, [i for i, own in enumerate(stages) if own == s]) for s in sorted(set(stages))]
 
@@ -120,7 +120,7 @@ def ends(values: Sequence[Value]) -> str:
 
 
 def short(value: Value, digits: int = 3) -> str:
-    """A few digits, one of what is tiny, or a dash for what there is not."""
+    """A few digits, one if the value is tiny, or a dash if there is none."""
     if value is None or not math.isfinite(value):
         return NONE
     if 0 < abs(value) < 1e-3:

@@ -14,10 +14,10 @@ from resnetv2_cli.analysis.trace import Trace, Unit, ratio, size
 
 
 def additive_residuals(span: list[Unit]) -> list[float]:
-    """||x_L - x_l - sum F(x_i, W_i)|| / ||x_L|| for every l of a span, L behind its last unit.
+    """||x_L - x_l - sum F(x_i, W_i)|| / ||x_L|| for every l of a span; x_L leaves its last unit.
 
-    F as it is added, with what a shortcut multiplies it by. Zero to rounding where h and f are
-    identities. Source: Eq. 4.
+    F is taken as it is added, including any factor of the shortcut. Zero up to rounding where h and
+    f are identities. Source: Eq. 4.
     """
     x_L = span[-1].out.detach()
     total, off = torch.zeros_like(x_L), list[float]()
@@ -28,7 +28,7 @@ def additive_residuals(span: list[Unit]) -> list[float]:
 
 
 def each_image(x: Tensor) -> float:
-    """The norm of one image's feature map, the mean over the batch.
+    """The norm of one image's feature map, averaged over the batch.
 
     Shape: x (N, C, H, W).
     """
@@ -36,7 +36,7 @@ def each_image(x: Tensor) -> float:
 
 
 def below_zero(y: Tensor) -> float:
-    """The share of negative numbers; NaN where one is none.
+    """The share of negative numbers; NaN if one is NaN.
 
     Shape: y any.
     """
@@ -44,8 +44,8 @@ def below_zero(y: Tensor) -> float:
 
 
 def measure(subject: Subject, trace: Trace) -> dict[str, Any]:
-    """``x``, ``residual`` (norms) and ``negative`` (share of y_l < 0) of every unit; ``off``, by
-    how much Eq. 4 breaks from there to the end of its stage, None where the shape changes."""
+    """``x``, ``residual`` (norms) and ``negative`` (share of y_l < 0) of every unit; ``off``,
+    the relative error of Eq. 4 from there to the end of its stage, None where the shape changes."""
     off = {
         unit: value
         for span in trace.spans

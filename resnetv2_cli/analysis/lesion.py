@@ -1,7 +1,7 @@
 """Which units matter: test error when units are deleted (F = 0) or change places.
 
-BN has its kept statistics here, as in every evaluation. Source: Veit, Wilber and Belongie 2016, for
-this kind of network; not of this paper.
+BN uses its running statistics here, as in every evaluation. Source: Veit, Wilber and Belongie 2016,
+for this kind of network; not from this paper.
 """
 
 from copy import deepcopy
@@ -20,7 +20,7 @@ from resnetv2_cli.analysis.trace import Trace
 from resnetv2_cli.quantities import NONE
 from resnetv2_cli.resnet import ResNet
 
-CHUNK = 50  # images that pass at once; what enters each unit is kept for them
+CHUNK = 50  # images in one pass; the input of each unit is kept for them
 
 
 class Deleted(nn.Module):
@@ -40,20 +40,20 @@ class Deleted(nn.Module):
 
 
 class Lesion(NamedTuple):
-    """What stands in the places of units, from the first that changes on."""
+    """The units of a changed network, from the first changed one, ``start``, on."""
 
     start: int
     units: list[nn.Module]
 
 
 def deleted(units: list[nn.Module], *places: int) -> Lesion:
-    """Without F in some places, counted from 0."""
+    """Units with F = 0 in some places, counted from 0."""
     changed = [Deleted(u) if i in places else u for i, u in enumerate(units)]
     return Lesion(min(places), changed[min(places) :])
 
 
 def swapped(units: list[nn.Module], i: int, j: int) -> Lesion:
-    """Two units in each other's place."""
+    """Two units swapped."""
     changed = list(units)
     changed[i], changed[j] = units[j], units[i]
     return Lesion(min(i, j), changed[min(i, j) :])
@@ -61,7 +61,7 @@ def swapped(units: list[nn.Module], i: int, j: int) -> Lesion:
 
 @torch.no_grad()
 def errors(net: ResNet, x: Tensor, labels: Tensor, lesions: list[Lesion]) -> list[float]:
-    """Error of each, percent. Units below the first that changes are computed once for all.
+    """The error of each lesion, percent. Units below the first changed one are computed only once.
 
     Shape: x (N, 3, H, W), labels (N,).
     """
@@ -79,7 +79,7 @@ def errors(net: ResNet, x: Tensor, labels: Tensor, lesions: list[Lesion]) -> lis
 
 
 def some_pairs(n: int, limit: int) -> list[tuple[int, int]]:
-    """All pairs of n units, or ``limit`` of them, drawn evenly; the same every time."""
+    """All pairs of n units, or ``limit`` of them, drawn uniformly; the same ones every time."""
     pairs = list(combinations(range(n), 2))
     if len(pairs) <= limit:
         return pairs
@@ -89,8 +89,8 @@ def some_pairs(n: int, limit: int) -> list[tuple[int, int]]:
 
 def measure(subject: Subject, trace: Trace) -> dict[str, Any]:
     """Test errors, percent: ``whole``; ``single``, without each unit; ``pairs``, [i, j, error]
-    without both, of ``possible`` pairs; ``swaps``, [i, i + 1, error] of neighbours that have one
-    shape. Units count from 1."""
+    without both, of ``possible`` pairs; ``swaps``, [i, i + 1, error] with neighbors of the same
+    shape swapped. Units count from 1."""
     net = deepcopy(subject.net).float().eval()
     units = net.units
     pairs = some_pairs(len(units), subject.batch.pairs)
@@ -124,7 +124,7 @@ def measure(subject: Subject, trace: Trace) -> dict[str, Any]:
 
 
 def worst(found: list[list[float]]) -> str:
-    """``median, most (where)`` of errors with the places of units before them."""
+    """``median, maximum (units)`` of lists of unit numbers that end in an error."""
     if not found:
         return NONE
     *places, most = max(found, key=lambda row: row[-1])
@@ -150,12 +150,12 @@ def table(measured: Measured) -> Table:
             notes.append(f"{label}: {len(m['pairs'])} of {m['possible']:,} pairs, drawn at random")
     counts = sorted({m["images"] for m in measured.values()})
     images = " and ".join(f"{n:,}" for n in counts)
-    title = f"Test error, % of {images} images, if F = 0: median, most (units){of(measured)}"
+    title = f"Test error, % of {images} images, if F = 0: median, max (units){of(measured)}"
     return Table(title, columns, rows, tuple(notes))
 
 
 def draw(measured: Measured, to: Path) -> None:
-    """Errors over depth, those of pairs at the first of the two units."""
+    """Errors over depth; a pair's is drawn at the first of its units."""
     titles = [
         "test error without unit l, % (dashed: the whole network)",
         "test error without l and a later unit, %",

@@ -1,7 +1,7 @@
 """The gradient by path length: a path goes through F in some units, through h in the others.
 
-Not of this paper: Veit, Wilber and Belongie 2016 count paths so, and sample them; here all paths of
-one length are taken together, exactly.
+Not from this paper: Veit, Wilber and Belongie 2016 count paths this way, and sample them; here all
+paths of one length are summed exactly.
 """
 
 from itertools import accumulate
@@ -18,17 +18,18 @@ from resnetv2_cli.analysis.topics import Table
 from resnetv2_cli.analysis.trace import Trace, Unit, ratio, size
 from resnetv2_cli.quantities import NONE
 
-LENGTHS = 24  # the longest paths told apart; the rest is one remainder
+LENGTHS = 24  # of the longest paths kept apart; longer ones form one remainder
 
 
 def by_length(units: list[Unit], at_end: Tensor, longest: int) -> list[Tensor]:
     """dL/dx_1 of all paths through F of exactly 0, 1, ..., ``longest`` units, each shaped as x_1.
 
-    Of the product of (h' + F') over all units, the terms with k factors F'. f' is on every path.
+    These are the terms with k factors F' in the product of (h' + F') over all units; f' is on every
+    path.
     """
     terms = [at_end]
     for unit in reversed(units):
-        if unit.out is not unit.y:  # f is no identity
+        if unit.out is not unit.y:  # f is not the identity
             terms = [vjp([unit.out], [unit.y], [term])[0] for term in terms]
         none = torch.zeros_like(terms[0])
         through_h, through_f = [*terms, none], [none, *terms]
@@ -40,13 +41,13 @@ def by_length(units: list[Unit], at_end: Tensor, longest: int) -> list[Tensor]:
 
 
 def measure(subject: Subject, trace: Trace) -> dict[str, Any]:
-    """For the lengths 0, 1, ...: ``norm`` of their part of dL/dx_1, and ``share``: how much of
-    dL/dx_1 it is, along the direction of dL/dx_1. The shares and ``rest``, of longer paths, add up
-    to 1; paths that point against the gradient have negative ones. NaN of a gradient that is 0."""
+    """For the lengths 0, 1, ...: ``norm`` of their part of dL/dx_1, and ``share``, its component
+    along dL/dx_1 over the norm of dL/dx_1. The shares and ``rest``, of longer paths, add up to 1;
+    paths that point against the gradient have negative ones. NaN if the gradient is 0."""
     at_x, at_out = gradients(trace)
     total = at_x[trace.units[0]].double()
     found = by_length(trace.units, at_out[trace.units[-1]], min(LENGTHS, len(trace.units)))
-    terms = [term.double() for term in found]  # sums and products would leave float32
+    terms = [term.double() for term in found]  # sums and products would exceed float32
     whole = size(total)
     share = [ratio(float((term * (total / whole)).sum()), whole) for term in terms]
     return {
@@ -59,7 +60,7 @@ def measure(subject: Subject, trace: Trace) -> dict[str, Any]:
 
 
 def percent(shares: list[Value]) -> str:
-    """Their sum with one digit, and no sign before what rounds to nothing."""
+    """Their sum, percent: one decimal, no minus sign before 0.0; a dash if one is missing."""
     known = [s for s in shares if s is not None]
     return f"{round(100 * sum(known), 1) + 0.0:.1f}" if known == shares else short(None)
 
@@ -98,5 +99,5 @@ def draw(measured: Measured, to: Path) -> None:
         panels.line(0, label, lengths, m["share"], "o-")
         panels.line(1, label, lengths, m["norm"], "o-")
     panels.log(1)
-    panels.below("units whose F the path passes (not of this paper: Veit et al. 2016)")
+    panels.below("units whose F the path passes (not from this paper: Veit et al. 2016)")
     panels.save(to)

@@ -19,7 +19,10 @@ FACTORS = (1.0, 0.1, 0.01, 1e-4)
 
 
 class Times(nn.Module):
-    """A multiple of what comes in; shaped as that."""
+    """Multiplies its input by a factor.
+
+    Shape: as the input.
+    """
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -30,8 +33,8 @@ class Times(nn.Module):
 
 
 def shrunk(net: ResNet, factor: float) -> ResNet:
-    """A copy in which every F is ``factor`` times what it was, as if its last weights, or the BN
-    behind them, were."""
+    """A copy in which every F is multiplied by ``factor``, as if its last weights, or the BN after
+    them, were."""
     net = deepcopy(net)
     for unit in net.units:
         unit.residual.add_module("shrunk", Times(factor))  # type: ignore[union-attr, operator]
@@ -50,7 +53,7 @@ def change(traced: Trace) -> list[float]:
 
 def measure(subject: Subject, traced: Trace) -> dict[str, Any]:
     """``factor``: what F is multiplied by; ``change``: of the gradient along each stage, a list for
-    each factor. Every factor has the same random numbers: masks of dropout, and what survives."""
+    each factor. Every factor gets the same random numbers, for dropout and stochastic depth."""
     changes = []
     for factor in FACTORS:
         with torch.random.fork_rng(devices=[]):
@@ -67,13 +70,13 @@ def table(measured: Measured) -> Table:
         for label, m in measured.items()
         for factor, changes in zip(m["factor"], m["change"], strict=True)
     ]
-    title = f"|dL/dx_l - dL/dx_L| / |dL/dx_L| when F is small (Eq. 5, its text){of(measured)}"
+    title = f"|dL/dx_l - dL/dx_L| / |dL/dx_L| when F is small (Sec. 2, Eq. 5){of(measured)}"
     return Table(title, columns, rows)
 
 
 def draw(measured: Measured, to: Path) -> None:
-    """How far the gradient at a stage's start is from that at its end, against F."""
-    most = max(len(m["change"][0]) for m in measured.values()) or 1  # where no unit keeps its shape
+    """How far the gradient at a stage's start is from that at its end, against the factor on F."""
+    most = max(len(m["change"][0]) for m in measured.values()) or 1  # if no unit keeps its shape
     start = "|dL/dx_l - dL/dx_L| / |dL/dx_L|, from its first l to its last L"
     titles = [f"stage {i + 1}: {start}" for i in range(most)]
     panels = Panels(measured, *titles, over_depth=False)
@@ -84,5 +87,5 @@ def draw(measured: Measured, to: Path) -> None:
     for panel in panels.panels:
         panel.set_xscale("log")
         panel.invert_xaxis()
-    panels.below("every F times this")
+    panels.below("factor on every F")
     panels.save(to)

@@ -1,4 +1,4 @@
-"""Several topics of several networks: measured one after the other, drawn over each other."""
+"""Several topics of several networks: measured one after the other, drawn in the same pictures."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ def module(topic: str) -> Any:
 
 
 def fitting(topics: list[str], sources: list[Source]) -> list[str]:
-    """The topics asked for, or all of which something can be said of these networks.
+    """The topics asked for, or else all that apply to these networks.
 
     Raises:
         UserError: one needs a trained network, and there is none.
@@ -42,8 +42,9 @@ def fitting(topics: list[str], sources: list[Source]) -> list[str]:
 
 
 def folder_of(sources: list[Source]) -> Path:
-    """Where an analysis goes by itself: into the run's folder of the first network, else beside its
-    checkpoint, else into ``runs``; and elsewhere for each choice of others beside it."""
+    """The default folder of an analysis: in the run folder of the first network, else beside its
+    checkpoint, else in ``runs``; a different one for each set of networks that it is compared with.
+    """
     main, *others = sources
     beside = "".join(f"{digest(s.experiment)} {s.checkpoint}\n" for s in others)
     of = f"-with-{hashlib.sha256(beside.encode()).hexdigest()[:6]}" if others else ""
@@ -62,7 +63,7 @@ def study(
     to: Path,
     tell: Tell = silent,
 ) -> dict[str, Any]:
-    """Measure, draw ``TOPIC.png`` and write ``analysis.json``, which is returned.
+    """Measure, draw ``TOPIC.png``, write ``analysis.json`` and return its content.
 
     Topics of an earlier analysis of the same networks stay in the file.
     """
@@ -111,7 +112,7 @@ def kept(file: Path, head: dict[str, Any]) -> dict[str, Any]:
         same = all(before[key] == finite(value) for key, value in head.items())
         return before["topics"] if same else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}  # none, or of something else
+        return {}  # there is none, or it is something else
 
 
 def tables(result: dict[str, Any], topics: list[str]) -> list[Table]:

@@ -17,8 +17,9 @@ from resnetv2_cli.telling import Tell
 
 
 class Batch(NamedTuple):
-    """How a network is looked at. ``images``: training images that pass at once; ``test_images``:
-    at most so many for errors; ``precision``; ``bn``: whose statistics BN has."""
+    """How a network is studied. ``images``: training images in the batch; ``bn``: the statistics
+    that BN uses, ``batch`` or ``kept``; ``test_images`` and ``pairs``: at most so many test images
+    for errors, and pairs of units deleted together; ``precision``."""
 
     images: int = 8
     test_images: int = 250
@@ -31,7 +32,7 @@ class Batch(NamedTuple):
 class Subject:
     """One network with its images, on the CPU.
 
-    ``net`` is in train mode if BN has the batch's statistics, else in eval mode.
+    ``net`` is in train mode if BN uses the batch's statistics, else in eval mode.
 
     Shape: x (images, 3, H, W), labels (images,); test_x and test_labels alike, float32.
     """
@@ -45,12 +46,12 @@ class Subject:
 
 
 def subject(source: Source, batch: Batch, tell: Tell) -> Subject:
-    """Build the network, give it its weights, a checkpoint's or those that it would train from,
-    and read its images. ``tell``: hears what is taken of the latter.
+    """Build the network, load its weights, a checkpoint's or those that training would start from,
+    and read its images. ``tell`` reports what is loaded of the latter.
 
     Raises:
         UserError: the images are missing or of another size than the network's mean image, or the
-            weights are of another network.
+            weights are those of another network.
     """
     plain = replace(
         source.experiment,

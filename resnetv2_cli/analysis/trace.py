@@ -1,4 +1,4 @@
-"""What happens in every unit of a network, kept while a batch passes: x_l, h, F, y_l, x_{l+1}."""
+"""The tensors of every unit, kept while a batch passes: x_l, h, F, y_l, x_{l+1}."""
 
 import math
 from copy import deepcopy
@@ -17,7 +17,7 @@ from resnetv2_cli.shortcuts import ShortcutOnlyGate
 
 @dataclass(eq=False)
 class Unit:
-    """One Residual Unit while a batch passes, with the graph of autograd between its tensors.
+    """One Residual Unit while a batch passes, with the autograd graph between its tensors.
 
     Shape: x (N, c_in, H, W); the others (N, c_out, H/stride, W/stride), gate too.
     """
@@ -25,10 +25,10 @@ class Unit:
     name: str  # as in checkpoints: stage1.unit1
     module: nn.Module
     x: Tensor = field(init=False)  # x_l
-    split: Tensor = field(init=False)  # x_l behind an activation that both paths share; else x_l
+    split: Tensor = field(init=False)  # x_l after an activation that both paths share, if any
     residual: Tensor = field(init=False)  # F(x_l, W_l)
-    h: Tensor = field(init=False)  # h(x_l), what the shortcut alone makes of x_l
-    added: Tensor = field(init=False)  # what F adds to it, scaled or gated: F, b F or g F
+    h: Tensor = field(init=False)  # h(x_l), the output of the shortcut alone
+    added: Tensor = field(init=False)  # what F adds to h, scaled or gated: F, b F or g F
     y: Tensor = field(init=False)  # y_l = h(x_l) + F(x_l, W_l)
     out: Tensor = field(init=False)  # x_{l+1} = f(y_l)
     gate: Tensor | None = None  # g(x_l)
@@ -46,28 +46,29 @@ class Unit:
 
 @dataclass(eq=False)
 class Trace:
-    """Every unit, l = 1 ... L, and the loss (nats, the batch's mean)."""
+    """Every unit, l = 1 ... L, and the loss (nats, mean over the batch)."""
 
     units: list[Unit]
     loss: Tensor
 
     @property
     def spans(self) -> list[list[Unit]]:
-        """Units in a row that share one feature-map size: where the derivations are strict."""
+        """Consecutive units with the same feature-map size, where the derivations are strict."""
         keeping = [u for u in self.units if u.keeps_shape]
         return [list(units) for _, units in groupby(keeping, key=lambda u: u.stage)]
 
 
 def trace(net: ResNet, x: Tensor, labels: Tensor) -> Trace:
-    """Pass a batch once, in the mode that the network is in, and keep what every unit did.
+    """Pass a batch once, in the network's current mode, and keep the tensors of every unit.
 
-    The network itself is left as it was: BN's running statistics would count the batch, and h is
-    computed once more by itself, on the same statistics and with the same random numbers.
+    A copy is used, since BN's running statistics would count the batch. h is computed a second
+    time, on its own, with the same statistics and the same random numbers.
 
     Shape: x (N, 3, H, W), labels (N,).
 
     Raises:
-        UserError: a layer writes in place into x_l, F or y_l; names the unit.
+        UserError: a layer writes in place into x_l, F, y_l or x_{l+1}, or a unit does not call its
+            shortcut; names the unit.
     """
     net = deepcopy(net).requires_grad_(False)
     net.segments = 0
@@ -79,7 +80,7 @@ def trace(net: ResNet, x: Tensor, labels: Tensor) -> Trace:
 
 
 class _Watcher:
-    """Fills a ``Unit`` from hooks on the module that it is about."""
+    """Fills a ``Unit`` from hooks on its module."""
 
     def __init__(self, unit: Unit) -> None:
         self.unit, self.versions = unit, dict[str, int]()
@@ -92,7 +93,7 @@ class _Watcher:
             shortcut.gate.register_forward_hook(self.opens)
 
     def keep(self, name: str, tensor: Tensor) -> None:
-        """In-place layers raise a tensor's version: what is kept must not change any more."""
+        """Keep a tensor and its version, which in-place layers raise: it must not change again."""
         setattr(self.unit, name, tensor)
         self.versions[name] = tensor._version
 
@@ -110,10 +111,10 @@ class _Watcher:
                 torch.set_rng_state(self.random)  # the mask that dropout drew for y
                 return shortcut.forward(args[0], residual)
 
-        self.refuse_if_rewritten()  # here, so that the unit that did it is named
+        self.refuse_if_rewritten()  # here, to name the unit that did it
         self.keep("y", y)
         self.unit.h = again(torch.zeros_like(args[1]))
-        # Not y - h: where f is the identity y_l is x_{l+1}, which no term below it may contain.
+        # Not y - h: if f is the identity, y_l is x_{l+1}, which no term of lower units may contain.
         self.unit.added = again(args[1]) - self.unit.h
 
     def opens(self, _: nn.Module, args: Any, out: Tensor) -> None:
@@ -121,8 +122,10 @@ class _Watcher:
 
     def leaves(self, _: nn.Module, args: Any, out: Tensor) -> None:
         if "y" not in self.versions:
-            hint = "h and F are looked at where self.shortcut(x, residual) has them meet"
-            raise UserError(f"{self.unit.name} has a forward of its own, without that", hint)
+            hint = "h and F are measured where self.shortcut(x, residual) is called"
+            raise UserError(
+                f"{self.unit.name} has a forward of its own that does not call its shortcut", hint
+            )
         self.refuse_if_rewritten()
         self.keep("out", out)
 
@@ -137,10 +140,10 @@ _WORDS = {"x": "x_l", "split": "x_l", "residual": "F(x_l)", "y": "y_l", "out": "
 
 
 def size(x: Tensor) -> float:
-    """The Euclidean norm of all numbers of a tensor, images and all.
+    """The Euclidean norm of a tensor as a whole, over all images.
 
-    Squares leave a format long before what they are of: they are taken in float64, of x over its
-    largest number.
+    Squares leave a format's range long before the numbers themselves: they are taken in float64, of
+    x over its largest absolute value.
     """
     x = x.detach().double()
     largest = float(x.abs().max())
@@ -150,7 +153,7 @@ def size(x: Tensor) -> float:
 
 
 def ratio(a: float | None, b: float | None) -> float:
-    """a / b; NaN where there is none: b is 0, or one of them is missing or not finite."""
+    """a / b; NaN if b is 0, or one of them is missing or not finite."""
     if a is None or not b or not math.isfinite(a) or not math.isfinite(b):
         return math.nan
     return a / b
