@@ -1,4 +1,4 @@
-"""Two runs side by side: what differs between them, and by how much their results do."""
+"""Two runs side by side: what differs between them, and by how much their results differ."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from resnetv2_cli.jsonfile import is_number
 from resnetv2_cli.quantities import NONE, TOP
 from resnetv2_cli.runfolder import OTHERS
 
-RESULTS = {  # of result.json, with what they are measured in
+RESULTS = {  # of result.json, with their units
     "test_error": "%",
     "test_top5_error": "%",
     "test_loss": "nats",
@@ -37,7 +37,7 @@ def compare(a: Run, b: Run) -> dict[str, Any]:
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
-    """The keys whose values differ, in order; None where there is none."""
+    """The keys whose values differ, in order; None for a missing value."""
     return {k: [a.get(k), b.get(k)] for k in {**a, **b} if a.get(k) != b.get(k)}
 
 
@@ -52,8 +52,8 @@ def flat(value: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def measured(result: Mapping[str, Any]) -> dict[str, float]:
-    """What a run's result has of RESULTS, and by other protocols, but for the top-5 error of so
-    few classes that it is none."""
+    """The RESULTS in a run's result, and its scores by other protocols; without the top-5 error if
+    there are too few classes for one."""
     few = result.get("classes", TOP + 1) <= TOP
     found = {key: result[key] for key in RESULTS if key in result}
     found |= flat({OTHERS: result.get(OTHERS, {})})
@@ -61,8 +61,8 @@ def measured(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def said(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Everything that a result says, but where it ran: what was measured, with its unit, and the
-    rest as it stands there."""
+    """Everything in a result except where it ran: measured values with their units, and the rest as
+    it is."""
     errors = measured(result)
     others = {k: v for k, v in result.items() if k not in ("environment", "name", OTHERS, *RESULTS)}
     found = [(headed(key), number(value)) for key, value in errors.items()]
@@ -74,13 +74,13 @@ def said(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def headed(key: str) -> str:
-    """The name of a number of a result, with what it is measured in."""
+    """The key of a number in a result, with its unit."""
     unit = RESULTS.get(f"test_{key.rpartition('.')[2]}" if key.startswith(OTHERS) else key)
     return f"{key}, {unit}" if unit else key
 
 
 def results(a: Run, b: Run) -> dict[str, list[float | None]]:
-    """What was measured at their ends, and b - a; None before."""
+    """What was measured at the end of both runs, and b - a; None if missing."""
     found = {}
     of_a, of_b = measured(a.result), measured(b.result)
     for key in dict.fromkeys([*RESULTS, *of_a, *of_b]):
@@ -93,9 +93,9 @@ def results(a: Run, b: Run) -> dict[str, list[float | None]]:
 def agreement(a: list[tuple[int, float]], b: list[tuple[int, float]]) -> dict[str, Any]:
     """``points``: iterations that both have; ``equal``: how many of these agree to the last digit
     kept before the first that does not; ``first``: the iteration of that one; ``largest``: the
-    largest difference b - a, and the iteration ``at`` which it is, of those that are numbers.
+    largest difference b - a that is a number, and ``at``: its iteration.
 
-    What is not a number in both agrees.
+    Values that are NaN in both agree.
     """
     theirs = dict(b)
     both = [(step, value, theirs[step]) for step, value in a if step in theirs]
@@ -125,7 +125,7 @@ def rows(made: dict[str, Any]) -> list[list[str]]:
 
 
 def notes(made: dict[str, Any]) -> list[str]:
-    """A sentence on each curve that both runs have."""
+    """A sentence about each curve that both runs have."""
     lines = []
     for name, c in made["curves"].items():
         if not c["points"]:
@@ -134,8 +134,10 @@ def notes(made: dict[str, Any]) -> list[str]:
             lines.append(f"{name}: the same at all {c['points']:,} iterations that both have")
         else:
             before = f"the same at the first {c['equal']:,} of {c['points']:,} iterations, "
-            start = (before if c["equal"] else "") + f"apart from {c['first']:,} on"
-            most = f"; most by {c['largest']:+.4g}, at {c['at']:,}" if c["largest"] else ""
+            start = (before if c["equal"] else "") + f"different from {c['first']:,} on"
+            most = (
+                f"; largest difference {c['largest']:+.4g}, at {c['at']:,}" if c["largest"] else ""
+            )
             lines.append(f"{name}: {start}{most}")
     return lines
 
@@ -146,5 +148,5 @@ def word(value: Any) -> str:
 
 
 def number(value: Any, sign: str = "") -> str:
-    """Four digits behind the point; or a dash, also for what is no number."""
+    """A number with four decimals; a dash if it is not a number."""
     return f"{value:{sign}.4f}" if is_number(value) else NONE

@@ -13,7 +13,7 @@ TOGETHER = len(COLORS)  # runs in one panel
 
 
 def numbered(name: str, taken: set[str]) -> str:
-    """The name, with a number behind it where it is taken; from now on it is."""
+    """The name, with a number appended if it is taken; it is added to ``taken``."""
     made, n = name, 1
     while made in taken:
         n += 1
@@ -48,12 +48,12 @@ def curves(found: Found, to: Path, suffix: str, y: str) -> Iterator[Path]:
 def of_analysis(
     analysis: Analysis, to: Path, suffix: str, name: str = "analysis"
 ) -> Iterator[tuple[str, Path]]:
-    """A picture of each topic of an analysis, with the topic's name; ``name``: of the files.
+    """A picture of each topic of an analysis, with the topic's name; ``name``: that of the files.
 
     Raises:
-        UserError: it lacks what a picture needs, as one of another version may.
+        UserError: it lacks what a picture needs, as one by another version may.
     """
-    from resnetv2_cli.analysis.study import module  # torch: only where there is an analysis
+    from resnetv2_cli.analysis.study import module  # imports torch: only if there is an analysis
 
     for topic, measured in analysis.found["topics"].items():
         if topic in TOPICS and measured:
@@ -62,15 +62,15 @@ def of_analysis(
                 module(topic).draw(measured, file)
             except (LookupError, TypeError, ValueError, AttributeError):
                 said = f"{analysis.folder / 'analysis.json'} is not what an analysis leaves"
-                raise UserError(said, "resnetv2 analyze writes it anew") from None
+                raise UserError(said, "resnetv2 analyze writes it again") from None
             yield topic, file
 
 
 def every(found: Found, to: Path, suffix: str, y: str) -> Iterator[Path]:
-    """All of them."""
+    """All of these pictures."""
     yield from curves(found, to, suffix, y)
     taken: set[str] = set()
     for analysis in found.analyses:
-        name = numbered(slug(analysis.name), taken)  # a/b and a-b are one
+        name = numbered(slug(analysis.name), taken)  # a/b and a-b give the same slug
         for _, file in of_analysis(analysis, to, suffix, name):
             yield file

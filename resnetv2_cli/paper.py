@@ -1,6 +1,6 @@
 """What He et al. 2016 published: test error in percent. On CIFAR it is the median of 5 runs (Sec.
-3.1), but for what is of [1]: 6.61 is the mean of 5 there, of which the best has 6.43, and Table 4
-names others; of ImageNet's runs nobody says how many there were.
+3.1), except for results of [1]: 6.61 is the mean of 5 runs there, the best of which has 6.43, and
+Table 4 names others. How many runs there were on ImageNet is not stated.
 
 A row names what it varies; its ``table`` says what stays fixed. FAIL is "above 20 %".
 """
@@ -20,19 +20,19 @@ class Row:
     """One row of one table: the settings that make it, and the error published for it."""
 
     name: str
-    published: float | None  # percent, or FAIL; None where nothing is
+    published: float | None  # percent, or FAIL; None if unpublished
     settings: dict[str, Any]
     figure: str = ""
     spread: str = ""  # mean±std, where the paper gives it
     note: str = ""
     top5: float | None = None  # percent, on ImageNet
-    tested: str = ""  # the protocol that the errors are of; the experiment's first unless named
-    source: str = ""  # where it stands, if not in a table of the paper
+    tested: str = ""  # the protocol that the errors are of; empty: the experiment's first
+    source: str = ""  # where it is published, if not in a table of the paper
     baseline: str = ""  # the row that it is compared with
-    reach: dict[str, float] = field(default_factory=dict)  # from its own value of a setting to this
+    reach: dict[str, float] = field(default_factory=dict)  # the row holds up to this value too
 
     def at(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Its settings, with those of ``given`` that lie in its reach."""
+        """Its settings, replaced by those of ``given`` that are within its reach."""
         inside = dict(self.settings)
         for name, end in self.reach.items():
             low, high = sorted((self.settings[name], end))
@@ -52,7 +52,7 @@ class PaperTable:
     base: dict[str, Any]
     rows: tuple[Row, ...]
     panels: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    unlike: str = ""  # what the paper's runs had and none here has
+    unlike: str = ""  # how all runs here differ from the paper's
 
     def of(self, **settings: Any) -> list[Row]:
         """The rows that agree with these settings."""
@@ -222,7 +222,7 @@ def _imagenet(
     protocols: str = "",
     **more: Any,
 ) -> Row:
-    """``protocols``: all that its training is tested by, where other rows are of the same."""
+    """``protocols``: all that its training is tested by, if other rows test the same training."""
     name = f"ResNet-{depth} {unit}, test {protocol}" + (", scale + aspect" if more else "")
     settings: dict[str, Any] = {"depth": depth, "block": "bottleneck", "unit": unit}
     settings |= {"protocol": protocols or protocol} | more
@@ -231,7 +231,7 @@ def _imagenet(
 
 
 _FB = "fb.resnet.torch"
-# That code's recipe; its preresnet.lua of the time has BN in projections, and no other unit here.
+# That code's recipe; its preresnet.lua of the time has BN in projections, unlike the unit here.
 _FB_CODE: dict[str, Any] = {
     "crop": "scale-aspect",
     "color": "jitter",
@@ -261,7 +261,7 @@ TABLE_5 = PaperTable(
     unlike="normalized by ImageNet's mean and std, where the paper subtracts the mean image",
 )
 
-# Errors on ImageNet that stand elsewhere: evaluation prints them beside its own.
+# Errors on ImageNet published elsewhere: evaluation prints them beside its own.
 ELSEWHERE = PaperTable(
     "ILSVRC-2012 validation, outside of the tables",
     TABLE_5.base,
@@ -278,7 +278,7 @@ TABLES = {1: TABLE_1, 2: TABLE_2, 3: TABLE_3, 4: TABLE_4, 5: TABLE_5}
 
 
 def _figure(title: str, table: PaperTable, panels: dict[str, tuple[str, ...]]) -> PaperTable:
-    """The rows of a table that a figure shows the curves of."""
+    """The rows of a table whose curves a figure shows."""
     shown = {name for names in panels.values() for name in names}
     rows = tuple(row for row in table.rows if row.name in shown)
     return replace(table, title=title, rows=rows, panels=panels)
@@ -312,7 +312,7 @@ FIGURES = {
 
 
 def evaluated(experiment: Any) -> list[Row]:
-    """What is published for an ``Experiment``'s network by its protocols, however trained."""
+    """The published rows for an ``Experiment``'s network and protocols, however it is trained."""
     names = ("dataset", "depth", "unit", "shortcut")
     wanted = {name: getattr(experiment, name) for name in names} | {"block": experiment.block_}
     known = [row for table in (TABLE_5, ELSEWHERE) for row in table.of(**wanted)]
@@ -320,13 +320,13 @@ def evaluated(experiment: Any) -> list[Row]:
 
 
 def percent(error: float | None) -> str:
-    """``6.61``, ``fail``, or a dash where nothing is known."""
+    """``6.61``, ``fail``, or a dash if unknown."""
     if error is None:
         return NONE
     return "fail" if error == FAIL else f"{error:.2f}"
 
 
-ERRORS_OF = {  # what ``describe`` shows errors of
+ERRORS_OF = {  # what the errors that ``describe`` shows are of
     "network": "of this network",
     "unit": "on CIFAR-10 with this unit",
     "shortcut": "on CIFAR-10 with this shortcut (ResNet-110, original units)",

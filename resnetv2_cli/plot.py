@@ -26,18 +26,18 @@ COLORS = """
     #20262e #2b6cb0 #c2410c #2f855a #b7791f #97266d #0e7490 #7c5cd6 #9b2c2c #5f6b3a #d0619a #4a7fa5
 """.split()  # Table 1 has eleven rows; the first is what the others are compared with
 ERRORS = {"test_error": "test error", "val_error": "validation error"}  # columns of metrics files
-FEW = 4  # curves whose names have room among them; those of more stand below
-LINE = 0.1  # inches of height that a name below takes: two stand in a line
-ABOVE = 1.5  # times the others' largest loss: a curve that explodes leaves the frame
+FEW = 4  # curves that can be named inside a panel; the names of more go below it
+LINE = 0.1  # inches of height for each name below: two share a line
+ABOVE = 1.5  # times the median of the largest losses: a curve that explodes leaves the frame
 
 
 def as_is(name: str) -> str:
-    """A name for a figure, where a dollar would begin a formula; what is no text is a ``?``."""
+    """Escape dollars for a figure, where they begin formulas; invalid text becomes ``?``."""
     return name.replace("$", r"\$").encode(errors="replace").decode()
 
 
 def short(text: str, most: int = 22) -> str:
-    """A text, cut in its middle where it is long."""
+    """A text, cut in the middle if it is long."""
     half = (most - 1) // 2
     return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
@@ -50,7 +50,7 @@ def curves(runs: Mapping[str, Path], to: Path) -> None:
 def panels(groups: Mapping[str, Mapping[str, Path]], to: Path, y: str = "paper") -> None:
     """A panel for each group of runs, in the style of Figs. 1, 3 and 6.
 
-    Training loss (dashed, left axis) and what ERRORS are there (solid, right) against iterations;
+    Training loss (dashed, left axis) and those ERRORS that exist (solid, right) against iterations;
     ``groups``: title: {name of the run: its metrics file}; ``y``: one of YS.
     """
     across = min(2, len(groups))
@@ -67,7 +67,7 @@ def panels(groups: Mapping[str, Mapping[str, Path]], to: Path, y: str = "paper")
 
 
 def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
-    """The curves of some runs, each in a colour of its own."""
+    """Draw the curves of some runs, each in its own color."""
     loss_scale, error_scale = YS[y]
     right = left.twinx()
     losses, percents, lines, shown = [], [], {}, []
@@ -96,30 +96,30 @@ def panel(left: Axes, runs: Mapping[str, Path], y: str) -> None:
     right.set(ylabel=f"{named(shown)}, % (solid)", yscale=fitting(error_scale, percents))
     label_numbers(left.yaxis)
     label_numbers(right.yaxis)
-    largest = [most for one in losses if (most := max(one)) > 0]  # 0 all along is no measure
+    largest = [most for one in losses if (most := max(one)) > 0]  # all 0: not counted
     if largest and max(largest) > (top := ABOVE * median(largest)):
         left.set_ylim(0.9 * min(loss for one in losses for loss in one if loss > 0), top)
     if right.get_yscale() == "linear":
         right.set_ylim(bottom=0)
     right.grid(axis="y", alpha=0.3)
-    if lines:  # named here, since a label that begins with _ would be left out
+    if lines:  # passed explicitly, since a label that begins with _ would be left out
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 2}
         place = below if len(lines) > FEW else {"loc": "best"}
         right.legend(lines.values(), lines.keys(), fontsize=8, **place)
 
 
 def fitting(scale: str, curves: list[list[float]]) -> str:
-    """How an axis is scaled: as asked for, but linear where nothing has a logarithm."""
+    """The scale of an axis: as asked for, but linear if nothing has a logarithm."""
     return "linear" if curves and not any(y > 0 for curve in curves for y in curve) else scale
 
 
 def named(errors: Iterable[str]) -> str:
-    """What an axis of errors is called that has these, each once."""
+    """The label of an axis with these errors, each named once."""
     return " and ".join(dict.fromkeys(errors)) or "error"
 
 
 def label_numbers(axis: Axis) -> None:
-    """Numbers as one writes them; of a logarithmic axis 1, 2, 5, 10, ..., which stand apart."""
+    """Plain numbers; on a logarithmic axis only 1, 2, 5, 10, ..., which do not overlap."""
     if axis.get_scale() == "log":
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_minor_formatter(NullFormatter())
@@ -127,7 +127,7 @@ def label_numbers(axis: Axis) -> None:
 
 
 def confusion(counts: list[list[int]], classes: tuple[str, ...], to: Path) -> None:
-    """The confusion matrix: a row for each label, in percent of its images, blank without any."""
+    """The confusion matrix: a row for each label, in percent of its images; blank without any."""
     shares = [[100 * n / (sum(row) or math.nan) for n in row] for row in counts]
     size = max(4.0, min(14.0, 0.5 * len(classes) + 2))
     figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
@@ -147,25 +147,26 @@ def confusion(counts: list[list[int]], classes: tuple[str, ...], to: Path) -> No
 
 
 def save(figure: plt.Figure, to: Path) -> None:
-    """Write a picture; the format is the suffix's. The same figure gives the same PNG, SVG or PDF
-    again.
+    """Write a picture in the format of its suffix. The same figure gives the same PNG, SVG or PDF
+    every time.
 
     Raises:
         UserError: its suffix is not that of a picture.
-        OSError: it cannot be written; what was there is there still.
+        OSError: it cannot be written; an existing file is kept.
     """
     refuse_suffix(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(to.suffix)
-    salt: Any = {"svg.hashsalt": "blueprint"}  # any: else an SVG has other names inside each time
+    salt: Any = {"svg.hashsalt": "blueprint"}  # any salt: without, IDs in an SVG differ each time
     with replacing(to) as file, warnings.catch_warnings(), matplotlib.rc_context(salt):
-        warnings.filterwarnings("ignore", "Glyph")  # a box stands for what the font has not
+        warnings.filterwarnings("ignore", "Glyph")  # a missing glyph is drawn as a box
         figure.savefig(file, format=to.suffix[1:] or "png", dpi=130, metadata=undated)
     plt.close(figure)
 
 
 def refuse_suffix(to: Path) -> None:
-    """
+    """Refuse a path that no picture can have.
+
     Raises:
         UserError: a file's suffix is not that of a picture, or it is a folder.
     """
@@ -174,4 +175,4 @@ def refuse_suffix(to: Path) -> None:
     known = {*FigureCanvasAgg.get_supported_filetypes()} - {"pgf"}  # which needs a TeX
     if to.suffix and to.suffix[1:] not in known:
         hint = f"its name ends in one of {', '.join(f'.{name}' for name in sorted(known))}"
-        raise UserError(f"no picture is called {to}", hint)
+        raise UserError(f"{to} does not have the suffix of a picture", hint)

@@ -1,4 +1,4 @@
-"""A contact sheet: small pictures, and what a network takes them for."""
+"""A contact sheet: small pictures, each with the class that a network predicts."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ MOST = 60  # pictures on one sheet
 
 
 def sheet(predictions: Sequence[Prediction], to: Path) -> None:
-    """Each picture as the network saw it, its file's name above, its likeliest class below.
+    """Draw each picture as the network saw it, its file name above, its most likely class below.
 
     A file that cannot be read has its place too.
     """

@@ -1,4 +1,4 @@
-"""What several runs of one row say together, and what they say beside another row."""
+"""Statistics of the runs of one row, and of its differences from another row."""
 
 import math
 from collections.abc import Mapping
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from statistics import mean, median, stdev
 
 CONFIDENCE = 0.95
-POWER = 0.8  # chance of seeing a difference that is there, with ``seeds_needed`` seeds
+POWER = 0.8  # chance of detecting a difference that exists, with ``seeds_needed`` seeds
 MOST_SEEDS = 10_000
-SAME = 1e-9  # points between differences that only rounding tells apart
+SAME = 1e-9  # points; differences that are closer differ only by rounding
 
 
 def quantile(degrees: int) -> float:
-    """Student's t that CONFIDENCE of all draws stay below in size."""
+    """Student's t that CONFIDENCE of all draws are below in absolute value."""
     from scipy.stats import t
 
     return float(t.ppf(0.5 + CONFIDENCE / 2, degrees))
@@ -22,7 +22,7 @@ def quantile(degrees: int) -> float:
 class Summary:
     """Errors of the seeds of one row, in percent; infinity is a run that diverged.
 
-    ``mean``, ``std`` (of n - 1) and the interval of the mean exist from two finite runs on.
+    If a run diverged, only the median exists; ``std`` (with n - 1) and ``interval`` need two runs.
     """
 
     errors: tuple[float, ...]
@@ -49,7 +49,7 @@ class Summary:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Where the mean of many seeds lies, with a confidence of 95 % (Student's t)."""
+        """The 95 % confidence interval of the mean over seeds (Student's t)."""
         if self.mean is None or self.std is None:
             return None
         half = quantile(self.n - 1) * self.std / math.sqrt(self.n)
@@ -60,9 +60,9 @@ class Summary:
 class Pairs:
     """Differences of two rows, seed by seed, in points of percent: this one minus the baseline.
 
-    Seeds give both rows the same order of images and the same crops, so a part of the noise is
-    common to both and falls out of the difference. Where a seed ``diverged`` in either row there is
-    no such number: that of the seeds that are left would flatter the row that lost some.
+    A seed gives both rows the same order of images and the same crops, so part of the noise is
+    common to both and cancels in the difference. If seeds ``diverged`` in either row, there are no
+    statistics: those of the remaining seeds would flatter the row that lost some.
     """
 
     differences: tuple[float, ...]
@@ -70,14 +70,14 @@ class Pairs:
 
     @classmethod
     def of(cls, ours: Mapping[int, float], baseline: Mapping[int, float]) -> "Pairs":
-        """The seeds that both have ended: differences of finite errors, and how many others."""
+        """From the seeds that both rows have: finite differences, and the number of others."""
         both = [ours[seed] - baseline[seed] for seed in sorted(set(ours) & set(baseline))]
         finite = tuple(difference for difference in both if math.isfinite(difference))
         return cls(finite, len(both) - len(finite))
 
     @property
     def n(self) -> int:
-        """The seeds that the mean and the test are of."""
+        """The number of seeds that the mean and the test use."""
         return len(self.differences)
 
     @property
@@ -86,14 +86,14 @@ class Pairs:
 
     @property
     def std(self) -> float | None:
-        """None, too, where all are the same, as of few seeds and images: that is no spread of 0."""
+        """Also None if all are equal, as with few seeds and images: the true spread is not 0."""
         if self.mean is None or max(self.differences) - min(self.differences) < SAME:
             return None
         return stdev(self.differences)
 
     @property
     def p(self) -> float | None:
-        """Two-sided p of the paired t-test: that seeds alone make such a difference."""
+        """Two-sided p of the paired t-test: probability of such a difference by seeds alone."""
         if self.mean is None or self.std is None:
             return None
         from scipy.stats import t
@@ -102,10 +102,10 @@ class Pairs:
 
 
 def seeds_needed(std: float, difference: float) -> int | None:
-    """The least number of seeds with which a paired test sees a true difference, 8 times in 10.
+    """The least number of seeds with which a paired test detects a true difference 8 times in 10.
 
     ``std``: of the differences between the rows, seed by seed, in points; ``difference``: the one
-    to be seen, in points. None where even MOST_SEEDS do not do.
+    to be detected, in points. None if even MOST_SEEDS are too few.
     """
 
     def enough(n: int) -> bool:
@@ -126,7 +126,7 @@ def power(n: int, std: float, difference: float) -> float:
     """Chance that a paired t-test over n seeds calls a true difference significant."""
     from scipy.stats import ncf
 
-    # By the square of t, which is F: SciPy's noncentral t ends at a shift of 8, its F at some 1e7.
+    # By the square of t, an F: SciPy's noncentral t works up to shifts of 8, its F to some 1e7.
     bound, shift = quantile(n - 1), difference * math.sqrt(n) / std
     chance = float(ncf.sf(bound**2, 1, n - 1, shift**2))
     return chance if math.isfinite(chance) else 1.0

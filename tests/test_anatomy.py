@@ -136,5 +136,5 @@ def test_a_formula_is_drawn_as_it_is_written(tmp_path):
 @pytest.mark.parametrize("name", ["a.xyz", "a.pgf"])
 def test_a_picture_of_no_known_kind_is_a_mistake(name, tmp_path, here):
     done = here("list", "--picture", tmp_path / name, status=2)
-    assert "no picture is called" in done.stderr and ".svg" in done.stderr
+    assert "does not have the suffix of a picture" in done.stderr and ".svg" in done.stderr
     assert not list(tmp_path.iterdir())

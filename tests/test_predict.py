@@ -217,7 +217,7 @@ def test_a_contact_sheet(trained, digits, tmp_path, here):
 def test_a_picture_of_no_kind_is_refused_before_anything_is_predicted(trained, digits, here):
     name = sorted(digits[0].iterdir())[0]
     done = here("predict", trained, name, "--picture", "seen.xyz", status=2)
-    assert "no picture is called seen.xyz" in done.stderr and not done.stdout
+    assert "seen.xyz does not have the suffix of a picture" in done.stderr and not done.stdout
 
 
 def test_a_picture_that_is_looked_at_is_not_drawn_over(trained, digits, tmp_path, here):

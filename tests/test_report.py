@@ -54,7 +54,7 @@ def test_what_names_neither_a_folder_nor_a_run_is_told_so(here, tmp_path, comman
 
 
 def test_a_picture_has_the_suffix_of_one(tmp_path):
-    with pytest.raises(UserError, match="no picture is called .*seen.xyz"):
+    with pytest.raises(UserError, match="seen.xyz does not have the suffix of a picture"):
         save(plt.figure(), tmp_path / "seen.xyz")
     assert not list(tmp_path.iterdir())
 

@@ -153,8 +153,8 @@ NAN = float("nan")
     "theirs, said",
     [
         ([3.0, NAN, NAN], "the same at all 3 iterations that both have"),
-        ([3.0, NAN, 1.0], "the same at the first 2 of 3 iterations, apart from 30 on"),
-        ([5.0, NAN, 1.0], "apart from 10 on; most by +2, at 10"),
+        ([3.0, NAN, 1.0], "the same at the first 2 of 3 iterations, different from 30 on"),
+        ([5.0, NAN, 1.0], "different from 10 on; largest difference +2, at 10"),
     ],
 )
 def test_what_is_not_a_number_in_both_runs_agrees(theirs, said):

@@ -1,1 +1,1 @@
-"""One page that shows what is on disk, beside the paper."""
+"""One HTML page of what is on disk, compared with the paper."""

@@ -1,4 +1,4 @@
-"""The numbers that a page draws: curves of ablations and runs, thinned to what a screen shows."""
+"""The data of a page's charts: curves of ablations and runs, thinned to what a screen shows."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,14 +9,14 @@ from resnetv2_cli.inventory import Found, Run
 from resnetv2_cli.plot import COLORS, ERRORS, named
 from resnetv2_cli.runfolder import read_metrics
 
-MOST_POINTS = 300  # of one curve, unless there are very many curves
+MOST_POINTS = 300  # of one curve; fewer if there are very many curves
 ALL_POINTS = 60_000  # of a whole page: about half of the 2 MB that it may have
 
 Series = dict[str, list[tuple[int, float]]]
 
 
 def charts(ablation: Ablation) -> list[dict[str, Any]]:
-    """A chart for each panel of an ablation with all its seeds; ``color`` is that of the row."""
+    """A chart for each panel of an ablation, with all seeds; a curve has the color of its row."""
     panels = ablation.study.table.panels or {"": tuple(line.row.name for line in ablation.lines)}
     color = {line.row.name: i % len(COLORS) for i, line in enumerate(ablation.lines)}
     made = []
@@ -39,7 +39,7 @@ def charts(ablation: Ablation) -> list[dict[str, Any]]:
 
 
 def of_runs(runs: list[Run]) -> list[dict[str, Any]]:
-    """Charts of runs that belong to no ablation, as many in each as there are colors."""
+    """Charts of runs that belong to no ablation, with as many runs in each as there are colors."""
     begun = [run for run in runs if run.series]
     made = []
     for first in range(0, len(begun), TOGETHER):
@@ -50,8 +50,8 @@ def of_runs(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def chart(key: str, title: str, curves: list[dict[str, Any]]) -> dict[str, Any]:
-    """One chart; ``names`` are those of its rows, in order, each with its color; ``error``: which
-    errors it has."""
+    """One chart; ``names``: its rows in order, each with its color; ``error``: the kinds of error
+    that it shows."""
     names = {c["name"]: c["color"] for c in curves}
     return {
         "key": key,
@@ -78,7 +78,7 @@ def of(series: Series, name: str, color: int, seed: str = "") -> Iterable[dict[s
 
 
 def thin(made: list[dict[str, Any]]) -> None:
-    """Leave out points between others where a page would have too many; the last one stays."""
+    """Thin out the points of curves if a page would have too many; the last ones stay."""
     curves = [curve for one in made for curve in one["curves"]]
     most = min(MOST_POINTS, max(2, ALL_POINTS // max(1, len(curves))))
     for curve in curves:

@@ -1,4 +1,4 @@
-"""What each run was, and where: settings, results, hardware, versions."""
+"""What each run was, and where it ran: settings, results, hardware, versions."""
 
 from statistics import median
 from typing import Any
@@ -41,6 +41,6 @@ def described(run: Run, shared: dict[str, Any]) -> dict[str, Any]:
 
 
 def rate_of(run: Run) -> float | None:
-    """Training images a second, the median of what was logged."""
+    """Training images a second: the median of the logged rates."""
     points = read_metrics(run.folder.speed).get("images_per_second")
     return median(rate for _, rate in points) if points else None

@@ -1,4 +1,4 @@
-"""One self-contained HTML file: tables beside the paper's numbers, curves, analyses, every run."""
+"""One self-contained HTML file: tables with the paper's numbers, curves, analyses, every run."""
 
 import json
 import time
@@ -24,22 +24,22 @@ from resnetv2_cli.settings import flag_name
 MOST_BYTES = 2_000_000
 DARK = """
     #f1f2f4 #6cabeb #f0905a #69c08b #e3b341 #e07fc4 #4cc3d9 #ad98f5 #ee7f7f #b3c07a #f2a3cd #8fc1e3
-""".split()  # COLORS by night
+""".split()  # COLORS in dark mode
 
 
 def write(
     paths: list[Path], to: Path, detect: float, refresh: int = 0
 ) -> tuple[dict[str, int], bool]:
-    """Write the page of what is in some folders; how many runs are in each state, and whether more
-    is to come.
+    """Write the page for some folders; return how many runs are in each state, and whether more is
+    to come.
 
     ``detect``: points for which the needed number of seeds is given; ``refresh``: seconds after
-    which the page reads itself again while runs are open, 0 for never. With it, a folder without
-    runs is waited for, too.
+    which the page reloads while runs are open, 0 for never. With it, folders without runs are
+    accepted: more is to come.
 
     Raises:
-        UserError: a folder is not there, or has nothing to report and is not waited for, or what
-            is in it cannot be read.
+        UserError: a folder does not exist, something in it cannot be read, or there is nothing to
+            report and no ``refresh``.
     """
     found = look(paths)
     empty = not (found.ablations or found.every or found.analyses)
@@ -92,4 +92,4 @@ def render(found: Found, detect: float, refresh: int, states: Counter[str]) -> s
     template = templates.get_template("page.html.j2")
     room = MOST_BYTES - len(template.render(**page, analyses=[]).encode(errors="replace")) - 10_000
     html = template.render(**page, analyses=embedded(found.analyses, room))
-    return html.encode(errors="replace").decode()  # names of files need not be text
+    return html.encode(errors="replace").decode()  # file names need not be text

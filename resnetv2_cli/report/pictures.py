@@ -1,4 +1,4 @@
-"""The pictures of analyses inside a page, as SVG in colors that follow it by day and night."""
+"""The pictures of analyses inside a page, as SVG in colors that follow its light or dark mode."""
 
 import re
 import tempfile
@@ -14,7 +14,7 @@ from resnetv2_cli.plot import COLORS
 
 
 def embedded(analyses: list[Analysis], room: int) -> list[dict[str, Any]]:
-    """Every analysis with its pictures; those that ``room``, in bytes, is too small for, named."""
+    """Every analysis with the pictures that fit into ``room`` bytes, and the names of others."""
     made = []
     for number, analysis in enumerate(analyses):
         drawn, left_out = [], []
@@ -37,7 +37,7 @@ def embedded(analyses: list[Analysis], room: int) -> list[dict[str, Any]]:
 
 
 def pictures(analysis: Analysis, prefix: str) -> list[tuple[str, str]]:
-    """Topic and SVG of each picture; ``prefix`` keeps the names inside apart from others'."""
+    """Topic and SVG of each picture; ``prefix`` makes the IDs inside unique on the page."""
     style: Any = {"svg.fonttype": "none", "savefig.transparent": True}
     with tempfile.TemporaryDirectory() as folder, matplotlib.rc_context(style):
         return [
@@ -47,7 +47,7 @@ def pictures(analysis: Analysis, prefix: str) -> list[tuple[str, str]]:
 
 
 def themed(svg: str, prefix: str) -> str:
-    """The picture alone, as wide as its place, its colors those of the page."""
+    """The bare SVG element, as wide as its container, in the colors of the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)

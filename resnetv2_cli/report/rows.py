@@ -44,14 +44,14 @@ def study(ablation: Ablation, charts: list[dict[str, Any]], detect: float) -> di
 
 
 def note(line: Line) -> str:
-    """What there is to say of a row, and which code of one's own it is of: another version has a
-    row of the same name."""
+    """The note on a row, with digests of the user's own code: another version of it has a row of
+    the same name."""
     code = {k: v for a in line.arms for k, v in Run(a.row, a.run).own_code.items()}
     return ", ".join(filter(None, [line.row.note, *(f"{k} {v}" for k, v in code.items())]))
 
 
 def arm(one: Arm) -> dict[str, str]:
-    """The state of one run of a row, and a sentence on it."""
+    """The state of one run of a row, and a sentence about it."""
     run = Run(one.row, one.run)
     says = f"seed {one.experiment.seed}: {STATES[run.state]}"
     if run.state == "done" and one.error is not None:
@@ -75,7 +75,7 @@ class Axis:
         self.low, self.high = min(known) / 1.25, max(known) * 1.15
 
     def x(self, error: float) -> float:
-        """Where an error stands; FAIL at the end."""
+        """The position of an error; FAIL is at the end."""
         if error == FAIL:
             return 100.0
         low, high = math.log(self.low), math.log(self.high)
@@ -84,7 +84,7 @@ class Axis:
 
     @property
     def ticks(self) -> list[tuple[str, float]]:
-        """Where to write which errors; between those that are nearly alike, round ones."""
+        """Labels and positions of ticks: TICKS, or finer ones where errors are nearly alike."""
         within: list[float] = [t for t in TICKS if self.low < t < self.high]
         if len(within) < 2:
             finer = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(self.low, self.high)
@@ -92,8 +92,8 @@ class Axis:
         return [(f"{t:g}", self.x(t)) for t in within]
 
     def marks(self, line: Line) -> dict[str, Any]:
-        """Where the published error, those of the seeds and their median stand; from where on an
-        error is a ``fail`` here, and from where on the paper's is one."""
+        """Positions of the published error, the seeds' errors and their median; ``fail``: where a
+        ``fail`` begins here; ``failed``: where it begins for a row that fails in the paper."""
         published = line.row.published
         median = line.summary.median
         return {

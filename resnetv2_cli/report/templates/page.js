@@ -5,9 +5,9 @@ const tip = document.getElementById("tip");
 const round = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
 const exact = new Intl.NumberFormat("en", { maximumSignificantDigits: 5 });
 const whole = new Intl.NumberFormat("en");
-const REACH = 48; // pixels between the pointer and a point that it means
+const REACH = 48; // pixels: how near the pointer must be to a point
 
-// What was chosen outlives the page reading itself again; a browser may forbid to remember.
+// Choices survive a reload of the page; a browser may forbid storage.
 function remember(key, value) {
   try { sessionStorage.setItem(key, JSON.stringify(value)); } catch { }
 }
@@ -23,7 +23,7 @@ function svg(name, attributes, parent, text) {
   return made;
 }
 
-// Axes: from a value to a share of the axis, and the values to write beside it.
+// Axes: ``share`` maps a value to a share of the axis, ``ticks`` are the values to write beside it.
 
 function linear(low, high) {
   const rough = (high - low) / 5;
@@ -53,8 +53,8 @@ function median(values) {
   return sorted[Math.floor(sorted.length / 2)];
 }
 
-// A curve that explodes leaves the frame, so that the others can be told apart; one that is 0 all
-// along is no measure of them.
+// A curve that explodes leaves the frame, so that the others can be told apart; one that is all 0
+// does not count.
 function axis(curves, scale) {
   const largest = curves.map(c => Math.max(...c.values)).filter(v => v > 0);
   if (!largest.length) return scale === "log" ? logarithmic(1, 10) : linear(0, 1);
@@ -205,7 +205,7 @@ class Chart {
   }
 }
 
-let touched = 0; // when the pointer last asked something
+let touched = 0; // when the pointer last showed a value
 document.querySelectorAll(".chart").forEach(figure => new Chart(figure));
 
 document.getElementById("theme").onclick = () => {
@@ -216,9 +216,9 @@ document.getElementById("theme").onclick = () => {
   try { localStorage.setItem("resnetv2-theme", root.dataset.theme); } catch { }
 };
 
-// While runs are open the page reads itself again, but not under a pointer that is asking.
+// While runs are open the page reloads, but not just after the pointer showed a value.
 if (data.refresh) {
-  document.getElementById("fresh").textContent = ` · runs are open, read again every ${data.refresh} s`;
+  document.getElementById("fresh").textContent = ` · more to come, reloads every ${data.refresh} s`;
   const again = () => Date.now() - touched < 5000 ? setTimeout(again, 1000) : location.reload();
   setTimeout(again, 1000 * data.refresh);
 }
