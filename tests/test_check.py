@@ -91,7 +91,7 @@ def test_check_finds_each_fault_that_was_planted(tmp_path, here):
         "twice.jpg", ""
     )
     assert "1 classes of train without images" in done.stderr
-    assert "same pixels" in done.stdout and "colors of print" in done.stdout
+    assert "same pixels" in done.stdout and "colors for print" in done.stdout
 
 
 def test_check_of_a_tree_of_photographs_finds_nothing(tree, tmp_path, here, photographs):
@@ -353,12 +353,12 @@ def test_an_image_in_another_class_than_labelled_stops_sorting(archive, here):
         (FORMS["names"] + "ILSVRC2012_val_00000004.JPEG n1\n", "1 labelled images are not in"),
         (FORMS["names"].replace("n1", "n9"), "train lacks 1 of the classes: 'n9'"),
         (FORMS["names"] + "ILSVRC2012_val_00000001.JPEG n1\n", "two classes, n2 and n1"),
-        (FORMS["names"].replace("n1", "../n1"), "line 2: .* is no image and its class"),
+        (FORMS["names"].replace("n1", "../n1"), "line 2: .* is not an image and its class"),
         ("n2\nn1\n", "2 labels without names, for 3 images"),
         ("490\n361\n171\n", "numbers for classes"),
         ("n" * 200_000, "cannot read the labels"),
-        (" \n", "line 1: .* is no image and its class"),
-        ("a.JPEG,\n", "line 1: .* is no image and its class"),
+        (" \n", "line 1: .* is not an image and its class"),
+        ("a.JPEG,\n", "line 1: .* is not an image and its class"),
         ("", "does not give each image its class"),
         ("n1\nILSVRC2012_val_00000001.JPEG n1\n", "does not give each image its class"),
     ],

@@ -309,14 +309,14 @@ def test_a_class_that_is_alone_is_told(class_folders):
     assert told == [f"{class_folders} has one class to learn, ant, and none to tell it from"]
 
 
-def test_files_that_are_taken_for_no_images_are_told(class_folders):
+def test_files_that_are_not_read_as_images_are_told(class_folders):
     told: list[str] = []
     for name in ("a.gif", "b.jfif"):  # the latter is JPEG, as browsers save it
         (class_folders / "train" / "ant" / name).write_bytes(b"")
     found = folder.scan(class_folders, "train", tell=told.append)
     assert len(found.files) == 13
     [line] = told
-    assert f"1 file in {class_folders / 'train'} is taken for no image: their names" in line
+    assert f"1 file in {class_folders / 'train'} is not read as an image: image names" in line
 
 
 def test_names_need_not_be_text(class_folders):
@@ -350,7 +350,7 @@ def test_an_unreadable_photograph_is_named(class_folders, workers):
     module.setup()
     with pytest.raises(UserError, match="^cannot read the image [^\n]*ant.0.jpg[^\n]*$") as refused:
         list(module.train_dataloader())
-    assert refused.value.hint == "resnetv2 data check names all that cannot be read"
+    assert refused.value.hint == "resnetv2 data check lists all files that cannot be read"
 
 
 def test_the_home_of_nobody_is_a_folder_that_is_not_there(tmp_path, here):

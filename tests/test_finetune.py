@@ -122,7 +122,7 @@ def test_photographs_behind_a_mean_image_are_predicted_and_exported_as_evaluated
 
 
 def test_another_size_than_that_of_the_mean_image_is_refused(trained, own_folder, tmp_path):
-    message = "mean image .* is 32x32; by --protocol 320 it sees 46x46"
+    message = "mean image .* is 32x32; with --protocol 320 it sees 46x46"
     with pytest.raises(UserError, match=message) as caught:
         run.train(photographs_of(own_folder, trained, protocol="320"), RunFolder(tmp_path / "a"))
     assert caught.value.hint == "--protocol 224 or ten-crop fits" and not (tmp_path / "a").exists()

@@ -214,7 +214,7 @@ def few() -> dict:
 def test_cifar_whose_md5_is_another(canary, tmp_path, monkeypatch):
     root = write_archive(tmp_path / "data", few(), monkeypatch)
     (root / CIFAR10.base_folder / "data_batch_3").write_bytes(pickle.dumps(Canary(canary)))
-    with pytest.raises(UserError, match="has not the published md5"):
+    with pytest.raises(UserError, match="md5 is not the published one"):
         archive.read("cifar10", root)
 
 

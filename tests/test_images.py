@@ -104,7 +104,8 @@ def test_the_cache_serves_until_a_file_changes(small, tmp_path, monkeypatch):
     told: list[str] = []
     first = images.load("cifar10", root, told.append)
     cache = tmp_path / "cache" / "resnetv2"
-    assert told == ["cifar10 is decoded", f"cifar10 is kept in {cache}, and not decoded again"]
+    kept = f"cifar10 is kept in {cache} and will not be decoded again"
+    assert told == ["decoding cifar10", kept]
     with monkeypatch.context() as patch:
         patch.setattr(images, "decode", None)  # a second decoding would fail
         (tmp_path / "link").symlink_to(root)
@@ -135,7 +136,7 @@ def test_a_cache_that_keeps_nothing_is_said(cache, error, small, tmp_path, full)
         full(5000)
     for n in (1, 2):
         images.load("cifar10", root, told.append)
-        assert told[-2] == "cifar10 is decoded" and len(told) == 2 * n
+        assert told[-2] == "decoding cifar10" and len(told) == 2 * n
         at = tmp_path / "cache" / "resnetv2"
         assert told[-1] == f"cifar10 cannot be kept in {at}: {error}; each run decodes it again"
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]

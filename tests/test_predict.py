@@ -124,7 +124,7 @@ def test_what_a_folder_has_besides_images_is_told(trained, digits, tmp_path, her
     done = here("predict", trained, tmp_path, "--format", "jsonl")
     assert ["error" in row for row in rows(done.stdout)] == [False, True]
     assert "1 file in" in done.stderr
-    assert "is taken for no image: their names end in .bmp" in done.stderr
+    assert "is not read as an image: image names end in .bmp" in done.stderr
 
 
 def test_a_folder_is_looked_through_behind_links(digits, tmp_path):

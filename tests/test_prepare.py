@@ -79,7 +79,7 @@ def test_preparing_goes_on_where_it_was_stopped(tree, tmp_path, here, monkeypatc
     )  # fmt: skip
     left = {"prepared.json", "train-000000.tar"}
     assert {p.name for p in (tmp_path / "b").iterdir()} == left
-    with pytest.raises(UserError, match="is not wholly prepared") as refused:
+    with pytest.raises(UserError, match="is not fully prepared") as refused:
         folder.scan(tmp_path / "b", "train")
     assert "data prepare again" in refused.value.hint
     monkeypatch.undo()
@@ -104,7 +104,7 @@ def test_shards_of_other_pictures_of_the_same_names_are_not_taken(tree, tmp_path
     picture.write_bytes(encoded())
     before = {p: p.read_bytes() for p in to.iterdir()}
     done = here("data", "prepare", root, "--output", to, "--shard", 3, status=2)
-    assert "was made of other images, or they have changed since" in done.stderr
+    assert "was made from other images, or they have changed since" in done.stderr
     assert {p: p.read_bytes() for p in to.iterdir()} == before
     [stale] = re.findall(r"train-0+\d\.tar", done.stderr)
     (to / stale).unlink()  # as the hint has it
@@ -273,8 +273,8 @@ def test_a_folder_of_shards_is_known_for_one(tmp_path, here, command, left):
     root.mkdir()
     (root / left).write_text("{}")
     done = here("data", *command, root, status=2, cwd=tmp_path)
-    assert "has the shards that data prepare made, for train and eval to read" in done.stderr
-    assert "name the folder of pictures that they were made of" in done.stderr
+    assert "has shards that data prepare made, for train and eval to read" in done.stderr
+    assert "name the folder of images that they were made from" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 

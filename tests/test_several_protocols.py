@@ -154,11 +154,11 @@ def test_the_commands_show_each(tree, tmp_path, here):
 
 def test_a_mean_image_fits_every_protocol_or_none_is_begun(trained, tree, tmp_path):
     given = SMALL | {"data_dir": str(tree), "protocol": "224,320", "weights": str(trained)}
-    with pytest.raises(UserError, match="by --protocol 320 it sees 46x46"):
+    with pytest.raises(UserError, match="with --protocol 320 it sees 46x46"):
         trained_as(tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
     file = trained_as(tmp_path / "begun", **given | {"protocol": "224"}).last
-    with pytest.raises(UserError, match="by --protocol 320 it sees 46x46"):
+    with pytest.raises(UserError, match="with --protocol 320 it sees 46x46"):
         evaluation.evaluate(file, protocol="224,320")
     read = jsonfile.mapping(tmp_path / "begun" / "manifest.json")["test_set_readings"]
     assert read == 2  # in training alone

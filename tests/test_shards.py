@@ -94,7 +94,7 @@ def test_where_a_picture_in_a_shard_is_damaged_the_hint_mends_it(tree, tmp_path,
     prepared(tree, to, here)  # which looks at no pixels
     with pytest.raises(UserError, match=rf"^cannot read the image {shard}:0+\d\.jpg") as refused:
         trains(to, workers)
-    assert refused.value.hint == f"remove {shard}: resnetv2 data prepare makes it anew"
+    assert refused.value.hint == f"remove {shard}: resnetv2 data prepare makes it again"
     shard.unlink()
     prepared(tree, to, here)
     assert shard.read_bytes() == whole and len(trains(to, workers)) == 1
@@ -115,8 +115,8 @@ def anew():
     "number, hint",
     [
         (errno.EMFILE, "^ulimit -n 4096 lets a process have more files open$"),
-        (errno.ENOENT, "^resnetv2 data prepare makes it anew$"),
-        (errno.EIO, "^remove .*train-0+[01].tar: resnetv2 data prepare makes it anew$"),
+        (errno.ENOENT, "^resnetv2 data prepare makes it again$"),
+        (errno.EIO, "^remove .*train-0+[01].tar: resnetv2 data prepare makes it again$"),
     ],
 )
 def test_the_hint_is_of_what_the_system_says(
@@ -165,7 +165,7 @@ def test_an_index_of_what_is_not_there_is_one_clear_error(
     np.savez(file, **arrays | {name: other(arrays[name])})
     with pytest.raises(UserError, match=message) as refused:
         folder.scan(to, "train")
-    assert "data prepare makes it anew" in refused.value.hint
+    assert "data prepare makes it again" in refused.value.hint
     if "remove" in refused.value.hint:
         for shard in to.glob("train-*.tar"):
             shard.unlink()

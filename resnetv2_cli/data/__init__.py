@@ -1,1 +1,1 @@
-"""Images: where they are found, how they are decoded once, ordered, augmented and fed."""
+"""Images: finding, decoding, ordering, augmenting and loading them."""

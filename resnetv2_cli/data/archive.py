@@ -1,7 +1,7 @@
-"""The official archives of CIFAR: pickles, which could run anything.
+"""The official archives of CIFAR: pickles, which could run arbitrary code.
 
-Read are only files whose md5 is the published one, and of these only arrays, numbers and text.
-Nothing is ever unpacked.
+Only files with the published md5 are read, and only arrays, numbers and text are taken from them.
+Nothing is ever unpacked to disk.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.locks import left_as_it_was
 
-PLACES = {  # what the official archives look like in a folder: unpacked, or as downloaded
+PLACES = {  # where an official archive is in a folder: unpacked, or as downloaded
     "cifar10": ("cifar-10-batches-py/*_batch*", "cifar-10-python.tar.gz"),
     "cifar100": (
         "cifar-100-python/train",
@@ -29,7 +29,7 @@ PLACES = {  # what the official archives look like in a folder: unpacked, or as 
 }
 LABELS = {"cifar10": "labels", "cifar100": "fine_labels"}
 
-_REBUILD = np.empty(0).__reduce__()[0]  # how NumPy makes an array from its pickle
+_REBUILD = np.empty(0).__reduce__()[0]  # the function that rebuilds an array from its pickle
 ARRAYS: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _REBUILD,
     ("numpy._core.multiarray", "_reconstruct"): _REBUILD,
@@ -39,7 +39,7 @@ ARRAYS: dict[tuple[str, str], Any] = {
 
 
 class ArraysOnly(pickle.Unpickler):
-    """Reads arrays and plain values; whatever else a pickle names is not even looked up."""
+    """Reads arrays and plain values; any other name in a pickle is not even looked up."""
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -49,10 +49,10 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def read(name: str, root: Path) -> list[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-    """Images (N, 32, 32, 3) and labels (N,) of train and of test, in the archive's order.
+    """Images (N, 32, 32, 3) and labels (N,) of train and test, in the archive's order.
 
     Raises:
-        UserError: the archive is absent and cannot be downloaded, or it is damaged.
+        UserError: the archive is absent and cannot be downloaded, or is damaged.
     """
     from torchvision import datasets
 
@@ -69,7 +69,7 @@ def read(name: str, root: Path) -> list[tuple[NDArray[np.uint8], NDArray[np.int6
 
 
 def whole(name: str, root: Path) -> bool:
-    """Whether the official archive is there, unpacked or whole, so that nothing is downloaded."""
+    """Whether the official archive is there, unpacked or intact, so that no download is needed."""
     from torchvision import datasets
     from torchvision.datasets.utils import check_integrity
 
@@ -81,16 +81,16 @@ def whole(name: str, root: Path) -> bool:
 
 
 def unpacked(folder: Path) -> dict[str, bytes]:
-    """What the files of a folder hold."""
+    """The content of each file in a folder, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def packed(name: str, official: Any, root: Path) -> dict[str, bytes]:
-    """What the members of the official archive hold, which is downloaded when it is not there or
-    not whole.
+    """The content of each file in the official archive, by name. The archive is downloaded if it is
+    missing or incomplete.
 
     Raises:
-        UserError: it is not there and cannot be downloaded.
+        UserError: it is missing and cannot be downloaded.
     """
     from torchvision.datasets.utils import download_url
 
@@ -109,16 +109,16 @@ def packed(name: str, official: Any, root: Path) -> dict[str, bytes]:
 
 
 def plain(content: bytes | None, md5: str, name: str) -> dict[str, Any]:
-    """The mapping that a pickle holds, if it is the published one.
+    """The dictionary in a pickle, if it is the published one.
 
     Raises:
-        UserError: it is missing, is another, or holds more than arrays.
+        UserError: it is missing, has another md5, or holds more than arrays.
     """
-    hint = "remove the folder, and the archive is downloaded again"
+    hint = "remove the folder to have the archive downloaded again"
     if content is None:
         raise UserError(f"{name} is missing", hint)
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise UserError(f"{name} is damaged: it has not the published md5", hint)
+        raise UserError(f"{name} is damaged: its md5 is not the published one", hint)
     try:
         return ArraysOnly(BytesIO(content), encoding="latin1").load()
     except pickle.UnpicklingError as error:

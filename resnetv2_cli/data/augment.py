@@ -1,4 +1,4 @@
-"""Normalization and augmentation of whole batches, on the device that trains."""
+"""Normalization and augmentation of whole batches, on the training device."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ from resnetv2_cli.data.order import PAD
 
 
 def statistics(split: Split, normalize: str) -> tuple[Tensor, Tensor]:
-    """mean and std of images scaled to 0..1: ``pixel-mean`` (3, 32, 32) and 1, as [1], who
-    subtract the mean image; or ``channel`` (3, 1, 1) each, as the released Torch code."""
+    """mean and std of images scaled to 0..1. ``pixel-mean``: (3, 32, 32) and 1, as in [1], which
+    subtracts the mean image; ``channel``: (3, 1, 1) each, as in the released Torch code."""
     pixel = torch.from_numpy(split.images.mean(0, dtype=np.float64) / 255).permute(2, 0, 1)
     mean = pixel.mean((1, 2), keepdim=True)
     if normalize == "pixel-mean":
@@ -24,14 +24,15 @@ def statistics(split: Split, normalize: str) -> tuple[Tensor, Tensor]:
 
 
 def take_shapes(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Preprocessing belongs to weights: a mean image, or means of channels, as they come."""
+    """Give the buffers the shapes that ``state`` has, as a hook before it is loaded: preprocessing
+    belongs to the weights, whether they come with a mean image or with channel means."""
     for name, own in list(module.named_buffers()):
         if (given := state.get(prefix + name)) is not None and given.shape != own.shape:
             module.register_buffer(name, own.new_empty(given.shape))
 
 
 class Normalize(nn.Module):
-    """(x / 255 - mean) / std, laid out channels last; part of what a checkpoint keeps.
+    """(x / 255 - mean) / std in channels-last layout; mean and std are saved in checkpoints.
 
     Shape: (N, H, W, 3) uint8 -> (N, 3, H, W) float32.
     """
@@ -47,11 +48,11 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = images.permute(0, 3, 1, 2).to(self.mean.dtype) - 255 * self.mean
-        return x.div_(255 * self.std)  # in place: of photographs that is much memory to ask for
+        return x.div_(255 * self.std)  # in place: a batch of photographs takes a lot of memory
 
 
 def augmented(normalize: Normalize, images: Tensor, views: Tensor) -> Tensor:
-    """What a network trains on.
+    """The batch that a network trains on: normalized, cropped and flipped.
 
     Shape: images (N, H, W, 3) uint8, views (N, 3) -> (N, 3, H, W) float32, channels last.
     """
@@ -59,10 +60,10 @@ def augmented(normalize: Normalize, images: Tensor, views: Tensor) -> Tensor:
 
 
 def in_one(normalize: Normalize, images: Tensor, views: Tensor) -> Tensor:
-    """``augmented`` as one kernel of a GPU; for pixels that are whole in memory.
+    """``augmented`` as one GPU kernel, for images held in memory.
 
     Raises:
-        ImportError: there is no Triton.
+        ImportError: Triton is not installed.
     """
     from resnetv2_cli import triton_augment
 
@@ -72,7 +73,7 @@ def in_one(normalize: Normalize, images: Tensor, views: Tensor) -> Tensor:
 def crop_and_flip(x: Tensor, views: Tensor) -> Tensor:
     """Pad by 4 zeros on each side, crop at (top, left) and mirror where flip is 1.
 
-    After normalization, as in fb.resnet.torch: a padding of zeros is then the mean colour.
+    It comes after normalization, as in fb.resnet.torch, so that zero padding is the mean color.
 
     Shape: x (N, C, H, W), views (N, 3) of top and left in 0..8 and flip in 0..1 -> (N, C, H, W).
     """

@@ -1,14 +1,14 @@
-"""The datasets that ``--dataset`` names, as data. To add one in class folders: a row in DATASETS;
-one with an archive of its own has rows in ``data.archive`` too.
+"""The datasets that ``--dataset`` names, as data. To add one in class folders, add a row to
+DATASETS; one with an archive of its own also needs rows in ``data.archive``.
 
-Nothing here needs torch, so that help and error messages come at once.
+Nothing here needs torch, so that help and error messages appear at once.
 """
 
 from typing import NamedTuple
 
 from resnetv2_cli.plans import STEMS
 
-SIZE = 32  # side of images that are decoded as a whole, pixels
+SIZE = 32  # pixels: side of the images that are held decoded in memory
 CIFAR10 = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 CIFAR100 = tuple(
     """
@@ -26,24 +26,24 @@ DIGITS = tuple("0123456789")
 
 
 class Dataset(NamedTuple):
-    """What is known of a dataset before it is read."""
+    """What is known about a dataset before it is read."""
 
     doc: str
-    classes: tuple[str, ...] = ()  # in the official order; empty: as the class folders are named
-    train: int = 0  # images; 0: as many as there are
+    classes: tuple[str, ...] = ()  # in the official order; empty: the names of the class folders
+    train: int = 0  # number of images; 0: as many as are found
     test: int = 0
-    flip: bool = True  # whether a mirrored image is still of its class
-    decoded: bool = True  # whole in memory as uint8; else decoded from files, batch by batch
+    flip: bool = True  # whether a mirrored image still shows its class
+    decoded: bool = True  # held in memory as uint8; else decoded from files, batch by batch
 
 
 def known_classes(dataset: str, asked: int | None) -> int:
-    """How many classes: the dataset's; of folders as many as were asked for, or ImageNet's."""
+    """The number of classes: the dataset's; for folders ``asked``, or ImageNet's 1000."""
     return len(DATASETS[dataset].classes) or asked or 1000
 
 
 def side(dataset: str, stem: str) -> int:
-    """Of what a network trains on, pixels: whole images, or crops of photographs, as large as the
-    stem is made for."""
+    """Side of the images that a network trains on, pixels: whole images, or crops of photographs of
+    the size that the stem is made for."""
     return SIZE if DATASETS[dataset].decoded else STEMS[stem].size
 
 

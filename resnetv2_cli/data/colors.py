@@ -1,8 +1,8 @@
-"""Colors of training photographs, changed at random.
+"""Random color changes of training photographs.
 
-Every change is linear in a pixel's color, with a constant that the mean color of the image decides:
-all of them are one matrix for an image, which is made where it is decoded and used on the device
-that trains. Nothing is cut off at black or white, as nothing is in fb.resnet.torch.
+Each change is linear in a pixel's color, plus a constant that depends on the image's mean color, so
+all changes of an image are one matrix. It is computed where the image is decoded, and applied on
+the training device. As in fb.resnet.torch, nothing is clipped at black or white.
 """
 
 import numpy as np
@@ -14,24 +14,25 @@ from resnetv2_cli.data.augment import Normalize
 
 Floats = NDArray[np.floating]
 
-# Of the colors of ImageNet's training images, 0..1, as fb.resnet.torch has them: AlexNet [21] adds
-# a draw of standard deviation TINT times each value along its component, a column.
+# Principal components (columns) and eigenvalues of the colors, 0..1, of ImageNet's training images,
+# from fb.resnet.torch. Along each component, AlexNet [21] adds a normal draw whose standard
+# deviation is TINT times the eigenvalue.
 COMPONENTS = np.array(
     [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
 )
 VALUES = np.array([0.2175, 0.0188, 0.0045])
 TINT = 0.1
-GREY = np.array([0.299, 0.587, 0.114])  # of red, green and blue
-MOST = 0.4  # by which jitter changes brightness, contrast and saturation
+GREY = np.array([0.299, 0.587, 0.114])  # weights of red, green and blue
+MOST = 0.4  # largest relative change of brightness, contrast or saturation by jitter
 
 
 def change(image: Tensor, color: str, g: torch.Generator) -> Tensor:
-    """A random change of an image's colors: ``lighting``, AlexNet's tint; or before it ``jitter``,
-    fb.resnet.torch's brightness, contrast and saturation, in random order.
+    """A random change of an image's colors. ``lighting``: AlexNet's tint; ``jitter``: the same tint
+    after fb.resnet.torch's changes of brightness, contrast and saturation, in random order.
 
     Shape: (H, W, 3) uint8 -> (3, 4) float32, by which [red, green, blue, 1], 0..255, is multiplied.
     """
-    matrix: Floats = np.eye(3, 4)  # NumPy's, as it is fast with few numbers
+    matrix: Floats = np.eye(3, 4)  # NumPy, because it is fast with few numbers
     if color == "jitter":
         mean = np.append(image.flatten(0, 1).float().mean(0).numpy(), 1)
         draws = torch.rand(3, generator=g).tolist()
@@ -42,13 +43,13 @@ def change(image: Tensor, color: str, g: torch.Generator) -> Tensor:
 
 
 def blended(matrix: Floats, which: int, factor: float, mean: Floats) -> Floats:
-    """A change of brightness (0), contrast (1) or saturation (2) after another: ``factor`` parts of
-    the color, the rest black, the mean grey of the image, or the grey of the pixel.
+    """``matrix`` followed by a change of brightness (0), contrast (1) or saturation (2): the color
+    times ``factor``, plus 1 - ``factor`` times black, the image's mean grey, or the pixel's grey.
 
-    Shape: (3, 4), the mean color before all of them and 1 (4,) -> (3, 4).
+    Shape: matrix (3, 4); mean (4,), the image's mean color before any change, and 1 -> (3, 4).
     """
     blend = factor * matrix
-    grey = GREY @ matrix  # what makes the grey of a pixel of the color that it had at first
+    grey = GREY @ matrix  # maps a pixel's original color to the grey of its changed color
     if which == 1:
         blend[:, 3] += (1 - factor) * (grey @ mean)
     elif which == 2:
@@ -57,7 +58,7 @@ def blended(matrix: Floats, which: int, factor: float, mean: Floats) -> Floats:
 
 
 def recolored(normalize: Normalize, images: Tensor, changes: Tensor) -> Tensor:
-    """What a network trains on: photographs with other colors, normalized.
+    """The batch that a network trains on: photographs with changed colors, normalized.
 
     Shape: images (N, H, W, 3) uint8, changes (N, 3, 4) -> (N, 3, H, W) float32, channels last.
     """

@@ -1,5 +1,5 @@
-"""Crops of a picture, resized: whatever the file, one transform; of a JPEG only what they need is
-decoded, at the least scale that suffices.
+"""Crops of a picture, resized in the same way whatever the file's format. Of a JPEG, only what they
+need is decoded, at the smallest scale that suffices.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from resnetv2_cli.data import picture, turbo
 from resnetv2_cli.data.turbo import Box
 
-PIXELS = b"\x93NUMPY"  # how an array begins that NumPy has saved
-SCALES = (8, 4, 2, 1)  # a JPEG's transform can give its picture at one over these
+PIXELS = b"\x93NUMPY"  # the first bytes of an array that NumPy saved
+SCALES = (8, 4, 2, 1)  # a JPEG can be decoded at one over these
 
 Rectangle = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
-Choose = Callable[[int, int], list[Rectangle]]  # of a picture's width and height
+Choose = Callable[[int, int], list[Rectangle]]  # takes a picture's width and height
 
 
 class Settled(NamedTuple):
@@ -31,7 +31,7 @@ class Settled(NamedTuple):
 
     @property
     def around(self) -> Box:
-        """The least box that has them all in it."""
+        """The smallest box that contains all of them."""
         sides = list(zip(*self.boxes, strict=True))
         return Box(min(sides[0]), min(sides[1]), max(sides[2]), max(sides[3]))
 
@@ -39,8 +39,8 @@ class Settled(NamedTuple):
 def settled(
     chosen: list[Rectangle], size: tuple[int, int], side: int, scales: tuple[int, ...] = SCALES
 ) -> Settled:
-    """Crops at the least scale at which each still has ``side`` pixels a side, so that none is
-    enlarged that would not be anyway. ``size``: of the picture."""
+    """Crops at the smallest scale at which each side still has ``side`` pixels, so that no crop is
+    enlarged unless it would be at full scale too. ``size``: width and height of the picture."""
     least = min(min(right - left, bottom - top) for left, top, right, bottom in chosen)
     scale = next((s for s in scales if least >= s * side), 1)
 
@@ -58,13 +58,13 @@ def settled(
 
 
 def crops(content: bytes, name: str, choose: Choose, side: int) -> Tensor:
-    """The crops that ``choose`` asks for of an encoded picture, resized to ``side``: bicubic,
+    """The crops of an encoded picture that ``choose`` returns, resized to ``side``: bicubic,
     antialiased.
 
     Shape: (crops, side, side, 3) uint8.
 
     Raises:
-        Unreadable: it cannot be read as an image; says which.
+        Unreadable: it cannot be read as an image; the message names it.
     """
     if content.startswith(PIXELS):
         whole = picture.saved_pixels(content, name)
@@ -88,12 +88,12 @@ def crops(content: bytes, name: str, choose: Choose, side: int) -> Tensor:
 
 
 def is_jpeg(image: Image.Image) -> bool:
-    """Whether it can be decoded at a smaller scale."""
+    """Whether an image can be decoded at a smaller scale."""
     return isinstance(image, JpegImageFile)
 
 
 def resized(pixels: NDArray[np.uint8], plan: Settled, side: int) -> Tensor:
-    """Each crop, from the pixels of the box around them.
+    """Each crop of ``plan``, resized, from the pixels of the box around them all.
 
     Shape: (height, width, 3) -> (crops, side, side, 3).
     """
@@ -103,8 +103,8 @@ def resized(pixels: NDArray[np.uint8], plan: Settled, side: int) -> Tensor:
     for box in plan.boxes:
         rows = slice(box.top - around.top, box.bottom - around.top)
         columns = slice(box.left - around.left, box.right - around.left)
-        # A copy has the strides by which its layout is seen, which one that is cut out of a larger
-        # picture has not: resizing is twice as fast, and gives the layout that is wanted.
+        # A copy has the strides of a channels-last tensor, which a view into a larger picture
+        # lacks: resizing is then twice as fast, and keeps the layout.
         crop = x[..., rows, columns].clone(memory_format=torch.channels_last)
         small = F.interpolate(crop, (side, side), mode="bicubic", antialias=True)
         made.append(small.permute(0, 2, 3, 1))

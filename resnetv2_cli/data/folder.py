@@ -1,4 +1,4 @@
-"""Photographs in class folders (ImageNet, or anybody's), decoded from files batch by batch."""
+"""Photographs in class folders (ImageNet, or your own), decoded from files batch by batch."""
 
 import hashlib
 import itertools
@@ -24,19 +24,19 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.telling import Tell, silent
 
 SUFFIXES = set[str]().union(*picture.FORMATS.values())
-NAMES = f"their names end in {', '.join(sorted(SUFFIXES))}"
-CHECK = "resnetv2 data check names all that cannot be read"
+NAMES = f"image names end in {', '.join(sorted(SUFFIXES))}"
+CHECK = "resnetv2 data check lists all files that cannot be read"
 SHORTER = (256, 480)  # pixels: range of the random shorter side ("scale" of Table 5, from [1])
-DRAWS = 40  # numbers that a training crop is drawn with: four for each of ten tries
+DRAWS = 40  # random numbers for a training crop: four for each of ten tries
 
-MIDDLE = 4  # of ten crops, which one that is
+MIDDLE = 4  # index of the middle crop among ten crops
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # of ImageNet's training images, 0..1
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
 class Folder(NamedTuple):
-    """The files of one split and their classes, in the order of their names."""
+    """The files of one split and their classes, sorted by name."""
 
     files: Sequence[Path | Member]
     labels: Tensor
@@ -44,21 +44,21 @@ class Folder(NamedTuple):
 
 
 def classes_in(place: Path) -> list[str]:
-    """The names of its class folders. Here and below, what begins with a dot is left out: it is
-    some program's own."""
+    """The names of the class folders in a folder. Here and below, names that begin with a dot are
+    left out: they belong to other programs."""
     return sorted(p.name for p in place.iterdir() if p.is_dir() and p.name[0] != ".")
 
 
 def files_in(place: Path) -> list[Path]:
-    """The files that lie in a folder itself, in the order of their names."""
-    with os.scandir(place) as inside:  # which knows folders without a look at each
+    """The files directly in a folder, sorted by name."""
+    with os.scandir(place) as inside:  # it tells folders from files without a stat of each
         names = sorted(e.name for e in inside if e.name[0] != "." and not e.is_dir())
     return [place / name for name in names]
 
 
 def below(place: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Every file of a folder and of those in it, in the order of their names; behind links too, but
-    for those to a folder ``above``, which would never end."""
+    """Every file in a folder and its subfolders, sorted by name. Links are followed, except to a
+    folder ``above``, which would never end."""
     above = (*above, place.resolve())
     for path in sorted(place.iterdir()):
         if path.name[0] == ".":
@@ -70,32 +70,32 @@ def below(place: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
 
 
 def is_image(path: Path) -> bool:
-    """By its suffix."""
+    """Whether a file is an image, by its suffix."""
     return path.suffix.lower() in SUFFIXES
 
 
 def images_in(place: Path) -> list[Path]:
-    """The images that lie in a folder itself, in the order of their names."""
+    """The images directly in a folder, sorted by name."""
     return [path for path in files_in(place) if is_image(path)]
 
 
 def left_out(count: int, place: Path) -> str:
-    """What is said of files that are no images."""
-    files, are, images = ("file", "is", "image") if count == 1 else ("files", "are", "images")
-    return f"{count:,} {files} in {place} {are} taken for no {images}: {NAMES}"
+    """The message about files that are not images."""
+    files, are, images = ("file", "is", "an image") if count == 1 else ("files", "are", "images")
+    return f"{count:,} {files} in {place} {are} not read as {images}: {NAMES}"
 
 
 def loose(place: Path, split: str, tell: Tell) -> dict[str, list[Path]]:
     """The images of each class folder.
 
     Raises:
-        UserError: some lie outside of class folders, or a class has none to be trained with.
+        UserError: some images are outside class folders, or a training class has none.
     """
     if bare := images_in(place):
         hint = "images go into one folder a class"
         if split == "test":  # as the official archive has it
             hint = f"resnetv2 data sort-val {quote(str(place.parent))} --labels FILE"
-            hint += ", which has the class of each image"
+            hint += ", where FILE has the class of each image"
         raise UserError(f"{len(bare):,} images in {place} are in no class folder", hint)
     every = {name: files_in(place / name) for name in classes_in(place)}
     found = {name: [path for path in files if is_image(path)] for name, files in every.items()}
@@ -105,7 +105,7 @@ def loose(place: Path, split: str, tell: Tell) -> dict[str, list[Path]]:
     if split == "train" and empty and any(found.values()):
         raise UserError(
             f"classes of {place} have no images: {', '.join(empty[:3])}",
-            f"{NAMES}; remove the folder of what is no class",
+            f"{NAMES}; remove folders that are not classes",
         )
     return found
 
@@ -117,34 +117,34 @@ def scan(
     of: str = "train",
     tell: Tell = silent,
 ) -> Folder:
-    """The images of ``root/split/<class>/``, or of prepared shards; ``classes``: those that the
-    other split has, or whoever ``of`` names. ``tell``: hears what is left out, and of a class that
-    is alone.
+    """The images of ``root/split/<class>/``, or of prepared shards. ``classes``: those that ``of``
+    (the other split, or a checkpoint) has. ``tell`` is called with a line about files or folders
+    that are left out, and if there is only one training class.
 
     Raises:
-        UserError: there is no such folder, no image in it, some outside of class folders, a class
-            that is none of ``classes``, or one that has no image to be trained with.
+        UserError: the folder is missing or not fully prepared, it has no images or some outside
+            class folders, a class is not in ``classes``, or a training class has no images.
     """
     names = ("val", "test") if split == "test" else (split,)
-    index = next((i for n in names if (i := index_of(root, n)).is_file()), None)  # prepared
+    index = next((i for n in names if (i := index_of(root, n)).is_file()), None)  # of shards
     place = index or next((root / n for n in names if (root / n).is_dir()), None)
     if place is None:
         if (root / BEGUN).is_file():
-            raise UserError(f"{root} is not wholly prepared", "call resnetv2 data prepare again")
+            raise UserError(f"{root} is not fully prepared", "run resnetv2 data prepare again")
         wanted = " or ".join(str(root / n) for n in names)
         raise UserError(
             f"there is no folder {wanted}",
-            "it holds one folder for each class; --data-dir names what it is in",
+            "it has one folder for each class; --data-dir names the folder above it",
         )
     if place == root / "val" and (root / "test").is_dir():
         tell(f"{root / 'test'} is not read: {place} is there")
     found: Mapping[str, Sequence[Path | Member]]
     found = read_index(place) if index else loose(place, split, tell)
-    if index and classes:  # it names all classes that train
+    if index and classes:  # an index lists all training classes, even those without images here
         found = {name: files for name, files in found.items() if files}
     if strange := sorted(set(found) - set(classes)) if classes else []:
         lacking = f"{place} has classes that {of} lacks: {', '.join(strange[:3])}"
-        raise UserError(lacking, "both have one folder for each class, of the same names")
+        raise UserError(lacking, "both need one folder for each class, with the same names")
     classes = classes or tuple(found)
     pairs = [(file, i) for i, name in enumerate(classes) for file in found.get(name, ())]
     if not pairs:
@@ -156,32 +156,32 @@ def scan(
 
 
 def content_of(file: Path | Member) -> bytes:
-    """What an image's file holds.
+    """The content of an image file.
 
     Raises:
-        Unreadable: it cannot be read; says which.
+        Unreadable: it cannot be read; the message names it.
     """
     return file.read() if isinstance(file, Member) else picture.content(file)
 
 
 def digest(*splits: Folder) -> str:
-    """Of classes, labels and names of files, not of what is in them: that would read them all."""
+    """Of classes, labels and file names, not of file contents: that would take reading them all."""
     made = hashlib.sha256()
     for split in splits:
         names = "\n".join([*split.classes, *(path.name for path in split.files)])
-        made.update(names.encode(errors="surrogateescape"))  # they may be no text
+        made.update(names.encode(errors="surrogateescape"))  # names need not be valid text
         made.update(split.labels.numpy().tobytes())
     return made.hexdigest()
 
 
 def random_box(width: int, height: int, crop: str, draws: Sequence[float]) -> Rectangle:
-    """Left, top, right, bottom, in pixels, of a training crop before it is resized.
+    """A training crop before it is resized: left, top, right, bottom, in pixels.
     ``draws``: DRAWS numbers, uniform from 0 to 1.
 
-    ``scale``: a square whose side is 224/480 to 224/256 of the shorter side: the crop of 224 x 224
-    from the image whose shorter side is drawn from 256..480 ([1]).
-    ``scale-aspect``: 8 to 100 % of the area, aspect 3/4 to 4/3, its logarithm uniform
-    as torchvision's is (fb.resnet.torch: the aspect itself).
+    ``scale``: a square whose side is 224/480 to 224/256 of the shorter side. This is the 224 x 224
+    crop of an image whose shorter side is resized to a random 256..480 ([1]).
+    ``scale-aspect``: 8 to 100 % of the area, aspect ratio 3/4 to 4/3, whose logarithm is uniform as
+    in torchvision (fb.resnet.torch: the ratio itself).
     """
     if crop == "scale-aspect":
         for i in range(0, DRAWS, 4):
@@ -199,14 +199,15 @@ def random_box(width: int, height: int, crop: str, draws: Sequence[float]) -> Re
 
 
 def center_box(width: int, height: int, share: float) -> Rectangle:
-    """The square in the middle whose side is ``share`` of the shorter side."""
+    """The centered square whose side is ``share`` of the shorter side."""
     side = min(width, height) * share
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
 
 
 def boxes(width: int, height: int, view: View) -> list[Rectangle]:
-    """What a view sees of an image: the middle; of ten crops the corners, and the middle last."""
+    """The crops that a view takes of an image: the middle; for ten crops, the corners, then the
+    middle."""
     middle = center_box(width, height, view.share)
     if not view.ten:
         return [middle]
@@ -218,11 +219,11 @@ def boxes(width: int, height: int, view: View) -> list[Rectangle]:
 class FolderImages(Dataset):
     """Image ``index`` as epoch ``epoch`` sees it; epoch -1 is the test view.
 
-    What is drawn follows from seed, epoch and index alone.
+    Random draws follow from seed, epoch and index alone.
 
-    Shape: key (index, epoch) -> (size, size, 3) uint8, label, and where a ``color`` is to be
-    changed (3, 4), as of ``colors.change``; in test (side, side, 3), or (10, side, side, 3): five
-    crops, and the five mirrored; and the label.
+    Shape: key (index, epoch) -> (size, size, 3) uint8, label, and if ``color`` is not ``none`` the
+    (3, 4) of ``colors.change``. Test view: (side, side, 3), or (10, side, side, 3) with five crops
+    followed by the same five mirrored; and the label.
     """
 
     def __init__(
@@ -253,14 +254,14 @@ class FolderImages(Dataset):
         content = content_of(file)
         try:
             return crops(content, str(file), choose, side)
-        except picture.Unreadable as error:  # by what knows nothing of where it is
+        except picture.Unreadable as error:  # raised without knowing where the image is stored
             hint = file.anew if isinstance(file, Member) else CHECK
             raise picture.Unreadable(str(error), hint, error.why) from None
 
 
 def chosen(split: Split | Folder, n: int, view: View) -> tuple[Tensor, Tensor]:
-    """n images at equal distances, or all if there are fewer; sorted by class, all classes have
-    their share. ``view``: of photographs.
+    """n evenly spaced images, or all if there are fewer. Images are sorted by class, so each class
+    has its share. ``view``: for photographs.
 
     Shape: (n, H, W, 3) uint8, (n,).
     """
@@ -275,7 +276,7 @@ def chosen(split: Split | Folder, n: int, view: View) -> tuple[Tensor, Tensor]:
 
 
 class Keys:
-    """Batches of (index, epoch) for a DataLoader: what its workers decode."""
+    """Batches of (index, epoch) keys, which the workers of a DataLoader decode."""
 
     def __init__(self, batches: Iterable[list[tuple[int, int]]], length: int) -> None:
         self.batches, self.length = batches, length

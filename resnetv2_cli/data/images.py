@@ -1,4 +1,4 @@
-"""Small images, decoded once and kept whole as uint8: CIFAR and the embedded digits."""
+"""Small images, decoded once and held in memory as uint8: CIFAR and scikit-learn's digits."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.files import PARTIAL, cache
 from resnetv2_cli.telling import Tell, silent
 
-LARGEST = 2**20  # bytes of one image file: a member of an archive may claim to unpack to any size
+LARGEST = 2**20  # bytes of one image file: an archive member may claim to unpack to any size
 SPLITS = ("train", "test")
 SUFFIXES = {".png", ".webp", ".jpg", ".jpeg"}
 
@@ -36,7 +36,7 @@ class Split(NamedTuple):
 
 
 class Images(NamedTuple):
-    """A dataset in memory. ``digest``: of every pixel and label, so that two copies compare."""
+    """A dataset in memory. ``digest``: of all pixels and labels, to compare copies by."""
 
     train: Split
     test: Split
@@ -44,7 +44,7 @@ class Images(NamedTuple):
 
 
 class File(NamedTuple):
-    """One image file: where it is said to be, its split and class, and how to read it."""
+    """One image file: where messages say that it is, its split and class, and how to read it."""
 
     name: str
     split: str
@@ -56,11 +56,11 @@ class File(NamedTuple):
 def load(name: str, root: Path, tell: Tell = silent) -> Images:
     """A dataset by name, from ``root``: in the official archive's layout, or as class folders.
 
-    The images come in one order whatever the copy they are read from. Decoded once, they are kept
-    in the user's cache folder. ``tell``: hears of what takes a while.
+    The order of the images does not depend on the copy. They are decoded once, then kept in the
+    user's cache folder. ``tell`` is called with a line about anything that takes a while.
 
     Raises:
-        UserError: nothing is there and the download failed; or what is there is not whole.
+        UserError: the dataset is incomplete, or is missing and its download failed.
     """
     dataset = DATASETS[name]
     if name == "digits":
@@ -76,7 +76,7 @@ def load(name: str, root: Path, tell: Tell = silent) -> Images:
 def digits() -> Images:
     """scikit-learn's digits (1,797 of 8x8, 17 greys) at 32x32 RGB; every fifth is a test image.
 
-    They are kept too: to import scikit-learn takes as long as to train on them for a while.
+    They are cached too: importing scikit-learn takes as long as a while of training on them.
     """
     installed = find_spec("sklearn")
     sources = [Path(installed.origin)] if installed and installed.origin else []
@@ -84,7 +84,7 @@ def digits() -> Images:
 
 
 def embedded() -> tuple[Split, Split]:
-    """Train and test from what scikit-learn has in it."""
+    """Train and test from the digits that come with scikit-learn."""
     from sklearn.datasets import load_digits
 
     small = load_digits()
@@ -96,7 +96,7 @@ def embedded() -> tuple[Split, Split]:
 
 
 def folder_copy(name: str, root: Path) -> list[Path]:
-    """Where a class-folder copy lies under ``root``: a folder with train/ and test/, or archives.
+    """Where a class-folder copy is under ``root``: a folder with train/ and test/, or zip archives.
 
     Raises:
         UserError: only one of train/ and test/ is there.
@@ -113,7 +113,7 @@ def folder_copy(name: str, root: Path) -> list[Path]:
                 f"half of {name} is missing: there is no {missing}",
                 "class folders must be in train/ and test/",
             )
-        own = place != root or root.name in names  # else it may hold archives of other things
+        own = place != root or root.name in names  # else it may hold unrelated archives
         archives = sorted(place.glob("*.zip")) if own else []
         if archives:
             return archives
@@ -121,7 +121,7 @@ def folder_copy(name: str, root: Path) -> list[Path]:
 
 
 def tree(places: list[Path]) -> Iterator[File]:
-    """The image files of a folder, or of zip archives read in place: ``split/class/name``."""
+    """The image files ``split/class/name`` in a folder, or in zip archives, read in place."""
     for place in places:
         if place.is_dir():
             for path in sorted(place.glob("*/*/*")):
@@ -141,10 +141,10 @@ def tree(places: list[Path]) -> Iterator[File]:
 
 
 def decode(file: File) -> NDArray[np.uint8]:
-    """(32, 32, 3) uint8.
+    """The pixels of an image file, (32, 32, 3) uint8.
 
     Raises:
-        UserError: the file is no image, is cut short, or has another size; says which file.
+        UserError: it is not an image, is truncated, or has another size; the message names it.
     """
     if file.size > LARGEST:
         raise UserError(f"{file.name} has {file.size:,} bytes", f"too many for {SIZE}x{SIZE}")
@@ -159,7 +159,7 @@ def from_files(name: str, dataset: Dataset, files: list[File]) -> tuple[Split, S
     """Train and test from image files.
 
     Raises:
-        UserError: a class is missing, has another name, or has fewer images than the others.
+        UserError: a class is missing, is misnamed, or has fewer images than the others.
     """
     counts = Counter((f.split, f.label) for f in files)
     for split in SPLITS:
@@ -193,7 +193,7 @@ def from_archive(name: str, root: Path) -> tuple[Split, Split]:
 
 
 def finished(train: Split, test: Split) -> Images:
-    """The splits in the one order that all copies share: by class, then by a digest of pixels."""
+    """Both splits in the order that all copies share: by class, then by a digest of the pixels."""
     digest, halves = hashlib.sha256(), []
     for images, labels in (train, test):
         keys = [hashlib.sha256(image.tobytes()).digest() for image in images]
@@ -212,9 +212,9 @@ def cached(
     read: Callable[[], tuple[Split, Split]],
     tell: Tell,
 ) -> Images:
-    """What ``read`` gives, kept in the cache folder until one of the ``sources`` changes."""
+    """The result of ``read``, kept in the cache folder until one of the ``sources`` changes."""
     folder = cache()
-    # Not there yet: what is downloaded now is kept from the next time on.
+    # Without sources, the dataset is about to be downloaded: the next call will cache it.
     if not sources or folder is None:
         return finished(*read())
     stamp = hashlib.sha256()
@@ -227,7 +227,7 @@ def cached(
             train, test = (Split(kept[f"{s}_images"], kept[f"{s}_labels"]) for s in SPLITS)
             return Images(train, test, str(kept["digest"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        tell(f"{name} is decoded")
+        tell(f"decoding {name}")
     images = finished(*read())
     partial = file.with_suffix(f".{os.getpid()}{PARTIAL}")
     try:
@@ -242,7 +242,7 @@ def cached(
                 digest=np.array(images.digest),
             )
         partial.replace(file)
-        tell(f"{name} is kept in {folder}, and not decoded again")
+        tell(f"{name} is kept in {folder} and will not be decoded again")
     except OSError as error:  # a full or read-only cache costs time, not the run
         with suppress(OSError):
             partial.unlink(missing_ok=True)

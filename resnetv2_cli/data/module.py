@@ -21,21 +21,21 @@ from resnetv2_cli.files import expanded
 from resnetv2_cli.plans import STEMS
 from resnetv2_cli.telling import Tell, silent
 
-EVAL_BATCH = 250  # small images at a time in evaluation
-GPU_EVAL_BATCH = 1000  # on a GPU, which waits for launches: there are a quarter of them then
-EVAL_CROPS = 64  # of photographs, at a time
+EVAL_BATCH = 250  # small images in an evaluation batch
+GPU_EVAL_BATCH = 1000  # on a GPU, which waits for kernel launches: this takes a quarter as many
+EVAL_CROPS = 64  # crops of photographs in an evaluation batch
 
 
 def view_of(experiment: Experiment, normalize: Normalize, protocol: str = "") -> View:
-    """What a network sees of an image in evaluation: small images whole, of a photograph the crops
-    of the protocol, which is the experiment's first unless given.
+    """What a network sees of an image in evaluation: small images whole; of a photograph, the crops
+    of ``protocol``, by default the experiment's first.
 
     Raises:
-        UserError: they are of another size than the mean image that came with its weights.
+        UserError: their size is not that of the mean image that came with its weights.
     """
     views = {name: row.view(STEMS[experiment.stem_].size) for name, row in PROTOCOLS.items()}
     protocol = protocol or experiment.protocols[0]
-    view, by = views[protocol], f"by --protocol {protocol} "
+    view, by = views[protocol], f"with --protocol {protocol} "
     if DATASETS[experiment.dataset].decoded:
         views, view, by = {}, View(SIZE), ""
     mean = normalize.mean.shape[-1]
@@ -50,15 +50,15 @@ def view_of(experiment: Experiment, normalize: Normalize, protocol: str = "") ->
 
 
 def at_a_time(experiment: Experiment, view: View) -> int:
-    """How many images are evaluated at a time, each with all its crops."""
+    """The number of images in an evaluation batch, each with all its crops."""
     most = EVAL_BATCH if DATASETS[experiment.dataset].decoded else EVAL_CROPS
     return most // view.crops
 
 
 class Batch(NamedTuple):
-    """images (N, H, W, 3) uint8, or (N, 10, H, W, 3) of ten crops; labels (N,); views (N, 3) of
-    crops, or (N, 3, 4) changes of colors, or None; and the weight of their mean loss in the mean
-    over the whole batch."""
+    """images (N, H, W, 3) uint8, or (N, 10, H, W, 3) for ten crops; labels (N,); views: (N, 3) for
+    crop and flip, or color changes (N, 3, 4), or None; weight: of the mean loss of these images in
+    the mean over the whole batch."""
 
     images: Tensor
     labels: Tensor
@@ -67,13 +67,13 @@ class Batch(NamedTuple):
 
 
 class Parts:
-    """Every part that this process takes, from iteration ``start`` to ``stop``."""
+    """All parts that this process takes, from iteration ``start`` to ``stop``."""
 
     def __init__(self, schedule: Schedule, start: int, stop: int) -> None:
         self.schedule, self.start, self.stop = schedule, start, stop
 
     def __len__(self) -> int:
-        # Lightning counts batches from the start of training, also when a run was resumed.
+        # Lightning counts batches from the start of training, even in a resumed run.
         return self.stop * self.schedule.micro
 
     def __iter__(self) -> Iterator[Part]:
@@ -82,9 +82,9 @@ class Parts:
 
 
 class Stream:
-    """The training batches of images that are whole in memory, on the device that trains.
+    """The training batches of images that are held in memory, on the training device.
 
-    A batch is one indexing of tensors that lie there already: no worker, no copy, no waiting.
+    A batch is one indexing of tensors that are already there: no worker, no copy, no waiting.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class EpochMaker(NamedTuple):
 
 
 class Sequence:
-    """The evaluation batches of one process, from images that are whole in memory."""
+    """The evaluation batches of one process, from images held in memory."""
 
     def __init__(self, split: images.Split, rows: range, device: torch.device) -> None:
         self.images = torch.from_numpy(split.images[rows.start : rows.stop]).to(device)
@@ -136,7 +136,7 @@ class Sequence:
 
 
 class FileStream:
-    """Batches decoded from files by worker processes; ``weights`` go with the batches."""
+    """Batches decoded from files by worker processes; ``weights``: one for each batch."""
 
     def __init__(self, loader: DataLoader, weights: Iterator[float] | None) -> None:
         self.loader, self.weights = loader, weights
@@ -149,16 +149,17 @@ class FileStream:
             for pixels, labels, *changes in self.loader:
                 weight = next(self.weights) if self.weights else 1.0
                 yield Batch(pixels, labels, changes[0] if changes else None, weight)
-        except UserError as error:  # from a worker: between its traceback and its hint
+        except UserError as error:  # from a worker, its message is between a traceback and a hint
             _, _, said = str(error).rpartition(f"{type(error).__name__}: ")
             message, _, hint = said.partition("\nhint: ")
             raise UserError(message.strip(), error.hint or hint.strip()) from None
 
 
 def refuse_unshared(split: images.Split | folder.Folder, processes: int) -> None:
-    """
+    """Refuse a split of fewer images than processes.
+
     Raises:
-        UserError: there is not one image for each process, which would wait for it for ever.
+        UserError: there is not one image for each process; the run would wait for ever.
     """
     if len(split.labels) < processes:
         raise UserError(
@@ -170,16 +171,15 @@ def refuse_unshared(split: images.Split | folder.Folder, processes: int) -> None
 class ImageData(L.LightningDataModule):
     """Training, validation and test images of an experiment.
 
-    ``classes`` are known after ``setup``; ``normalize`` is made from the training images alone.
-    With those that a checkpoint has ``learned``, files are looked for of the test images alone.
-    ``protocol``: what evaluates them from here on, if not the experiment's first.
-    ``tell``: hears of what takes a while. ``processes``: will share each batch, which tells how
-    many make an epoch before there is a trainer.
+    ``classes`` are known after ``setup``; ``normalize`` uses training images alone, or ImageNet's.
+    ``learned``: a checkpoint's classes; class folders then need only test images. ``protocol``:
+    replaces the experiment's first in evaluation. ``tell`` is called with a line about what takes a
+    while. ``processes``: that share a batch, to count an epoch's before there is a trainer.
     """
 
     classes: tuple[str, ...]
     normalize: Normalize
-    digest: str = ""  # of the images; of their names, where they are read from files
+    digest: str = ""  # of the images, or of their names if they are read from files
     train: images.Split | folder.Folder
     val: images.Split | folder.Folder
     test: images.Split | folder.Folder
@@ -199,7 +199,7 @@ class ImageData(L.LightningDataModule):
         self._ready = False
 
     def prepare_data(self) -> None:
-        """Download and decode once, in one process, before the others look for the result."""
+        """Download and decode once, in one process, before the others need the result."""
         if self.dataset.decoded and not self._ready:
             images.load(self.experiment.dataset, self.root)
 
@@ -207,8 +207,8 @@ class ImageData(L.LightningDataModule):
         """Read the images.
 
         Raises:
-            UserError: they are missing or not whole, of another number of classes than was asked
-                for, or ``val`` or ``batch_size`` ask for more than there are.
+            UserError: they are missing or incomplete, do not have the number of classes that was
+                asked for, or are fewer than ``val`` or ``batch_size`` need.
         """
         if self._ready:
             return
@@ -261,10 +261,9 @@ class ImageData(L.LightningDataModule):
         return train, val, test
 
     def _hold_out(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows kept and rows held out: one from each of ``val`` equal stretches.
+        """Rows kept and rows held out: one row from each of ``val`` equal stretches.
 
-        The images are sorted by class, so every class gives its share; the split is the same for
-        every seed.
+        Images are sorted by class, so each class gives its share; all seeds have the same split.
         """
         val = self.experiment.val
         if val >= n:
@@ -274,12 +273,12 @@ class ImageData(L.LightningDataModule):
 
     @property
     def train_images(self) -> int:
-        """How many images train."""
+        """The number of training images."""
         return len(self.train.labels)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a manifest says of the images."""
+        """What a manifest records about the images."""
         return {
             "dataset": self.experiment.dataset,
             "digest": self.digest,
@@ -292,26 +291,27 @@ class ImageData(L.LightningDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Iterations that cover every training image once."""
+        """The number of iterations that cover every training image once."""
         return self._schedule().steps_per_epoch
 
     @property
     def scored(self) -> str:
-        """What is evaluated during training: ``val`` if a part is held out, else ``test``."""
+        """The split evaluated during training: ``val`` if images are held out, else ``test``."""
         return "val" if self.experiment.val else "test"
 
     def refuse_few(self, processes: int) -> None:
-        """
+        """Refuse more processes than can share a batch, or the images that are evaluated.
+
         Raises:
-            UserError: so many processes cannot share a batch, or the images that are evaluated.
+            UserError: there are too few images for them.
         """
         self._shared(0, processes)
         for split in (self.val, self.test) if self.experiment.val else (self.test,):
             refuse_unshared(split, processes)
 
     def one_at_a_time(self, processes: int) -> int | None:
-        """The first iteration in which one of so many processes takes one image at a time."""
-        schedule = self._shared(0, processes)  # whose parts are rounded down
+        """The first iteration, from 1, in which one of ``processes`` gets one image at a time."""
+        schedule = self._shared(0, processes)  # rank 0 has the smallest part: cuts round down
         for number in (1, min(self.experiment.steps, schedule.steps_per_epoch)):
             part = schedule.parts(number - 1)[0]
             if part.stop - part.start == 1:
@@ -334,7 +334,7 @@ class ImageData(L.LightningDataModule):
         return Schedule(self.train_images, e.batch_size, e.accumulate, rank, ranks)
 
     def train_dataloader(self) -> Stream | FileStream:
-        """The batches from the trainer's step on: where a run continues follows from its step."""
+        """The batches from the trainer's step on, where a resumed run continues."""
         assert self.trainer is not None
         return self.batches(self.trainer.global_step)
 
@@ -365,7 +365,7 @@ class ImageData(L.LightningDataModule):
         return self._scored(self.test)
 
     def _scored(self, split: images.Split | folder.Folder) -> Sequence | FileStream:
-        """This process's share of a split, each image once; padding would count some twice."""
+        """This process's share of a split, each image once: padding would count some twice."""
         trainer = self.trainer
         assert trainer is not None
         refuse_unshared(split, trainer.world_size)

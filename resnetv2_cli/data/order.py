@@ -1,6 +1,6 @@
 """Which images each iteration takes, and how each is cropped: functions of (seed, epoch, index).
 
-Nothing else decides: not the number of workers or processes, and not how often a run was resumed.
+Nothing else matters: neither the number of workers or processes, nor how often a run was resumed.
 """
 
 from typing import NamedTuple
@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 
 PAD = 4  # pixels on each side, before the random crop (appendix)
-STREAMS = 2**20  # seeds drawn from one another are kept apart by their epoch below this
-FILES = 2**21  # and by the image; of more, some would draw what others do in the next epoch
-BITS = 32  # of a seed that PyTorch's generator looks at; the others change nothing
+STREAMS = 2**20  # epochs of a seed; later ones would draw what the first of the next seed draw
+FILES = 2**21  # images of an epoch; later ones would draw what the first of the next epoch draw
+BITS = 32  # of a seed that PyTorch's generator uses; higher bits change nothing
 
 
 class Epoch(NamedTuple):
-    """order (N,) int64: image by image; views (N, 3) int64: top, left, flip of each crop."""
+    """order (N,) int64: indices of images; views (N, 3) int64: top, left, flip, in that order."""
 
     order: Tensor
     views: Tensor
 
 
 class Part(NamedTuple):
-    """What one process takes of one micro-batch: positions ``start`` to ``stop`` of ``epoch``.
+    """One process's part of a micro-batch: positions ``start`` to ``stop`` of ``epoch``.
 
-    ``weight`` turns the mean over the part into its share of the mean over the whole batch, for
-    a framework that averages over micro-batches and processes alike; 1 when all are equal.
+    ``weight`` turns the mean over the part into its share of the mean over the whole batch, given
+    that the framework averages equally over micro-batches and processes; 1 if all are equal.
     """
 
     epoch: int
@@ -36,14 +36,14 @@ class Part(NamedTuple):
 
 
 def generator(number: int) -> torch.Generator:
-    """One of its own for each number, also where that has more than BITS."""
+    """A random generator of its own for each ``number``, even for those of more than BITS bits."""
     if number >> BITS:
         [number] = np.random.SeedSequence(number).generate_state(1).tolist()
     return torch.Generator().manual_seed(number)
 
 
 def epoch_order(images: int, seed: int, epoch: int, flip: bool = True) -> Epoch:
-    """The order of one epoch, and the view of each image in it."""
+    """The order of one epoch, and how each image in it is cropped and flipped."""
     g = generator(seed * STREAMS + epoch)
     order = torch.randperm(images, generator=g)
     corners = torch.randint(2 * PAD + 1, (images, 2), generator=g)
@@ -52,10 +52,10 @@ def epoch_order(images: int, seed: int, epoch: int, flip: bool = True) -> Epoch:
 
 
 class Schedule:
-    """Iteration by iteration, the parts of every epoch that one process takes.
+    """The parts of every epoch that one process takes, iteration by iteration.
 
-    Each epoch covers every image once. Its last batch is what is left over; if that is too small
-    to give every process an image, it joins the batch before it.
+    Each epoch covers every image once. Its last batch is the remainder; if that is too small to
+    give an image to every process in every micro-batch, it joins the batch before it.
     """
 
     def __init__(
@@ -81,5 +81,5 @@ class Schedule:
 
 
 def share(images: int, rank: int, ranks: int) -> range:
-    """The images that one process evaluates: each is in exactly one share, none is in two."""
+    """The images that one process evaluates; each image is in exactly one process's share."""
     return range(images * rank // ranks, images * (rank + 1) // ranks)

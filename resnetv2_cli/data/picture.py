@@ -1,5 +1,5 @@
-"""Opening image files of strangers: formats that are pixels and nothing else, and every failure is
-one clear error."""
+"""Opening untrusted image files: only formats that are nothing but pixels, and every failure is one
+clear error."""
 
 import stat
 import struct
@@ -16,17 +16,17 @@ from PIL import Image, UnidentifiedImageError
 
 from resnetv2_cli.errors import UserError
 
-# By content, whatever a file is called; and how it should be. Pillow knows more formats, among them
-# EPS, which it hands to an interpreter of PostScript.
+# Formats, recognized by content whatever a file is called, and the suffixes it should have. Pillow
+# knows more formats, among them EPS, which it hands to a PostScript interpreter.
 FORMATS = {"PNG": {".png"}, "JPEG": {".jpg", ".jpeg", ".jfif"}, "WEBP": {".webp"}, "BMP": {".bmp"}}
 
-# Photographs may have so many pixels; Pillow refuses twice as many by itself.
+# Photographs may have that many pixels; Pillow itself refuses twice as many.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-# Of broken EXIF, on which no pixel depends.
+# Warnings about broken EXIF, on which no pixel depends.
 warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
 
-# What decoders raise on bytes that are no image.
+# What decoders raise on bytes that are not an image.
 BROKEN = (
     OSError,
     ValueError,
@@ -43,10 +43,10 @@ BROKEN = (
 
 
 class Unreadable(UserError):
-    """An image that cannot be read. ``why``: what the message says behind its name."""
+    """An image that cannot be read. ``why``: the reason, without the image's name."""
 
-    # The message is enough: torch makes the error of a worker process again from that alone, with
-    # its traceback, in which the hint is a note.
+    # A message alone must be enough to make one: from that torch recreates the error of a worker
+    # process. The message then is the worker's traceback, in which the note carries the hint.
     def __init__(self, message: str, hint: str = "", why: str = "") -> None:
         super().__init__(message, hint)
         self.why = why or message
@@ -59,7 +59,7 @@ def opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
     """An image whose pixels are not decoded yet.
 
     Raises:
-        Unreadable: it cannot be read as an image, here or where it is used; says which.
+        Unreadable: it cannot be read as an image, here or where it is used; the message names it.
     """
     if isinstance(source, Path):
         refuse_pipe(source, name)
@@ -72,7 +72,7 @@ def opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
 
 
 def unreadable(name: str, error: Exception | str, hint: str = "copy it again") -> Unreadable:
-    """One line that says why."""
+    """The error for an image that cannot be read: one line that says why."""
     why = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, UnidentifiedImageError):
         why = f"cannot identify image file: none of {', '.join(FORMATS)}"
@@ -80,7 +80,11 @@ def unreadable(name: str, error: Exception | str, hint: str = "copy it again") -
 
 
 def refuse_pipe(path: Path, name: str) -> None:
-    """Raises Unreadable: it is no plain file, as a pipe, which never ends; or cannot be one."""
+    """Refuse what is not a plain file, such as a pipe, which never ends.
+
+    Raises:
+        Unreadable: it is missing, not a plain file, or its path cannot be one of a file.
+    """
     try:
         plain = stat.S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -92,10 +96,10 @@ def refuse_pipe(path: Path, name: str) -> None:
 
 
 def content(path: Path) -> bytes:
-    """What a file of an image holds.
+    """The content of an image file.
 
     Raises:
-        Unreadable: it cannot be read; says which.
+        Unreadable: it cannot be read; the message names it.
     """
     refuse_pipe(path, str(path))
     try:
@@ -105,30 +109,30 @@ def content(path: Path) -> bytes:
 
 
 def saved_pixels(content: bytes, name: str) -> NDArray[np.uint8]:
-    """The pixels that NumPy has saved, which are not copied.
+    """The pixels of an array that NumPy saved, without copying them.
 
     Shape: (height, width, 3) uint8.
 
     Raises:
-        Unreadable: it is another array, or none; says which.
+        Unreadable: it is another array, or none; the message names it.
     """
     try:
         file = BytesIO(content)
         np.lib.format.read_magic(file)
         shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
         if dtype != np.uint8 or by_columns or len(shape) != 3 or shape[2] != 3 or min(shape) < 1:
-            raise ValueError("the array has not the pixels of an image")
+            raise ValueError("the array does not hold the pixels of an image")
         return np.frombuffer(content, np.uint8, offset=file.tell()).reshape(shape)
-    except Exception as error:  # a header of a stranger's fails in any way
+    except Exception as error:  # an untrusted header may fail in any way
         raise unreadable(name, error) from None
 
 
 def converted(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB."""
-    if image.mode.startswith("I"):  # 16 bits of grey, which convert would cut off at 255
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert would clip at 255
         high = np.asarray(image).clip(0, 2**16 - 1) >> 8
         return Image.fromarray(high.astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:  # of which Pillow would warn
+    if image.mode == "P" and "transparency" in image.info:  # else Pillow would warn
         image = image.convert("RGBA")
     return image.convert("RGB")
 
@@ -137,10 +141,10 @@ def rgb(source: Path | bytes, name: str, size: tuple[int, int] | None = None) ->
     """An image of any mode as RGB; ``size``: the width and height that it must have.
 
     Raises:
-        UserError: it cannot be read as an image, or has another size; says which.
+        UserError: it cannot be read as an image, or has another size; the message names it.
     """
     with opened(source, name) as image:
-        if size and image.size != size:  # before a single pixel of it is decoded
+        if size and image.size != size:  # before any pixel is decoded
             found, wanted = ("x".join(map(str, s)) for s in (image.size, size))
             raise UserError(f"{name} is {found}, not {wanted}", "use --dataset folder for it")
         return converted(image)

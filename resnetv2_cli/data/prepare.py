@@ -24,8 +24,8 @@ LOCK = "prepare.lock"
 
 
 class Form(NamedTuple):
-    """How images are kept: shorter side at most ``side`` pixels; as JPEG of a ``quality``, or
-    ``raw``, as pixels; ``shard``: images in one file."""
+    """How images are stored: shorter side at most ``side`` pixels; as JPEG of ``quality``, or with
+    ``raw`` as pixels; ``shard``: images in one file."""
 
     side: int = 512
     quality: int = 90
@@ -34,10 +34,10 @@ class Form(NamedTuple):
 
 
 def encoded(path: Path, form: Form) -> bytes:
-    """A photograph in the form.
+    """A photograph encoded as ``form`` says.
 
     Raises:
-        UserError: it cannot be read, or cannot be a JPEG; says which.
+        UserError: it cannot be read, or cannot be a JPEG; the message names it.
     """
     image = picture.rgb(path, str(path))
     share = form.side / min(image.size)
@@ -50,20 +50,20 @@ def encoded(path: Path, form: Form) -> bytes:
     else:
         try:
             image.save(out, "JPEG", quality=form.quality)
-        except OSError as error:  # a side of more pixels than JPEG can have
-            raise UserError(f"{path} cannot be a JPEG: {error}", "leave it out, or --raw") from None
+        except OSError as error:  # a side of more pixels than JPEG allows
+            raise UserError(f"{path} cannot be a JPEG: {error}", "omit it, or use --raw") from None
     return out.getvalue()
 
 
 def prepare(
     root: Path, output: Path, form: Form, workers: int, tick: Callable[[int, int], None]
 ) -> dict[str, int]:
-    """Write the splits of class folders as shards; how many images each has. Shards that an
-    earlier call finished are kept: what was stopped goes on.
+    """Write the splits of class folders as shards, and return how many images each split has.
+    Shards that an earlier call finished are kept, so a call that was stopped can be continued.
 
     Raises:
-        UserError: an image cannot be read, the folder has shards of something else, or one that is
-            damaged, or it cannot be written; or ``root`` is one of shards.
+        UserError: an image cannot be read; ``output`` cannot be written, has shards of something
+            else or a damaged one; or ``root`` is itself a folder of shards.
     """
     shards.refuse_shards(root)
     splits = {"train": folder.scan(root, "train")}
@@ -88,12 +88,12 @@ def prepare(
         except OSError as error:
             raise UserError(
                 f"cannot write {output}: {error.strerror or error}",
-                "shards that are whole are kept: make room, and call it again",
+                "finished shards are kept: make room, and run it again",
             ) from None
 
 
 def stamp(files: Iterable[object]) -> str:
-    """Of their sizes and times, by which others of the same names are known."""
+    """A digest of the files' sizes and times, to recognize other files of the same names."""
     made = hashlib.sha256()
     for path in map(Path, map(str, files)):
         picture.refuse_pipe(path, str(path))
@@ -105,9 +105,10 @@ def stamp(files: Iterable[object]) -> str:
 def refuse_others(
     output: Path, was: dict[str, Any], plan: dict[str, Any], stamps: dict[str, str]
 ) -> None:
-    """
+    """Refuse a folder that was begun with something else.
+
     Raises:
-        UserError: a folder was begun otherwise, or a shard in it is of images that have changed.
+        UserError: images or settings were others, or images of a finished shard have changed.
     """
     made = was.pop("shards", {})
     if was != plan or not isinstance(made, dict):
@@ -115,21 +116,21 @@ def refuse_others(
     for shard, found in stamps.items():
         if made.get(shard, found) != found and (output / shard).exists():
             raise UserError(
-                f"{output / shard} was made of other images, or they have changed since",
-                "name a new folder; or remove the shard, and it is made anew",
+                f"{output / shard} was made from other images, or they have changed since",
+                "name a new folder; or remove the shard, and run it again",
             )
 
 
 def portions(name: str, split: folder.Folder, form: Form) -> dict[str, list[int]]:
-    """The shards of a split, and which rows each has."""
+    """The shards of a split, and the rows in each."""
     order = list(range(len(split.files)))
-    random.Random(0).shuffle(order)  # whoever reads shards one after another gets all classes
+    random.Random(0).shuffle(order)  # so that reading shards one after another mixes all classes
     starts = range(0, len(order), form.shard)
     return {f"{name}-{n:06}.tar": order[s : s + form.shard] for n, s in enumerate(starts)}
 
 
 def contents(split: folder.Folder, rows: list[int], form: Form) -> list[tuple[str, int]]:
-    """What is in a shard: the name there of each row's image, and the number of its class."""
+    """What a shard holds: the name of each row's image in it, and the number of its class."""
     suffix = ".npy" if form.raw else ".jpg"
     return [(f"{row:08}{suffix}", int(split.labels[row])) for row in rows]
 
@@ -168,7 +169,7 @@ def write(
     workers: int,
     tick: Callable[[int], None],
 ) -> None:
-    """One shard, there whole or not at all."""
+    """Write one shard, completely or not at all."""
 
     def images() -> Iterator[bytes]:
         with ThreadPool(workers) as pool:

@@ -1,18 +1,18 @@
-"""How photographs are looked at in evaluation, as data. To add a way: one row in PROTOCOLS.
+"""How photographs are cropped in evaluation, as data. To add a protocol, add a row to PROTOCOLS.
 
-Nothing here needs torch, so that help and error messages come at once.
+Nothing here needs torch, so that help and error messages appear at once.
 """
 
 from typing import NamedTuple
 
 from resnetv2_cli.errors import unknown
 
-TRAINED = 224  # pixels: side of the training crops that the sides below are for
+TRAINED = 224  # pixels: side of the training crops that the sizes below are meant for
 
 
 class View(NamedTuple):
-    """What a network sees of an image: crops of ``side`` pixels, each ``share`` of the shorter side
-    of the image; the one in the middle, or the ``ten`` of AlexNet."""
+    """What a network sees of an image: crops of ``side`` pixels, which cover ``share`` of the
+    image's shorter side; the one in the middle, or the ``ten`` of AlexNet."""
 
     side: int
     share: float = 1.0
@@ -20,18 +20,18 @@ class View(NamedTuple):
 
     @property
     def shorter(self) -> int:
-        """The shorter side that the image is resized to, pixels."""
+        """The shorter side of the resized image, pixels."""
         return round(self.side / self.share)
 
     @property
     def crops(self) -> int:
-        """How many of each image."""
+        """The number of crops of each image."""
         return 10 if self.ten else 1
 
 
 class Protocol(NamedTuple):
-    """``crop``, ``shorter``: sides of the crop and of the resized image, pixels, for networks that
-    train on crops of 224; for others they are in proportion."""
+    """``crop``, ``shorter``: side of the crop and shorter side of the resized image, pixels, for
+    networks that train on crops of 224; for others in proportion."""
 
     doc: str
     crop: int
@@ -39,7 +39,7 @@ class Protocol(NamedTuple):
     ten: bool = False
 
     def view(self, trained: int) -> View:
-        """For a network that trains on crops of ``trained`` pixels."""
+        """The view for a network that trains on crops of ``trained`` pixels."""
         return View(round(self.crop * trained / TRAINED), self.crop / self.shorter, self.ten)
 
 
@@ -56,7 +56,7 @@ PROTOCOLS = {
 
 
 def listed(text: str) -> str:
-    """Names of protocols with commas between, each once.
+    """Comma-separated names of protocols, without duplicates.
 
     Raises:
         UserError: there is no such protocol.

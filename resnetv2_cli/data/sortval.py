@@ -1,4 +1,4 @@
-"""The flat ``val/`` of the official archive, sorted into class folders by a file of labels."""
+"""Sort the flat ``val/`` of the official archive into class folders, by a file of labels."""
 
 import csv
 import os
@@ -15,7 +15,7 @@ FORMS = (
     "a line for each image: ILSVRC2012_val_00000001.JPEG n01440764; or LOC_val_solution.csv; or "
     "the classes alone, one a line, in the order of the images' names"
 )
-# As LOC_val_solution.csv has it: the class before the four numbers of each box around one of it.
+# In LOC_val_solution.csv: the class, followed by four numbers, once for each bounding box.
 BOXES = re.compile(r"(\S+)(\s+\d+){4}(\s+\1(\s+\d+){4})*")
 
 
@@ -27,37 +27,37 @@ class Move(NamedTuple):
 
 
 def place_of(root: Path) -> Path:
-    """The folder to sort: ``val`` of a dataset's folder, or the one that is named itself.
+    """The folder to sort: ``val`` or ``test`` of a dataset's folder, or ``root`` itself.
 
     Raises:
-        UserError: there is none, or it is one of shards.
+        UserError: there is none, or ``root`` is a folder of shards.
     """
     refuse_shards(root)
     for place in (root / "val", root / "test"):
         if place.is_dir():
             return place
-    # Also when it is sorted by now; the class folders of a whole dataset would be its splits.
+    # An already sorted folder counts too. In a whole dataset, splits would look like class folders.
     if root.is_dir() and (images_in(root) or (sorted_in(root) and not (root / "train").is_dir())):
         return root
     raise UserError(f"{root} has no folder val", "name the folder that val is in")
 
 
 def sorted_in(place: Path) -> list[Path]:
-    """The images that lie in its class folders."""
+    """The images in the class folders of a folder."""
     return [path for name in classes_in(place) for path in images_in(place / name)]
 
 
 def class_in(cell: str) -> str:
-    """What a cell names: a class, which may be of several words, or one with its boxes."""
+    """The class in a cell, which holds a class of one or more words, or one with its boxes."""
     boxes = BOXES.fullmatch(cell.strip())
     return boxes[1] if boxes else cell.strip()
 
 
 def labels_in(file: Path) -> list[tuple[str, str]]:
-    """The name of each image ("" where the file has none) and its class.
+    """The name of each image ("" if the file has none) and its class.
 
     Raises:
-        UserError: it is in none of FORMS.
+        UserError: the file is in none of FORMS.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -68,12 +68,12 @@ def labels_in(file: Path) -> list[tuple[str, str]]:
     for number, words in enumerate(rows, 1):
         if words[:2] == ["ImageId", "PredictionString"] or not words:
             continue
-        if len(words) == 1:  # spaces between
+        if len(words) == 1:  # separated by spaces
             words = words[0].split()
         name, label = ("", "".join(words)) if len(words) < 2 else (words[0], class_in(words[1]))
         if len(words) > 2 or not label or any(c in label for c in "/\\\0") or label[0] == ".":
             line = shown(" ".join(words))
-            raise UserError(f"{file}, line {number}: {line} is no image and its class", FORMS)
+            raise UserError(f"{file}, line {number}: {line} is not an image and its class", FORMS)
         made.append((name, label))
     if not made or len({bool(name) for name, _ in made}) > 1:
         raise UserError(f"{file} does not give each image its class", FORMS)
@@ -81,7 +81,7 @@ def labels_in(file: Path) -> list[tuple[str, str]]:
 
 
 def finder(images: list[Path]) -> Callable[[str], Path | None]:
-    """Which image a label names: by its whole name, else by that without its suffix."""
+    """A function that finds the image of a label: by full name, else by name without suffix."""
     whole = {path.name: path for path in images}
     stems: dict[str, list[Path]] = {}
     for path in images:
@@ -100,10 +100,11 @@ def finder(images: list[Path]) -> Callable[[str], Path | None]:
 
 
 def plan(place: Path, labels: list[tuple[str, str]]) -> tuple[list[Move], int]:
-    """What has to be moved, and how many images are in their place already.
+    """The moves to make, and how many images are in place already.
 
     Raises:
-        UserError: an image has no class, has two, or is not there; or ``train`` lacks a class.
+        UserError: an image has no class, has two, is missing or is in the wrong place; or ``train``
+            lacks a class.
     """
     here, sorted_ = images_in(place), sorted_in(place)
     if labels and not labels[0][0]:
@@ -112,7 +113,7 @@ def plan(place: Path, labels: list[tuple[str, str]]) -> tuple[list[Move], int]:
         if len(labels) != len(here) or sorted_:
             raise UserError(
                 f"{len(labels):,} labels without names, for {len(here):,} images in {place}",
-                "labels that name their images can go on where sorting was stopped",
+                "labels with image names can continue a sort that was stopped",
             )
         labels = [(path.name, label) for path, (_, label) in zip(here, labels, strict=True)]
     named = finder(here + sorted_)
@@ -148,10 +149,10 @@ def plan(place: Path, labels: list[tuple[str, str]]) -> tuple[list[Move], int]:
 
 
 def move(moves: list[Move]) -> None:
-    """Give every file its place: renamed, never copied; what was stopped can be done again.
+    """Move every file into place, by renaming it; what was stopped can be done again.
 
     Raises:
-        OSError: a folder cannot be made or a file not renamed; those before it are in place.
+        OSError: a folder cannot be made or a file not renamed; files before it are in place.
     """
     for folder in {m.target.parent for m in moves}:
         folder.mkdir(exist_ok=True)

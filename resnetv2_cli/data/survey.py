@@ -1,6 +1,6 @@
 """A look at every file of a tree of photographs: what is there, and what is wrong.
 
-To add a fault that a file can have: a row in FAULTS, and the place in ``look`` that finds it.
+To add a fault that a file can have, add a row to FAULTS, and find it in ``look``.
 """
 
 import hashlib
@@ -22,28 +22,28 @@ SPLITS = ("train", "val", "test")
 
 
 class Fault(NamedTuple):
-    """Something that a file can be. ``stops``: training and evaluation end when they meet it."""
+    """A fault that a file can have. ``stops``: training and evaluation fail when they meet it."""
 
     doc: str
     stops: bool = False
 
 
 FAULTS = {
-    "unreadable": Fault("no image, or none that can be decoded", stops=True),
+    "unreadable": Fault("not an image, or cannot be decoded", stops=True),
     "truncated": Fault("its end is missing", stops=True),
-    "suffix": Fault("named as another format than it is; read as what it is"),
-    "CMYK": Fault("colors of print; read as RGB"),
+    "suffix": Fault("its suffix is that of another format; read as what it is"),
+    "CMYK": Fault("colors for print; read as RGB"),
     "grey": Fault("no colors; read as RGB"),
     "animated": Fault("several pictures; the first is read"),
     "turned": Fault("by EXIF alone; read as stored, unless mogrify -auto-orient turns its pixels"),
-    "ignored": Fault("its name ends as no image's does, or it is in no class folder"),
+    "ignored": Fault("its suffix is not that of an image, or it is in no class folder"),
 }
-ORIENTATION, TURNED = 0x0112, range(2, 9)  # of EXIF, where 1 is upright, and others mean nothing
+ORIENTATION, TURNED = 0x0112, range(2, 9)  # of EXIF: 1 is upright, values beyond mean nothing
 GREY = {"1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L"}
 
 
 class Entry(NamedTuple):
-    """A file under a split: its class folder ("" if in none), and what was seen of it."""
+    """A file in a split; ``label``: its class folder, or "" if it is in none."""
 
     path: Path
     split: str
@@ -51,7 +51,7 @@ class Entry(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """``faults``: its kinds, and of each what is to be said. ``digest``: of its pixels."""
+    """What was found in a file. ``faults``: why it has each kind. ``digest``: of its pixels."""
 
     entry: Entry
     size: int  # bytes
@@ -60,10 +60,10 @@ class Seen(NamedTuple):
 
 
 def entries(root: Path) -> list[Entry]:
-    """Every file below the splits of a folder, in the order of their names.
+    """Every file below the splits of a folder, sorted by name.
 
     Raises:
-        UserError: it has no split, or is one of shards.
+        UserError: it has no split, or is a folder of shards.
     """
     refuse_shards(root)
     places = [root / split for split in SPLITS if (root / split).is_dir()]
@@ -80,7 +80,7 @@ def entries_in(place: Path) -> Iterator[Entry]:
 
 
 def look(entry: Entry) -> Seen:
-    """Decode a file wholly, and say what is the matter with it."""
+    """Decode a file completely, and find what is wrong with it."""
     path, faults = entry.path, {}
     if not (entry.label and is_image(path)):
         size = path.lstat().st_size
@@ -100,7 +100,7 @@ def look(entry: Entry) -> Seen:
             pixels = picture.converted(image)
             if (way := orientation(image)) in TURNED:
                 faults["turned"] = f"orientation {way}"
-    except picture.Unreadable as error:  # whose name may say so
+    except picture.Unreadable as error:  # its message has the file's name, which may say truncated
         kind = "truncated" if "truncated" in error.why.lower() else "unreadable"
         return Seen(entry, len(content), faults | {kind: str(error)})
     made = hashlib.blake2b(f"{pixels.size}".encode(), digest_size=16)
@@ -109,33 +109,33 @@ def look(entry: Entry) -> Seen:
 
 
 def orientation(image: Image.Image) -> Any:
-    """What EXIF says of how a decoded picture is to be turned; None where it says nothing, or is
-    broken, which whoever reads the picture does not mind."""
+    """The EXIF orientation of a decoded picture; None if EXIF has none or is broken, which does not
+    matter for reading the picture."""
     with suppress(*picture.BROKEN):
         return image.getexif().get(ORIENTATION)
     return None
 
 
 def named(image: Image.Image) -> str:
-    """The format that it is; several JPEGs in one file begin as one."""
+    """The format of an image. MPO, several JPEGs in one file, counts as JPEG: it begins as one."""
     return "JPEG" if image.format == "MPO" else str(image.format)
 
 
 def survey(root: Path, workers: int, tick: Callable[[int, int], None]) -> dict[str, Any]:
-    """Look at every file, ``workers`` at a time, and say what there is, as plain values.
+    """Look at every file, ``workers`` at a time, and return a report of plain values.
     ``tick(done, all)`` is called as it goes.
 
     Raises:
-        UserError: the folder has no split, or is one of shards.
+        UserError: the folder has no split, or is a folder of shards.
     """
     every = entries(root)
     seen = []
-    with ThreadPool(workers) as pool:  # what decodes leaves other threads alone
+    with ThreadPool(workers) as pool:  # threads suffice: decoding releases the GIL
         for found in pool.imap(look, every, chunksize=8):
             seen.append(found)
             tick(len(seen), len(every))
     places = [split for split in SPLITS if (root / split).is_dir()]
-    unread = ["test"] if {"val", "test"} <= set(places) else []  # by training, nor by evaluation
+    unread = ["test"] if {"val", "test"} <= set(places) else []  # by training and evaluation
     read = [split for split in places if split not in unread]
     images = [s for s in seen if "ignored" not in s.faults]
     faults = {
@@ -154,7 +154,7 @@ def survey(root: Path, workers: int, tick: Callable[[int, int], None]) -> dict[s
 
 
 def counted(place: Path, images: list[Seen]) -> dict[str, Any]:
-    """What a split has."""
+    """The numbers of classes, images and bytes of a split, and its empty classes."""
     mine = [s for s in images if s.entry.split == place.name]
     counts = Counter(dict.fromkeys(classes_in(place), 0))
     counts.update(s.entry.label for s in mine)
@@ -170,7 +170,7 @@ def counted(place: Path, images: list[Seen]) -> dict[str, Any]:
 
 
 def mismatches(root: Path, places: list[str]) -> dict[str, dict[str, list[str]]]:
-    """Of each split beside the first, which classes it lacks and which the first lacks."""
+    """For each split after the first, the classes that it lacks and those that the first lacks."""
     folders = [set(classes_in(root / split)) for split in places]
     return {
         split: {"missing": sorted(folders[0] - own), "strange": sorted(own - folders[0])}
@@ -180,8 +180,8 @@ def mismatches(root: Path, places: list[str]) -> dict[str, dict[str, list[str]]]
 
 
 def duplicates(images: list[Seen]) -> dict[str, list[list[str]]]:
-    """Files of the same pixels: ``across`` splits, which makes a test worthless; ``classes``: in
-    one split, under different names; ``within``: in one class."""
+    """Files with the same pixels. ``across``: in several splits, which makes a test worthless;
+    ``classes``: in several classes of one split; ``within``: in one class."""
     groups = defaultdict(list)
     for s in images:
         if s.digest is not None:
@@ -196,18 +196,18 @@ def duplicates(images: list[Seen]) -> dict[str, list[list[str]]]:
 
 
 def flat(place: Path) -> bool:
-    """Whether images lie in a split itself, in no class folder."""
+    """Whether there are images directly in a split, outside class folders."""
     return bool(images_in(place))
 
 
 def without_images(report: dict[str, Any]) -> list[str]:
-    """The splits that are read, and have none in class folders."""
+    """The splits that are read but have no images in class folders."""
     splits = report["splits"]
     return [name for name in splits if name not in report["unread"] and not splits[name]["images"]]
 
 
 def serious(report: dict[str, Any]) -> list[str]:
-    """What stops training, or makes its result worthless, each in a few words."""
+    """What would stop training or make its result worthless, each in a few words."""
     said = [
         f"{len(report['faults'][kind]):,} {kind}"
         for kind, fault in FAULTS.items()

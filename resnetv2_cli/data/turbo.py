@@ -1,8 +1,8 @@
-"""The part of a JPEG that a crop needs, by TurboJPEG: what lies below it is not read, what lies
-beside it is not transformed, and its scale is one of the transform: 1, 1/2, 1/4 or 1/8.
+"""Decode only the part of a JPEG that a crop needs, by TurboJPEG: what is below the crop is not
+read, what is beside it is not transformed, and the transform itself scales by 1, 1/2, 1/4 or 1/8.
 
-The library is the system one, or comes with the package ``turbojpeg``; version 3 or later, which
-can crop. Plain files alone are read here: whoever gets None reads the file in another way.
+The library is the system's, or comes with the package ``turbojpeg``; only version 3 and later can
+crop. Only plain files are read here: a caller that gets None must read the file another way.
 """
 
 import ctypes
@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-DECOMPRESS = 1  # of tj3Init; what follows are parameters of tj3Get
+DECOMPRESS = 1  # argument of tj3Init; the next line has parameters of tj3Get
 SUBSAMPLING, WIDTH, HEIGHT, PRECISION, COLORS, PROGRESSIVE, ARITHMETIC = 4, 5, 6, 7, 8, 12, 14
 YCBCR_OR_GREY = (1, 2)
-MCU = {0: 8, 1: 16, 2: 16, 3: 8, 4: 8, 5: 32}  # width of what is coded together, by subsampling
+MCU = {0: 8, 1: 16, 2: 16, 3: 8, 4: 8, 5: 32}  # width of a minimum coded unit, by subsampling
 RGB = 0  # a pixel format
-MARGIN = 2  # pixels beside a crop that its chroma is interpolated from
-END = b"\xff\xd9"  # a file that is cut off lacks it
+MARGIN = 2  # pixels around a crop that its chroma is interpolated from
+END = b"\xff\xd9"  # the end marker, which a file that is cut off lacks
 
 
 class _Region(ctypes.Structure):
@@ -33,7 +33,7 @@ class _Factor(ctypes.Structure):
 
 
 class Box(NamedTuple):
-    """A rectangle, in whole pixels; right and bottom are the first that are outside."""
+    """A rectangle in whole pixels; ``right`` and ``bottom`` are exclusive."""
 
     left: int
     top: int
@@ -43,7 +43,7 @@ class Box(NamedTuple):
 
 @cache
 def library() -> Any:
-    """TurboJPEG, or None where there is none, or none that can crop."""
+    """The TurboJPEG library, or None if there is none that can crop."""
     for path in _places():
         try:
             found = ctypes.CDLL(path)
@@ -62,13 +62,13 @@ def library() -> Any:
                 number,
             ]
             return found
-        except (OSError, AttributeError):  # not to be loaded, or of an older interface
+        except (OSError, AttributeError):  # it cannot be loaded, or has an older interface
             continue
     return None
 
 
 def _places() -> list[str]:
-    """Where the library may be: the system's own gets its repairs."""
+    """Where the library may be. The system's comes first, because the system updates it."""
     found = [name] if (name := find_library("turbojpeg")) else []
     try:
         files = metadata.files("turbojpeg") or []
@@ -78,7 +78,7 @@ def _places() -> list[str]:
 
 
 class _Thread(threading.local):
-    """What each thread has of its own: a decoder, and room for pixels, which is used again."""
+    """What each thread has of its own: a decoder, and a buffer for pixels, which is reused."""
 
     def __init__(self) -> None:
         self.decoder = library().tj3Init(DECOMPRESS)
@@ -97,14 +97,15 @@ def _thread() -> _Thread:
 
 
 class Jpeg:
-    """A plain JPEG: 8 bits, YCbCr or grey, sequential, with its end. ``size``: width, height."""
+    """A plain JPEG: 8 bits, YCbCr or grey, sequential, not cut off. ``size``: width, height;
+    ``unit``: width of a minimum coded unit."""
 
     def __init__(self, content: bytes, size: tuple[int, int], unit: int) -> None:
         self.content, self.size, self.unit = content, size, unit
 
     def region(self, box: Box, scale: int) -> NDArray[np.uint8] | None:
-        """The pixels of ``box`` at 1/``scale`` of the size, ``box`` being in these pixels; None
-        where the file is not as it should be. They are good until the next call of this thread.
+        """The pixels of ``box`` at 1/``scale`` of the size, ``box`` being in scaled pixels; None if
+        the file is damaged. They are valid until this thread's next call.
 
         Shape: (box height, box width, 3).
         """
@@ -134,7 +135,7 @@ class Jpeg:
 
 
 def plain(content: bytes, most: int) -> Jpeg | None:
-    """A JPEG of at most so many pixels as something to crop from; None if it is anything else."""
+    """A plain JPEG of at most ``most`` pixels, to crop from; None if it is anything else."""
     tj = library()
     if tj is None or END not in content[-16:]:
         return None

@@ -6,10 +6,10 @@ from typing import Any
 
 
 def decoded_by(processes: int) -> dict[str, Any]:
-    """What a DataLoader takes so that this many decode its images; with 0 it does so itself.
+    """DataLoader arguments for this many worker processes; with 0 it decodes images itself.
 
-    On Linux each is a copy of the process that begins it, as it always was there: from 3.14 on
-    Python would start it anew, which takes a second or two, and hand it the list of files.
+    On Linux workers are forked, as was always the default there. From Python 3.14 on the default
+    is to start each afresh, which takes a second or two, and to send it the list of files.
     """
     if not processes:
         return {}
@@ -22,6 +22,6 @@ def decoded_by(processes: int) -> dict[str, Any]:
 
 
 def stand_apart(worker: int) -> None:
-    """Take a worker out of its process group: Ctrl-C, and what ``timeout`` or a queue sends, reach
-    all of a group; the process that trains needs its workers until it has saved."""
+    """Take a worker out of its process group. Ctrl-C and signals from ``timeout`` or a queue reach
+    the whole group, but the training process needs its workers until it has saved."""
     os.setpgid(0, 0)
