@@ -17,7 +17,7 @@ from resnetv2_cli.data import picture, turbo
 from resnetv2_cli.data.turbo import Box
 
 PIXELS = b"\x93NUMPY"  # the first bytes of an array that NumPy saved
-SCALES = (8, 4, 2, 1)  # a JPEG can be decoded at one over these
+SCALES = (8, 4, 2, 1)  # a JPEG can be decoded at 1 over each of these
 
 Rectangle = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 Choose = Callable[[int, int], list[Rectangle]]  # takes a picture's width and height
@@ -39,7 +39,7 @@ class Settled(NamedTuple):
 def settled(
     chosen: list[Rectangle], size: tuple[int, int], side: int, scales: tuple[int, ...] = SCALES
 ) -> Settled:
-    """Crops at the smallest scale at which each side still has ``side`` pixels, so that no crop is
+    """Crops at the smallest scale at which each still has ``side`` pixels a side, so that none is
     enlarged unless it would be at full scale too. ``size``: width and height of the picture."""
     least = min(min(right - left, bottom - top) for left, top, right, bottom in chosen)
     scale = next((s for s in scales if least >= s * side), 1)

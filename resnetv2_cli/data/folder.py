@@ -95,7 +95,7 @@ def loose(place: Path, split: str, tell: Tell) -> dict[str, list[Path]]:
         hint = "images go into one folder a class"
         if split == "test":  # as the official archive has it
             hint = f"resnetv2 data sort-val {quote(str(place.parent))} --labels FILE"
-            hint += ", where FILE has the class of each image"
+            hint += ", which has the class of each image"
         raise UserError(f"{len(bare):,} images in {place} are in no class folder", hint)
     every = {name: files_in(place / name) for name in classes_in(place)}
     found = {name: [path for path in files if is_image(path)] for name, files in every.items()}
@@ -165,7 +165,7 @@ def content_of(file: Path | Member) -> bytes:
 
 
 def digest(*splits: Folder) -> str:
-    """Of classes, labels and file names, not of file contents: that would take reading them all."""
+    """Digest of classes, labels and file names; not of contents: all would have to be read."""
     made = hashlib.sha256()
     for split in splits:
         names = "\n".join([*split.classes, *(path.name for path in split.files)])

@@ -44,7 +44,7 @@ class Images(NamedTuple):
 
 
 class File(NamedTuple):
-    """One image file: where messages say that it is, its split and class, and how to read it."""
+    """One image file: its path as messages show it, its split and class, and how to read it."""
 
     name: str
     split: str
@@ -76,7 +76,7 @@ def load(name: str, root: Path, tell: Tell = silent) -> Images:
 def digits() -> Images:
     """scikit-learn's digits (1,797 of 8x8, 17 greys) at 32x32 RGB; every fifth is a test image.
 
-    They are cached too: importing scikit-learn takes as long as a while of training on them.
+    They are cached too: importing scikit-learn takes as long as training on them for a while.
     """
     installed = find_spec("sklearn")
     sources = [Path(installed.origin)] if installed and installed.origin else []

@@ -22,7 +22,7 @@ from resnetv2_cli.plans import STEMS
 from resnetv2_cli.telling import Tell, silent
 
 EVAL_BATCH = 250  # small images in an evaluation batch
-GPU_EVAL_BATCH = 1000  # on a GPU, which waits for kernel launches: this takes a quarter as many
+GPU_EVAL_BATCH = 1000  # on a GPU, which waits for kernel launches: a quarter as many suffice
 EVAL_CROPS = 64  # crops of photographs in an evaluation batch
 
 
@@ -31,7 +31,7 @@ def view_of(experiment: Experiment, normalize: Normalize, protocol: str = "") ->
     of ``protocol``, by default the experiment's first.
 
     Raises:
-        UserError: their size is not that of the mean image that came with its weights.
+        UserError: they do not have the size of the mean image that came with the weights.
     """
     views = {name: row.view(STEMS[experiment.stem_].size) for name, row in PROTOCOLS.items()}
     protocol = protocol or experiment.protocols[0]
@@ -149,7 +149,7 @@ class FileStream:
             for pixels, labels, *changes in self.loader:
                 weight = next(self.weights) if self.weights else 1.0
                 yield Batch(pixels, labels, changes[0] if changes else None, weight)
-        except UserError as error:  # from a worker, its message is between a traceback and a hint
+        except UserError as error:  # a worker's has a traceback before its message, then the hint
             _, _, said = str(error).rpartition(f"{type(error).__name__}: ")
             message, _, hint = said.partition("\nhint: ")
             raise UserError(message.strip(), error.hint or hint.strip()) from None
@@ -159,7 +159,7 @@ def refuse_unshared(split: images.Split | folder.Folder, processes: int) -> None
     """Refuse a split of fewer images than processes.
 
     Raises:
-        UserError: there is not one image for each process; the run would wait for ever.
+        UserError: there is not one image for each process; the run would wait forever.
     """
     if len(split.labels) < processes:
         raise UserError(
@@ -171,10 +171,10 @@ def refuse_unshared(split: images.Split | folder.Folder, processes: int) -> None
 class ImageData(L.LightningDataModule):
     """Training, validation and test images of an experiment.
 
-    ``classes`` are known after ``setup``; ``normalize`` uses training images alone, or ImageNet's.
+    ``classes`` are known after ``setup``. ``normalize``: of training images alone, or ImageNet's.
     ``learned``: a checkpoint's classes; class folders then need only test images. ``protocol``:
-    replaces the experiment's first in evaluation. ``tell`` is called with a line about what takes a
-    while. ``processes``: that share a batch, to count an epoch's before there is a trainer.
+    replaces the experiment's first in evaluation. ``tell``: called with a line on anything slow.
+    ``processes``: how many share a batch, to count an epoch's batches before there is a trainer.
     """
 
     classes: tuple[str, ...]

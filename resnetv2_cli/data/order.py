@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 PAD = 4  # pixels on each side, before the random crop (appendix)
-STREAMS = 2**20  # epochs of a seed; later ones would draw what the first of the next seed draw
-FILES = 2**21  # images of an epoch; later ones would draw what the first of the next epoch draw
+STREAMS = 2**20  # epochs per seed; any beyond would repeat draws of the next seed
+FILES = 2**21  # images per epoch; any beyond would repeat draws of the next epoch
 BITS = 32  # of a seed that PyTorch's generator uses; higher bits change nothing
 
 
 class Epoch(NamedTuple):
-    """order (N,) int64: indices of images; views (N, 3) int64: top, left, flip, in that order."""
+    """order (N,) int64: indices of images; views (N, 3) int64, in the same order: top, left and
+    flip of each crop."""
 
     order: Tensor
     views: Tensor

@@ -1,5 +1,5 @@
-"""Opening untrusted image files: only formats that are nothing but pixels, and every failure is one
-clear error."""
+"""Opening untrusted image files: only formats that hold nothing but pixels are opened, and every
+failure is one clear error."""
 
 import stat
 import struct
@@ -46,7 +46,7 @@ class Unreadable(UserError):
     """An image that cannot be read. ``why``: the reason, without the image's name."""
 
     # A message alone must be enough to make one: from that torch recreates the error of a worker
-    # process. The message then is the worker's traceback, in which the note carries the hint.
+    # process. Its message is then the worker's traceback, which includes the hint as a note.
     def __init__(self, message: str, hint: str = "", why: str = "") -> None:
         super().__init__(message, hint)
         self.why = why or message

@@ -36,7 +36,7 @@ def place_of(root: Path) -> Path:
     for place in (root / "val", root / "test"):
         if place.is_dir():
             return place
-    # An already sorted folder counts too. In a whole dataset, splits would look like class folders.
+    # A sorted folder counts too; but in a whole dataset, the splits would pass for class folders.
     if root.is_dir() and (images_in(root) or (sorted_in(root) and not (root / "train").is_dir())):
         return root
     raise UserError(f"{root} has no folder val", "name the folder that val is in")
@@ -149,7 +149,7 @@ def plan(place: Path, labels: list[tuple[str, str]]) -> tuple[list[Move], int]:
 
 
 def move(moves: list[Move]) -> None:
-    """Move every file into place, by renaming it; what was stopped can be done again.
+    """Move every file into place: renamed, never copied; if stopped, it can be done again.
 
     Raises:
         OSError: a folder cannot be made or a file not renamed; files before it are in place.

@@ -38,7 +38,7 @@ FAULTS = {
     "turned": Fault("by EXIF alone; read as stored, unless mogrify -auto-orient turns its pixels"),
     "ignored": Fault("its suffix is not that of an image, or it is in no class folder"),
 }
-ORIENTATION, TURNED = 0x0112, range(2, 9)  # of EXIF: 1 is upright, values beyond mean nothing
+ORIENTATION, TURNED = 0x0112, range(2, 9)  # of EXIF; 1 is upright, and others mean nothing
 GREY = {"1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L"}
 
 
@@ -51,7 +51,7 @@ class Entry(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What was found in a file. ``faults``: why it has each kind. ``digest``: of its pixels."""
+    """What was found in a file. ``faults``: kind to explanation. ``digest``: of its pixels."""
 
     entry: Entry
     size: int  # bytes
@@ -117,7 +117,7 @@ def orientation(image: Image.Image) -> Any:
 
 
 def named(image: Image.Image) -> str:
-    """The format of an image. MPO, several JPEGs in one file, counts as JPEG: it begins as one."""
+    """The format of an image. MPO, several JPEGs in one file, begins as JPEG and counts as JPEG."""
     return "JPEG" if image.format == "MPO" else str(image.format)
 
 
@@ -130,7 +130,7 @@ def survey(root: Path, workers: int, tick: Callable[[int, int], None]) -> dict[s
     """
     every = entries(root)
     seen = []
-    with ThreadPool(workers) as pool:  # threads suffice: decoding releases the GIL
+    with ThreadPool(workers) as pool:  # decoding releases the GIL
         for found in pool.imap(look, every, chunksize=8):
             seen.append(found)
             tick(len(seen), len(every))
