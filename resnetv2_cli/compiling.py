@@ -1,7 +1,7 @@
 """torch.compile of a network's units, in training: once for each shape of unit, whatever the depth.
 
-A network as one graph takes the longer to compile the deeper it is; its units have six shapes. What
-compiling costs, and what it is worth, is in RESULTS.md.
+A network as one graph takes longer to compile the deeper it is; its units have six shapes. The cost
+and the gain of compiling are in RESULTS.md.
 """
 
 import logging
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from resnetv2_cli.resnet import ResNet
 
-SHAPES = 64  # of units: by stage, stride and activation, of each size of micro-batch
+SHAPES = 64  # limit of unit shapes: by stage, stride and activation, for each micro-batch size
 
 
 def why_not(device: torch.device) -> str:
-    """Why nothing can be compiled for a device, as where it has no compiler; empty where it can."""
-    if device.type == "cpu":  # the compiler looks for CUDA's, and says that it found no GPU
+    """Why nothing can be compiled for a device, such as no compiler; empty if compiling works."""
+    if device.type == "cpu":  # the compiler looks for CUDA too, and logs that it found no GPU
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         torch.compile(_trial)(torch.ones(16, device=device))
@@ -32,9 +32,9 @@ def _trial(x: Tensor) -> Tensor:
 
 
 def compile_units(net: ResNet) -> None:
-    """Have each unit compiled when it is first called; those of one shape share what is made.
+    """Have each unit compiled when it is first called; units of one shape share the compiled code.
 
-    Above its limit of shapes torch.compile goes on without compiling: the usual one is 8.
+    Beyond its limit of shapes, by default 8, torch.compile continues without compiling.
     """
     torch._dynamo.config.recompile_limit = SHAPES
     for unit in net.units:
@@ -42,5 +42,5 @@ def compile_units(net: ResNet) -> None:
 
 
 def eager() -> AbstractContextManager[None]:
-    """Nothing is compiled inside: an evaluation has other shapes, and is over before they are."""
+    """Compile nothing inside: an evaluation has other shapes, and ends before they are compiled."""
     return torch.compiler.set_stance("force_eager")

@@ -18,11 +18,11 @@ def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Activation(nn.Sequential):
-    """BN and ReLU in the order written; in training as one operation, where that is asked for.
+    """BN and ReLU in the order written; in training as one operation, if requested.
 
-    ``compiled``: by the functions of ``kernels.c``, for tensors that fit them. ``forget``: what
-    comes out is not kept for backward but made again, whatever the tensor. Modules that somebody
-    watches through hooks run one by one.
+    ``compiled``: by the functions of ``kernels.c``, for tensors that fit them. ``forget``: the
+    output is not kept for backward but recomputed, whatever the tensor. Modules with hooks run one
+    by one.
 
     Shape: (N, C, H, W) -> (N, C, H, W).
     """
@@ -40,28 +40,28 @@ class Activation(nn.Sequential):
         return bn_relu(x, norm, "relu" in self._modules, compiled)
 
     def adds(self, x: Tensor) -> Any:
-        """The BN, where it can add something as it writes; else None."""
+        """The BN, if it can add another tensor as it writes its output; else None."""
         norm = self.norm
         one = self.training and self.compiled and plain(norm) and fits(x, norm)
         return norm if one and not watched(self, *self) else None
 
     @property
     def norm(self) -> Any:
-        """The BN, where there is nothing else but a ReLU behind it: the two are one operation."""
+        """The BN, if nothing but at most a ReLU follows, so that they can be one operation."""
         names = [*self._modules]
         one = names == ["bn"] or (names == ["bn", "relu"] and type(self.relu) is nn.ReLU)
         return self.bn if one else None
 
     @property
     def bare(self) -> bool:
-        """Whether it is ReLU and nothing else, which nobody watches."""
+        """Whether it is a single ReLU without hooks."""
         alone = [*self._modules] == ["relu"] and type(self.relu) is nn.ReLU
         return alone and not watched(self, *self)
 
 
 def plain(norm: nn.Module | None) -> bool:
-    """Whether this is BN as it is here in training: not one that synchronizes processes, averages
-    wholly, learns no scale, or stands still."""
+    """Whether this is ordinary BN in training mode: not synchronized over processes, with a
+    momentum, a learned scale and running statistics."""
     return (
         type(norm) is nn.BatchNorm2d
         and norm.training
@@ -72,7 +72,7 @@ def plain(norm: nn.Module | None) -> bool:
 
 
 def still(norm: nn.Module | None) -> bool:
-    """Whether this is BN with a scale that goes by its running statistics."""
+    """Whether this is BN with a learned scale that uses its running statistics."""
     return (
         type(norm) is nn.BatchNorm2d
         and not norm.training
@@ -82,7 +82,7 @@ def still(norm: nn.Module | None) -> bool:
 
 
 def watched(*modules: nn.Module) -> bool:
-    """Whether somebody sees them run, forward or backward, through hooks."""
+    """Whether any of them has forward or backward hooks."""
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
         for m in modules
@@ -90,7 +90,7 @@ def watched(*modules: nn.Module) -> bool:
 
 
 class Joined(NamedTuple):
-    """Layers that are one operation: how many, that come first; of them the BN if there is one,
+    """The first layers of a list that form one operation: how many they are, their BN or None,
     whether there is a ReLU, and the convolution."""
 
     many: int
@@ -100,11 +100,11 @@ class Joined(NamedTuple):
 
 
 class Branch(nn.Sequential):
-    """Layers in turn; a convolution, with the BN and ReLU before it, as one operation, where that
-    fits (``joins``) and they are ``compiled``.
+    """Layers in sequence; if ``compiled``, a convolution and the BN and ReLU before it run as one
+    operation where they fit (``joins``).
 
-    ``carry(x)``, if asked for, is added to what comes out, and ``after`` acts on the sum: by the
-    last layer as it writes, where that is such an operation or BN.
+    ``carry(x)``, if given, is added to the output, and ``after`` acts on the sum. A last layer that
+    is such an operation or BN adds as it writes; BN without ReLU also applies a ReLU in ``after``.
 
     Shape: (N, c_in, H, W) -> (N, c_out, H', W').
     """
@@ -112,7 +112,7 @@ class Branch(nn.Sequential):
     compiled = False
 
     def joined(self, layers: list[Any], x: Tensor) -> Joined | None:
-        """What of the layers is one operation on x, if the first are."""
+        """The first of the layers that form one operation on x; None if they do not."""
         acts = type(layers[0]) is Activation and len(layers) > 1
         act, conv = layers[:2] if acts else (None, layers[0])
         norm, relu = act.norm if act else None, act is not None and "relu" in act._modules
@@ -158,8 +158,8 @@ class Branch(nn.Sequential):
 def activation(order: str, channels: int) -> Activation:
     """BN and ReLU in the order written: ``"bn relu"``, ``"relu"``, or ``""``, the identity.
 
-    ReLU works in place only behind BN, whose output is nobody else's. Where F opens with ReLU that
-    would rewrite what the shortcut carries.
+    ReLU works in place only after BN, whose output nothing else uses. Where F opens with ReLU,
+    working in place would overwrite what the shortcut carries.
     """
     layers = OrderedDict[str, nn.Module]()
     for name in order.split():
@@ -168,7 +168,7 @@ def activation(order: str, channels: int) -> Activation:
     return Activation(layers)
 
 
-# Whose parts act one after the other, in evaluation.
+# Classes whose parts run one after the other in evaluation.
 SEQUENCES = (nn.Sequential, Activation, Branch)
 
 
@@ -185,9 +185,9 @@ class _KeepLayout(torch.autograd.Function):
 
 
 def keep_layout(x: Tensor) -> Tensor:
-    """x itself; its gradient comes back in the memory layout that x had.
+    """x itself; its gradient is converted to the memory layout of x.
 
-    The gradients of pooling and of subsampling are laid out as NCHW whatever x was. Along identity
+    The gradients of pooling and subsampling are NCHW whatever the layout of x. Along identity
     shortcuts nothing would ever change that, and every unit would add two gradients of different
     layouts: measured on a CPU, 13 % of a training step of ResNet-110.
 

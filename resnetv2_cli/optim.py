@@ -1,4 +1,4 @@
-"""SGD and its schedules; the first is the appendix's."""
+"""SGD and its learning-rate schedules, of which ``steps`` is the appendix's."""
 
 import math
 
@@ -8,10 +8,10 @@ from resnetv2_cli.config import Experiment
 
 
 def lr_factor(experiment: Experiment, step: int) -> float:
-    """What multiplies the learning rate at iteration ``step``, counted from 0.
+    """The factor of the learning rate at iteration ``step``, counted from 0.
 
     ``steps``: 0.1 in warm-up, then 1, and a tenth of that after each drop (appendix). ``cosine``: a
-    linear rise, then half a cosine to 0. ``one-cycle``: a rise from 1/25, then the same to 1/10^4.
+    linear rise, then half a cosine to 0. ``one-cycle``: the same, but from 1/25 and to 1/10^4.
     """
     steps, warmup = experiment.steps, experiment.warmup_
     if experiment.schedule == "steps":
@@ -47,5 +47,5 @@ def sgd(net: nn.Module, experiment: Experiment) -> optim.SGD:
 
 
 def schedule(optimizer: optim.Optimizer, experiment: Experiment) -> optim.lr_scheduler.LambdaLR:
-    """The schedule, stepping with the optimizer once an iteration."""
+    """The schedule, stepped with the optimizer once per iteration."""
     return optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(experiment, step))

@@ -1,7 +1,7 @@
-"""What the networks are, as data: unit types, blocks, stems, layouts and the arithmetic of depth.
+"""The networks as data: unit types, blocks, stems, layouts and the arithmetic of depth.
 
 To add a unit type: one row in UNITS. To add a block: one row in BLOCKS. To add a layout: one row in
-LAYOUTS. Nothing here needs torch, so that help and error messages come at once.
+LAYOUTS. Nothing here needs torch, so that help and error messages appear at once.
 """
 
 import ast
@@ -15,22 +15,22 @@ from resnetv2_cli.errors import UserError, shown, unknown
 from resnetv2_cli.ownname import OwnName
 from resnetv2_cli.settings import flag_name
 
-UNITS = {  # what stands between two units: + ends one, | begins the next (Fig. 4)
+UNITS = {  # the layers between two units: + ends one, | begins the next (Fig. 4)
     "original": "bn + relu |",
     "bn-after-add": "+ bn relu |",
     "relu-before-add": "bn relu + |",
     "relu-only-preact": "bn + | relu",
     "full-preact": "+ | bn relu",
 }
-OWN = ("unit", "shortcut")  # settings that may name code of one's own, module:Class
-MARKS = {"+", "|"}  # a unit type that is written so is one of one's own
+OWN = ("unit", "shortcut")  # settings that may name the user's own code, module:Class
+MARKS = {"+", "|"}  # they tell a unit type that is written out from the name of one
 
 
 class Block(NamedTuple):
     """The weight layers of F."""
 
     kernels: tuple[int, ...]
-    expansion: int  # channels out of F, over channels inside it
+    expansion: int  # output channels of F per channel inside it
 
 
 BLOCKS = {
@@ -41,14 +41,14 @@ BLOCKS = {
 
 
 class Stem(NamedTuple):
-    """What stands before the first unit, and how wide the stages after it are."""
+    """The layers before the first unit, and the widths of the stages after them."""
 
     kernel: int
     stride: int
-    pool: bool  # a 3x3 max-pooling of stride 2 behind it
+    pool: bool  # followed by a 3x3 max-pooling of stride 2
     channels: int
     widths: tuple[int, ...]  # channels inside F, stage by stage
-    size: int  # side of the images it is made for, pixels
+    size: int  # side of the images it is designed for, pixels
 
 
 STEMS = {
@@ -67,8 +67,8 @@ IMAGENET = {  # depth: (block, units in each stage); Table 1 of [1], and footnot
 
 
 class Layout(NamedTuple):
-    """How one code base builds what the paper leaves open: settings of an experiment, the same in
-    every row, so that one layout wins over another as a whole."""
+    """How one code base builds what the paper leaves open. Every layout gives values for the same
+    settings of an experiment, so that one replaces another as a whole."""
 
     doc: str
     settings: dict[str, str | None]
@@ -89,23 +89,23 @@ LAYOUTS = {
         {"stride_on": "3x3", "pad": "raw", "option": "B", "first_act": "stem"},
     ),
     "timm": Layout(
-        "timm's resnetv2*: as torchvision, but the max-pool takes what conv1 gives, and the first "
-        "unit activates it as every other does",
+        "timm's resnetv2*: as torchvision, but the max-pool follows conv1 directly, and the first "
+        "unit activates its input like every other",
         {"stride_on": "3x3", "pad": "raw", "option": "B", "first_act": "unit"},
     ),
 }
 
 DEEPEST = 10_000  # weight layers that a network may have
-FIRST_BOTTLENECK = 164  # of the depths that fit both blocks, from here on: as the paper's networks
+FIRST_BOTTLENECK = 164  # from here on depths that fit both blocks are bottleneck, as in the paper
 
 
 def parts(stem: str) -> tuple[str, ...]:
-    """What a network consists of, from the image to the classes."""
+    """The parts of a network, from input to output."""
     return ("stem", *(f"stage{i + 1}" for i in range(len(STEMS[stem].widths))), "head")
 
 
 def check_frozen(frozen: Collection[str], stem: str) -> None:
-    """Refuse to freeze what no network has, or all of it.
+    """Refuse to freeze a part that the network lacks, or all parts.
 
     Raises:
         UserError: names the parts.
@@ -119,44 +119,44 @@ def check_frozen(frozen: Collection[str], stem: str) -> None:
 
 
 def between(unit: str) -> str:
-    """What stands between two units of a type: its row of UNITS, or itself, of one's own."""
+    """The layers between two units of a type: its row of UNITS, or ``unit`` if written out."""
     return UNITS.get(unit, unit)
 
 
 def places(unit: str) -> tuple[str, str, str]:
-    """A unit type cut at its marks: what ends F, what follows the addition (f), what opens F."""
+    """A unit type split at its marks: the layers that end F, follow the addition (f), open F."""
     last, rest = between(unit).split("+")
     after, before = rest.split("|")
     return last.strip(), after.strip(), before.strip()
 
 
 def unit_type(text: str) -> str:
-    """A unit type by its name: ``bn+|bn`` is ``bn + | bn``, and ``+ | bn relu`` is full-preact.
+    """The canonical name of a unit type: ``bn+|bn`` is ``bn + | bn``, ``+ | bn relu`` full-preact.
 
-    A class of the user's own is looked at when it is imported; here only its name is.
+    Of a user's own class only the name is checked here; the class is checked when imported.
 
     Raises:
-        UserError: it is no row of UNITS, no module:Class, nor what can stand between two units.
+        UserError: it is neither a row of UNITS, nor module:Class, nor valid layers and marks.
     """
     return str(OwnName.of(text, "mine:MyUnit")) if ":" in text else unit_between(text)
 
 
 def unit_between(text: str) -> str:
-    """A unit type by its row's name, or by what stands between two of it.
+    """The canonical name of a unit type, given by name or by the layers between two units.
 
     Raises:
-        UserError: it is no row of UNITS, nor what can stand between two units.
+        UserError: it is neither a row of UNITS nor valid layers and marks.
     """
     if not MARKS & {*text}:
         if text not in UNITS:
             raise unknown("unit", text, UNITS)
         return text
     words = re.findall(r"\w+|\S", text.lower())
-    hint = "such as 'bn + | bn relu': BN and ReLU, where + adds x and | behind it splits"
+    hint = "such as 'bn + | bn relu': BN and ReLU, + where x is added, then | where the paths split"
     if other := [word for word in words if word not in {"bn", "relu", *MARKS}]:
         raise UserError(f"unit {shown(text)}: what is {other[0]!r}?", hint)
     if [word for word in words if word in MARKS] != ["+", "|"]:
-        raise UserError(f"unit {shown(text)} has not one + and behind it one |", hint)
+        raise UserError(f"unit {shown(text)} must have one + and, after it, one |", hint)
     whole = " ".join(words)
     for place in map(str.split, places(whole)):
         if len({*place}) < len(place):
@@ -165,14 +165,14 @@ def unit_between(text: str) -> str:
 
 
 def in_names(text: str) -> str:
-    """A unit or a shortcut as part of a file's name: ``bn + | bn`` -> ``bn-add-split-bn``."""
+    """A unit or a shortcut as part of a file name: ``bn + | bn`` -> ``bn-add-split-bn``."""
     for sign, word in {"+": "add", "|": "split", " ": "-", ":": ".", "=": "-"}.items():
         text = text.replace(sign, word)
     return text
 
 
 def laid_out(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The same settings, with those that a ``layout`` among them stands for; others win over it.
+    """The settings, with a ``layout`` among them expanded into its own; explicit ones win over it.
 
     Raises:
         UserError: there is no such layout.
@@ -193,7 +193,7 @@ def fits(depth: int, block: str) -> bool:
 
 
 def default_block(depth: int, stem: str) -> str:
-    """The block of a network known by its depth alone.
+    """The block of a network of which only the depth is given.
 
     On CIFAR 6n+2 is basic and 9n+2 is bottleneck. A depth that fits both (20, 38, 56, ..., 18k+2)
     is basic below 164 and bottleneck from 164 on, as the paper's 110 and 164 are.
@@ -227,8 +227,10 @@ def neighbours(depth: int, *blocks: str) -> str:
 
 
 def units_per_stage(depth: int, block: str, stem: str = "cifar") -> tuple[int, ...]:
-    """Units in each stage. On CIFAR n in each of three, from depth = 3 K n + 2: K weight layers a
-    unit, and the stem and the head. On ImageNet a table.
+    """The number of units in each stage.
+
+    On CIFAR n in each of three stages, from depth = 3 K n + 2: K weight layers per unit, plus the
+    stem and the head. On ImageNet from a table.
 
     Raises:
         UserError: no n gives this depth; names the depths next to it.
@@ -249,7 +251,7 @@ def units_per_stage(depth: int, block: str, stem: str = "cifar") -> tuple[int, .
 
 
 class ShortcutRow(NamedTuple):
-    """What the first line of a shortcut's docstring says, and its settings with their defaults."""
+    """The first line of a shortcut's docstring, and its settings with their defaults."""
 
     formula: str
     settings: dict[str, object]
@@ -259,7 +261,7 @@ class ShortcutRow(NamedTuple):
 def shortcuts() -> dict[str, ShortcutRow]:
     """Every row of ``SHORTCUTS``, read from the source of ``shortcuts.py``.
 
-    Not imported from it: importing takes torch with it, and ``--help`` would wait two seconds.
+    Importing them would import torch, and delay ``--help`` by two seconds.
     """
     tree = ast.parse((Path(__file__).parent / "shortcuts.py").read_text(encoding="utf-8"))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
@@ -305,12 +307,12 @@ def check_settings(shortcut: str, given: Iterable[str], known: Iterable[str]) ->
 
 
 def shortcut_type(text: str) -> str:
-    """A shortcut by its name, one for all that mean the same.
+    """The canonical name of a shortcut.
 
-    A class of the user's own is looked at when it is imported; here only its name is.
+    Of a user's own class only the name is checked here; the class is checked when imported.
 
     Raises:
-        UserError: it is no row of SHORTCUTS, and no module:Class; names what there is.
+        UserError: it is neither a row of SHORTCUTS nor module:Class; names the closest row, or all.
     """
     if ":" in text:
         return str(OwnName.of(text))
@@ -320,15 +322,15 @@ def shortcut_type(text: str) -> str:
 
 
 def own_settings(name: str) -> dict[str, Any]:
-    """What is said behind the name of a unit or a shortcut of one's own; nothing of the paper's."""
+    """The settings in the name of a user's own unit or shortcut; empty for the paper's."""
     return OwnName.of(name).settings if ":" in name else {}
 
 
 def check_shortcut(name: str, given: Iterable[str]) -> None:
-    """Refuse flags that a shortcut has not as settings, or that its name has too.
+    """Refuse flags that are no settings of the shortcut, or that its name sets too.
 
     Raises:
-        UserError: names what there is.
+        UserError: names the flag, and the settings that the shortcut has.
     """
     if ":" not in name:
         check_settings(name, given, shortcuts()[name].settings)

@@ -33,11 +33,11 @@ class ResNet(nn.Module):
 
     Without its shortcuts it is ``depth - 1`` times conv, BN, ReLU in a plain chain, whatever the
     unit type, which only says where along the chain shortcuts leave and return (Sec. 4.1).
-    So the chain begins and ends complete: the stem activates, and the head takes what is left.
-    With ``first_act="unit"`` the first unit is like the others, and opens with its share of that
-    activation; the stem keeps the rest.
+    So both ends of the chain are complete: the stem activates its output, and the head begins with
+    the layers that would open one more unit. With ``first_act="unit"`` the first unit opens with
+    its part of the stem's activation, as the others do; the stem keeps the rest.
 
-    Shape: (N, 3, H, W) -> logits (N, classes); made for H = W = 32 (cifar) or 224 (imagenet).
+    Shape: (N, 3, H, W) -> logits (N, classes); meant for H = W = 32 (cifar) or 224 (imagenet).
 
     Raises:
         UserError: no such depth, unit, shortcut or setting; names the nearest that exist.
@@ -69,7 +69,7 @@ class ResNet(nn.Module):
         self.segments = 0  # of the body whose activations are recomputed in backward; 0: none
         refuse_broken(unit, block, stem)
         last, after, before = places(standing_between(unit))
-        begun = "bn relu" if first_act == "stem" else f"{last} {after}"  # of the stem's activation
+        begun = "bn relu" if first_act == "stem" else f"{last} {after}"  # the stem's activation
         layers = OrderedDict[str, nn.Module](
             conv=conv(3, c, start.kernel, start.stride), act=activation(begun, c)
         )
@@ -90,7 +90,7 @@ class ResNet(nn.Module):
         for number, unit_ in enumerate(self.units, 1):
             unit_.shortcut.place(number, len(self.units))  # type: ignore[operator, union-attr]
 
-        act = activation(before, c)  # the pre-activation of the unit that is not there
+        act = activation(before, c)  # the pre-activation that would open one more unit
         pool, fc = nn.AdaptiveAvgPool2d(1), nn.Linear(c, classes)
         self.head = nn.Sequential(OrderedDict(act=act, pool=pool, flat=nn.Flatten(), fc=fc))
         initialize(self, init)
@@ -102,7 +102,7 @@ class ResNet(nn.Module):
 
     @property
     def named_units(self) -> dict[str, nn.Module]:
-        """The same by their names: ``stage1.unit1``."""
+        """Every Residual Unit by its name: ``stage1.unit1``."""
         return {
             f"{stage_name}.{unit_name}": unit
             for stage_name, stage in self.body.named_children()
@@ -110,7 +110,7 @@ class ResNet(nn.Module):
         }
 
     def activate(self, compiled: bool, forget: bool) -> None:
-        """How every BN and ReLU computes in training (``Activation``)."""
+        """Set how every BN and ReLU computes in training (``Activation``)."""
         self.forget = forget
         for module in self.modules():
             if isinstance(module, Activation | Branch):
@@ -134,8 +134,8 @@ class ResNet(nn.Module):
 
 
 def recomputed(units: list[nn.Module], segments: int, x: Tensor) -> Tensor:
-    """The units in turn; of each segment only the input is kept, the rest is computed again in
-    backward.
+    """Run the units in sequence; of each segment only the input is kept, and the rest is recomputed
+    in backward.
 
     Shape: (N, C, H, W) -> (N, C', H', W').
     """
@@ -153,8 +153,8 @@ def _second_pass(segment: nn.Module) -> tuple[Any, Any]:
 
 @contextmanager
 def _uncounted(segment: nn.Module) -> Iterator[None]:
-    """BN's running statistics have counted this batch already: leave them as they are."""
-    # SyncBatchNorm is one too.
+    """Leave BN's running statistics as they are: they have counted this batch already."""
+    # The base class, which SyncBatchNorm has too.
     kind = nn.modules.batchnorm._BatchNorm
     norms = [m for m in segment.modules() if isinstance(m, kind) and m.track_running_stats]
     before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]  # type: ignore
@@ -169,25 +169,25 @@ def _uncounted(segment: nn.Module) -> Iterator[None]:
 
 
 def weight_layer(name: str) -> bool:
-    """Whether a convolution of that name in a unit is one of F's or carries x to the addition, and
-    not a part of a shortcut, or of what somebody put into F as a module of its own."""
+    """Whether the convolution of this name in a unit is a layer of F itself or carries x to the
+    addition, rather than part of a shortcut or of a module that the user put into F."""
     part, *inside = name.split(".")
     return (part == "residual" and len(inside) == 1) or f"{name}.".startswith("shortcut.carry.")
 
 
 def initialize(net: ResNet, mode: str) -> None:
-    """He initialization of weight layers ("[23]"); BN keeps scale 1 and shift 0, and what is of
-    one's own how it was made, as a shortcut all that it has beside ``carry``: gates their b_g, a
+    """He initialization of weight layers ("[23]"); BN keeps scale 1 and shift 0. The user's own
+    modules keep theirs, and so do all parts of a shortcut but ``carry``: gates their b_g, a
     convolution its zeros.
 
-    ``fan_out`` as in the authors' Torch code, where others take ``fan_in``: they differ by 4 in
-    the variance of a bottleneck's 1x1 convolutions. The classifier's bias starts at 0, and its
-    weights as PyTorch draws them.
+    ``fan_out`` as in the authors' Torch code, where others take ``fan_in``: the two differ by a
+    factor of 4 in the variance of a bottleneck's 1x1 convolutions. The classifier's bias starts at
+    0; its weights keep PyTorch's default.
     """
     own = {m for unit in net.units for name, m in unit.named_modules() if not weight_layer(name)}
     for module in net.modules():
         if isinstance(module, nn.Conv2d) and module not in own:
             nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")  # type: ignore
-            if mode == "fan_out":  # of which PyTorch counts every group's
+            if mode == "fan_out":  # PyTorch's counts the outputs of all groups
                 module.weight.data.mul_(module.groups**0.5)
     nn.init.zeros_(net.head.fc.bias)  # type: ignore[union-attr, arg-type]

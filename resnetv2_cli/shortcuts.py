@@ -1,4 +1,4 @@
-"""h, and how it meets F: a class for each shortcut of Fig. 2, and two of later papers.
+"""h, and how it is combined with F: a class for each shortcut of Fig. 2, and two of later papers.
 
 To add one: write a class whose ``forward(x, residual)`` is its formula, and give it a row in
 SHORTCUTS. A class of your own needs no row: ``--shortcut my_module:MyShortcut``.
@@ -34,14 +34,14 @@ class Shortcut(nn.Module):
         self.carry = carry
 
     def place(self, unit: int, units: int) -> None:
-        """Told which unit of the network it stands in, 1 ... L, and L."""
+        """Called with the number of its unit in the network, 1 ... L, and with L."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.carry(x) + residual
 
     def join(self, x: Tensor, residual: Branch, after: nn.Module) -> Tensor:
-        """``after(forward(x, F(x)))``. Where the middle is this plain sum, F adds as it writes,
-        unless somebody watches for F(x)."""
+        """``after(forward(x, F(x)))``. If ``forward`` is this plain sum, F adds x as it writes its
+        output, unless hooks observe F(x)."""
         if type(self).forward is Shortcut.forward and not watched(self, residual):
             return residual(x, self.carry, after)
         return after(self(x, residual(x)))
@@ -73,7 +73,7 @@ class ShortcutOnlyGate(Shortcut):
         self, c_in: int, c_out: int, stride: int, carry: nn.Module, gate_bias: float = -6.0
     ) -> None:
         super().__init__(c_in, c_out, stride, carry)
-        self.gate = nn.Conv2d(c_in, c_out, 1, stride)  # W_g: as PyTorch draws it, not stated
+        self.gate = nn.Conv2d(c_in, c_out, 1, stride)  # W_g: PyTorch's init; the paper states none
         nn.init.constant_(self.gate.bias, gate_bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ class ExclusiveGate(ShortcutOnlyGate):
 class Conv1x1(Shortcut):
     """W_s x + F(x): a 1x1 convolution in every unit, option C of [1] (Fig. 2e).
 
-    It is the projection of option B, with BN behind it where BN stands behind the last layer
-    of F: "BN layers are right after the weight layers for all units here" (caption of Fig. 2).
+    It is the projection of option B, followed by BN where BN follows the last layer of F:
+    "BN layers are right after the weight layers for all units here" (caption of Fig. 2).
     """
 
     projects = True
@@ -102,8 +102,8 @@ class Conv1x1(Shortcut):
 class Dropout(Shortcut):
     """dropout(x) + F(x) (Fig. 2f).
 
-    Inverted, what is kept is divided by 1 - ratio in training, as Caffe and PyTorch do. Not
-    inverted, x is scaled by 1 - ratio at test time: the "scale with an expectation of 0.5".
+    Inverted: in training, kept values are divided by 1 - ratio, as in Caffe and PyTorch. Not
+    inverted: at test time, x is scaled by 1 - ratio, the "scale with an expectation of 0.5".
     """
 
     def __init__(
@@ -147,8 +147,8 @@ class StochasticDepth(Shortcut):
 class ReZero(Shortcut):
     """x + a F(x), where a is learned and 0 at first: ReZero, SkipInit (not in the paper).
 
-    Source: Bachlechner, Majumder, Mao, Cottrell, McAuley 2020, Eqn. 1; De and Smith 2020, who leave
-    BN out of F besides.
+    Source: Bachlechner, Majumder, Mao, Cottrell, McAuley 2020, Eqn. 1; De and Smith 2020, who also
+    leave BN out of F.
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int, carry: nn.Module) -> None:
@@ -159,7 +159,7 @@ class ReZero(Shortcut):
         return self.carry(x) + self.a * residual
 
 
-SHORTCUTS: dict[str, type[Shortcut]] = {  # read as text by plans.shortcuts(): names only
+SHORTCUTS: dict[str, type[Shortcut]] = {  # parsed by plans.shortcuts(): plain class names only
     "identity": Shortcut,
     "constant-scale": ConstantScale,
     "exclusive-gate": ExclusiveGate,
@@ -172,17 +172,17 @@ SHORTCUTS: dict[str, type[Shortcut]] = {  # read as text by plans.shortcuts(): n
 
 
 def shortcut_class(name: str) -> type[Shortcut]:
-    """The class of a row, or one of the user's own, ``module:Class``.
+    """The class of a row, or the user's own, ``module:Class``.
 
     Raises:
-        UserError: there is no such row, module or class, the class is none that can be used, or
-            only a file asks for it (``trust``).
+        UserError: there is no such row, module or class, the class cannot be used, or only a file
+            asks for it (``trust``).
     """
     if ":" not in name:
         if name not in SHORTCUTS:
             raise unknown("shortcut", name, SHORTCUTS)
         return SHORTCUTS[name]
-    trust.refuse_strange(OwnName.of(name).place)  # each time: one command may, and not the next
+    trust.refuse_strange(OwnName.of(name).place)  # on each call: the next command may not allow it
     return _own(name)
 
 
@@ -191,7 +191,7 @@ def _own(name: str) -> type[Shortcut]:
     """The class of ``module:Class``.
 
     Raises:
-        UserError: there is no such module or class, or the class is no ``Shortcut``, or has no such
+        UserError: there is no such module or class, or the class is no ``Shortcut``, has no such
             settings, or fails.
     """
     found = own.imported("shortcut", OwnName.of(name).place, Shortcut)
@@ -200,10 +200,10 @@ def _own(name: str) -> type[Shortcut]:
 
 
 def settings_in(name: str, given: Mapping[str, object]) -> dict[str, object]:
-    """A shortcut's settings: those ``given``, and those that are in its name.
+    """A shortcut's settings: those ``given``, and those in its name.
 
     Raises:
-        UserError: it has no such ones.
+        UserError: it has no such setting.
     """
     known = settings_of(shortcut_class(name))
     check_settings(name, given, known)
@@ -217,13 +217,13 @@ def _named(name: str, known: Mapping[str, object]) -> dict[str, object]:
 
 
 def refuse_broken(cls: type[Shortcut], name: str) -> None:
-    """Let a class of one's own carry something small, before it stands in a network.
+    """Try a user's own class on small inputs, before it is used in a network.
 
     Raises:
-        UserError: it fails, or what it gives has another shape than F(x).
+        UserError: it fails, or its output does not have the shape of F(x).
     """
     made = "it is made with (c_in, c_out, stride, carry), called with (x, residual)"
-    hint = "x and what it is carried to differ where a stage begins: see self.carry"
+    hint = "x and F(x) differ in shape where a stage begins: see self.carry"
     with own.tried("shortcut", name, cls, made) as gives:
         for c, stride, carry in ((64, 1, nn.Identity()), (128, 2, nn.Conv2d(64, 128, 1, 2))):
             x, residual = torch.randn(2, 64, 8, 8), torch.randn(2, c, 8 // stride, 8 // stride)

@@ -1,5 +1,5 @@
-"""BN under several processes: statistics of all their batches on devices that PyTorch's
-SyncBatchNorm does not know, and which process's moving averages are kept."""
+"""BN under several processes: statistics over all of them, on devices that PyTorch's SyncBatchNorm
+does not support, and the moving averages of rank 0 for all."""
 
 from typing import Any, cast
 
@@ -14,10 +14,10 @@ from resnetv2_cli.nonfinite import buffers_by_dtype, fill, flat
 
 
 class SyncBN(nn.BatchNorm2d):
-    """BN whose statistics in training are of every process's part of the batch together.
+    """BN whose statistics in training are those of the whole batch, over all processes.
 
-    Sums in float64 travel, and their gradients back, so that parts of different sizes weigh as many
-    images as they have. Alone, or in evaluation, it is BN.
+    The processes exchange sums in float64, and in backward their gradients, so that parts of
+    different sizes weigh by their images. In a single process, or in evaluation, it is plain BN.
 
     Shape: (N, C, H, W) -> (N, C, H, W), where N may differ from process to process.
     """
@@ -43,7 +43,7 @@ class SyncBN(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _count(self, mean: Tensor, variance: Tensor) -> None:
-        """Into the moving averages, with the momentum that BN has; without one all weigh alike."""
+        """Update the moving averages, with BN's momentum; without one all batches weigh alike."""
         tracked = cast(Tensor, self.num_batches_tracked).add_(1)
         new = 1 / int(tracked) if self.momentum is None else self.momentum
         for average, value in ((self.running_mean, mean), (self.running_var, variance)):
@@ -51,7 +51,7 @@ class SyncBN(nn.BatchNorm2d):
 
 
 class OverProcesses(LayerSync):
-    """Puts ``SyncBN`` in the place of every BN, with the same parameters and buffers."""
+    """Replaces every BN by a ``SyncBN`` with the same parameters and buffers."""
 
     def apply(self, model: nn.Module) -> nn.Module:
         return exchange(model, nn.BatchNorm2d, SyncBN)
@@ -61,7 +61,7 @@ class OverProcesses(LayerSync):
 
 
 def exchange(model: nn.Module, old: type[nn.BatchNorm2d], new: type[nn.BatchNorm2d]) -> nn.Module:
-    """Every module that is an ``old`` becomes a ``new`` with its state."""
+    """Replace every module of class ``old`` by one of class ``new`` with its state."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is old:
@@ -74,10 +74,10 @@ def exchange(model: nn.Module, old: type[nn.BatchNorm2d], new: type[nn.BatchNorm
 
 
 class FirstAverages(Callback):
-    """Gives every process the first one's moving averages when they are used: before an evaluation.
+    """Broadcasts rank 0's moving averages to every process where they are used: before evaluation.
 
-    DDP does so before each forward in training, which has no use for them. The bits are the same:
-    the first one's averages never depend on the others', and a checkpoint has the first one's.
+    DDP does so before each forward pass in training, which does not use them. The results have the
+    same bits: rank 0's averages never depend on other ranks', and a checkpoint holds rank 0's.
     """
 
     def on_train_start(self, trainer: Trainer, task: Any) -> None:

@@ -1,4 +1,4 @@
-"""The Residual Unit, x_{l+1} = f(h(x_l) + F(x_l, W_l)), and how one is filled from the tables."""
+"""The Residual Unit, x_{l+1} = f(h(x_l) + F(x_l, W_l)), and how it is built from the tables."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +24,7 @@ class Kind:
     block: str = "basic"
     shortcut: str = "identity"
     settings: Mapping[str, object] = field(default_factory=dict)
-    option: str = "A"  # of [1]: where the shape changes, A pads and B projects; C always does
+    option: str = "A"  # of [1]: where the shape changes A pads and B projects; C always projects
     pad: str = "raw"  # what option A carries in a pre-activation unit: raw or activated x
     stride_on: str = "first"  # which weight layer of F has the stride: the first, or the 3x3
 
@@ -32,15 +32,15 @@ class Kind:
 class ResidualUnit(nn.Module):
     """x_{l+1} = f(h(x_l) + F(x_l, W_l)).
 
-    A unit of one's own is a class derived from this one, with its own ``between`` or ``weights``:
-    ``--unit my_module:MyUnit``. Its settings are numbers, truth values and words of the class:
-    ``--unit my_module:MyUnit:ratio=4``.
+    A unit of your own is a class derived from this one, with its own ``between`` or ``weights``:
+    ``--unit my_module:MyUnit``. Its settings are the class attributes that are numbers, booleans
+    or strings: ``--unit my_module:MyUnit:ratio=4``.
 
     Shape: (N, c_in, H, W) -> (N, c_out, H/stride, W/stride).
     Source: Eqns. 1 and 2; ``shared`` acts "before splitting into two paths" (appendix).
     """
 
-    between = UNITS["full-preact"]  # two units, where their type is a class of one's own
+    between = UNITS["full-preact"]  # the layers between two units of a user's own class
 
     def __init__(
         self, shared: nn.Module, residual: Branch, shortcut: Shortcut, after: nn.Module
@@ -52,11 +52,11 @@ class ResidualUnit(nn.Module):
     def weights(
         cls, kind: Kind, c_in: int, width: int, c_out: int, stride: int
     ) -> Iterator[tuple[str, nn.Module]]:
-        """F from its first weight layer to its last, with their names: weight, (bn relu, weight)...
+        """The named layers of F, first weight layer to last: weight, (bn relu, weight)...
 
-        What ``between`` has before and behind them, ``act1`` and ``last``, is not among them. Of
-        these layers convolutions have the network's initialization; what is inside of a module of
-        one's own starts as that leaves it.
+        ``act1`` and ``last``, the layers that ``between`` puts before and after them, are not
+        included. Convolutions among these layers get the network's initialization; those inside a
+        module of your own keep the one that it gives them.
 
         Shape: (N, c_in, H, W) -> (N, c_out, H/stride, W/stride).
         """
@@ -77,7 +77,7 @@ class ResidualUnit(nn.Module):
         return self.shortcut.join(x, self.residual, self.after)
 
 
-# Whether a unit projects, by the option of [1], from whether it changes the shape.
+# By option of [1]: whether a unit projects, given whether it changes the shape.
 PROJECTS: dict[str, Callable[[bool], bool]] = {
     "A": lambda changes: False,
     "B": lambda changes: changes,
@@ -88,7 +88,7 @@ PROJECTS: dict[str, Callable[[bool], bool]] = {
 def carry(
     kind: Kind, cls: type[Shortcut], last: str, c_in: int, c_out: int, stride: int
 ) -> nn.Module:
-    """What brings x to the addition: nothing, or what the option of [1] says.
+    """The path of x to the addition: the identity, or what the option of [1] prescribes.
 
     Shape: (N, c_in, H, W) -> (N, c_out, H/stride, W/stride).
     """
@@ -96,21 +96,21 @@ def carry(
     projects = cls.projects or PROJECTS[kind.option](changes)
     if not projects:
         return ZeroPad(c_in, c_out, stride) if changes else nn.Identity()
-    bn = "bn" if "bn" in last else ""  # a unit that normalizes behind F's weights does so here too
+    bn = "bn" if "bn" in last else ""  # BN follows the projection where it follows F's last weights
     return nn.Sequential(OrderedDict(conv=conv(c_in, c_out, 1, stride), act=activation(bn, c_out)))
 
 
 def weighted(module: nn.Module) -> bool:
-    """Whether x meets a weight layer here; then it wants its pre-activation, as F does."""
+    """Whether x passes a weight layer here, which then needs its pre-activation, as F does."""
     return any(isinstance(m, nn.Conv2d) for m in module.modules())
 
 
 def unit_class(name: str) -> type[ResidualUnit]:
-    """The class of a unit type: one of the user's own, ``module:Class``, or the paper's.
+    """The class of a unit type: the user's own, ``module:Class``, or the paper's.
 
     Raises:
-        UserError: there is no such module or class, the class is none that can be used, or only a
-            file asks for it (``trust``).
+        UserError: there is no such module or class, the class cannot be used, or only a file asks
+            for it (``trust``).
     """
     if ":" not in name:
         return ResidualUnit
@@ -120,26 +120,26 @@ def unit_class(name: str) -> type[ResidualUnit]:
 
 @cache
 def _own(name: str) -> type[ResidualUnit]:
-    """The class of ``module:Class``, with the settings that its name has.
+    """The class of ``module:Class``, with the settings in its name.
 
     Raises:
-        UserError: there is no such module or class, or the class is no ``ResidualUnit``, or has no
+        UserError: there is no such module or class, the class is no ``ResidualUnit``, or it has no
             such settings.
     """
     cls = own.imported("unit", OwnName.of(name).place, ResidualUnit)
     lineage = cls.__mro__[: cls.__mro__.index(ResidualUnit)]
     known = {n: v for base in reversed(lineage) for n, v in vars(base).items() if n[0] != "_"}
     plain = {n: v for n, v in known.items() if isinstance(v, int | float | str) and n != "between"}
-    made = settled("unit", OwnName.of(name), plain, "numbers, truth values and words of the class")
+    made = settled("unit", OwnName.of(name), plain, "numbers, booleans and strings of the class")
     same = {"__module__": cls.__module__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), same | made) if made else cls
 
 
 def standing_between(unit: str) -> str:
-    """What stands between two units of a type; of one's own its class says it.
+    """The layers between two units of a type; for a user's own class its ``between``.
 
     Raises:
-        UserError: nothing can stand there that is written so.
+        UserError: that is not valid layers and marks.
     """
     return between(unit_between(str(unit_class(unit).between)) if ":" in unit else unit)
 
@@ -147,7 +147,7 @@ def standing_between(unit: str) -> str:
 def residual_unit(
     kind: Kind, c_in: int, width: int, stride: int = 1, activated: bool = False
 ) -> ResidualUnit:
-    """Fill one unit from the tables; ``activated``: x comes activated, as it does from the stem."""
+    """Build one unit from the tables; ``activated``: x is already activated, as after the stem."""
     last, after, before = places(standing_between(kind.unit))
     unit, cls = unit_class(kind.unit), shortcut_class(kind.shortcut)
     c_out = width * BLOCKS[kind.block].expansion
@@ -163,7 +163,7 @@ def residual_unit(
     layers = [("act1", activation(before, c_in)), *weights, ("last", activation(last, c_out))]
     names = [name for name, _ in layers]
     if twice := [name for name in names if names.count(name) > 1]:
-        hint = "each has a name of its own; act1 is what opens F, and last what ends it"
+        hint = "names must differ; act1 and last are the layers that open and end F"
         raise UserError(f"unit {kind.unit!r} has two layers called {twice[0]!r}", hint)
     return unit(
         shared=activation(shared, c_in),
@@ -175,15 +175,15 @@ def residual_unit(
 
 @cache
 def refuse_broken(name: str, block: str, stem: str) -> None:
-    """Have a unit of one's own compute something small, in every shape that a network has it in.
+    """Try a user's own unit on small inputs, in every shape that a network uses it in.
 
     Raises:
-        UserError: it fails, or what it gives has another shape than x_{l+1}.
+        UserError: it fails, or its output does not have the shape of x_{l+1}.
     """
     if ":" not in name:
         return
     made = "its weights are pairs of a name and a layer, given (kind, c_in, width, c_out, stride)"
-    hint = "its weights lead from c_in channels to c_out, with this stride in all"
+    hint = "its weights must take c_in channels to c_out, with this total stride"
     kind, c = Kind(name, block, option="B"), STEMS[stem].channels
     with own.tried("unit", name, unit_class(name), made) as gives:
         for stage, width in enumerate(STEMS[stem].widths):

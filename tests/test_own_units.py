@@ -60,9 +60,9 @@ def test_a_grid_has_each_of_them_once():
     [
         ("preact", "unknown unit 'preact'"),
         ("bn relu", "unknown unit 'bn relu'"),
-        ("bn +", "has not one + and behind it one |"),
-        ("| bn +", "has not one + and behind it one |"),
-        ("+ + |", "has not one + and behind it one |"),
+        ("bn +", "must have one + and, after it, one |"),
+        ("| bn +", "must have one + and, after it, one |"),
+        ("+ + |", "must have one + and, after it, one |"),
         ("bn + | gelu", "what is 'gelu'?"),
         ("bn + | bn-relu", "what is '-'?"),
         ("relu relu + |", "has relu twice in one place"),
@@ -231,7 +231,7 @@ def test_a_class_that_cannot_be_used_is_one_line(mine):
 
 
 BROKEN = {
-    'between = "bn |"': ("'bn |' has not one +", "such as"),
+    'between = "bn |"': ("'bn |' must have one +", "such as"),
     'between = "mine:Own"': ("unknown unit 'mine:Own'", "original"),
     "weights = lambda kind, c_in: []": ("fails: TypeError", "given (kind, c_in, width"),
     "weights = lambda kind, c, w, c_out, s: [('conv1', nn.Conv2d(c, c_out, 1))]": (
