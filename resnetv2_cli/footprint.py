@@ -1,4 +1,4 @@
-"""How much memory a training step needs, counted before it runs, and how small parts fit."""
+"""How much memory a training step needs, counted before it runs, and the micro-batch that fits."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -16,10 +16,10 @@ from resnetv2_cli.plans import BLOCKS, STEMS, units_per_stage
 from resnetv2_cli.quantities import size
 from resnetv2_cli.resnet import ResNet
 
-IMAGES = 2  # that are counted: BN asks for more than one value a channel
-LIVE = 4  # of the largest tensor, at one time, beside what is kept: a unit's gradients in backward
-COPIES = 3 * 4 + 2  # bytes a parameter: itself, its gradient and momentum; and in 16 bits
-SPARE = 0.9  # share of the free memory that may be planned for
+IMAGES = 2  # in the batch that is counted: BN needs more than one value per channel
+LIVE = 4  # largest tensors alive at one time, beside what is kept: a unit's gradients in backward
+COPIES = 3 * 4 + 2  # bytes per parameter: itself, its gradient and momentum; and a 16-bit copy
+SPARE = 0.9  # share of the free memory that a step may use
 
 
 def _type(precision: str) -> torch.dtype:
@@ -27,7 +27,7 @@ def _type(precision: str) -> torch.dtype:
 
 
 class Kept:
-    """The storages that autograd keeps while it is entered, but for what is made again."""
+    """The storages that autograd keeps inside ``hooks``, except what is recomputed."""
 
     def __init__(self, net: ResNet) -> None:
         self.forgets = net.forget
@@ -46,9 +46,9 @@ class Kept:
 
 
 def run(net: ResNet, x: Tensor, modules: Iterable[nn.Module]) -> tuple[Tensor, int]:
-    """Through the modules in turn: what comes out, and the bytes that they keep for backward.
+    """Run the modules in sequence; return the output, and the bytes they keep for backward.
 
-    Shape: x as the first takes it; what comes out as the last gives it.
+    Shape: x as the first module takes it -> the output as the last one returns it.
     """
     kept = Kept(net)
     with kept.hooks:
@@ -58,8 +58,8 @@ def run(net: ResNet, x: Tensor, modules: Iterable[nn.Module]) -> tuple[Tensor, i
 
 
 def along_depth(experiment: Experiment, count: Callable[[Experiment], int]) -> int:
-    """A count of a network, from its count in shallow ones, where every few units of a stage add
-    the same: a deep network takes seconds to build."""
+    """The ``count`` of a network, extrapolated from shallow ones, in which every few units of a
+    stage add the same: a deep network takes seconds to build."""
     e = experiment
     n = units_per_stage(e.depth, e.block_, e.stem_)[0]
     more = EACH if e.recompute_bn else 1
@@ -72,14 +72,14 @@ def along_depth(experiment: Experiment, count: Callable[[Experiment], int]) -> i
 
 
 def activation_bytes(experiment: Experiment, precision: str, device: str = "cpu") -> int:
-    """Bytes that a training step keeps of each image for its backward pass; weights are not in it.
+    """Bytes that a training step keeps per image for its backward pass, without the weights.
 
-    Counted on the meta device, with everything in 16 bits where the precision is a mixed one. Of
-    segments that are computed again it is their inputs, and all of the largest. ``device``: the
-    type of the one it trains on, whose compiled operations keep less.
+    Counted on the meta device, with everything in 16 bits if the precision is a mixed one. With
+    recomputed segments it is the inputs of all, and everything inside the largest. ``device``: the
+    type of device that trains; with compiled operations less is kept.
 
     Raises:
-        Uncounted: code of one's own does not run on the meta device.
+        Uncounted: the user's own code does not run on the meta device.
     """
     with counting(experiment):
         if experiment.recompute:
@@ -88,7 +88,7 @@ def activation_bytes(experiment: Experiment, precision: str, device: str = "cpu"
 
 
 def _network(experiment: Experiment, precision: str, device: str) -> tuple[ResNet, Tensor]:
-    """On the meta device, as it trains; and its input."""
+    """The network as it trains, on the meta device, and its input."""
     net = skeleton(experiment).to(_type(precision)).train()
     fused = not experiment.compile and by_itself(experiment.kernels, device)
     net.activate(fused, experiment.recompute_bn)
@@ -102,7 +102,7 @@ def _whole(experiment: Experiment, precision: str, device: str) -> int:
 
 
 def _segmented(experiment: Experiment, precision: str, device: str) -> int:
-    """From the first two units of each stage: those behind them are as the second."""
+    """Counted from the first two units of each stage, as later ones are like the second."""
     e = experiment
     counts = units_per_stage(e.depth, e.block_, e.stem_)
     if e.stem_ != "imagenet":
@@ -127,7 +127,7 @@ def _segmented(experiment: Experiment, precision: str, device: str) -> int:
 
 
 def step_bytes(experiment: Experiment, precision: str, images: int, device: str = "cpu") -> int:
-    """Bytes that a training step on so many images needs, beside the program and the dataset."""
+    """Bytes that a training step on ``images`` needs, beside the program and the dataset."""
     stem = STEMS[experiment.stem_]
     # Where the tensors are largest, before anything is pooled.
     across = side(experiment.dataset, experiment.stem_) // stem.stride
@@ -150,8 +150,8 @@ def split(
     device: str = "cpu",
     devices: int = 1,
 ) -> Experiment:
-    """The same experiment with ``accumulate`` such that no micro-batch has more images on a device
-    than that: a number, or ``auto``, the most that ``free`` bytes have room for.
+    """The same experiment with ``accumulate`` such that no micro-batch has more than
+    ``micro_batch`` images on a device: a number, or ``auto``, as many as fit in ``free`` bytes.
 
     Raises:
         UserError: it is neither, or not even one image fits.
@@ -161,9 +161,9 @@ def split(
         return replace(experiment, accumulate=-(-batch // min(batch, int(micro_batch))))
     if micro_batch != "auto":
         hint = "--micro-batch auto, or how many images at a time"
-        raise UserError(f"a micro-batch is no {micro_batch!r}", hint)
+        raise UserError(f"{micro_batch!r} is no size of a micro-batch", hint)
     if free is None:
-        raise UserError("this system does not tell its free memory", "--micro-batch N")
+        raise UserError("this system does not report its free memory", "--micro-batch N")
     one, two = (step_bytes(experiment, precision, n, device) for n in (1, 2))
     fitting = int((SPARE * free - (2 * one - two)) // (two - one))
     if fitting < 1:

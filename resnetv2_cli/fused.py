@@ -1,8 +1,8 @@
 """BN and ReLU as one operation in training: fewer passes over memory, and less of it kept.
 
-Only x is kept for backward. What ReLU let through is found again from x; and so is the output, in
-the backward of the convolution behind it, inside ``forgetting()``. There every tensor that
-knows how it is made again (``remember``) gives way to that.
+Only x is kept for backward. The mask of ReLU is recomputed from it. Inside ``forgetting()`` so is
+the output, for the backward pass of the following convolution: there, of every tensor with a
+function that recomputes it (``remember``), only that function is kept.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from resnetv2_cli import native
 LANES, MOST = 16, 4096  # channels: a multiple of the first, at most the second (vectors.h)
 NOWHERE, BEFORE, AFTER = 0, 1, 2  # where ReLU is: before or after the addition (kernels.c)
 ONE_VALUE = "Expected more than 1 value per channel when training"  # PyTorch's words
-_AGAIN = "_resnetv2_again"  # on a tensor: the function that makes it again, and its version
+_AGAIN = "_resnetv2_again"  # of a tensor: the function that recomputes it, and its version then
 Kept = Tensor | Callable[[], Tensor]
 
 
@@ -45,39 +45,39 @@ def _call(name: str, dtype: torch.dtype, tensors: list[Tensor], *numbers: float)
 
 
 def made_again(tensor: Tensor) -> Callable[[], Tensor] | None:
-    """The function that makes this tensor again; None for one that nobody remembers how, or that
-    somebody has written into since."""
+    """The function that recomputes this tensor; None if it has none, or has been written to
+    since."""
     again, version = getattr(tensor, _AGAIN, (None, None))
     return again if again is not None and tensor._version == version else None
 
 
 def remember(tensor: Tensor, again: Callable[[], Tensor] | None) -> Tensor:
-    """The tensor, which knows from now on how it is made again."""
+    """The tensor, with the function that recomputes it attached if there is one."""
     if again is not None:
         setattr(tensor, _AGAIN, (again, tensor._version))
     return tensor
 
 
 def pack(tensor: Tensor) -> Kept:
-    """What is kept of a tensor that can be made again, or the tensor."""
+    """The function that recomputes a tensor if it has one, else the tensor."""
     return made_again(tensor) or tensor.detach()
 
 
 def unpack(kept: Kept) -> Tensor:
-    """The tensor."""
+    """The tensor that ``pack`` was given."""
     return kept if isinstance(kept, Tensor) else kept()
 
 
 def rows_of(x: Tensor) -> tuple[int, int]:
-    """Rows and channels."""
+    """Rows (the pixels of all images) and channels."""
     n, c, h, w = x.shape
     return n * h * w, c
 
 
 def spread(plus: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """What is added, in the shape of the sum, as PyTorch's addition takes it: a shortcut of one's
-    own may carry one number a channel. One of that shape is returned itself, and so keeps how it is
-    made again."""
+    """``plus`` broadcast to the shape of the sum, as PyTorch's addition does: a user's own shortcut
+    may carry one number per channel. A tensor of that shape is returned itself, and so keeps the
+    function that recomputes it."""
     return plus if plus.shape == shape else plus.expand(shape)
 
 
@@ -94,7 +94,7 @@ class _Compiled(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, plus: Tensor | None, gamma: Tensor, beta: Tensor, norm: Any, where: int
     ) -> Tensor:
-        x = x.detach()  # kept: all that read y, which is made from it, would have it made again
+        x = x.detach()  # x itself is kept: else each recomputation of y would recompute x too
         (rows, c), threads = rows_of(x), torch.get_num_threads()
         y, saved = torch.empty_like(x), torch.empty(4, c, device=x.device)
         sums = torch.empty(threads, 2, c, dtype=torch.float64)
@@ -128,7 +128,7 @@ def _normalized(x: Tensor, mean: Tensor, inverse: Tensor, norm: Any, relu: bool)
 
 
 class _Plain(torch.autograd.Function):
-    """The same by PyTorch's own operations: slower, on any device and in any type."""
+    """The same by PyTorch's own operations: slower, on any device and in any dtype."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, norm: Any, relu: bool) -> Tensor:
@@ -155,11 +155,11 @@ class _Plain(torch.autograd.Function):
 
 
 def count(x: Tensor, norm: nn.BatchNorm2d) -> None:
-    """Another batch has passed BN.
+    """Count another batch that passes BN.
 
     Raises:
-        ValueError: as PyTorch's BN: a variance of one value is none, and would stay in the running
-            statistics.
+        ValueError: as PyTorch's BN: the variance of one value is undefined, and would stay in the
+            running statistics.
     """
     if rows_of(x)[0] == 1:
         raise ValueError(f"{ONE_VALUE}, got input size {x.shape}")
@@ -167,9 +167,9 @@ def count(x: Tensor, norm: nn.BatchNorm2d) -> None:
 
 
 def bn_relu(x: Tensor, norm: nn.BatchNorm2d, relu: bool, compiled: bool) -> Tensor:
-    """BN with the batch's statistics, counted in the running ones, and then ReLU if ``relu``.
+    """BN with the batch's statistics, which update the running ones, and then ReLU if ``relu``.
 
-    ``compiled``: by ``kernels.c``, which x ``fits``.
+    ``compiled``: by ``kernels.c``, for an x that ``fits``.
 
     Shape: (N, C, H, W) -> (N, C, H, W).
     """
@@ -180,8 +180,8 @@ def bn_relu(x: Tensor, norm: nn.BatchNorm2d, relu: bool, compiled: bool) -> Tens
 
 
 def bn_sum(x: Tensor, plus: Tensor, norm: nn.BatchNorm2d, where: int) -> Tensor:
-    """BN(x) + plus by ``kernels.c``, which x ``fits``; with ReLU on BN(x) (``BEFORE``), on the sum
-    (``AFTER``), or ``NOWHERE``.
+    """BN(x) + plus by ``kernels.c``, for an x that ``fits``; with ReLU on BN(x) (``BEFORE``), on
+    the sum (``AFTER``), or ``NOWHERE``.
 
     Shape: x (N, C, H, W), plus the same or broadcast to it -> (N, C, H, W).
     """
@@ -191,6 +191,6 @@ def bn_sum(x: Tensor, plus: Tensor, norm: nn.BatchNorm2d, where: int) -> Tensor:
 
 @contextmanager
 def forgetting() -> Iterator[None]:
-    """Whatever is computed inside keeps, of what can be made again, only how."""
+    """Inside, autograd keeps of a tensor that can be recomputed only the function that does so."""
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

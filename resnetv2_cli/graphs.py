@@ -1,8 +1,8 @@
 """CUDA graphs: a whole iteration as one, or the forward and the backward pass as two.
 
-A deep network of narrow layers keeps a GPU waiting for the launches of its kernels, some ten a
-layer. Recorded once, they are replayed. What code of one's own decides in Python is decided
-once, when it is recorded.
+A deep network of narrow layers keeps a GPU waiting for the launches of its kernels, some ten per
+layer. Captured once, they are replayed. Decisions that the user's own code makes in Python are made
+only once, at capture.
 """
 
 import gc
@@ -17,22 +17,22 @@ from torch.nn import functional as F
 
 from resnetv2_cli.resnet import ResNet
 
-WARM = 3  # times that what is recorded runs before: libraries choose their kernels, and compile
-NEAR = 0.05  # of the gradient's norm: other kernels round otherwise, another batch is 1 away
+WARM = 3  # warm-up runs before a capture: libraries choose their kernels, and compile
+NEAR = 0.05  # of the gradient's norm: other kernels round differently, another batch is 1 away
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 Forward = Callable[[Tensor], Tensor]
 
 
 def arithmetic(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """As the Trainer's: casts of weights are not kept, which a recording could not see again."""
+    """Autocast as the Trainer's: no cache of cast weights, which a replay would not renew."""
     if precision not in DTYPES:
         return nullcontext()
     return torch.autocast(device.type, DTYPES[precision], cache_enabled=False)
 
 
 def wanted(asked: bool | None, device: str, processes: int, own: bool) -> bool:
-    """Whether they are to be replayed on a type of device: by themselves not with code of one's
-    ``own``, nor on several GPUs, where they have not run."""
+    """Whether to use CUDA graphs on a type of device: as ``asked``, or by default on one GPU, but
+    not with the user's ``own`` code; on several GPUs they are untested."""
     by_itself = device == "cuda" and processes == 1 and not own
     return by_itself if asked is None else asked
 
@@ -40,18 +40,18 @@ def wanted(asked: bool | None, device: str, processes: int, own: bool) -> bool:
 def why_not(
     device: torch.device, *, micro_batches: int = 1, segments: int = 0, sync_bn: bool = False
 ) -> str:
-    """Why a training cannot replay graphs; empty where it can."""
+    """Why a training cannot replay graphs; empty if it can."""
     if device.type != "cuda":
         return "they are for GPUs"
-    if micro_batches > 1:  # a replay writes its gradients where the last one did
+    if micro_batches > 1:  # a replay overwrites the gradients of the last one
         return "they cannot add up the gradients of micro-batches"
-    if segments:  # asks the generator for its seed, which none tells while it is recorded
+    if segments:  # recomputing reads the generator's seed, which is forbidden during capture
         return "not with --recompute"
-    return "not with --sync-bn" if sync_bn else ""  # whose processes meet within the network
+    return "not with --sync-bn" if sync_bn else ""  # its processes communicate inside the network
 
 
 def recorded(step: Callable[[], None]) -> Callable[[], None]:
-    """What launches again all that ``step`` launches, on the tensors that it was recorded with."""
+    """Capture ``step``; return the function that replays it on the same tensors."""
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with recording(side.device) as pool:
         side.wait_stream(torch.cuda.current_stream())
@@ -59,15 +59,17 @@ def recorded(step: Callable[[], None]) -> Callable[[], None]:
             for _ in range(WARM):
                 step()
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):  # others pin memory
+        # Other threads pin memory meanwhile.
+        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
             step()
     return graph.replay
 
 
 @contextmanager
 def recording(device: torch.device) -> Iterator[Any]:
-    """Around a recording into the pool that is given: no garbage is collected meanwhile, whose end
-    may be a call that nothing recorded may make; and if it breaks off, the GPU is as it was."""
+    """The context of a capture, which gives its memory pool. Garbage collection is off inside, as a
+    finalizer may make a call that is forbidden during capture. If the capture fails, the GPU's
+    state is restored."""
     if device.type != "cuda":
         yield None
         return
@@ -78,7 +80,7 @@ def recording(device: torch.device) -> Iterator[Any]:
         yield pool
     except BaseException:
         torch.cuda.set_stream(here)
-        with suppress(RuntimeError):  # raised where PyTorch, from 2.13 on, has ended it by itself
+        with suppress(RuntimeError):  # raised if PyTorch has done so already, as from 2.13 on
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
         torch.cuda.synchronize()
@@ -89,7 +91,7 @@ def recording(device: torch.device) -> Iterator[Any]:
 
 
 def tidy(device: torch.device) -> None:
-    """Give back the memory of recordings that nobody has any more."""
+    """Free the memory of captures that nothing refers to any more."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -98,7 +100,7 @@ def tidy(device: torch.device) -> None:
 def replayed(
     step: Callable[[], None], device: torch.device
 ) -> tuple[Callable[[], None] | None, str]:
-    """``recorded``, or None and why it cannot be."""
+    """The replay of ``step`` as ``recorded`` returns it, or None and why there is none."""
     if why := why_not(device):
         return None, why
     try:
@@ -108,24 +110,24 @@ def replayed(
 
 
 def reason(error: BaseException) -> str:
-    """The first line of the first: what a recording says as it breaks off only says that."""
+    """The first line of the original error: the one that ends a capture says only that it ended."""
     while isinstance(error.__context__, RuntimeError):
         error = error.__context__
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def record(net: ResNet, x: Tensor, precision: str) -> tuple[Forward | None, str]:
-    """The network in training, for batches of the shape and layout of ``x``, or None and why it
-    cannot be recorded. Weights and moving averages stay as they are.
+    """Capture the network in training, for batches of the shape and layout of ``x``; return its
+    replay, or None and why it cannot be captured. Weights and moving averages stay as they are.
 
-    What is replayed is compared with what the network computes, on another batch, before it is
-    trusted with a training.
+    Before it is used for training, the gradient of a replay on another batch is compared with the
+    network's own.
 
     Shape: x (N, 3, H, W) on the device of the network -> of the result: as the network's.
     """
     before = [buffer.clone() for buffer in net.buffers()]
     names, weights = zip(*net.named_parameters(), strict=True)
-    # DDP has hold of the weights' own places in autograd, on streams that are not recorded.
+    # DDP holds the weights' own nodes in autograd, which are on streams that are not captured.
     places = [w.detach().requires_grad_(w.requires_grad) for w in weights]
 
     def call(x: Tensor, *weights: Tensor) -> Tensor:
@@ -145,19 +147,19 @@ def record(net: ResNet, x: Tensor, precision: str) -> tuple[Forward | None, str]
             buffer.copy_(value)
     if not far < NEAR:
         return None, f"the gradient of a replay is {far:.2g} of its norm away from the network's"
-    # The replay writes BN's moving averages into the network's memory, which must not go before it.
+    # The replay writes BN's moving averages into the network's memory, so it keeps the network.
     return lambda x, net=net: replay(x), ""
 
 
 def renew_generator(device: torch.device) -> None:
-    """A recording that breaks off leaves the generator waiting for its end, and unfit to draw."""
+    """Renew the generator's state: a failed capture leaves it in capture mode, unable to draw."""
     if device.type == "cuda":
         own = torch.cuda.default_generators[device.index or 0]
         own.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
 
 
 def distance(net: ResNet, replay: Forward, x: Tensor, precision: str) -> float:
-    """How far the gradient through ``replay`` is from the network's own, in its norm.
+    """How far the gradient through ``replay`` is from the network's own, relative to its norm.
 
     Shape: x (N, 3, H, W).
     """
@@ -166,7 +168,7 @@ def distance(net: ResNet, replay: Forward, x: Tensor, precision: str) -> float:
 
 
 def _gradient(net: ResNet, forward: Forward, x: Tensor, precision: str) -> Tensor:
-    torch.manual_seed(0)  # what a shortcut draws
+    torch.manual_seed(0)  # for what a shortcut draws
     with arithmetic(x.device, precision):
         logits = forward(x)
     labels = torch.arange(len(x), device=x.device) % logits.shape[1]

@@ -1,8 +1,8 @@
 """A whole iteration of training, from pixels to weights, as one CUDA graph: one call launches it.
 
-Where the network alone is replayed, the host still has some hundred calls to make beside it: the
-loss, the gradients one by one, the look at them, the optimizer. A deep network of narrow layers
-does not give it the time.
+If only the network is replayed, the host still makes some hundred calls besides: the loss, the
+gradients one by one, the check of them, the optimizer. A deep network of narrow layers leaves no
+time for that.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,10 +19,10 @@ from resnetv2_cli.nonfinite import flat, prepare
 
 
 class Iteration:
-    """What ``Classification`` does in an iteration, on a batch that lies at one place.
+    """An iteration of ``Classification``, on a batch at a fixed place in memory.
 
-    ``inputs``: the batch; ``number``: of the iteration; ``rates``: the learning rate of each group
-    of parameters. A replay reads them.
+    ``inputs``: the batch; ``number``: the iteration's; ``rates``: the learning rate of each group
+    of parameters. A replay reads all three.
     """
 
     def __init__(self, task: Any, optimizer: Optimizer, batch: Batch) -> None:
@@ -52,7 +52,7 @@ class Iteration:
 
     @contextmanager
     def fixed_rates(self) -> Iterator[None]:
-        """The optimizer takes its rates from ``rates``."""
+        """Have the optimizer take its learning rates from ``rates``."""
         before = [group["lr"] for group in self.groups]
         for group, rate in zip(self.groups, self.rates, strict=True):
             group["lr"] = rate
@@ -63,10 +63,10 @@ class Iteration:
                 group["lr"] = rate
 
     def record(self) -> str:
-        """Record ``step``, and compare a replay with it on another batch, before it is trusted with
-        a training. Weights, momentum, moving averages and sums stay as they are.
+        """Capture ``step``, and compare a replay with it on another batch before it is used.
+        Weights, momentum, moving averages and sums stay as they are.
 
-        Why it cannot be replayed; empty where it can.
+        Returns why it cannot be replayed; empty if it can.
         """
         prepare(self.optimizer)
         kept = [(tensor, tensor.clone()) for tensor in self.state()]
@@ -83,12 +83,12 @@ class Iteration:
             restore(kept)
         far = float((theirs - ours).norm() / ours.norm())
         if not far < graphs.NEAR:
-            return f"what a replay learns is {far:.2g} of its norm away from what it should"
+            return f"the update of a replay is {far:.2g} of its norm away from the iteration's"
         self.replay = replay
         return ""
 
     def state(self) -> list[Tensor]:
-        """All that an iteration changes, in place."""
+        """All tensors that an iteration changes in place."""
         task = self.task
         momentum = [t for s in self.optimizer.state.values() for t in s.values() if t is not None]
         learned = [*task.net.parameters(), *task.net.buffers()]
@@ -96,7 +96,8 @@ class Iteration:
 
     @torch.no_grad()
     def update(self, run: Callable[[], object], kept: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """What a step of rate 1 from no momentum takes off the weights: gradient and decay."""
+        """What a step with rate 1 and zero momentum subtracts from the weights: gradient and
+        weight decay."""
         restore(kept)
         for state in self.optimizer.state.values():
             state["momentum_buffer"].zero_()
@@ -110,11 +111,11 @@ class Iteration:
         return flat([before[id(p)] - p for p in learning]).float()
 
     def fits(self, batch: Batch) -> bool:
-        """Whether a batch has the shape that was recorded; the last of an epoch is smaller."""
+        """Whether a batch has the captured shape; the last of an epoch is smaller."""
         return batch.images.shape == self.inputs.images.shape
 
     def __call__(self, batch: Batch, number: int) -> Tensor:
-        """Iteration ``number`` on a batch that fits; its mean loss, without a gradient."""
+        """Run iteration ``number`` on a batch that fits; return its mean loss, detached."""
         for place, given in zip(self.inputs[:3], batch[:3], strict=True):
             if place is not None and given is not None:
                 place.copy_(given)

@@ -1,8 +1,8 @@
-"""BN, ReLU and the convolution of stride 1 behind them as one operation; or a convolution alone, or
-behind a ReLU.
+"""BN, ReLU and the following convolution of stride 1 as one operation; or a convolution alone, or
+after a ReLU.
 
-What is activated is neither written to memory nor kept. Between convolutions that use the processor
-well, passes over memory are half of what a step takes.
+The activated tensor is neither written to memory nor kept. With convolutions that use the processor
+well, the passes over memory between them take half of a step.
 """
 
 import math
@@ -18,15 +18,15 @@ from resnetv2_cli import native
 from resnetv2_cli.fused import LANES, count, fits, made_again, pack, remember, spread, unpack
 
 LAST = torch.channels_last
-# Weights; of more PyTorch's own is as fast. On a CPU by the floats in a vector of its.
+# Most weights; with more, PyTorch's own convolution is as fast. For a CPU: by floats per vector.
 MOST = {"cuda": 2**17, 16: 2**18, 8: 2**16}
-ROOM = 2**18  # bytes of an image with its border, which a 3x3 convolution keeps in a cache
-EACH = 8  # of sums along a shortcut, one of so many is kept where the others are made again
+ROOM = 2**18  # most bytes of an image with its border, which a 3x3 convolution keeps in a cache
+EACH = 8  # one in so many sums along a shortcut is kept, where the others are recomputed
 
 
 def joins(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Module) -> bool:
-    """Whether BN and ReLU, ReLU or neither of x, and this convolution, can be one operation: bf16
-    by autocast, on a CPU that multiplies it or on a GPU with Triton; float32 on a CPU."""
+    """Whether this convolution of x, after BN and ReLU, ReLU or neither, can be one operation: in
+    bf16 by autocast, on a CPU that multiplies it or a GPU with Triton; in float32 on a CPU."""
     return (
         type(conv) is nn.Conv2d
         and conv.kernel_size in ((1, 1), (3, 3))
@@ -57,7 +57,7 @@ def _fits_cpu(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Conv2d) -> bool:
 
 @cache
 def _on_gpu() -> Any:
-    """The functions for a GPU; None where there is no Triton."""
+    """The module of functions for a GPU; None without Triton."""
     try:
         from resnetv2_cli import triton_joined
     except ImportError:
@@ -66,13 +66,13 @@ def _on_gpu() -> Any:
 
 
 def by_itself(kernels: str, device: str) -> bool:
-    """Whether a network that torch.compile does not have uses these operations on a type of device
-    from the start. On a GPU only replays use them, where they were measured."""
+    """Whether a network without torch.compile uses these operations on a type of device when it is
+    run call by call. On a GPU only replays of CUDA graphs do, which is where they were measured."""
     return kernels == "auto" and device == "cpu"
 
 
 def why_not(device: torch.device) -> str:
-    """Why a device has none of these operations; empty where it has."""
+    """Why a device has none of these operations; empty if it has."""
     if device.type == "cuda":
         return "" if _on_gpu() else "there is no Triton"
     return native.why_not()
@@ -89,14 +89,14 @@ def _lies(x: Tensor, weight: Tensor) -> bool:
 
 
 def _arithmetic(kind: str) -> torch.dtype:
-    """What a convolution would compute in."""
+    """The dtype that a convolution would compute in."""
     mixed = torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if mixed else torch.float32
 
 
 class Sum:
-    """Makes x_l + F(x_l) again, by the last convolution of F alone, from an x_l that may be such a
-    sum itself. That one stays at hand: backward asks for it next."""
+    """Recomputes x_l + F(x_l), by the last convolution of F alone, from an x_l that may be such a
+    sum itself. That x_l is kept until backward asks for it, which it does next."""
 
     def __init__(self, plus: Tensor, added_to: Callable[[Tensor], Tensor]) -> None:
         self.plus, self.added_to = pack(plus), added_to
@@ -105,7 +105,7 @@ class Sum:
 
     @classmethod
     def of(cls, plus: Tensor, added_to: Callable[[Tensor], Tensor]) -> Self | None:
-        """None for one that is to be kept, from which the next ones are made."""
+        """The function for a sum; None for one that is kept, from which the next are recomputed."""
         made = cls(plus, added_to)
         return made if made.length < EACH else None
 
@@ -129,7 +129,7 @@ def _forward(
     numbers: tuple[float, float],
     again: bool = False,
 ) -> Tensor:
-    """y; ``saved`` is written, or read if it is made ``again``. ``own``: BN's parameters and
+    """y; ``saved`` is written, or read if y is computed ``again``. ``own``: BN's parameters and
     running statistics; ``numbers``: its momentum and eps.
 
     Shape: x (N, c_in, H, W), plus (N, c_out, H, W), w (c_out, c_in, k, k), saved (5, c_in) -> y
@@ -148,21 +148,21 @@ def _forward(
 
 
 def _name(way: str, x: Tensor, w: Tensor) -> str:
-    """The function of the library."""
+    """The name of the library's function."""
     return f"{native.PARTS[w.shape[-1]]}_{way}_{native.kind_of(x.dtype)}"
 
 
 def _added(x: Tensor, saved: Tensor, w: Tensor, plus: Tensor | None) -> Tensor:
-    """What ``_Joined`` makes of x, plus and the statistics that it saved."""
+    """The y of ``_Joined``, from x, plus and the statistics that it saved."""
     if plus is not None:
         plus = plus.to(x.dtype).contiguous(memory_format=LAST)
     return _forward(x, plus, w, saved, [None] * 4, (0.0, 0.0), again=True)
 
 
 class _Joined(torch.autograd.Function):
-    """By the functions of ``pointwise.c``, ``conv3x3.c`` and ``triton_joined.py``. x comes out
-    again: its gradient is added as dx is written. Without ``norm``, gamma and beta there is no BN,
-    and no ReLU unless ``relu``."""
+    """The operation by ``pointwise.c``, ``conv3x3.c`` and ``triton_joined.py``. It also returns x,
+    so that the gradient from x's other use is added as dx is written. Without ``norm``, gamma and
+    beta there is no BN, and no ReLU unless ``relu``."""
 
     @staticmethod
     def forward(
@@ -177,7 +177,7 @@ class _Joined(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         if plus is not None:
             plus = plus.to(x.dtype).contiguous(memory_format=LAST)
-        w = w.to(x.dtype) if x.is_cuda else w  # a CPU packs them its own way
+        w = w.to(x.dtype) if x.is_cuda else w  # the functions for a CPU cast and pack them
         if norm is None:
             saved = _unchanged(x.shape[1], relu, x.device)
             y = _added(x, saved, w, plus)
@@ -209,7 +209,7 @@ class _Joined(torch.autograd.Function):
 def _backward(
     dy: Tensor, x: Tensor, plus: Tensor | None, saved: Tensor, w: Tensor, alone: bool
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
-    """dx with ``plus`` added, dW, and dgamma and dbeta, which are None ``alone``, without BN.
+    """dx with ``plus`` added, dW, dgamma and dbeta; these two are None if ``alone``, without BN.
 
     Shape: dy (N, c_out, H, W), x and plus (N, c_in, H, W), saved (5, c_in), w (c_out, c_in, k, k)
     -> dx as x, dW as w, both others (c_in,).
@@ -229,10 +229,10 @@ def bn_relu_conv(
     x: Tensor, plus: Tensor | None, norm: nn.BatchNorm2d | None, relu: bool, conv: nn.Conv2d
 ) -> tuple[Tensor, Tensor]:
     """The convolution of relu(BN(x)), of relu(x) or of x, with ``plus`` added if there is one; and
-    x. BN has the batch's statistics in training, and its running ones in evaluation, which has no
+    x. BN uses the batch's statistics in training, and its running ones in evaluation, which has no
     gradient.
 
-    Who goes on with the x that comes out saves the addition of two gradients.
+    A caller that uses the returned x in place of its own saves the addition of two gradients.
 
     Shape: x (N, c_in, H, W), plus (N, c_out, H, W) or broadcast to it -> y (N, c_out, H, W), x.
     """
@@ -247,8 +247,8 @@ def bn_relu_conv(
 
 
 def _running(norm: Any) -> Tensor:
-    """Mean, 1 / std, scale, shift and least by the running statistics, as a training pass saves
-    them."""
+    """Mean, 1 / std, scale, shift and least from the running statistics, laid out as a training
+    pass saves them."""
     inverse = (norm.running_var + norm.eps).rsqrt()
     scale = norm.weight * inverse
     shift = norm.bias - norm.running_mean * scale
@@ -257,8 +257,8 @@ def _running(norm: Any) -> Tensor:
 
 @cache
 def _unchanged(channels: int, relu: bool, device: torch.device) -> Tensor:
-    """The same where there is no BN: ReLU alone, or nothing, where a CPU lets -inf pass too."""
+    """The same without BN, for ReLU or nothing, where a CPU's NaN lets -inf pass in backward."""
     least = 0.0 if relu else -math.inf if device.type == "cuda" else math.nan
-    with torch.inference_mode(False):  # it is kept, and saved for a backward pass of later
+    with torch.inference_mode(False):  # it is cached, and saved for later backward passes
         rows = torch.tensor([0.0, 1.0, 1.0, 0.0, least], device=device)
         return rows[:, None].repeat(1, channels)

@@ -28,12 +28,12 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.quantities import size
 from resnetv2_cli.syncbn import FirstAverages, OverProcesses
 
-LEAST = 0.7  # of what is foretold a step takes at least: test_footprint.py has the bounds
-CROWD = 4  # processes on one processor, at most: slow, but as good as on many to try things out
+LEAST = 0.7  # share of the estimate that a step takes at least: test_footprint.py has the bounds
+CROWD = 4  # processes on one processor, at most: slow, but good enough to try things out
 
 
 def uses_gpu(accelerator: str) -> bool:
-    """Whether a GPU is here, and is what is asked for."""
+    """Whether there is a GPU, and ``accelerator`` asks for it or takes what there is."""
     return torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
 
 
@@ -41,7 +41,7 @@ def precision(experiment: Experiment) -> str:
     """The arithmetic that ``auto`` stands for on this machine: bf16 where the hardware has it.
 
     Raises:
-        UserError: the one that is asked for does not exist here.
+        UserError: the requested one is not available here.
     """
     gpus = [device for device in devices_of(experiment) if device.type == "cuda"]
     if experiment.precision == "16-mixed" and not gpus:
@@ -62,12 +62,12 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(lightning|torchmetrics)\.")
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # Triton's own future
-    # Of CUDA graphs and of DDP, which make their passes on streams of their own.
+    # From CUDA graphs and DDP, which run their passes on streams of their own.
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
 
 
 def bn_of_all(experiment: Experiment, accelerator: str) -> list[LayerSync]:
-    """What synchronizes BN where PyTorch's own, which knows GPUs alone, does not."""
+    """The plugin that synchronizes BN where PyTorch's own, which is for GPUs only, does not."""
     return [OverProcesses()] if experiment.sync_bn and not uses_gpu(accelerator) else []
 
 
@@ -85,7 +85,7 @@ def trainer_of(
     e, cuda = experiment, torch.cuda.is_available()
     try:
         devices: Any = e.devices
-        # Others than CUDA's lack float64, which sums over many images need.
+        # Accelerators other than CUDA lack float64, which sums over many images need.
         accelerator = "cpu" if e.accelerator == "auto" and not cuda else e.accelerator
         if e.devices == "auto" and not cuda:
             devices = 1
@@ -126,7 +126,7 @@ def trainer_of(
 
 
 def ready(experiment: Experiment) -> torch.device:
-    """Where its Trainer would train; what is launched from here on goes there."""
+    """The device that its Trainer would train on, which becomes the current one."""
     device = trainer_of(experiment, logger=False).strategy.root_device
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -134,8 +134,8 @@ def ready(experiment: Experiment) -> torch.device:
 
 
 def devices_of(experiment: Experiment) -> list[torch.device]:
-    """Where it trains on one machine, a device for each process: GPUs if there are any, unless the
-    experiment says otherwise. Those that are not there are left out: the Trainer refuses them."""
+    """The devices that it trains on, on one machine, one for each process: GPUs if there are any,
+    unless the experiment says otherwise. Missing ones are left out: the Trainer refuses them."""
     asked, gpu = experiment.devices, uses_gpu(experiment.accelerator)
     most = torch.cuda.device_count() if gpu else CROWD * (os.cpu_count() or 1)
     if asked in ("auto", "-1"):
@@ -149,20 +149,20 @@ def devices_of(experiment: Experiment) -> list[torch.device]:
 
 
 def processes(experiment: Experiment) -> int:
-    """How many share its batch, on all its machines."""
+    """How many processes share its batch, on all its machines."""
     return len(devices_of(experiment)) * experiment.nodes
 
 
 def free_each(experiment: Experiment) -> int | None:
-    """Bytes that each process can take: what the first of its GPUs has, or a part of the memory
-    that all on a CPU share. To ask another GPU would take memory of it, and keep it."""
+    """Bytes that each process can take: what is free on the first GPU, or an equal part of the
+    memory that all processes on a CPU share. Asking another GPU would occupy memory on it."""
     first, *others = devices_of(experiment)
     free = memory.available(first)
     return free if free is None or first.type == "cuda" else free // (1 + len(others))
 
 
 def in_parts(experiment: Experiment, micro_batch: str) -> Experiment:
-    """The same with its batch split into micro-batches of a size, or of one that fits (``auto``).
+    """The experiment with its batch split into micro-batches of this size, or as fits (``auto``).
 
     Raises:
         UserError: there is no such size.
@@ -173,7 +173,7 @@ def in_parts(experiment: Experiment, micro_batch: str) -> Experiment:
 
 
 def memory_line(experiment: Experiment) -> str:
-    """What a training step will need, beside what is free.
+    """A line on the memory that a training step will need, and what is free.
 
     Raises:
         UserError: it needs so much that the system would kill the process; names what would fit.
@@ -199,7 +199,7 @@ def memory_line(experiment: Experiment) -> str:
 
 
 def fitting(experiment: Experiment) -> str:
-    """What to give so that a step fits into what is free."""
+    """The flags that make a step fit into the free memory, as a hint."""
     try:
         parts = in_parts(experiment, "auto")
     except UserError as error:  # not even one image does

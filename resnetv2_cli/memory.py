@@ -8,7 +8,7 @@ import torch
 
 PROC = Path("/proc")
 GROUP = Path("/sys/fs/cgroup")  # the limit of a container
-GROUPS = (  # of cgroup v2, and of v1: limit, use, and what of that are files
+GROUPS = (  # of cgroup v2, and of v1: files of limit, use and statistics; its rows of file pages
     ("memory.max", "memory.current", "memory.stat", ("inactive_file", "active_file")),
     (
         "memory/memory.limit_in_bytes",
@@ -22,7 +22,7 @@ LARGE = 16_000_000  # bytes: a wide tensor of the first stage at batch 128 has 1
 
 
 def _field(file: Path, name: str) -> int | None:
-    """A line of /proc such as ``VmHWM:   123 kB``."""
+    """The bytes in a line of /proc such as ``VmHWM:   123 kB``."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
         return 1024 * int(next(ln for ln in lines if ln.startswith(name + ":")).split()[1])
@@ -38,8 +38,9 @@ def _number(file: Path) -> int | None:
 
 
 def _reclaimable(stat: Path, names: tuple[str, str]) -> int:
-    """What of a container's memory are pages of files, read once or often: the system takes either
-    back when memory is needed. Those of tmpfs, which it cannot, are counted elsewhere."""
+    """How much of a container's memory holds pages of files, read once or often: the system
+    reclaims both when memory is needed. Pages of tmpfs, which it cannot reclaim, are counted
+    elsewhere."""
     try:
         rows = dict(line.split() for line in stat.read_text(encoding="utf-8").splitlines())
         return sum(int(rows.get(name, 0)) for name in names)
@@ -66,17 +67,17 @@ def available(device: torch.device) -> int | None:
 
 
 def swap() -> int:
-    """What the system can put aside on its disk, slowly."""
+    """How much the system can still swap out to its disk, slowly."""
     return _field(PROC / "meminfo", "SwapFree") or 0
 
 
 def now() -> int | None:
-    """What the process has in memory."""
+    """The resident memory of the process."""
     return _field(PROC / "self/status", "VmRSS")
 
 
 def forget_peak() -> bool:
-    """Let the peak begin again at what the process has now; whether the system can do that."""
+    """Reset the peak to what the process has now; return whether the system can do that."""
     try:
         (PROC / "self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
@@ -85,16 +86,16 @@ def forget_peak() -> bool:
 
 
 def peak(device: torch.device) -> dict[str, int | None]:
-    """The most that was in memory at one time: ``host``, and ``device`` where that is a GPU."""
-    # Reserved: what lies in the pool of CUDA graphs counts as free while it is not replayed.
+    """The peak of the memory in use: ``host``, and ``device`` if that is a GPU."""
+    # Reserved, not allocated: the memory of CUDA graphs counts as free between replays.
     on_device = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     return {"host": _field(PROC / "self/status", "VmHWM"), "device": on_device}
 
 
 def map_large() -> None:
-    """Have the C library give each large tensor a place of its own, which goes back to the system
-    with it. In its heap they leave holes behind, between what lives longer: for ResNet-1001 a sixth
-    of the peak. Nothing happens where the user has set this, or the library is not glibc.
+    """Have the C library map each large tensor separately, so that its memory returns to the system
+    when it is freed. In the heap they would leave holes between longer-lived blocks: for
+    ResNet-1001 a sixth of the peak. Does nothing if the user has set this, or without glibc.
     """
     if "MALLOC_MMAP_THRESHOLD_" in os.environ or "GLIBC_TUNABLES" in os.environ:
         return

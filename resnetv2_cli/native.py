@@ -1,8 +1,8 @@
-"""``kernels.c`` and its neighbours, compiled once for the processor they run on, and kept in the
+"""``kernels.c`` and the other C files, compiled once for the processor they run on, and kept in the
 user's cache folder.
 
-It needs gcc, whose threads are PyTorch's own; where there is none, ``library()`` is None and
-``why_not()`` says why. Whoever uses it then does the same with PyTorch's operations.
+This needs gcc, whose threads are PyTorch's own. Without it ``library()`` is None, ``why_not()``
+says why, and callers use PyTorch's operations instead.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 HEADERS = [
     HERE / f"{name}.h" for name in ("vectors", "products", "bf16", "floats", "amx", "registers")
 ]
-PARTS = {1: "pointwise", 3: "conv3x3"}  # of products.h, by the convolution's kernel
+PARTS = {1: "pointwise", 3: "conv3x3"}  # that use products.h, by the size of the kernel
 SOURCES = [HERE / "kernels.c"]
 SOURCES += [HERE / f"{part}{kind}.c" for part in PARTS.values() for kind in ("", "_float")]
 CPUS = Path("/proc/cpuinfo")
@@ -41,7 +41,7 @@ ARGUMENTS: dict[str, tuple[int, list[Any]]] = {  # of each function: pointers, t
     "backward": (9, [INT64] * 2 + [INT] * 2),
 }
 ARGUMENTS = {f"{name}_{kind}": row for name, row in ARGUMENTS.items() for kind in KINDS}
-PRODUCTS: dict[str, tuple[int, list[Any]]] = {  # of products.h, where the processor has them
+PRODUCTS: dict[str, tuple[int, list[Any]]] = {  # likewise with products.h, if the processor can
     "forward": (11, [INT64] * 5 + [DOUBLE] * 2 + [INT] * 2),
     "backward": (12, [INT64] * 5 + [INT] * 2),
 }
@@ -58,7 +58,7 @@ class _Unfit(Exception):
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on: a home folder may be shared by different machines."""
+    """What ``-march=native`` depends on: different machines may share a home folder."""
     try:
         lines = CPUS.read_text(encoding="utf-8").splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))  # x86, ARM
@@ -67,20 +67,20 @@ def _processor() -> str:
 
 
 def _compiler() -> tuple[list[str], str]:
-    """gcc, as it is called, and its version."""
+    """The command that runs gcc, and its version."""
     name, *words = os.environ.get("CC", "").split() or ["gcc"]
     found = shutil.which(name)
     if platform.system() != "Linux" or not found:
         raise _Unfit("no gcc")
     command = [found, *words]
     told = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=PATIENCE)
-    if "Free Software Foundation" not in told.stdout:  # another's threads would fight PyTorch's
+    if "Free Software Foundation" not in told.stdout:  # another's threads compete with PyTorch's
         raise _Unfit(f"{' '.join(command)} is not gcc")
     return command, told.stdout.splitlines()[0]
 
 
 def _loaded() -> ctypes.CDLL:
-    """The library, compiled unless its file is there and whole."""
+    """The library, compiled unless its file exists and is intact."""
     if (folder := files.cache()) is None:
         raise _Unfit("no home folder and no XDG_CACHE_HOME to keep them in")
     compiler, version = _compiler()
@@ -88,7 +88,7 @@ def _loaded() -> ctypes.CDLL:
     parts = [*texts, *compiler[1:], *FLAGS, version, _processor()]
     name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     file = folder / f"kernels-{name}.so"
-    if files.whole(file):  # code that was damaged ends the process, or computes something else
+    if files.whole(file):  # damaged code crashes the process, or computes something else
         with suppress(OSError):
             return ctypes.CDLL(str(file))
     _build(compiler, file)
@@ -96,8 +96,8 @@ def _loaded() -> ctypes.CDLL:
 
 
 def _build(compiler: list[str], file: Path) -> None:
-    """Compile the library in a folder of its own, which is gone whatever happens: others may do
-    the same."""
+    """Compile the library in a folder of its own, as others may do the same; it is always
+    removed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(files.PARTIAL, dir=file.parent) as beside:
         made = Path(beside) / file.name
@@ -138,8 +138,8 @@ def why_not() -> str:
 
 @cache
 def multiplies(dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether the library has the functions of ``products.h`` for numbers of this type, because the
-    processor multiplies them fast, and should use them."""
+    """Whether the library has the functions of ``products.h`` for numbers of this type, which it
+    has if the processor multiplies them fast, and they should be used."""
     found, kind = library(), kind_of(dtype)
     if not all(hasattr(found, name) for name in PRODUCTS if name.endswith(f"_{kind}")):
         return False
@@ -148,15 +148,15 @@ def multiplies(dtype: torch.dtype = torch.bfloat16) -> bool:
 
 @cache
 def lanes() -> int:
-    """Floats in a vector of the processor, as the library has them; 0 without one."""
+    """Floats per vector of the processor, as the library uses them; 0 without a library."""
     found = library()
     return int(found.lanes()) if found else 0
 
 
 def call(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
-    """A function of the library; where the first tensor is on the meta device nothing.
+    """Call a function of the library; do nothing if the first tensor is on the meta device.
 
-    The caller holds the tensors, so that none is freed under it. None is a null pointer.
+    The caller keeps the tensors alive meanwhile. None is passed as a null pointer.
     """
     if not tensors[0].is_meta:  # type: ignore[union-attr]
         pointers = [None if t is None else t.data_ptr() for t in tensors]

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: found on the device, left out, and traced to the unit
+"""Losses and gradients that are not finite: found on the device, skipped, and traced to the unit
 where they began."""
 
 import math
@@ -12,21 +12,21 @@ from torch.optim import Optimizer
 
 from resnetv2_cli.resnet import ResNet
 
-IN_A_ROW = 100  # iterations left out one after the other; then there is nothing left to learn from
+IN_A_ROW = 100  # skipped iterations; after so many in a row nothing more will be learned
 
 
 class Guard:
-    """Looks at the gradient of each iteration and lets the optimizer leave out what is not finite:
+    """Checks the gradient of each iteration and has the optimizer skip one that is not finite:
     weights, momentum and BN's moving averages stay as they were. Nothing here waits for the device.
 
-    ``stop``: once there was one, all later ones are left out too, so that the weights are still
-    those before it when somebody looks. ``found`` (3,) int64: how many, the first, how many of the
-    newest in a row.
+    ``stop``: after the first such iteration all later ones are skipped too, so that the weights are
+    still those before it when ``read`` finds it. ``found`` (3,) int64: the number of such
+    iterations, the first, and how many of the latest in a row.
     """
 
     def __init__(self, net: nn.Module, *, stop: bool, scaled: bool) -> None:
         self.net, self.stop = net, stop
-        self.scaled = scaled  # float16: its scaler leaves out what overflows, which is its way
+        self.scaled = scaled  # float16: its scaler skips overflows, which are normal there
         self.found = torch.tensor([0, -1, 0])
         self.kept: list[tuple[list[Tensor], Tensor]] = []
 
@@ -34,14 +34,14 @@ class Guard:
         self.found = self.found.to(device)
 
     def begin(self) -> None:
-        """Before an iteration: remember BN's moving averages."""
+        """Save BN's moving averages, before an iteration."""
         if self.stop:
             return
         self.kept = [(same, flat(same)) for same in buffers_by_dtype(self.net)]
 
     @torch.no_grad()
     def look(self, step: int | Tensor, optimizer: Optimizer, finite_loss: Tensor) -> None:
-        """After the gradient of iteration ``step``, before the optimizer uses it."""
+        """Check the gradient of iteration ``step``, before the optimizer uses it."""
         learning = (p for group in optimizer.param_groups for p in group["params"])
         gradients = [p.grad for p in learning if p.grad is not None]
         bad = ~(finite_loss if self.scaled else finite(gradients))
@@ -52,7 +52,7 @@ class Guard:
         if optimizer.defaults["fused"]:
             prepare(optimizer)
         if self.scaled:
-            if self.stop:  # the scaler leaves out what is not finite
+            if self.stop:  # the scaler skips what is not finite
                 gradients[0].masked_fill_(out, math.inf)
         elif optimizer.defaults["fused"]:
             optimizer.found_inf = out.float()  # type: ignore[attr-defined]
@@ -61,16 +61,16 @@ class Guard:
         self.kept = []
 
     def read(self) -> tuple[int, int, int]:
-        """How many iterations were not finite, the first, and how many of the newest in a row."""
+        """How many iterations were not finite, the first, and how many of the latest in a row."""
         count, first, row = self.found.tolist()
         return count, first, row
 
 
 def finite(tensors: list[Tensor]) -> Tensor:
-    """Whether all that is in them is: a bool on their device, in one pass over them.
+    """Whether all values of the tensors are finite: a bool on their device, found in one pass.
 
-    A gradient scaler's own operation, which here scales by 1. A norm takes ten times as long on a
-    CPU, and on a GPU a launch and more of the host's time for each tensor.
+    By the operation of gradient scalers, with a scale of 1. A norm takes ten times as long on a
+    CPU, and on a GPU costs a launch and more of the host's time for each tensor.
 
     Shape: tensors of any -> ().
     """
@@ -80,7 +80,7 @@ def finite(tensors: list[Tensor]) -> Tensor:
 
 
 def buffers_by_dtype(module: nn.Module) -> list[list[Tensor]]:
-    """A module's buffers, those of one dtype together."""
+    """A module's buffers, grouped by dtype."""
     kinds: dict[torch.dtype, list[Tensor]] = {}
     for buffer in module.buffers():
         kinds.setdefault(buffer.dtype, []).append(buffer)
@@ -88,7 +88,7 @@ def buffers_by_dtype(module: nn.Module) -> list[list[Tensor]]:
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
-    """All values, one after the other.
+    """All values, concatenated.
 
     Shape: tensors of any -> (all their numbers,).
     """
@@ -96,7 +96,7 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 
 def fill(tensors: list[Tensor], values: Tensor) -> None:
-    """Put back what ``flat`` made of them.
+    """Write the values that ``flat`` concatenated back to the tensors.
 
     Shape: values (all their numbers,).
     """
@@ -105,8 +105,8 @@ def fill(tensors: list[Tensor], values: Tensor) -> None:
 
 
 def prepare(optimizer: Optimizer) -> None:
-    """Give SGD the momentum of 0 that its first step starts from: were that step left out, its
-    fused kernel would leave the momentum as memory happened to be."""
+    """Give SGD the momentum of 0 that its first step starts from: if that step were skipped, the
+    fused kernel would leave the momentum uninitialized."""
     groups = [group for group in optimizer.param_groups if group["momentum"]]
     if len(optimizer.state) == sum(len(group["params"]) for group in groups):
         return
@@ -126,7 +126,7 @@ def poisoned(loss: Tensor, finite: Tensor) -> Tensor:
 
 
 class Parts:
-    """Stem, units and head, and which of them made something that is not finite."""
+    """Stem, units and head, and which of them gave values that are not finite."""
 
     def __init__(self, net: ResNet) -> None:
         self.parts: dict[str, Any] = {"stem": net.stem, **net.named_units, "head": net.head}
@@ -134,7 +134,7 @@ class Parts:
         self.backward: set[str] = set()
 
     def watch(self, name: str, part: nn.Module, hooks: ExitStack) -> None:
-        """Note what comes out of a part, and the gradient of what goes into it."""
+        """Check the output of a part, and the gradient of its input, as they are computed."""
 
         def before(module: nn.Module, given: tuple[Tensor, ...]) -> None:
             if given[0].requires_grad:
@@ -152,7 +152,7 @@ class Parts:
             hooks.callback(handle.remove)
 
     def first(self) -> int | None:
-        """The first of all places, in the order of ``places``."""
+        """The index of the first place that is not finite, in the order of ``places``, or None."""
         self.backward |= {
             name
             for name, part in self.parts.items()
@@ -166,7 +166,7 @@ class Parts:
 
     @property
     def places(self) -> list[str]:
-        """Every part on the way forward, then every part on the way back."""
+        """Every part in the forward pass, then every part in the backward pass."""
         names = list(self.parts)
         return [f"{n}, on the way forward" for n in names] + [
             f"{n}, on the way back" for n in reversed(names)
@@ -176,17 +176,17 @@ class Parts:
 def began(
     task: Any, step: int, batches: Iterable[Any], arithmetic: Callable[[], AbstractContextManager]
 ) -> tuple[int | None, list[str]]:
-    """Run an iteration again, with a look at every unit: the first place where something is not
-    finite, None if none is, and the names of the places. The weights are those before it."""
+    """Rerun an iteration and check every unit; return the index of the first place that is not
+    finite, or None, and the names of all places. The weights must be those before the iteration."""
     net = task.net
-    task.iteration = None  # and its memory is free
-    task.replays.clear()  # no module runs in a replay
+    task.iteration = None  # which frees its memory
+    task.replays.clear()  # in a replay no module runs
     parts, net.segments = Parts(net), 0
     net.zero_grad()
-    task.train()  # an evaluation asks too
+    task.train()  # an evaluation may call this
     with ExitStack() as hooks, torch.inference_mode(False), torch.enable_grad():
         for name, part in parts.parts.items():
-            part._compiled_call_impl = None  # hooks are for the eager one
+            part._compiled_call_impl = None  # hooks run in an eager call only
             parts.watch(name, part, hooks)
         for micro, batch in enumerate(batches):
             task.draw(step, micro)

@@ -26,8 +26,8 @@ from resnetv2_cli.quantities import TOP
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.telling import Tell, silent
 
-OWN = "BN and ReLU are PyTorch's own, which are slower: {}"  # and why
-OWN_CODE = "{} runs call by call; --graphs is faster, and runs it once"  # of the user's
+OWN = "BN and ReLU are PyTorch's own, which are slower: {}"  # the reason
+OWN_CODE = "{} runs call by call; --graphs is faster, but runs its Python once"  # a user's class
 CALLS = "iterations run call by call; --graphs is faster, but untried on several GPUs"
 
 
@@ -35,7 +35,7 @@ class Scores(Metric):
     """Sums over all images of all processes: counts of each (label, guess), top-5 hits, loss.
 
     Sums of counts, not means of batch means, so that no image weighs more than another. Logits that
-    are not finite guess nothing: a column behind those of the classes counts them.
+    are not finite make no guess: a column after those of the classes counts them.
     """
 
     full_state_update = False
@@ -64,8 +64,8 @@ class Scores(Metric):
 
     def compute(self) -> dict[str, Any]:
         """``error``, ``top5_error`` and ``class_errors`` in percent, ``loss`` in nats per image,
-        ``images``, those of them ``not_finite``, and ``confusion``, the counts: a row for each
-        label, a column for each guess."""
+        the number of ``images``, how many are ``not_finite``, and ``confusion``, the counts: a row
+        for each label, a column for each guess."""
         images = int(self.confusion.sum())
         right = int(self.confusion.diagonal().sum())
         return {
@@ -80,9 +80,9 @@ class Scores(Metric):
 
 
 def class_errors(confusion: list[list[int]]) -> list[float | None]:
-    """Errors class by class, in percent; None for one without images.
+    """The error of each class, in percent; None for a class without images.
 
-    ``confusion``: a row for each class, whose own guess is at its own number.
+    ``confusion``: a row for each class, with its correct guesses on the diagonal.
     """
     return [
         100 * (sum(row) - row[i]) / sum(row) if any(row) else None
@@ -91,10 +91,10 @@ def class_errors(confusion: list[list[int]]) -> list[float | None]:
 
 
 class Classification(L.LightningModule):
-    """Learns to name images.
+    """Training and evaluation of an image classifier.
 
-    ``sums``: loss (nats), errors and images since they were last read. ``scores``: of the last
-    evaluation, with the ``step`` it was made at.
+    ``sums``: loss (nats), errors and images since they were last read. ``scores``: those of the
+    last evaluation, with its ``step``.
 
     Shape: images (N, H, W, 3) uint8 -> logits (N, classes).
     """
@@ -110,24 +110,24 @@ class Classification(L.LightningModule):
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.compiled = False
         self.augmented = self.looks()
-        self.iteration: Iteration | None = None  # the one that is replayed
-        self.replayed = False  # whether the current one is
+        self.iteration: Iteration | None = None  # the one captured for replay
+        self.replayed = False  # whether the current iteration is a replay
         self.replays: dict[torch.Size, graphs.Forward] = {}  # of the network, by shape of input
         self.tell: Tell = silent
-        # No buffer: DDP would replace every process's sums by the first's.
+        # Not a buffer: DDP would overwrite every process's sums with rank 0's.
         self.sums = torch.zeros(3, dtype=torch.float64)
         self.guard = Guard(
             self.net,
             stop=experiment.non_finite == "stop",
             scaled=experiment.precision == "16-mixed",
         )
-        self.finite = torch.ones((), dtype=torch.bool)  # the losses of this iteration
+        self.finite = torch.ones((), dtype=torch.bool)  # whether this iteration's losses are
         self.counted = Scores(len(classes))
         self.scores: dict[str, Any] = {}
         self.frozen: list[nn.Module] = []
 
     def engage(self, device: torch.device, tell: Tell) -> None:
-        """Switch on what makes a training step fast on a device; what cannot be had is told."""
+        """Switch on what makes a training step fast on a device, and report what is unavailable."""
         e, self.tell = self.experiment, tell
         if device.type == "cpu":
             memory.map_large()
@@ -145,16 +145,16 @@ class Classification(L.LightningModule):
             tell(OWN.format(why))
 
     def fuse(self, device: torch.device) -> bool:
-        """Switch on the compiled operations, where the device and the experiment have them, and
-        say whether they do."""
+        """Switch on the compiled operations if the device and the experiment use them; return
+        whether they do."""
         fit = joined.by_itself(self.experiment.kernels, device.type)
         self.net.activate(fit, self.experiment.recompute_bn)
         return fit
 
     def record(self, optimizer: torch.optim.Optimizer, processes: int = 1) -> None:
-        """Have whole batches pass as CUDA graphs, if that is to be: the whole iteration, or the
-        network alone where that cannot be had. It is where it trains by now, with the momentum that
-        it continues with. What cannot be had is told."""
+        """Capture the training of whole batches as CUDA graphs, if wanted: the whole iteration, or
+        else the network alone. Called with the network on its device and, in a continued run, with
+        the momentum restored. What is unavailable is reported."""
         e, kind = self.experiment, self.device.type
         if not graphs.wanted(e.graphs, kind, processes, bool(e.own)):
             if e.graphs is None and kind == "cuda":
@@ -178,15 +178,15 @@ class Classification(L.LightningModule):
                 break
             graphs.tidy(self.device)
             self.tell(OWN.format(why) if compiled else f"no CUDA graphs: {why}")
-        if kind == "cuda":  # where only replays use the compiled operations
+        if kind == "cuda":  # on which only replays use the compiled operations
             self.augmented = self.looks()
             self.fuse(self.device)
 
     def record_with(
         self, compiled: bool, optimizer: torch.optim.Optimizer, batch: Batch, processes: int
     ) -> str:
-        """Record the whole iteration or else the network, with the compiled operations or with
-        PyTorch's; or why neither can be had."""
+        """Capture the whole iteration, or else the network, with the compiled operations or with
+        PyTorch's; return why neither can be captured, or an empty text."""
         self.net.activate(compiled, self.experiment.recompute_bn)
         self.augmented = self.looks(compiled and self.device.type == "cuda")
         if not (whole := self.record_iteration(optimizer, batch, processes)):
@@ -195,11 +195,11 @@ class Classification(L.LightningModule):
         graphs.tidy(self.device)
         if why := self.record_network(batch):
             return why if why == whole else f"{whole}; the network alone: {why}"
-        self.tell(f"the network is replayed as CUDA graphs; the whole iteration not: {whole}")
+        self.tell(f"the network is replayed as CUDA graphs; the whole iteration is not: {whole}")
         return ""
 
     def looks(self, in_a_kernel: bool = False) -> Callable[[Normalize, Tensor, Tensor], Tensor]:
-        """What makes an input of pixels and of what was drawn for them."""
+        """The function that turns pixels, and what was drawn for them, into the input."""
         if not DATASETS[self.experiment.dataset].decoded:
             return colors.recolored
         return in_one if in_a_kernel else augmented
@@ -207,7 +207,7 @@ class Classification(L.LightningModule):
     def record_iteration(
         self, optimizer: torch.optim.Optimizer, batch: Batch, processes: int
     ) -> str:
-        """Have whole iterations replayed; or why they cannot be."""
+        """Capture whole iterations for replay; return why they cannot be, or an empty text."""
         if processes > 1:
             return "the processes exchange gradients in it"
         if self.experiment.precision == "16-mixed":
@@ -218,7 +218,7 @@ class Classification(L.LightningModule):
         return why
 
     def record_network(self, batch: Batch) -> str:
-        """Have the network replayed on batches of that size; or why it cannot be."""
+        """Capture the network for batches of this size; return why not, or an empty text."""
         x = self.normalize(batch.images)
         replay, why = graphs.record(self.net, x, self.experiment.precision)
         if replay is not None:
@@ -226,7 +226,7 @@ class Classification(L.LightningModule):
         return why
 
     def noise(self, processes: int = 1) -> Batch:
-        """A whole batch, or this process's part of one, of the shape that it trains on."""
+        """A random batch, or this process's part of one, of the shape that is trained on."""
         e, decoded, on = self.experiment, DATASETS[self.experiment.dataset].decoded, self.device
         size = side(e.dataset, e.stem_)
         n = len(share(e.batch_size, self.global_rank, processes))
@@ -243,8 +243,8 @@ class Classification(L.LightningModule):
         return self.net(self.normalize(images))
 
     def look(self, images: Tensor) -> Tensor:
-        """Logits; of ten crops the logarithm of their mean softmax, as [1] after AlexNet; that of
-        fb.resnet.torch is the mean of logits.
+        """Logits; of ten crops the logarithm of the mean softmax, as in [1] after AlexNet, where
+        fb.resnet.torch has the mean of the logits.
 
         Shape: images (N, H, W, 3) or (N, 10, H, W, 3) uint8 -> (N, classes).
         """
@@ -256,7 +256,7 @@ class Classification(L.LightningModule):
         return shares.unflatten(0, (-1, views)).logsumexp(1) - math.log(views)
 
     def setup(self, stage: str) -> None:
-        # In training alone: an analysis of the same network wants all its gradients.
+        # Only in training: an analysis of the same network needs all its gradients.
         if stage == "fit":
             self.frozen = [self.net.part(name) for name in self.experiment.freeze_]
             for part in self.frozen:
@@ -274,11 +274,11 @@ class Classification(L.LightningModule):
         self.guard.to(self.device)
 
     def on_fit_end(self) -> None:
-        self.iteration = None  # whose tensors are where it trained
+        self.iteration = None  # its tensors are on the device that trained
         self.replays.clear()
 
     def on_train_start(self) -> None:
-        # Saved rates are of the schedule that the run was begun with, which may have been shorter.
+        # Saved rates follow the schedule that the run began with, which may have been shorter.
         scheduler = self.lr_schedulers()
         for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):  # type: ignore[union-attr]
             group["lr"] = base * lr_factor(self.experiment, self.global_step)
@@ -292,33 +292,33 @@ class Classification(L.LightningModule):
             self.begin()
 
     def begin(self) -> None:
-        """Before an iteration."""
+        """Reset what an iteration collects, before it."""
         self.guard.begin()
         self.finite.fill_(True)
 
     def draw(self, step: int, micro: int) -> None:
-        """What a step draws follows from the seed and the step: no generator's state to save."""
-        # Without a salt, as of all tuples of ints: every run's bits hang on CPython's hash of them.
+        """Seed the generators by the seed and the step, so that no generator's state is saved."""
+        # Hashes of tuples of ints have no salt: the bits of every run depend on CPython's.
         numbers = (self.experiment.seed, step, micro, self.global_rank)
         seed = hash(numbers) % 2**63
-        # torch.manual_seed does the same, and writes down its whole stack for each kind of device
-        # that is not there: a millisecond.
+        # torch.manual_seed does the same, but records its stack for each absent kind of device,
+        # which takes a millisecond.
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index].manual_seed(seed)
 
     def through(self, x: Tensor) -> Tensor:
-        """The network in training. Shape: normalized (N, 3, H, W) -> logits (N, classes)."""
+        """Run or replay the network. Shape: normalized (N, 3, H, W) -> logits (N, classes)."""
         return self.replays.get(x.shape, self.net)(x)
 
     def pixels(self, batch: Batch) -> Tensor:
-        """What the network sees of a batch in training. Shape: -> (N, 3, H, W) float32."""
+        """The network's input from a batch, in training. Shape: -> (N, 3, H, W) float32."""
         if batch.views is None:
             return self.normalize(batch.images)
         return self.augmented(self.normalize, batch.images, batch.views)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if self.iteration and self.replayed:  # and nothing is left to do for the next three
+        if self.iteration and self.replayed:  # which leaves the next three methods nothing to do
             return self.iteration(batch, self.global_step)
         return self.loss(batch)
 
@@ -334,10 +334,10 @@ class Classification(L.LightningModule):
         if not self.replayed:
             return super().optimizer_step(*given, **more)
         [*_, closure] = given
-        closure()  # the Trainer's, which calls the others
+        closure()  # the Trainer's, which calls the three methods above
 
     def loss(self, batch: Batch) -> Tensor:
-        """The mean loss of a micro-batch, for backward; what is logged is added to ``sums``."""
+        """The mean loss of a micro-batch, for backward; adds what is logged to ``sums``."""
         logits = self.through(self.pixels(batch))
         smoothing = self.experiment.label_smoothing
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
@@ -360,7 +360,7 @@ class Classification(L.LightningModule):
     def _evaluated(self, split: str) -> None:
         self.scores = self.counted.compute() | {"step": self.global_step}
         self.counted.reset()
-        # For callbacks that watch them, of all processes already; loggers get the tool's own.
+        # For callbacks that monitor them, over all processes already; loggers get the tool's own.
         told = {f"{split}_{name}": self.scores[name] for name in ("error", "top5_error", "loss")}
         self.log_dict(told, logger=False)
 

@@ -1,9 +1,9 @@
 """How PyTorch's threads wait for one another.
 
-By themselves they spin for some 20 ms. That is quickest while each has a processor. Where other
-work has one too, the thread that is waited for does not get to it, and an iteration takes twice to
-seventeen times as long; then they had better sleep, or be fewer. How many they are changes the bits
-of a run, and is the user's to say.
+By default they spin for some 20 ms, which is fastest while each has a processor. If other work
+occupies processors too, the thread that the others wait for does not get one, and an iteration
+takes 2 to 17 times as long; then they had better sleep, or be fewer. Their number changes the bits
+of a run, and is for the user to set.
 """
 
 import os
@@ -14,13 +14,13 @@ from statistics import median_low
 
 LOADAVG = Path("/proc/loadavg")  # its fourth field: how many threads run, of how many
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-LOOKS, PAUSE = 3, 0.002  # looks at the machine, and seconds between them
-begun_with: int | None = None  # threads of others, where a command began on a crowded machine
+LOOKS, PAUSE = 3, 0.002  # readings of the load, and seconds between them
+begun_with: int | None = None  # other threads, if the command began on a crowded machine
 
 
 def settle() -> None:
-    """Have them sleep if the machine is crowded, and the user has not said how they wait. It is
-    read when torch is imported, and so would be too late behind that."""
+    """Have threads sleep if the machine is crowded, unless the user has set how they wait. Call it
+    before torch is imported, which reads the setting."""
     global begun_with
     if "torch" in sys.modules or not crowded(others := running()):
         return
@@ -30,29 +30,28 @@ def settle() -> None:
 
 
 def advice() -> str:
-    """What may be faster on a machine that was crowded as the command began; empty elsewhere."""
+    """What may be faster, if the machine was crowded when the command began; else empty."""
     if begun_with is None or ours() == 1:
         return ""
     left = max(1, processors() - begun_with)
     return (
-        f"other work has processors, and each of {ours()} threads waits for the last: "
-        f"OMP_NUM_THREADS={left} may be faster, and rounds otherwise"
+        f"other work uses processors, and each of {ours()} threads waits for the slowest: "
+        f"OMP_NUM_THREADS={left} may be faster, but rounds differently"
     )
 
 
 def crowded(others: int | None) -> bool:
-    """Whether threads of others, and one for each processor that is ours, are more than there
-    are."""
+    """Whether the threads of others and our own are more than the processors."""
     return others is not None and others + ours() > processors()
 
 
 def processors() -> int:
-    """Of the machine."""
+    """The number of processors of the machine."""
     return os.cpu_count() or 1
 
 
 def ours() -> int:
-    """How many threads an operation will have."""
+    """How many threads an operation will use."""
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     if asked.isdecimal():
         return int(asked)
@@ -60,7 +59,7 @@ def ours() -> int:
 
 
 def running() -> int | None:
-    """How many threads of others run at this moment; None where the system does not say."""
+    """How many threads of others run at this moment; None if the system does not say."""
     seen = []
     for _ in range(LOOKS):
         try:

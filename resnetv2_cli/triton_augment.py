@@ -1,6 +1,6 @@
 """Normalization, crop and flip of a batch as one kernel for a GPU, in Triton.
 
-PyTorch's are some twenty launches for a tensor that a GPU writes in a few microseconds.
+In PyTorch they are some twenty launches, for a tensor that a GPU writes in a few microseconds.
 """
 
 import torch
@@ -34,7 +34,7 @@ def _augmented(
 
 
 def augmented(images: Tensor, views: Tensor, mean: Tensor, std: Tensor, pad: int) -> Tensor:
-    """As ``augment.in_one``, by the mean and std of ``Normalize`` (3, H, W) or (3, 1, 1)."""
+    """As ``augment.in_one``, with the mean and std of ``Normalize``, (3, H, W) or (3, 1, 1)."""
     n, h, w, c = images.shape
     x = torch.empty(n, h, w, c, device=images.device)
     mean, std = mean.expand(c, h, w), std.expand(c, h, w)

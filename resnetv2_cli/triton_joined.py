@@ -1,9 +1,9 @@
 """The functions of ``pointwise.c`` and ``conv3x3.c`` for a GPU, in Triton: BN, ReLU and the
-convolution of stride 1 behind them, forward and backward, on bf16 laid out channels last.
+following convolution of stride 1, forward and backward, on bf16 laid out channels last.
 
-Between narrow convolutions the cuDNN and BN kernels of a network leave a GPU idle: each of its
-small tensors is read and written by ten of them. Here x is activated where it is loaded, once for
-each tap. Sums over pixels are those of many programs, added up in one order: the same bits each
+With narrow convolutions the cuDNN and BN kernels of a network leave a GPU idle: each small tensor
+is read and written by ten of them. Here x is activated as it is loaded, once for each tap. Many
+programs share a sum over pixels; their parts are added up in a fixed order, for the same bits each
 time.
 """
 
@@ -16,16 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 128  # that share the rows of a sum, about one for each multiprocessor of an H100
-NUMBERS = 4096  # in a block; half of it for the gradient: both measured on an H200
+NUMBERS = 4096  # in a block, half as many for the gradient: both as measured on an H200
 SUMS = 8192  # numbers that one program adds up at a time
-LARGEST = 2**31  # numbers of a tensor, whose places are 32 bits
-# Triton's interpreter, which has no GPU, multiplies the bits of bf16 as integers.
+LARGEST = 2**31  # limit of the numbers in a tensor, as offsets have 32 bits
+# Triton's interpreter, which needs no GPU, would multiply the bits of bf16 as integers.
 DOT = tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16
 
 
 @triton.jit
 def _at_least(least, z):
-    """The larger; a NaN stays one, so that it shows in the loss."""
+    """The maximum; a NaN stays one, so that it shows in the loss."""
     return tl.maximum(z, least, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -36,14 +36,14 @@ def _dot(left, right, DOT: tl.constexpr):
 
 @triton.jit
 def _activated(x, scale, shift, least, inside):
-    """max(scale x + shift, least) as bf16, and 0 outside of the image."""
+    """max(scale x + shift, least) as bf16, and 0 outside the image."""
     z = _at_least(least, x.to(tl.float32) * scale + shift)
     return tl.where(inside, z, 0.0).to(tl.bfloat16)
 
 
 @triton.jit
 def _neighbours(rows, dr, dc, H: tl.constexpr, W: tl.constexpr, N_ROWS):
-    """Where the pixels that are so much further lie, and which are inside of their image."""
+    """The rows of the pixels at (+dr, +dc), and which of these are inside their image."""
     h, w = rows % (H * W) // W + dr, rows % W + dc
     inside = (rows < N_ROWS) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     return rows + dr * W + dc, inside
@@ -51,7 +51,7 @@ def _neighbours(rows, dr, dc, H: tl.constexpr, W: tl.constexpr, N_ROWS):
 
 @triton.jit
 def _moments(x, parts, N_ROWS, C: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    """parts (PARTS, 2, C): sums of x - origin and of its square, where origin is the first row."""
+    """parts (PARTS, 2, C): sums of x - origin and of its square; origin is the first row."""
     c, at = tl.arange(0, C), tl.program_id(0)
     origin = tl.load(x + c).to(tl.float32)
     s, q = tl.zeros((BLOCK, C), tl.float32), tl.zeros((BLOCK, C), tl.float32)
@@ -71,7 +71,7 @@ def _statistics(
     parts, x, gamma, beta, running_mean, running_var, saved, N_ROWS, momentum, eps,
     C: tl.constexpr, PARTS: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """saved (5, C): mean, 1 / std, scale, shift and least; the running statistics, moved."""
+    """Write saved (5, C): mean, 1 / std, scale, shift, least; and update the running statistics."""
     c, p = tl.arange(0, C), tl.arange(0, ROOM)
     origin, g, b = tl.load(x + c).to(tl.float32), tl.load(gamma + c), tl.load(beta + c)
     old_mean, old_var = tl.load(running_mean + c), tl.load(running_var + c)
@@ -170,7 +170,7 @@ def _normalized(
     g, x, plus, saved, slopes, numbers, C: tl.constexpr, BLOCK: tl.constexpr,
     ADDS: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
-    """dx = scale g + slope x + offset + plus, where g stands."""
+    """dx = scale g + slope x + offset + plus, written over g."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c, real = i % C, i < numbers
     d = tl.load(g + i, mask=real, other=0.0).to(tl.float32)
@@ -188,8 +188,8 @@ def _weights(
     C: tl.constexpr, N: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
     TAPS: tl.constexpr, DOT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """parts (PARTS, N, TAPS, C): dW = dy' * a, over a part of the rows each; of the taps of a row
-    at once, where a is where it lies and dy is moved."""
+    """parts (PARTS, N, TAPS, C): dW = dy' * a, each over a part of the rows. The three taps of a
+    row of the kernel are done at once: a stays in place, and dy is shifted."""
     part, tiles = tl.program_id(0), C // BC
     c = tl.program_id(2) % tiles * BC + tl.arange(0, BC)
     n = tl.program_id(2) // tiles * BN + tl.arange(0, BN)
@@ -243,7 +243,7 @@ def _shape(x: Tensor, w: Tensor, numbers: int = NUMBERS) -> dict[str, Any]:
 
 
 def joins(x: Tensor, norm: Any, conv: Any) -> bool:
-    """Whether these functions can take x: some images, of channels that are powers of two."""
+    """Whether these functions can take x: not empty, with powers of two as numbers of channels."""
     sides = (conv.in_channels, conv.out_channels)
     return (
         x.is_contiguous(memory_format=torch.channels_last)

@@ -101,7 +101,7 @@ def test_why_not_the_whole_iteration_is_said(monkeypatch, recorder, tmp_path, fa
     told: list[str] = []
     trained_as(tmp_path / "not", told.append, **SMALL, graphs=True)
     [why] = [line for line in told if line.startswith("the network is replayed as CUDA graphs")]
-    assert ("capturing" if faulty == "raises" else "what a replay learns") in why
+    assert ("capturing" if faulty == "raises" else "the update of a replay") in why
     assert "\n" not in why
 
 

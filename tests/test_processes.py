@@ -263,7 +263,7 @@ def test_an_iteration_waits_for_its_gradient_alone(seen):
 def test_replays_of_the_network_under_ddp_are_bit_for_bit_its_calls(seen):
     for rank, one in enumerate(seen):
         told, counted, ran, equal = one["replayed"]
-        says = "the network is replayed as CUDA graphs; the whole iteration not: the processes"
+        says = "the network is replayed as CUDA graphs; the whole iteration is not: the processes"
         assert sum(line.startswith(says) for line in told) == (rank == 0), told
         assert counted == one["counted"]
         assert ran == 1 + STEPS - 1  # in a comparison; and not on the last batch, which is smaller

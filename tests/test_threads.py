@@ -52,7 +52,7 @@ def test_beside_other_work_they_sleep(busy, resnetv2):
 def test_training_tells_what_may_be_faster(busy, resnetv2, tmp_path):
     given = ("train", "--dataset", "digits", "--depth", 8, "--steps", 1, "--output")
     said = resnetv2(*given, tmp_path / "two", env={"OMP_NUM_THREADS": "2"}).stderr
-    assert "each of 2 threads waits for the last: OMP_NUM_THREADS=1 may be faster" in said
+    assert "each of 2 threads waits for the slowest: OMP_NUM_THREADS=1 may be faster" in said
     one = resnetv2(*given, tmp_path / "one", env={"OMP_NUM_THREADS": "1"})
     assert "OMP_NUM_THREADS" not in one.stderr + one.stdout
 
