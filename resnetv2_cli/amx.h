@@ -1,10 +1,11 @@
-/* Products by AMX (products.h): sums of up to 16 x 32 numbers in registers of tiles. */
+/* Products by AMX (products.h): sums of up to 16 x 32 numbers in tile registers. */
 
 #define AMX 1
-#define EVEN 8 /* pairs that a sum takes are a multiple of it */
+#define EVEN 8 /* the pairs of a sum are a multiple of it */
 
-/* Sums (0 to 3) and left factors (4; 5: of eight pairs) of ``tall`` rows; right factors (6, 7).
-   Sums of a tile: 0, 1 and 2, as many as it has vectors; or of two tiles, 0 and 1, 2 and 3. */
+/* Tile registers: sums (0 to 3) and left factors (4; 5 for eight pairs) of ``tall`` rows; right
+   factors (6; 7 for eight pairs). The sums of one tile are in 0, 1 and 2, one for each of its
+   vectors; those of two tiles in 0 and 1, and in 2 and 3. */
 static void begin(int tall) {
     struct {
         uint8_t palette, start, none[14];
@@ -15,20 +16,21 @@ static void begin(int tall) {
                {0},
                {64, 64, 64, 64, 64, 32, 64, 64},
                {tall, tall, tall, tall, tall, tall, 16, 8}};
-    __asm__ volatile("ldtilecfg %0" : : "m"(tiles)); /* _tile_loadconfig has it read a part */
+    /* Not by _tile_loadconfig, which tells gcc that only a part of ``tiles`` is read. */
+    __asm__ volatile("ldtilecfg %0" : : "m"(tiles));
 }
 
 static void end(void) { _tile_release(); }
 
 INLINE void clear(F sum[][TALL][WIDE], int tall, int wide, int high) {
-    __asm__ volatile("" ::: "memory"); /* what a tile is loaded from is written by now */
+    __asm__ volatile("" ::: "memory"); /* what tiles will load must be written by now */
     _tile_zero(0);
     if (high > 1) _tile_zero(2);
     if (wide > 1) _tile_zero(1);
     if (wide > 1 && high > 1) _tile_zero(3);
 }
 
-/* The next pairs, k on, into the sums: by registers that are shaped for so many. */
+/* Add the products of the next pairs, from k on, to the sums, with registers for so many pairs. */
 #define MULTIPLY(LEFT, RIGHT)                                                                    \
     do {                                                                                         \
         _tile_loadd(RIGHT, right[0] + 2 * k * columns, 4 * columns);                             \
@@ -52,7 +54,7 @@ INLINE void clear(F sum[][TALL][WIDE], int tall, int wide, int high) {
         }                                                                                        \
     } while (0)
 
-/* As below; ``many`` is a multiple of 8. */
+/* As in registers.h; ``many`` is a multiple of 8. */
 INLINE void tile(F sum[][TALL][WIDE], const T *const *left, int64_t stride,
                  const T *const *right, int64_t columns, int64_t many, int tall, int wide,
                  int high) {
@@ -68,9 +70,9 @@ INLINE void done(F sum[][TALL][WIDE], int wide, int high) {
     if (wide > 1 && high > 1) _tile_stored(3, &sum[1][0][1], sizeof sum[0][0]);
 }
 
-/* dW of a tile, outputs i on, over ``many`` pairs of rows, ``runs`` times, added to what is there.
-   Between two runs a has a pair that is left out. dy: as laid by lay_pairs, run by run; a, dw:
-   where each vector begins; dw: rows of ``row`` numbers. Of AMX it is one run. */
+/* dW of a tile, from output i on, over ``runs`` runs of ``many`` pairs of rows, added to what is
+   there. Between two runs two rows of a are skipped. dy: as written by lay_pairs, run by run; a,
+   dw: where each vector begins; row: numbers in a row of dw. With AMX there is one run. */
 INLINE void weigh(const T *dy, int64_t i, int64_t n, const T *const *a,
                   int64_t columns, int64_t runs, int64_t many, float *const *dw, int64_t row,
                   int tall, int wide) {
@@ -86,7 +88,7 @@ INLINE void weigh(const T *dy, int64_t i, int64_t n, const T *const *a,
 #undef EACH
 }
 
-/* Sixteen rows of sixteen become columns: within quarters of four rows, and then the quarters. */
+/* Transpose sixteen rows of sixteen: first within groups of four rows, then the groups. */
 INLINE void transpose(U m[LANES]) {
     __m512i a[LANES], b[LANES];
 #pragma GCC unroll 16
@@ -115,7 +117,7 @@ INLINE void transpose(U m[LANES]) {
     }
 }
 
-/* Rows of n numbers two by two, ``many`` times, output by output: [n][many][2]. */
+/* Lay ``many`` pairs of rows of n numbers output by output: [n][many][2]. */
 static void lay_pairs(const T *rows, T *to, int64_t many, int64_t n) {
     for (int64_t k = 0; k < many; k += LANES) {
         int64_t left = many - k < LANES ? many - k : LANES;

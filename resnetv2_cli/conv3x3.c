@@ -1,25 +1,25 @@
 /* BN, ReLU and a 3x3 convolution of stride 1 (products.h), image by image.
 
-   An image lies aside with a border of zeros, two columns of which end a row and begin the next:
-   pitch = width + 2 pixels. So the nine that an output sees are three runs of three pixels; and
-   along the image as one line, those at one tap are the image moved by a constant. Where it lies by
-   pairs of pixels, from an even one on, none has pixels of two rows. */
+   An image is copied to a buffer with a border of zeros, of which two columns lie between any two
+   rows: pitch = width + 2 pixels. So the nine pixels that an output sees are three runs of three,
+   and with the image taken as one line, the pixels at one tap are the image shifted by a constant.
+   Where it is stored in pairs that begin with even pixels, no pair has pixels of two rows. */
 
 #include "products.h"
 
 #ifdef PRODUCTS
 
 #define MOST_HIGH (AMX ? 2 : 1)
-#define HIGH(TALL_) (AMX ? TALL / TALL_ : 1) /* tiles at once: of AMX's, those that make 16 rows */
+#define HIGH(TALL_) (AMX ? TALL / TALL_ : 1) /* tiles at once: with AMX, as many as make 16 rows */
 
 typedef struct {
     int64_t height, width, pitch;
-    int64_t start;  /* of the first pixel that is no border */
+    int64_t start;  /* place of the first pixel inside the border */
     int64_t pixels; /* with the border, and a few more zeros that the last pairs reach into */
     int64_t filled; /* pairs of pixels from the first to the last, with the borders between rows */
-    int64_t runs;   /* of pairs, that dW sums over: rows; of AMX one, of ``filled``, */
-    int64_t pairs;  /* of a run; of AMX with the zeros that fill up the last of a sum */
-    int tall;       /* pixels of a row that a tile takes */
+    int64_t runs;   /* of pairs, that dW sums over: one per row; with AMX one, of ``filled`` */
+    int64_t pairs;  /* of a run; with AMX rounded up, by zeros, to a multiple of EVEN */
+    int tall;       /* pixels of a row per tile */
 } Shape;
 
 static Shape shape_of(int64_t height, int64_t width) {
@@ -38,17 +38,17 @@ struct Work {
     const float *saved;
     double *sums;
     float *dw;
-    T *dy;             /* room for an image: dy */
-    const T *dy_pairs; /* by pairs, run by run */
-    T *a, *a_pairs[PAIR]; /* what is activated; by pairs from even pixels on, and from odd ones */
+    T *dy;             /* buffer for dy of an image */
+    const T *dy_pairs; /* dy in pairs, run by run */
+    T *a, *a_pairs[PAIR]; /* activated image; in pairs that begin with even or with odd pixels */
 };
 
-/* Where a pixel of the image lies, from the first on. */
+/* Place of a pixel of the image in the buffer, counted from the first pixel. */
 INLINE int64_t place(const Shape *s, int64_t pixel) {
     return pixel + pixel / s->width * (s->pitch - s->width);
 }
 
-/* Tiles of sums over the nine pixels around each of ``tall``, from one pixel on. */
+/* ``high`` tiles of sums, over the nine pixels around each of ``tall``, beginning at ``pixel``. */
 INLINE void around(F sum[][TALL][WIDE], const T *image, int64_t pixel, const Shape *s,
                    int64_t channels, const T *w, int64_t columns, int tall, int wide,
                    int high) {
@@ -64,7 +64,7 @@ INLINE void around(F sum[][TALL][WIDE], const T *image, int64_t pixel, const Sha
     done(sum, wide, high);
 }
 
-/* y of tiles from a pixel on. */
+/* y of tiles, beginning at ``pixel``. */
 INLINE void output(const Work *of, int64_t pixel, int64_t j, int tall, int wide, int high) {
     F sum[MOST_HIGH][TALL][WIDE];
     around(sum, of->a, pixel, of->s, of->c, of->w + PAIR * j, of->n, tall, wide, high);
@@ -97,7 +97,7 @@ static void forward_image(const Work *of) {
     each_column(s->tall < TALL ? low : high, of, of->n);
 }
 
-/* again: with the statistics that are saved, which stay as they are. */
+/* again: recompute y with the saved statistics, which are only read. */
 void NAME(conv3x3_forward)(const T *x, const T *plus, T *y, const float *gamma,
                      const float *beta, const float *weight, float *running_mean,
                      float *running_var, float *saved, double *sums, T *w, int64_t images,
@@ -113,7 +113,7 @@ void NAME(conv3x3_forward)(const T *x, const T *plus, T *y, const float *gamma,
         rows_of(images, 1, &first, &last);
         if (!again)
             count(x, origin, sums + 2 * c * omp_get_thread_num(), first * size, last * size, c);
-        pack_inputs(weight, w, 9 * c, n); /* its end is a barrier: the sums are there */
+        pack_inputs(weight, w, 9 * c, n); /* ends with a barrier: the sums are complete */
 #pragma omp single
         if (!again) {
             gather(sums, c);
@@ -135,7 +135,7 @@ void NAME(conv3x3_forward)(const T *x, const T *plus, T *y, const float *gamma,
     }
 }
 
-/* g, its sums and a of tiles from a pixel on. */
+/* g, its sums, and a of tiles, beginning at ``pixel``. */
 INLINE void gradient(const Work *of, int64_t pixel, int64_t j, F *total, F *product, int tall,
                      int wide, int high) {
     const Shape *s = of->s;
@@ -149,7 +149,7 @@ INLINE void gradient(const Work *of, int64_t pixel, int64_t j, F *total, F *prod
     }
 }
 
-/* g, its sums, and a by pairs, of an image. */
+/* g, its sums, and a in pairs, of an image. */
 INLINE void gradients_of(const Work *of, int64_t j, int tall, int wide) {
     F total[WIDE], product[WIDE];
     for (int v = 0; v < wide; v++) total[v] = product[v] = (F){0};
@@ -173,7 +173,7 @@ static void between(const T *even, T *odd, const Shape *s, int64_t c) {
 }
 #endif
 
-/* dW of all outputs and taps: at each the image is moved. */
+/* dW of all outputs and taps: for each tap the image is shifted. */
 INLINE void weights(const Work *of, int64_t j, int tall, int wide) {
     const Shape *s = of->s;
     int64_t c = of->c;
@@ -215,8 +215,9 @@ static void backward_image(const T *dy, Work *of, T *pairs) {
     for (int64_t j = 0; j < of->c; j += LANES) weights_of_tile(of, j);
 }
 
-/* alone: a convolution without BN, by what is ``saved`` of no BN; dgamma, dbeta are not written.
-   parts: [threads - 1][n][9][c], of dW by the other threads. dx has g between the two passes. */
+/* alone: a convolution without BN, for which ``saved`` has constants; dgamma, dbeta are not
+   written. parts: [threads - 1][n][9][c], dW of the other threads. Between the two passes dx
+   holds g. */
 void NAME(conv3x3_backward)(const T *dy, const T *x, const T *plus, T *dx,
                       const float *saved, const float *weight, float *dgamma, float *dbeta,
                       float *dw, float *parts, double *sums, T *w, int64_t images,

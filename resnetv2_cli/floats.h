@@ -1,4 +1,4 @@
-/* Numbers of float (products.h): a pair is one number. */
+/* float numbers (products.h): a pair is one number. */
 
 typedef float T;
 typedef F P;
@@ -15,5 +15,5 @@ INLINE void store_row(T *p, const F *x, int wide) {
     for (int v = 0; v < wide; v++) store_float(p + v * LANES, x[v]);
 }
 
-/* The number at p in each place: of x - 0 gcc makes no addition, which 0 + x is for -0. */
+/* The number at p in each lane. gcc omits the - 0, but would compute 0 + x, which changes -0. */
 INLINE P spread(const T *p) { return *p - (F){0}; }

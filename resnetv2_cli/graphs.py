@@ -110,7 +110,7 @@ def replayed(
 
 
 def reason(error: BaseException) -> str:
-    """The first line of the original error: the one that ends a capture says only that it ended."""
+    """The first line of the original error: the last one says only that the capture failed."""
     while isinstance(error.__context__, RuntimeError):
         error = error.__context__
     return str(error).strip().partition("\n")[0] or type(error).__name__

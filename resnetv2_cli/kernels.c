@@ -1,6 +1,6 @@
 /* Batch normalization, ReLU and an addition, in training, forward and backward:
 
-     y = f(scale x + shift, plus)     f: their sum, with ReLU nowhere, BEFORE it or AFTER it
+     y = f(scale x + shift, plus)     f: their sum, with ReLU BEFORE it, AFTER it or nowhere
 
    ``plus`` may be null: nothing is added, and ReLU is not AFTER. Each function exists for bf16
    (T = uint16_t) and for float. A thread takes the same rows in both passes, so that the second
@@ -73,7 +73,7 @@ enum { BEFORE = 1, AFTER = 2 }; /* where ReLU is, if anywhere */
         }                                                                                        \
     }
 
-/* y of a forward that added nothing once more, from x and what was saved. */
+/* Recompute y of a forward pass without plus, from x and what was saved. */
 #define AGAIN(NAME, T, LOAD, STORE)                                                              \
     void NAME(const T *x, T *y, const float *saved, int64_t rows, int64_t c, int relu,           \
               int threads) {                                                                     \
@@ -84,13 +84,13 @@ enum { BEFORE = 1, AFTER = 2 }; /* where ReLU is, if anywhere */
         }                                                                                        \
     }
 
-/* g, the gradient that ReLU let pass: found again from x (v), or from y where it is AFTER. */
+/* g, the gradient that ReLU lets pass: recomputed from x (v), or read from y if it is AFTER. */
 #define PASSED(G, R, LOAD)                                                                       \
     if (relu == BEFORE) G = only(G, ~(U)(scale * v + shift <= 0));                               \
     if (relu == AFTER) G = only(G, ~(U)(LOAD(y + (R) * c + j) <= 0));
 
-/* dx, dgamma and dbeta, from the gradient of y. Where ReLU is AFTER, dplus too, and it needs y;
-   elsewhere dplus is dy. */
+/* dx, dgamma and dbeta, from the gradient of y. If ReLU is AFTER, this needs y, and writes dplus
+   too; otherwise dplus is dy. */
 #define BACKWARD(NAME, T, LOAD, STORE)                                                           \
     void NAME(const T *dy, const T *x, const T *y, T *dx, T *dplus, const float *saved,          \
               float *dgamma, float *dbeta, double *sums, int64_t rows, int64_t c, int relu,      \
@@ -158,5 +158,5 @@ AGAIN(again_float, float, load_float, store_float)
 BACKWARD(backward_bf16, uint16_t, load_bf16, store_bf16)
 BACKWARD(backward_float, float, load_float, store_float)
 
-/* Floats in a vector of the processor. */
+/* Floats per vector of the processor. */
 int lanes(void) { return LANES; }

@@ -1,4 +1,4 @@
-/* BN, ReLU and a 1x1 convolution of stride 1 (products.h), by blocks of rows. */
+/* BN, ReLU and a 1x1 convolution of stride 1 (products.h), in blocks of rows. */
 
 #include "products.h"
 
@@ -11,8 +11,8 @@ struct Work {
     const float *saved;
     double *sums;
     float *dw;
-    T *a; /* room for what is activated */
-    const T *dy_pairs; /* dy by pairs of rows */
+    T *a; /* buffer for activated rows */
+    const T *dy_pairs; /* dy in pairs of rows */
 };
 
 /* A tile of sums over the c channels of a. */
@@ -24,7 +24,7 @@ INLINE void sums_of(F sum[][TALL][WIDE], const T *a, int64_t c, const T *w, int6
     done(sum, wide, 1);
 }
 
-/* y of a tile from a row on. */
+/* y of a tile, beginning at ``row``. */
 INLINE void output(const Work *of, int64_t row, int64_t j, int tall, int wide) {
     int64_t c = of->c, n = of->n;
     const T *plus = of->plus ? of->plus + row * n + j : 0;
@@ -53,7 +53,7 @@ static void forward_block(const Work *of) {
     each_column(by, of, of->n);
 }
 
-/* again: with the statistics that are saved, which stay as they are. */
+/* again: recompute y with the saved statistics, which are only read. */
 void NAME(pointwise_forward)(const T *x, const T *plus, T *y, const float *gamma,
                        const float *beta, const float *weight, float *running_mean,
                        float *running_var, float *saved, double *sums, T *w, int64_t images,
@@ -67,7 +67,7 @@ void NAME(pointwise_forward)(const T *x, const T *plus, T *y, const float *gamma
         int64_t first, last;
         rows_of(rows, BLOCK, &first, &last);
         if (!again) count(x, origin, sums + 2 * c * omp_get_thread_num(), first, last, c);
-        pack_inputs(weight, w, c, n); /* its end is a barrier: the sums are there */
+        pack_inputs(weight, w, c, n); /* ends with a barrier: the sums are complete */
 #pragma omp single
         if (!again) {
             gather(sums, c);
@@ -85,7 +85,7 @@ void NAME(pointwise_forward)(const T *x, const T *plus, T *y, const float *gamma
             of.y = y + b * n;
             if (b + BLOCK <= last)
                 forward_block(&of);
-            else { /* fewer rows than a block: in a whole one aside */
+            else { /* fewer rows than a block: copied to a whole one */
                 memset(x_, 0, sizeof(T) * BLOCK * c);
                 memcpy(x_, of.x, sizeof(T) * c * (last - b));
                 if (plus) memcpy(plus_, of.plus, sizeof(T) * n * (last - b));
@@ -100,7 +100,7 @@ void NAME(pointwise_forward)(const T *x, const T *plus, T *y, const float *gamma
     }
 }
 
-/* g of a tile from a row on, its sums, and a as pairs of rows. */
+/* g of a tile, beginning at ``row``, its sums, and a in pairs of rows. */
 INLINE void gradient(const Work *of, int64_t row, int64_t j, F *s, F *q, int tall, int wide) {
     int64_t c = of->c, n = of->n;
     const T *x = of->x + row * c + j;
@@ -116,7 +116,7 @@ INLINE void gradient(const Work *of, int64_t row, int64_t j, F *s, F *q, int tal
     }
 }
 
-/* g of a block, its sums, and a of these columns. */
+/* g of a block, its sums, and a, for these columns. */
 INLINE void gradients_of(const Work *of, int64_t j, int tall, int wide) {
     F s[WIDE], q[WIDE];
     for (int v = 0; v < wide; v++) s[v] = q[v] = (F){0};
@@ -124,8 +124,7 @@ INLINE void gradients_of(const Work *of, int64_t j, int tall, int wide) {
     widen_both(of->sums + j, s, q, of->c, wide);
 }
 
-/* dW of these columns. Each product asks for its part of the next block's dy, which comes
-   meanwhile. */
+/* dW of these columns. Each product prefetches its part of the next block's dy. */
 INLINE void weights(const Work *of, int64_t j, int tall, int wide) {
     int64_t c = of->c, n = of->n, part = BLOCK * tall * LANES * wide / c;
     const T *next = of->dy + BLOCK * n + j / (LANES * wide) * (n / tall) * part;
@@ -164,8 +163,9 @@ static void backward_block(Work *of, T *pairs) {
     each_column(by, of, of->c);
 }
 
-/* alone: a convolution without BN, by what is ``saved`` of no BN; dgamma, dbeta are not written.
-   parts: [threads - 1][n][c], of dW by the other threads. dx has g between the two passes. */
+/* alone: a convolution without BN, for which ``saved`` has constants; dgamma, dbeta are not
+   written. parts: [threads - 1][n][c], dW of the other threads. Between the two passes dx holds
+   g. */
 void NAME(pointwise_backward)(const T *dy, const T *x, const T *plus, T *dx,
                         const float *saved, const float *weight, float *dgamma, float *dbeta,
                         float *dw, float *parts, double *sums, T *w, int64_t images,
@@ -224,8 +224,8 @@ void NAME(pointwise_backward)(const T *dy, const T *x, const T *plus, T *dx,
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Whether this process should use them. Linux gives the registers of tiles to those who ask; a
-   processor with AMX that the compiler does not know is faster in PyTorch's hands. */
+/* Whether this process should use these functions. Linux grants the tile registers on request; on
+   a processor whose AMX the compiler does not know, PyTorch is faster. */
 int products_allowed(void) {
 #if AMX
     enum { REQUEST = 0x1023, TILES = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */

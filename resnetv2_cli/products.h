@@ -1,26 +1,26 @@
-/* BN, ReLU and the convolution behind them as one operation, in training: what pointwise.c and
-   conv3x3.c share. They are compiled for numbers T of bf16, and once more of float (FLOATS).
+/* BN, ReLU and the following convolution as one operation, in training: what pointwise.c and
+   conv3x3.c share. These are compiled for numbers T of bf16, and once more for float (FLOATS).
 
-   With a = max(scale x + shift, least), rounded to T as it would be in memory, which it never
-   sees, where least is 0 (ReLU), or a NaN for a convolution alone, above which is all:
+   With a = max(scale x + shift, least), rounded to T as if it were stored in memory, which it never
+   is; least is 0 for ReLU, or a NaN for a convolution alone, which lets everything pass:
      forward    y = a * W + plus
      backward   g = (dy * W') where a > least;  dW = dy' * a
                 dx = scale g + slope x + offset + plus
    x, a, g, dx have c channels; y, dy have n; W, dW: [n][taps][c] in float. Sums of products are
-   floats. ``plus`` may be null: it is the other side of an addition, which then costs no pass of
-   its own.
+   floats. ``plus`` is the other operand of an addition, which so costs no pass of its own; it may
+   be null.
 
-   A block (rows, or an image) is gone through by tiles of sums. The processor multiplies and adds
-   pairs of bf16, so each factor of a product lies as pairs along what is summed over: W by two
-   inputs (forward) or two outputs (backward), a and dy by two rows (dW). Of floats a pair is one
-   number (PAIR). The sums of a tile are 16 or 24 vector registers, and 8 or 12 where there are 16:
-   fewer, and each waits for its last product; more, and the factors have none. Where the processor
-   has AMX, they are in up to four of its eight registers of tiles, into which it adds the products
-   of 16 rows of sixteen pairs with 16 columns of them at once, or of eight pairs at the end. To
-   load a factor takes about as long, so that each serves several sums where it can.
+   A block (rows, or an image) is computed in tiles of sums. The processor multiplies and adds
+   pairs of bf16, so each factor of a product is stored in pairs along the dimension summed over: W
+   in pairs of inputs (forward) or outputs (backward), a and dy in pairs of rows (dW). For float a
+   pair is one number (PAIR). The sums of a tile take 16 or 24 vector registers, and 8 or 12 where
+   there are 16: with fewer, each sum waits for its last product; with more, the factors have no
+   registers. With AMX the sums are in up to four of its eight tile registers; an instruction adds
+   to one of them the products of 16 rows of sixteen pairs with 16 columns of them, or of eight
+   pairs at the end. Loading a factor takes about as long, so each serves several sums where it can.
 
-   What goes along the rows of a block for the columns of a tile is a function of its own for each
-   shape of tile (COLUMNS): gcc keeps the sums in registers where nothing else asks for them. */
+   The loop over the rows of a block, for the columns of a tile, is a function of its own for each
+   shape of tile (COLUMNS): gcc keeps the sums in registers where nothing else needs registers. */
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,7 +38,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define WIDE 2 /* vectors in a row of a tile, at most */
-#define TAPS 3 /* and of a tile of dW, of a 3x3 convolution */
+#define TAPS 3 /* the same in a tile of dW, for a 3x3 convolution */
 #ifdef __AVX512F__
 #define TALL 16 /* rows of a tile, at most */
 #else
@@ -53,22 +53,22 @@
 #endif
 
 typedef struct Work Work; /* of a block: what its functions read and write */
-typedef void Columns(const Work *of, int64_t j); /* of columns j on */
+typedef void Columns(const Work *of, int64_t j); /* from column j on */
 
-/* NAME by tiles of one shape. */
+/* NAME for tiles of one shape. */
 #define COLUMNS(NAME, SHAPE, TALL_, WIDE_)                                                       \
     static __attribute__((noinline)) void NAME##_##SHAPE(const Work *of, int64_t j) {            \
         NAME(of, j, TALL_, WIDE_);                                                               \
     }
 
-/* All columns, by tiles of one vector and of two. */
+/* All columns, in tiles of two vectors and then of one. */
 static void each_column(Columns *const by[2], const Work *of, int64_t columns) {
     int64_t j = 0;
     for (; j + 2 * LANES <= columns; j += 2 * LANES) by[1](of, j);
     for (; j < columns; j += LANES) by[0](of, j);
 }
 
-/* A NaN stays one. */
+/* max(least, z); a NaN z stays one, and a NaN least gives z. */
 INLINE F at_least(F least, F z) {
 #ifdef __AVX512F__
     return (F)_mm512_max_ps((__m512)least, (__m512)z);
@@ -94,7 +94,7 @@ INLINE F where_above(F z, F least, F x) {
 #include "registers.h"
 #endif
 
-/* a of a row; saved: of BN, [5][c] of mean, 1 / std, scale, shift and least. */
+/* a of a row; saved: [5][c] of BN's mean, 1 / std, scale and shift, and of least. */
 INLINE void activate(const T *x, const float *saved, T *a, int64_t c, int wide) {
     F z[WIDE];
     soon(x);
@@ -116,7 +116,7 @@ static void activate_rows(const T *x, const float *saved, T *a, int64_t rows,
     }
 }
 
-/* A tile of sums, and plus, to y. */
+/* Write a tile of sums, with plus added, to y. */
 INLINE void put(F sum[TALL][WIDE], const T *plus, T *y, int64_t n, int tall, int wide) {
 #pragma GCC unroll 16
     for (int r = 0; r < tall; r++) {
@@ -125,7 +125,7 @@ INLINE void put(F sum[TALL][WIDE], const T *plus, T *y, int64_t n, int tall, int
     }
 }
 
-/* A tile by pairs of rows, ``columns`` of them. */
+/* Write a tile in pairs of rows, of ``columns`` numbers each. */
 INLINE void put_pairs(F sum[TALL][WIDE], T *a, int64_t columns, int tall, int wide) {
 #pragma GCC unroll 16
     for (int r = 0; r < tall; r += PAIR)
@@ -137,7 +137,7 @@ INLINE void put_pairs(F sum[TALL][WIDE], T *a, int64_t columns, int tall, int wi
         }
 }
 
-/* g of a tile, from sums of dy * W', and its sums s and q; a is left in the tile. */
+/* g of a tile, from its sums of dy * W', and the sums s and q of g; then the tile holds a. */
 INLINE void let_through(F sum[TALL][WIDE], const T *x, T *g, const float *saved, F *s, F *q,
                         int64_t c, int tall, int wide) {
 #pragma GCC unroll 2
@@ -164,7 +164,7 @@ INLINE void widen_both(double *sums, const F *s, const F *q, int64_t c, int wide
     }
 }
 
-/* W as pairs of inputs, c of them with every tap's: [c][n] by pairs; each thread makes a part. */
+/* W in pairs of inputs: [c][n] in pairs, c for all taps together; each thread packs a part. */
 static void pack_inputs(const float *weight, T *w, int64_t c, int64_t n) {
 #pragma omp for
     for (int64_t k = 0; k < c; k += PAIR)
@@ -176,7 +176,7 @@ static void pack_inputs(const float *weight, T *w, int64_t c, int64_t n) {
         }
 }
 
-/* W as pairs of outputs, its taps from the last to the first: [taps][n][c] by pairs. */
+/* W in pairs of outputs, its taps from the last to the first: [taps][n][c] in pairs. */
 static void pack_outputs(const float *weight, T *w, int64_t c, int64_t n, int64_t taps) {
 #pragma omp for
     for (int64_t k = 0; k < n; k += PAIR)
@@ -189,14 +189,14 @@ static void pack_outputs(const float *weight, T *w, int64_t c, int64_t n, int64_
             }
 }
 
-/* Numbers rounded up to whole lines of a cache. */
+/* Numbers rounded up to whole cache lines. */
 static inline int64_t lines(int64_t numbers) {
     int64_t line = 64 / sizeof(T);
     return (numbers + line - 1) / line * line;
 }
 
-/* Room of a thread for so many numbers, on a line. It keeps it: its stack may be small, and new
-   room would be new to the process each time. */
+/* A thread's buffer for so many numbers, aligned to a cache line. The thread keeps it: its stack
+   may be small, and a new buffer would be new to the process each time. */
 static T *room(int64_t numbers) {
     static __thread T *kept;
     static __thread int64_t size;
@@ -235,7 +235,7 @@ INLINE void moments(const T *x, const float *origin, double *sums, int64_t rows,
     widen_both(sums, s, q, c, wide);
 }
 
-/* The same of rows first to last. */
+/* The same, of rows first to last. */
 static void count(const T *x, const float *origin, double *sums, int64_t first, int64_t last,
                   int64_t c) {
     memset(sums, 0, 2 * c * sizeof(double));
@@ -251,7 +251,7 @@ static void count(const T *x, const float *origin, double *sums, int64_t first, 
     }
 }
 
-/* The parts of dW by the other threads, added to the first's in their order. */
+/* Add the other threads' parts of dW to the first thread's, in their order. */
 static void add_parts(float *dw, const float *parts, int64_t numbers) {
 #pragma omp for
     for (int64_t i = 0; i < numbers; i += LANES)
@@ -259,7 +259,7 @@ static void add_parts(float *dw, const float *parts, int64_t numbers) {
             *(F_ *)(dw + i) += load_float(parts + numbers * (t - 1) + i);
 }
 
-/* dx of rows first to last, where g stands: of BN, or ``alone`` of none. */
+/* dx of rows first to last, written over g; ``alone``: without BN. */
 static void normalized(T *dx, const T *x, const T *plus, const float *scale,
                        const float *slope, const float *offset, int64_t first, int64_t last,
                        int64_t c, int alone) {

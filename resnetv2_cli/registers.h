@@ -1,5 +1,5 @@
-/* Products by vectors (products.h): sums of 8 x 2, 16 x 1 or, of dW, 8 x 3 vectors in registers;
-   without AVX-512 of half as many. */
+/* Products by vectors (products.h): sums of 8 x 2, 16 x 1 or, for dW, 8 x 3 vectors in registers;
+   without AVX-512, of half as many rows. */
 
 #define AMX 0
 #define EVEN 1
@@ -12,12 +12,12 @@ INLINE void clear(F sum[][TALL][WIDE], int tall, int wide, int high) {
         for (int v = 0; v < wide; v++) sum[0][r][v] = (F){0};
 }
 
-/* sum[h][r][v] += left[h][r][k] right[v][k], k in pairs. One row of the left factor is ``stride``
-   numbers from the next. */
+/* sum[h][r][v] += left[h][r][k] right[v][k], k in pairs. The rows of the left factor are
+   ``stride`` numbers apart. */
 INLINE void tile(F sum[][TALL][WIDE], const T *const *left, int64_t stride,
                  const T *const *right, int64_t columns, int64_t many, int tall, int wide,
                  int high) {
-    const T *of[WIDE], *rows[TALL / 4]; /* each fourth */
+    const T *of[WIDE], *rows[TALL / 4]; /* every fourth */
     for (int v = 0; v < wide; v++) of[v] = right[v];
     for (int q = 0; q < tall / 4; q++) rows[q] = left[0] + 4 * q * stride;
     for (int64_t k = 0; k < many; k++) {
@@ -25,12 +25,12 @@ INLINE void tile(F sum[][TALL][WIDE], const T *const *left, int64_t stride,
 #pragma GCC unroll 2
         for (int v = 0; v < wide; v++) {
             w[v] = *(const P_ *)of[v];
-            __asm__("" : "+v"(w[v])); /* or gcc loads it for each product anew */
+            __asm__("" : "+v"(w[v])); /* or gcc reloads it for each product */
             of[v] += PAIR * columns;
         }
 #pragma GCC unroll 4
         for (int q = 0; q < tall / 4; q++) {
-            __asm__("" : "+r"(rows[q])); /* or gcc has an address for each row, and no register */
+            __asm__("" : "+r"(rows[q])); /* or gcc keeps an address per row, and runs out of them */
 #pragma GCC unroll 4
             for (int r = 0; r < 4; r++) {
                 P l = spread(rows[q] + r * stride);
@@ -82,7 +82,7 @@ INLINE void weigh(const T *dy, int64_t i, int64_t n, const T *const *a,
 }
 
 #if PAIR > 1
-/* Rows of n numbers two by two, ``many`` times: [many][n][2]. */
+/* Lay ``many`` pairs of rows of n numbers as [many][n][2]. */
 static void lay_pairs(const T *rows, T *to, int64_t many, int64_t n) {
     for (int64_t i = 0; i < 2 * many * n; i += 2 * n)
         for (int64_t j = 0; j < n; j += LANES)

@@ -1,7 +1,7 @@
-/* What kernels.c, pointwise.c and conv3x3.c share: as many channels at a time as a vector of the
-   processor has floats, and the statistics of BN as sums of each thread.
+/* What kernels.c, pointwise.c and conv3x3.c share: vectors of as many channels as a vector of the
+   processor has floats, and the statistics of BN from sums of each thread.
 
-   Numbers lie channels last: rows (images, times height, times width) of c channels, c a multiple
+   Tensors are channels last: rows (images, times height, times width) of c channels, c a multiple
    of 16. bf16 is uint16_t. */
 
 #include <math.h>
@@ -16,7 +16,7 @@
 #define LANES 16
 #elif defined __AVX__
 #define LANES 8
-#else /* SSE, NEON; of vectors longer than the processor's gcc makes code that goes through memory */
+#else /* SSE, NEON; for vectors longer than the processor's, gcc's code goes through memory */
 #define LANES 4
 #endif
 #define BLOCK 64 /* rows between additions to the sums in double */
@@ -30,12 +30,12 @@ typedef float F_ __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t U_ __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t H_ __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
-/* What lies a little behind a place will be needed: asked for here, it comes from memory while what
-   is at hand is computed. */
+/* Prefetch what lies a little after a place and will be needed next: it comes from memory while
+   the current numbers are computed. */
 static inline void soon(const void *p) { __builtin_prefetch((const char *)p + AHEAD, 0, 2); }
 
 static inline F load_bf16(const uint16_t *p) {
-#ifdef __AVX512F__ /* in one instruction what the compiler makes of the other way in five */
+#ifdef __AVX512F__ /* one instruction; the compiler makes five of the other branch */
     return (F)((U)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)) << 16);
 #else
     return (F)(__builtin_convertvector(*(const H_ *)p, U) << 16);
@@ -61,7 +61,7 @@ static inline void widen(double *sum, F x) {
     for (int i = 0; i < LANES; i++) sum[i] += x[i];
 }
 
-/* The rows of one thread, from one multiple of ``whole`` to another. */
+/* The rows of this thread, from one multiple of ``whole`` to another. */
 static inline void rows_of(int64_t rows, int64_t whole, int64_t *first, int64_t *last) {
     int64_t n = omp_get_num_threads(), i = omp_get_thread_num(), parts = (rows + whole - 1) / whole;
     *first = parts * i / n * whole;
@@ -69,15 +69,15 @@ static inline void rows_of(int64_t rows, int64_t whole, int64_t *first, int64_t 
     if (*last > rows) *last = rows;
 }
 
-/* The sums of all threads, in their order, into those of the first; sums: [threads][2][c]. */
+/* Add the sums of all threads, in their order, to the first thread's; sums: [threads][2][c]. */
 static inline void gather(double *sums, int64_t c) {
     int n = omp_get_num_threads();
     for (int t = 1; t < n; t++)
         for (int64_t j = 0; j < 2 * c; j++) sums[j] += sums[2 * c * t + j];
 }
 
-/* From sums of x - origin and of its square: the running statistics, moved by momentum; and
-   saved, [4][c] of mean, 1 / std, scale and shift: y = scale x + shift. */
+/* From sums of x - origin and of its square: update the running statistics with momentum; and
+   write saved, [4][c] of mean, 1 / std, scale and shift: y = scale x + shift. */
 static inline void statistics(const double *sums, const float *origin, const float *gamma,
                               const float *beta, float *running_mean, float *running_var,
                               float *saved, int64_t rows, int64_t c, double momentum,
