@@ -1,4 +1,4 @@
-"""The console script: the commands, and the one place where the mistakes of a user end."""
+"""The console script: the commands, and the one place where a user's mistakes are reported."""
 
 import errno
 import io
@@ -22,24 +22,24 @@ from resnetv2_cli.quantities import size
 from resnetv2_cli.signals import SIGNALS
 
 # isort: off
-# They join the app, and help lists them in this order.
+# Importing them adds their commands to the app; the help lists them in this order.
 from resnetv2_cli.commands import train, predict, precise, verify, weights, export  # noqa: F401
 from resnetv2_cli.commands import ablate, analyze, report, runs, data, bench, look  # noqa: F401
 # isort: on
 
 
 class Terminated(SystemExit):
-    """SIGTERM came where nothing else has a use for it; a child process ends in silence by it."""
+    """SIGTERM where nothing else handles it; as a SystemExit, it ends a child process silently."""
 
 
 def terminate(number: int, frame: FrameType | None) -> None:
-    """End as a signal does."""
+    """Signal handler: exit with the status of the signal."""
     raise Terminated(SIGNALS[number])
 
 
 @contextmanager
 def terminating() -> Iterator[None]:
-    """Meanwhile SIGTERM ends what is done as Ctrl-C does: half a file is put away."""
+    """Meanwhile SIGTERM unwinds the stack, as Ctrl-C does: half-written files are removed."""
     if (
         threading.current_thread() is not threading.main_thread()
         or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
@@ -54,7 +54,7 @@ def terminating() -> Iterator[None]:
 
 
 def version(wanted: bool) -> None:
-    """``--version``."""
+    """Print the version for ``--version``."""
     if wanted:
         print(f"resnetv2 {__version__}")
         raise typer.Exit
@@ -68,18 +68,18 @@ def options(
         typer.Option(
             "--allow-code",
             metavar="MODULE:CLASS",
-            help="Import this code of your own, which a checkpoint or a config asks for.",
+            help="Let a checkpoint or a config import this class of your own.",
         ),
     ] = None,
     _: Annotated[
         bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """For the help alone: ``main`` sees to ``debug`` and ``allow_code``, wherever they stand."""
+    """For the help only: ``main`` handles ``debug`` and ``allow_code``, wherever they appear."""
 
 
 def code_first(given: list[str]) -> list[str]:
-    """The same words with every ``--allow-code NAME`` in front, where the app looks for it.
+    """The same words with every ``--allow-code NAME`` first, where the app looks for it.
 
     Raises:
         UserError: one has no name.
@@ -99,32 +99,32 @@ def code_first(given: list[str]) -> list[str]:
 
 @contextmanager
 def heard() -> Iterator[None]:
-    """Meanwhile a reader who leaves, as ``head`` does, ends what is done with UNHEARD: typer and
-    rich would with 1, by which ``verify-resume`` says that it found a difference."""
+    """Meanwhile exit with UNHEARD when the reader of the output closes it, as ``head`` does: typer
+    and rich would exit with 1, by which ``verify-resume`` says that it found a difference."""
     try:
         yield
     except SystemExit as left:
         if left.code == 1 and began_with(left, BrokenPipeError):
-            with suppress(OSError):  # or Python, from 3.14 on, would write it at the end, and fail
+            with suppress(OSError):  # or Python, from 3.14 on, would flush it at exit, and fail
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
             sys.exit(UNHEARD)
         raise
 
 
-DEBUG = "RESNETV2_DEBUG"  # of the environment
+DEBUG = "RESNETV2_DEBUG"  # environment variable
 
 
 @heard()
 def main(arguments: Iterable[str] | None = None) -> None:
-    """The console script: every mistake of the user ends here, in one line and a hint."""
+    """The console script: every mistake of the user ends here, as one line and a hint."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with debugging("--debug" in words), leaving_whole():  # wherever it stands
+    with debugging("--debug" in words), leaving_whole():  # anywhere
         run([word for word in words if word != "--debug"])
 
 
 @contextmanager
 def debugging(asked: bool) -> Iterator[None]:
-    """Meanwhile tracebacks are shown, if that is asked for; in processes that are started, too."""
+    """Meanwhile show tracebacks, if that is asked for, also in processes that are started."""
     before = os.environ.get(DEBUG)
     if asked:
         os.environ[DEBUG] = "1"
@@ -137,9 +137,9 @@ def debugging(asked: bool) -> Iterator[None]:
 
 @contextmanager
 def leaving_whole() -> Iterator[None]:
-    """A process that another one launched, and that exchanged with it, ends as it is. One was seen
-    to abort with all its work done, perhaps by a thread of the exchange while Python was taken
-    apart around it; Lightning then kills the one that launched it."""
+    """End a launched process that is in a process group at once, without Python's shutdown. One was
+    seen to abort with all its work done, perhaps in a thread of the process group during the
+    shutdown; Lightning then kills the process that launched it."""
     try:
         yield
     except SystemExit as left:
@@ -152,25 +152,25 @@ def leaving_whole() -> Iterator[None]:
 
 
 def run(given: list[str]) -> None:
-    """A command, and what is said of its end."""
+    """Run a command, and report how it ended."""
     trust.admit(given)
     threads.settle()
-    if not trust.some():  # code of one's own may use any metric
+    if not trust.some():  # the user's own code may use any metric
         lean.start()
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns whoever has no home
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns users without a home
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with terminating():
             status = app(code_first(given), standalone_mode=False)
-        if status == SIGNALS[signal.SIGINT]:  # which typer makes of Ctrl-C
+        if status == SIGNALS[signal.SIGINT]:  # typer turns Ctrl-C into it
             console.note(INTERRUPTED)
         sys.exit(status)
     except (UserError, OSError) as error:
         if os.environ.get(DEBUG):
             raise
         if child() and isinstance(error, OfAll):
-            sys.exit(0)  # the first says it
+            sys.exit(0)  # the first process says it
         console.fail(of_the_system(error) if isinstance(error, OSError) else error)
         sys.exit(2)
     except Stopped as stopped:
@@ -188,27 +188,27 @@ def run(given: list[str]) -> None:
 
 
 def mistake(error: BaseException) -> UserError | None:
-    """What an error is that is none of the tool's: words that are no command, a full memory, or
-    code of the user's. Without a message it has been said."""
-    if hasattr(error, "format_message"):  # click's, or that of the copy that typer has of it
+    """The user's mistake behind an error that the tool did not raise itself: a wrong command line,
+    full memory, or the user's own code; None for any other. An empty message: already reported."""
+    if hasattr(error, "format_message"):  # click's, or of typer's copy of click
         said = error.format_message().rstrip(".")
         command = context.command_path if (context := getattr(error, "ctx", None)) else "resnetv2"
         return UserError(said[:1].lower() + said[1:], f"{command} --help")
     if memory_full(error):
         return UserError(f"the memory is full{more(error)}", LESS)
-    own = sys.modules.get("resnetv2_cli.own")  # where nothing of it was imported it is not either
+    own = sys.modules.get("resnetv2_cli.own")  # imported only with the user's code
     return own.blamed(error) if own and isinstance(error, Exception) else None
 
 
 def child() -> bool:
-    """Whether another process of the same run started this one, which would take its status for a
-    crash."""
+    """Whether another process of the same run started this one: it would take a status other than 0
+    for a crash."""
     return LAUNCHED in os.environ
 
 
 def of_the_system(error: OSError) -> UserError:
-    """A full disk, a folder that is not there or is another's. A file that is not whole yet has the
-    name that it is to have."""
+    """The message for an error of the system: a full disk, a folder that is missing or belongs to
+    another user. A partial file is called by its final name."""
     name = str(error.filename or "")
     file = name.removesuffix(files.PARTIAL)
     what = f"cannot write {file}: " if file != name else f"{name}: " if name else ""
@@ -221,25 +221,25 @@ NOT_THERE = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
 )
-LESS = "a smaller --batch-size; train has --micro-batch auto and --recompute-bn, too"
+LESS = "use a smaller --batch-size; train also has --micro-batch auto and --recompute-bn"
 FULL = re.compile("out of memory|can't allocate memory|_ALLOC_FAILED", re.IGNORECASE)
 
 
 def memory_full(error: BaseException) -> bool:
-    """Whether it is how Python, PyTorch and the libraries of a GPU (cuBLAS, Triton) say so."""
+    """Whether Python, PyTorch or a GPU library (cuBLAS, Triton) says that memory ran out."""
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return known or bool(FULL.search(str(error)))
 
 
 def more(error: BaseException) -> str:
-    """How much could not be had, where it says so: in units on a GPU, in bytes on a CPU."""
+    """How much could not be allocated, if the error says: with a unit on a GPU, bytes on a CPU."""
     asked = re.search(r"tried to allocate (\d+(\.\d+ \w+)?)", str(error), re.IGNORECASE)
     if not asked:
         return ""
     return f": {asked[1] if asked[2] else size(int(asked[1]))} more were asked for"
 
 
-UNHEARD = 141  # as a shell says it of who ends by SIGPIPE
+UNHEARD = 141  # a shell's status for a process that SIGPIPE ended
 INTERRUPTED = "interrupted"
 ENDS = (
     (KeyboardInterrupt, INTERRUPTED, SIGNALS[signal.SIGINT]),
@@ -248,7 +248,7 @@ ENDS = (
 
 
 def began_with(error: BaseException | None, kind: type[BaseException]) -> bool:
-    """Whether it is of that kind, or what one of the frameworks made of it."""
+    """Whether an error is of that kind, or a framework raised it while handling one that is."""
     while error and not isinstance(error, kind):
         error = error.__context__
     return error is not None

@@ -17,10 +17,10 @@ from resnetv2_cli.weightfile import find, sha256
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment(Options):
-    """What one training run is.
+    """All settings of one training run.
 
     Raises:
-        UserError: an option has a value that it cannot have, or two do not go together.
+        UserError: a setting has an invalid value, or two do not go together.
     """
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class Experiment(Options):
 
     def _check_start(self) -> None:
         if self.weights and not self.weights_sha256:
-            # What is learned depends on the bytes, wherever they lie.
+            # What is learned depends on the bytes of the file, not on its place.
             object.__setattr__(self, "weights_sha256", sha256(find(Path(self.weights))))
         if self.weights_sha256 and not self.weights:
             hint = "--weights names the file with this SHA-256"
@@ -71,22 +71,22 @@ class Experiment(Options):
 
     @property
     def stem_(self) -> str:
-        """The stem: as given, or as the dataset has it."""
+        """The stem: as given, or the dataset's."""
         return self.stem or ("cifar" if DATASETS[self.dataset].decoded else "imagenet")
 
     @property
     def block_(self) -> str:
-        """The block: as given, or as the depth has it."""
+        """The block: as given, or the default for the depth."""
         return self.block or plans.default_block(self.depth, self.stem_)
 
     @property
     def protocols(self) -> tuple[str, ...]:
-        """The ways in which photographs are evaluated, that of training first."""
+        """The protocols by which photographs are evaluated; training uses the first."""
         return tuple(self.protocol.split(","))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was given of the shortcuts' settings."""
+        """The settings of shortcuts that were given."""
         every = {name for row in plans.shortcuts().values() for name in row.settings}
         names = [f.name for f in fields(self) if f.name in every]
         given = {name: getattr(self, name) for name in names}
@@ -94,30 +94,30 @@ class Experiment(Options):
 
     @property
     def shortcut_settings(self) -> dict[str, Any]:
-        """The shortcut's settings, with what defaults stand for; of one of the user's own, which is
-        not imported for them, those that are given beside its name."""
+        """The shortcut's settings, defaults filled in; for one of the user's own, which is not
+        imported for this, only those that are given outside its name."""
         row = plans.shortcuts().get(self.shortcut)
         return (row.settings if row else {}) | self.settings
 
     @property
     def own(self) -> dict[str, str]:
-        """Code of the user's own, ``module:Class``: the unit, the shortcut, or neither."""
+        """Code of the user's own, ``module:Class``, by setting: unit, shortcut, both or neither."""
         return {n: name for n in plans.OWN if ":" in (name := getattr(self, n))}
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """The arguments of ``ResNet``, all but ``classes``."""
+        """The arguments of ``ResNet``, except ``classes``."""
         names = "depth unit shortcut option pad stride_on first_act init settings".split()
         return {n: getattr(self, n) for n in names} | {"block": self.block_, "stem": self.stem_}
 
     @property
     def drops_(self) -> tuple[float, ...]:
-        """The shares of the training at which the learning rate drops."""
+        """The fractions of the training at which the learning rate drops."""
         return shares("drops", self.drops)
 
     @property
     def name(self) -> str:
-        """``cifar10-resnet110-basic-full-preact-s0``: depth, and always the block with it."""
+        """``cifar10-resnet110-basic-full-preact-s0``: the block always follows the depth."""
         given = [f"{v:g}" for v in self.settings.values()]
         parts = [self.dataset, f"resnet{self.depth}", self.block_, plans.in_names(self.unit)]
         if self.shortcut != "identity":
@@ -150,10 +150,10 @@ class Experiment(Options):
         """Read a config file; ``overrides`` win over it, it wins over the defaults.
 
         A name without a folder is looked for in ``configs/`` too. ``layout`` stands for the
-        settings of its row, in a file as among the overrides.
+        settings of its row, both in a file and among the overrides.
 
         Raises:
-            UserError: the file is missing or no YAML mapping, or holds a key that is no field.
+            UserError: the file is missing or not a YAML mapping, or has a key that is no field.
         """
         return made(cls, path, overrides, [f.name for f in fields(cls)])
 

@@ -15,17 +15,17 @@ from resnetv2_cli import jsonfile
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.quantities import NONE
 
-NAME = 43  # names are read whole where none of them takes more
-WORDS = 24  # what is folded has so much, at least
+NAME = 43  # a column of names up to this width is not folded
+WORDS = 24  # nor is any other up to this width, and a folded one has at least this width
 
-# Not emoji: mine:Key:ratio=4 is a name, and no picture of a key.
+# No emoji: mine:Key:ratio=4 is a name, not a picture of a key.
 out = Console(soft_wrap=False, emoji=False)
 err = Console(stderr=True, highlight=False, emoji=False)
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """A table on stdout; columns whose cells are numbers stand on the right. Columns that do not
-    fit beside each other go on below, with the first one again."""
+    """A table on stdout; columns of numbers are right-aligned. Columns that do not fit side by side
+    continue below, with the first one repeated."""
     lines = [[plain(str(cell)) for cell in row] for row in rows]
     made = [Column(cells, i == 0) for i, cells in enumerate(zip(columns, *lines, strict=True))]
     if title:
@@ -54,8 +54,8 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> 
 
 
 class Column:
-    """A column of a table, its head first. ``width``: with its border and space; ``least``: what it
-    must have. Numbers and short names are read whole; what is long beside them folds."""
+    """A column of a table, its head first. ``width``: with border and padding; ``least``: what it
+    must have. Numbers and short names are not folded; longer text beside them is."""
 
     def __init__(self, cells: tuple[str, ...], first: bool) -> None:
         self.head = cells[0]
@@ -66,7 +66,7 @@ class Column:
 
 
 def plain(text: str) -> str:
-    """Without what a terminal would obey: names in a file of a stranger's may hold such codes."""
+    """The text without control codes for a terminal: names in a stranger's file may hold such."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
@@ -76,7 +76,7 @@ def as_csv(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) ->
 
 
 def as_markdown(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """A Markdown table on stdout; all columns but the first stand on the right."""
+    """A Markdown table on stdout; all columns but the first are right-aligned."""
     columns = list(columns)
     lines = [columns, ["---", *["--:"] * (len(columns) - 1)], *map(list, rows)]
     print("**" + title.replace("\n", "; ") + "**\n")
@@ -89,13 +89,13 @@ SHOW = {"table": table, "csv": as_csv, "md": as_markdown}
 
 
 def as_json(value: Any) -> None:
-    """JSON, and nothing else, on stdout; null for what is not finite, which JSON does not know."""
+    """JSON, and nothing else, on stdout; null for non-finite numbers, which JSON does not have."""
     print(jsonfile.text(value))
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[int, int], None]]:
-    """What shows, on a terminal, how many things of all are done."""
+    """A progress bar on a terminal: yields a function of how many things are done, and of all."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

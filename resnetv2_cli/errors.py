@@ -1,4 +1,4 @@
-"""Errors the user can fix, with how their messages show values; and how a run leaves.
+"""Errors the user can fix, with how their messages show values; and how a run exits early.
 
 Everything else is a bug and keeps its traceback.
 """
@@ -20,22 +20,22 @@ class UserError(Exception):
 
 
 class Damaged(UserError):
-    """A file that was whole once and is not any more."""
+    """A file that was intact once and is not any more."""
 
 
-LAUNCHED = "RESNETV2_LAUNCHED"  # in the environment of those that a process of their run launched
+LAUNCHED = "RESNETV2_LAUNCHED"  # set in processes that another one of their run launched
 
 
 class OfAll(UserError):
-    """What all processes of a run end with; the one that launched others says it for them."""
+    """An error that ends all processes of a run; the one that launched the others reports it."""
 
 
 class Gone(OfAll):
-    """Another process of the run does not answer any more."""
+    """Another process of the run no longer responds."""
 
 
 class NotSaved(OfAll):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint could not be written; earlier ones are as they were."""
 
 
 class Diverged(OfAll):
@@ -50,7 +50,7 @@ class Diverged(OfAll):
 
 
 class Stopped(Exception):
-    """The run saved its state and left before its last step: a signal, or its time was up.
+    """The run saved its state and exited before its last step: a signal, or its time was up.
 
     ``status`` is the exit status of the command: 130 for Ctrl-C, 128 + n for signal n, 0 for time.
     """
@@ -61,7 +61,7 @@ class Stopped(Exception):
 
 
 def last_error(said: str) -> str:
-    """The last error in what a command said; empty where it said none."""
+    """The last error in the output of a command; empty if there is none."""
     lines = [line.rstrip() for line in said.splitlines() if line.startswith("error: ")]
     return lines[-1].removeprefix("error: ") if lines else ""
 
@@ -69,7 +69,7 @@ def last_error(said: str) -> str:
 def shown(value: object) -> str:
     """A value as a message shows it: cut short, because a few lines of YAML can hold a value whose
     whole text would not fit into memory."""
-    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write longest ones
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to print the longest
         return f"a number of {value.bit_length()} bits"
     return _brief.repr(value)
 

@@ -1,4 +1,4 @@
-"""The fields of an experiment as flags of the command line, and the words that flags take."""
+"""The fields of an experiment as command-line flags, and the parsing of their values."""
 
 import inspect
 import re
@@ -17,7 +17,7 @@ from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError, unknown
 from resnetv2_cli.settings import checked, flag_name, kinds
 
-# Names that there are, of what may be one's own too, or several.
+# Known names of settings that also take code of the user's own, or several names.
 NAMES: dict[str, Callable[[], Iterable[str]]] = {
     "unit": lambda: plans.UNITS,
     "shortcut": plans.shortcuts,
@@ -27,7 +27,7 @@ NAMES: dict[str, Callable[[], Iterable[str]]] = {
 
 @cache
 def flag(f: Field) -> Parameter:
-    """A field of Experiment as a flag; not given, it stays None."""
+    """A field of Experiment as a flag, None unless given."""
     kind, choices, _ = kinds(f)
     help_ = f.metadata["doc"]
     if f.name in NAMES:
@@ -55,8 +55,8 @@ LAYOUT = Parameter(
         str | None,
         typer.Option(
             "--layout",
-            help="As a code base builds what the paper leaves open: sets --stride-on, --pad, "
-            f"--option and --first-act, which win over it. One of {', '.join(plans.LAYOUTS)}.",
+            help="Build what the paper leaves open as a code base does: sets --stride-on, --pad, "
+            f"--option and --first-act, which override it. One of {', '.join(plans.LAYOUTS)}.",
             metavar="NAME",
             rich_help_panel="Network",
             show_default=False,
@@ -66,8 +66,8 @@ LAYOUT = Parameter(
 
 
 def with_flags(*without: str) -> Callable:
-    """Give a command a flag for each field of Experiment but ``without``, and ``--layout`` with
-    those that it sets; it gets what is given."""
+    """Give a command a flag for each field of Experiment except ``without``, and ``--layout`` if it
+    has the flags that this sets; the command receives only what is given."""
 
     def wrap(command: Callable) -> Callable:
         own = [
@@ -90,7 +90,7 @@ def with_flags(*without: str) -> Callable:
 
 
 def of_panels(*panels: str) -> list[str]:
-    """The fields of Experiment that help shows in these panels."""
+    """The fields of Experiment that the help shows in these panels."""
     return [f.name for f in fields(Experiment) if f.metadata["panel"] in panels]
 
 
@@ -98,7 +98,7 @@ def parsed(name: str, text: str) -> Any:
     """The value of a setting, from its text on the command line; ``none`` where it may be unset.
 
     Raises:
-        UserError: there is no such setting, or it takes no such value.
+        UserError: there is no such setting, or it does not take this value.
     """
     known = {f.name: f for f in fields(Experiment)}
     if name not in known:
@@ -110,7 +110,7 @@ def parsed(name: str, text: str) -> Any:
 
 
 def typed(name: str, value: Any) -> str:
-    """A setting as the command line takes it."""
+    """A setting as a flag on the command line."""
     flag = flag_name(name)
     if isinstance(value, bool):
         return flag if value else f"--no-{flag[2:]}"

@@ -1,4 +1,4 @@
-"""The form of a checkpoint: what must hold before anything in a file of a stranger's is used."""
+"""The form of a checkpoint: what must hold before anything in a stranger's file is used."""
 
 import json
 import zipfile
@@ -10,7 +10,7 @@ import torch
 
 from resnetv2_cli.errors import UserError, shown
 
-KEYS: dict[str, type] = {  # that evaluation needs, and what they hold
+KEYS: dict[str, type] = {  # keys that evaluation needs, and the types of their values
     "state_dict": dict,
     "experiment": dict,
     "classes": list,
@@ -19,11 +19,11 @@ KEYS: dict[str, type] = {  # that evaluation needs, and what they hold
 
 
 def refuse_bomb(archive: zipfile.ZipFile, path: Path) -> None:
-    """PyTorch stores its records as they are; packed ones could unpack to any size, and records
-    that lie over one another could be read for ever.
+    """Refuse a zip file that could unpack to any size. PyTorch does not compress its records;
+    compressed ones could unpack to any size, and overlapping ones could be read for ever.
 
     Raises:
-        UserError: a record is packed, or there is more in the records than in the file.
+        UserError: a record is compressed, or the records are larger than the file.
     """
     records = archive.infolist()
     packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
@@ -32,9 +32,10 @@ def refuse_bomb(archive: zipfile.ZipFile, path: Path) -> None:
 
 
 def refuse_misshapen(checkpoint: Any, path: Path) -> None:
-    """
+    """Refuse a checkpoint whose content is not that of one.
+
     Raises:
-        UserError: it lacks a key, or a key holds something else than it must.
+        UserError: a key is missing, or its value is not what it must be.
     """
     if not isinstance(checkpoint, dict) or not {"state_dict", "experiment"} <= set(checkpoint):
         raise other(path) or UserError(
@@ -48,7 +49,7 @@ def refuse_misshapen(checkpoint: Any, path: Path) -> None:
             raise misshapen(path, f"its weight {shown(name)} is no plain tensor")
     if type(checkpoint.get("precise_bn", 0)) is not int:
         raise misshapen(path, f"its precise_bn is {shown(checkpoint['precise_bn'])}")
-    imported = checkpoint.get("imported", {})  # of those alone that ``import`` made
+    imported = checkpoint.get("imported", {})  # only in those that ``import`` made
     if not isinstance(imported, dict):
         raise misshapen(path, f"its imported is {shown(imported)}")
     names = [*checkpoint["experiment"], *checkpoint["classes"], *imported, *imported.values()]
@@ -58,8 +59,8 @@ def refuse_misshapen(checkpoint: Any, path: Path) -> None:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether it is a tensor of numbers that lie in memory one by one, and are as many as it says:
-    an expanded one has a single number for any shape."""
+    """Whether it is a dense tensor of real numbers with as many in memory as its shape says: an
+    expanded one has a single number for any shape."""
     return (
         type(value) is torch.Tensor
         and value.layout is torch.strided
@@ -71,25 +72,25 @@ def is_plain(value: Any) -> bool:
 
 
 def misshapen(path: Path, why: str) -> UserError:
-    """The error of a file that is whole, and still not what this tool writes."""
+    """The error for a file that is intact, but not what this tool writes."""
     return UserError(f"{path} is not a checkpoint of resnetv2: {why}", "of another version?")
 
 
-WEIGHTS = (".safetensors", ".pth", ".h5", ".hdf5", ".keras")  # that import reads
-PROGRAMS = (".onnx", ".pt2")  # that export writes
-EXPORTED = ("experiment", "classes", "global_step", "imported", "folded")  # and says beside them
+WEIGHTS = (".safetensors", ".pth", ".h5", ".hdf5", ".keras")  # which import reads
+PROGRAMS = (".onnx", ".pt2")  # which export writes
+EXPORTED = ("experiment", "classes", "global_step", "imported", "folded")  # in its metadata
 HEADER = 2**21  # bytes of a safetensors file's header, at most; ResNet-1001's has 664,080
 
 
 def other(path: Path) -> UserError | None:
-    """The error of a file that is something else than a checkpoint by its name or its header; None
-    if these say nothing."""
+    """The error for a file whose name or header says that it is something other than a checkpoint;
+    None if neither does."""
     kind = path.suffix.lower()
     if kind in PROGRAMS or exported(path):
         hint = "name the checkpoint that it was made from"
-        return UserError(f"{path} was exported from a checkpoint, and is none", hint)
+        return UserError(f"{path} was exported from a checkpoint, and is not one", hint)
     if kind in WEIGHTS or header(path):
-        hint = "resnetv2 import makes one of another code base's weights"
+        hint = "resnetv2 import makes a checkpoint of another code base's weights"
         if kind == ".safetensors" or header(path):
             hint += "; train --weights takes such a file if the names in it are this tool's"
         return UserError(f"{path} is no checkpoint: it holds weights alone", hint)
@@ -97,8 +98,8 @@ def other(path: Path) -> UserError | None:
 
 
 def exported(path: Path) -> dict[str, Any]:
-    """What ``export`` says beside the weights in a safetensors file; nothing of any other file, nor
-    of another tool's, where names mean anything."""
+    """What ``export`` states beside the weights in a safetensors file; empty for any other file,
+    and for another tool's, where the same names may mean anything."""
     known: dict[str, Any] = {}
     with suppress(ValueError, TypeError, RecursionError):
         metadata = dict(header(path).get("__metadata__", {}))
@@ -107,7 +108,7 @@ def exported(path: Path) -> dict[str, Any]:
 
 
 def header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file, whatever it is called; nothing, of any other."""
+    """The header of a safetensors file, whatever it is called; empty for any other file."""
     with suppress(OSError, ValueError, RecursionError), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         found = json.loads(file.read(length)) if length <= HEADER else {}

@@ -1,6 +1,6 @@
 """Every option of an experiment, with its default, which is the paper's (appendix).
 
-To add one: a field of Options. Flag, help, config key, check and saved file follow.
+To add one, add a field to Options. Flag, help, config key, check and saved file follow from it.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from resnetv2_cli.data.protocols import listed
 from resnetv2_cli.settings import BITS, LATER, PARTS, SAME, rows, setting
 
 PAPER_STEPS, PAPER_WARMUP = 64_000, 400  # iterations
-OF_FILES = ("crop", "color", "protocol")  # that do nothing to images that are decoded whole
+OF_FILES = ("crop", "color", "protocol")  # no effect on images decoded whole
 
 Block = rows(plans.BLOCKS)
 Stem = rows(plans.STEMS)
@@ -21,48 +21,52 @@ Dataset = rows(DATASETS)
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is given of an experiment, as it is given; ``config.Experiment`` checks it."""
+    """The settings of an experiment, as given; ``config.Experiment`` checks them."""
 
     depth: int = setting(
-        110, "Weight layers, stem's and head's among them.", "Network", least=5, most=plans.DEEPEST
+        110,
+        "Weight layers, including those of stem and head.",
+        "Network",
+        least=5,
+        most=plans.DEEPEST,
     )
     block: Block | None = setting(  # type: ignore[valid-type]
         None,
-        "Weight layers of F. By itself 6n+2 layers are basic, 9n+2 are bottleneck, and what fits "
-        "both is basic below 164.",
+        "The weight layers of F. Default: basic for a depth of 6n+2, bottleneck for 9n+2; a depth "
+        "that fits both is basic below 164.",
         "Network",
     )
     unit: str = setting(
         "full-preact",
-        "Where BN and ReLU stand (Fig. 4); or your own, as 'bn + | bn relu' or module:Class.",
+        "Where BN and ReLU are placed (Fig. 4); or your own, as 'bn + | bn relu' or module:Class.",
         "Network",
         form=plans.unit_type,
     )
     shortcut: str = setting(
         "identity",
-        "What carries x past F (Fig. 2); or your own, as module:Class or, with settings of its "
-        "own, module:Class:name=value.",
+        "How x is carried past F (Fig. 2); or your own, as module:Class or, with settings, "
+        "module:Class:name=value.",
         "Network",
         form=plans.shortcut_type,
     )
     shortcut_scale: float | None = setting(
-        None, "a in a x + b F(x), of constant-scale: 0.5 unless given.", "Network"
+        None, "constant-scale: a in a x + b F(x); 0.5 unless given.", "Network"
     )
     residual_scale: float | None = setting(
-        None, "b in a x + b F(x), of constant-scale: 1 unless given.", "Network"
+        None, "constant-scale: b in a x + b F(x); 1 unless given.", "Network"
     )
     gate_bias: float | None = setting(
-        None, "Initial b_g of the gates: -6 unless given; 0 to -10 in the paper.", "Network"
+        None, "Initial bias b_g of the gates; -6 unless given, 0 to -10 in the paper.", "Network"
     )
     dropout_ratio: float | None = setting(
-        None, "Share that the dropout shortcut drops: 0.5 unless given.", "Network", least=0, most=1
+        None, "dropout: the ratio that is dropped; 0.5 unless given.", "Network", least=0, most=1
     )
     dropout_inverted: bool | None = setting(
-        None, "Divide what is kept by 1 - ratio in training (the default).", "Network"
+        None, "dropout: divide what is kept by 1 - ratio in training (the default).", "Network"
     )
     survival: float | None = setting(
         None,
-        "Chance that the last unit's F survives in training, of stochastic-depth: 0.5 unless "
+        "stochastic-depth: probability that the last unit's F is kept in training; 0.5 unless "
         "given.",
         "Network",
         least=0,
@@ -70,68 +74,76 @@ class Options:
     )
     option: Literal["A", "B", "C"] | None = setting(
         None,
-        "Where the shape changes: A pads with zeros, B projects; C projects in every unit. By "
-        "itself A for CIFAR networks but bottlenecks, B else.",
+        "Where the shape changes, A pads with zeros and B projects; C projects in every unit. "
+        "Default: A in CIFAR networks without bottlenecks, else B.",
         "Network",
     )
     pad: Literal["raw", "activated"] = setting(
-        "raw", "What option A carries in pre-activation units.", "Network"
+        "raw", "Which x option A pads in pre-activation units.", "Network"
     )
     stride_on: Literal["first", "3x3"] = setting(
         "first", "Which convolution of a bottleneck has the stride.", "Network"
     )
     first_act: Literal["stem", "unit"] = setting(
         "stem",
-        "Where the first activation stands: in the stem, before splitting and pooling; or in the "
-        "first unit, as in its others.",
+        "Where the first activation is: in the stem, before splitting and pooling; or in the "
+        "first unit, as in all others.",
         "Network",
     )
     init: Literal["fan_out", "fan_in"] = setting(
-        "fan_out", "Which fan He initialization counts.", "Network"
+        "fan_out", "Which fan He initialization uses.", "Network"
     )
     stem: Stem | None = setting(  # type: ignore[valid-type]
-        None, "3x3 (cifar) or 7x7 and pooling (imagenet). By itself as the dataset.", "Network"
+        None, "3x3 (cifar), or 7x7 and pooling (imagenet). Default: by dataset.", "Network"
     )
 
     dataset: Dataset = setting(  # type: ignore[valid-type]
         "cifar10", "Images to learn from.", "Data"
     )
-    data_dir: str = setting("data", "Where images are, or are downloaded to.", "Data", free=SAME)
+    data_dir: str = setting(
+        "data", "Where the images are, or are downloaded to.", "Data", free=SAME
+    )
     classes: int | None = setting(
         None,
-        "How many there must be: images of more or fewer are refused.",
+        "How many classes there must be; images of more or fewer are refused.",
         "Data",
         least=1,
         free=SAME,
     )
     batch_size: int = setting(
         128,
-        "Images in one iteration, over all devices and micro-batches; each takes its equal part.",
+        "Images per iteration, over all devices and micro-batches, which share it equally.",
         "Data",
         least=1,
     )
     val: int = setting(
-        0, "Training images held out for choosing; 5000 as in [1], of 50,000.", "Data", least=0
+        0,
+        "Training images held out for choosing a checkpoint; He et al. 2015: 5000 of 50,000.",
+        "Data",
+        least=0,
     )
-    augment: bool = setting(True, "Crop at random and flip; small images are padded by 4.", "Data")
+    augment: bool = setting(
+        True, "Random crops and flips in training; small images are padded by 4.", "Data"
+    )
     normalize: Literal["pixel-mean", "channel"] = setting(
         "pixel-mean",
-        "Minus each pixel's mean, as [1], or by channels' mean and std; photographs: ImageNet's.",
+        "Subtract each pixel's mean, as He et al. 2015, or use channel mean and std; photographs: "
+        "always ImageNet's.",
         "Data",
     )
     crop: Literal["scale", "scale-aspect"] = setting(
-        "scale", "ImageNet: random scale, as [1], or scale and aspect ratio.", "Data"
+        "scale", "Photographs: random scale, as He et al. 2015, or scale and aspect ratio.", "Data"
     )
     color: Literal["none", "lighting", "jitter"] = setting(
         "none",
-        "Photographs' colors in training: lighting, a random tint (AlexNet), as [1]; or jitter, of "
-        "brightness, contrast and saturation too (fb.resnet.torch).",
+        "Colors of photographs in training: lighting, a random tint (AlexNet), as He et al. 2015; "
+        "or jitter, of brightness, contrast and saturation too (fb.resnet.torch).",
         "Data",
     )
     protocol: str = setting(
         "224",
-        "How photographs are evaluated: one crop of 224 or 320, or ten; in proportion by a network "
-        "of smaller images. Of several, with commas between, the first is used during training.",
+        "How photographs are evaluated: one crop of 224 or 320, or ten crops; scaled in proportion "
+        "for networks of smaller images. Of several (224,320) training uses the first.",
         "Data",
         form=listed,
     )
@@ -139,10 +151,12 @@ class Options:
         2, "Processes that decode image files.", "Data", least=0, most=1024, free=SAME
     )
 
-    lr: float = setting(0.1, "Learning rate, before warm-up and drops.", "Optimization", least=0)
+    lr: float = setting(
+        0.1, "Learning rate, to which warm-up and drops apply.", "Optimization", least=0
+    )
     schedule: Literal["steps", "cosine", "one-cycle"] = setting(
         "steps",
-        "Constant with two drops by 10, as the paper; or cosine; or one-cycle.",
+        "steps: constant with two drops by 10, as in the paper; or cosine; or one-cycle.",
         "Optimization",
     )
     steps: int = setting(
@@ -160,13 +174,13 @@ class Options:
     )
     drops: str = setting(
         "0.5,0.75",
-        "Shares of the training after which the rate drops by 10 (steps).",
+        "Fractions of the training after which the rate is divided by 10 (steps).",
         "Optimization",
     )
     warmup: int | None = setting(
         None,
-        "Iterations at a tenth of the learning rate (steps), or of its rise (others). "
-        "By itself 400 of 64,000, and in that proportion; of one-cycle 30 %.",
+        "Iterations at a tenth of the learning rate (steps), or while it rises (others). "
+        "Default: 400 of 64,000, in proportion; for one-cycle 30 %.",
         "Optimization",
         least=0,
     )
@@ -177,14 +191,16 @@ class Options:
     weight_decay: float = setting(1e-4, "L2 penalty.", "Optimization", least=0)
     decay: Literal["all", "weights"] = setting(
         "all",
-        "What decays: every parameter, or only weights of conv and fc layers.",
+        "What weight decay acts on: all parameters, or only weights of conv and fc layers.",
         "Optimization",
     )
     label_smoothing: float = setting(
-        0.0, "Share of the label given to all classes.", "Optimization", least=0, most=1
+        0.0, "Share of the label that is spread over all classes.", "Optimization", least=0, most=1
     )
     non_finite: Literal["stop", "skip"] = setting(
-        "stop", "Loss or gradient not finite: stop, and say where; or skip it.", "Optimization"
+        "stop",
+        "If loss or gradient is not finite: stop and say where, or skip that iteration.",
+        "Optimization",
     )
     seed: int = setting(
         0, "Seed of weights, order and augmentation.", "Optimization", least=0, most=2**31 - 1
@@ -197,21 +213,23 @@ class Options:
         free="the file may have moved; the weights are the same",
     )
     weights_sha256: str | None = setting(
-        None, "SHA-256 that the weights must have; found by itself.", "Fine-tuning"
+        None, "SHA-256 that the weights must have; computed unless given.", "Fine-tuning"
     )
     freeze: str = setting(
-        "", "Parts that stay as they come, BN's statistics too: stem,stage1,stage2.", "Fine-tuning"
+        "",
+        "Parts that stay as loaded, BN's statistics included: stem,stage1,stage2.",
+        "Fine-tuning",
     )
 
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = setting(
-        "auto", "Arithmetic; auto takes the fast safe mode of the hardware.", "Engine"
+        "auto", "Arithmetic; auto picks the fast safe mode of the hardware.", "Engine"
     )
-    accumulate: int = setting(1, "Micro-batches that one batch is split into.", "Engine", least=1)
+    accumulate: int = setting(1, "Micro-batches that each batch is split into.", "Engine", least=1)
     compile: bool = setting(False, "Compile the network, unit by unit.", "Engine", free=BITS)
     graphs: bool | None = setting(
         None,
-        "Launch each iteration as one CUDA graph, once it agrees with what it stands for. By "
-        "itself on one GPU, but for code of your own, which would run only once.",
+        "Replay each iteration as one CUDA graph, once a replay agrees with the iteration. "
+        "Default: on one GPU, unless there is code of your own, which would run only once.",
         "Engine",
         free=BITS,
     )
@@ -224,31 +242,31 @@ class Options:
     )
     recompute_bn: bool = setting(
         False,
-        "Make again in backward what BN and ReLU make, and most additions: some half the memory.",
+        "Recompute outputs of BN and ReLU, and most sums, in backward: about half the memory.",
         "Engine",
         free="memory against time",
     )
     kernels: Literal["auto", "eager"] = setting(
         "auto",
-        "BN, ReLU and the convolution behind them: auto has one compiled operation for "
-        "them, on a CPU with gcc and in CUDA graphs; eager has PyTorch's.",
+        "BN, ReLU and the convolution after them: auto uses one compiled operation for all, on a "
+        "CPU with gcc and in CUDA graphs; eager uses PyTorch's.",
         "Engine",
         free=BITS,
     )
     sync_bn: bool = setting(
         False,
-        "BN statistics over the whole batch. By itself BN sees each device's part alone, as the "
+        "BN statistics over the whole batch. By default BN sees each device's part alone, as the "
         "paper's two GPUs saw 64 of 128 images each.",
         "Engine",
     )
     accelerator: str = setting("auto", "auto, cpu or gpu.", "Engine", free=BITS)
     devices: str = setting(
-        "1", "How many devices; which (0,1); or auto, all there are.", "Engine", free=PARTS
+        "1", "How many devices; or which ones (0,1); or auto: all there are.", "Engine", free=PARTS
     )
-    nodes: int = setting(1, "Machines.", "Engine", least=1, free=PARTS)
+    nodes: int = setting(1, "Number of machines.", "Engine", least=1, free=PARTS)
     strategy: str = setting("auto", "How devices share the work: auto or ddp.", "Engine", free=BITS)
     deterministic: bool = setting(
-        False, "Only operations that give the same bits each time.", "Engine", free=BITS
+        False, "Use only operations that give the same bits each time.", "Engine", free=BITS
     )
 
     eval_every: float = setting(1.0, "Epochs between evaluations.", "Run", least=0.001, most=1e6)
@@ -258,7 +276,7 @@ class Options:
     )
     save_failure: Literal["continue", "stop"] = setting(
         "continue",
-        "A checkpoint cannot be written (disk full, quota): train on and try later, or stop.",
+        "If a checkpoint cannot be written (disk full, quota): train on and try later, or stop.",
         "Run",
         free=LATER,
     )

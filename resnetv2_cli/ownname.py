@@ -1,5 +1,5 @@
-"""How a class of the user's own is named: ``module:Class``, and with settings of its own
-``module:Class:start=0.5:learned=true``, which no shell reads otherwise."""
+"""How a class of the user's own is named: ``module:Class``, or with settings
+``module:Class:start=0.5:learned=true``, in which no character is special to a shell."""
 
 import math
 import re
@@ -14,9 +14,9 @@ WORDS = {"true": True, "false": False}
 
 
 class OwnName(NamedTuple):
-    """Where a class is, and what it is made with beside what the network gives.
+    """Where a class is, and the settings that it gets beside the arguments from the network.
 
-    As text: one for all that mean the same.
+    As text: the same for all names that mean the same.
     """
 
     place: str
@@ -24,10 +24,10 @@ class OwnName(NamedTuple):
 
     @classmethod
     def of(cls, text: str, example: str = "mine:LearnedScale") -> Self:
-        """What a text names.
+        """Parse a name.
 
         Raises:
-            UserError: it is no module:Class with settings behind it, or has one of them twice.
+            UserError: it is not module:Class, with or without settings, or has a setting twice.
         """
         if not (found := named(text)):
             hint = f"a class of your own is named as {example}, a setting of it {example}:name=0.5"
@@ -43,12 +43,12 @@ class OwnName(NamedTuple):
 
 
 def named(text: str) -> re.Match[str] | None:
-    """The whole text as the name of a class, and the settings behind it; None if it is none."""
+    """Match a whole text as the name of a class and its settings; None if it is not one."""
     return re.fullmatch(rf"({PLACE})((?:{SETTING})*)", text)
 
 
 def value(text: str) -> Any:
-    """A number, whole where it is written so, true, false or a word.
+    """An int, a float, true, false or a word, as the text is written.
 
     Raises:
         UserError: it is a number that is not finite.
@@ -67,15 +67,15 @@ def value(text: str) -> Any:
 
 
 def spelled(given: object) -> str:
-    """A value as it is written."""
+    """A value as it is written in a name."""
     return str(given).lower() if isinstance(given, bool) else str(given)
 
 
 def settled(kind: str, name: OwnName, known: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What is given, of a class that is known to have such settings, with these defaults.
+    """The settings in a name, checked against those that the class has: ``known``, with defaults.
 
     Raises:
-        UserError: it has no such one, or one of another type.
+        UserError: the class has no such setting, or one of another type.
     """
     made = {}
     for setting, given in name.settings.items():
@@ -93,7 +93,7 @@ def settled(kind: str, name: OwnName, known: Mapping[str, Any], where: str) -> d
 
 
 def _sort(given: object) -> str:
-    """What kind of value it is; empty where that says nothing."""
+    """What kind of value it is, in words; empty for None, which stands for any."""
     if isinstance(given, bool):
         return "true or false"
     return "a number" if isinstance(given, int | float) else "a word" if given is not None else ""

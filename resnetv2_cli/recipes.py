@@ -1,4 +1,4 @@
-"""The files that ``--config`` reads: where the tool has its own, and how one is read."""
+"""The files that ``--config`` reads: where the tool's own are, and how one is read."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -11,13 +11,13 @@ from resnetv2_cli.errors import UserError, shown, unknown
 from resnetv2_cli.settings import renewed
 from resnetv2_cli.weightfile import find, sha256
 
-_PACKAGED = Path(__file__).parent / "configs"  # in a wheel; in a checkout they are beside it
+_PACKAGED = Path(__file__).parent / "configs"  # in a wheel; a checkout has it beside the package
 CONFIGS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "configs"
 
 Made = TypeVar("Made")
 
 LARGEST = 100_000  # bytes of a config
-NOT_YAML = (  # what PyYAML raises: a tag such as !!bool fails on a strange value as Python does
+NOT_YAML = (  # what PyYAML raises: a tag such as !!bool fails on a bad value as Python does
     yaml.YAMLError,
     ValueError,
     LookupError,
@@ -32,7 +32,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A mapping from a YAML file; a bare name is looked for in ``configs/`` too.
 
     Raises:
-        UserError: no such file, too large a one, not UTF-8, not YAML, or not a mapping.
+        UserError: the file is missing, too large, not UTF-8, not YAML, or not a mapping.
     """
     candidates = [path, CONFIGS / path, CONFIGS / f"{path}.yaml"]
     found = next((p for p in candidates if p.is_file()), None)
@@ -58,14 +58,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def asked_for(
     path: Path | str | None, overrides: Mapping[str, Any], known: Iterable[str]
 ) -> dict[str, Any]:
-    """The settings that a file and ``overrides``, which win over it, ask for.
+    """The settings of a file and of ``overrides``, which win over it.
 
-    ``known``: the names of all settings; ``layout`` stands for those of its row.
+    ``known``: the names of all settings; ``layout`` stands for the settings of its row.
 
     Raises:
-        UserError: the file is missing or no YAML mapping, or holds a key that is no setting; or
-            the length of the training is given twice; or the weights are not those of the
-            SHA-256 that is asked for.
+        UserError: the file is missing or not a YAML mapping, or has a key that is no setting; or
+            the length of the training is given twice; or the weights do not have the SHA-256
+            that is asked for.
     """
     given = renewed(read_yaml(Path(path))) if path else {}
     known = ["layout", *known]
@@ -77,7 +77,7 @@ def asked_for(
     for one, other in (("epochs", "steps"), ("steps", "epochs")):
         if one in overrides:
             given.pop(other, None)
-    if "weights" in overrides and given.get("weights"):  # without, it says what they must be
+    if "weights" in overrides and given.get("weights"):  # a SHA-256 alone says what they must be
         given.pop("weights_sha256", None)
     try:
         given = plans.laid_out(given)
@@ -90,9 +90,10 @@ def asked_for(
 
 
 def refuse_other_weights(weights: object, wanted: object) -> None:
-    """
+    """Refuse weights that do not have the SHA-256 that is wanted, if one is.
+
     Raises:
-        UserError: the file is missing, or its SHA-256 is not the one that is wanted, if one is.
+        UserError: the file is missing, or its SHA-256 is another.
     """
     if wanted and weights and sha256(find(Path(str(weights)))) != wanted:
         hint = f"name the file whose SHA-256 is {shown(wanted)}, or leave weights_sha256 out"
@@ -105,10 +106,11 @@ def made(
     overrides: Mapping[str, Any],
     known: Iterable[str],
 ) -> Made:
-    """What ``kind`` makes of the settings that a file and ``overrides`` ask for.
+    """``kind``, built from the settings of a file and of ``overrides``.
 
     Raises:
-        UserError: one is mistaken; names the file where that is so without the overrides too.
+        UserError: a setting is wrong; the message names the file if it is wrong without the
+            overrides too.
     """
     known = list(known)
     given = asked_for(path, overrides, known)
@@ -121,7 +123,7 @@ def made(
 
 
 def mistake(kind: Callable[..., Any], given: Mapping[str, Any]) -> str:
-    """What is wrong with some settings; empty where nothing is."""
+    """The message of what is wrong with some settings; empty if nothing is."""
     try:
         kind(**given)
     except UserError as error:

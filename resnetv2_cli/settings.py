@@ -1,4 +1,4 @@
-"""How one option is declared, once: its default, type, limits and words; and how it is checked."""
+"""How an option is declared in one place (default, type, limits, help), and how it is checked."""
 
 import types
 from collections.abc import Callable
@@ -8,20 +8,20 @@ from typing import Any, Literal, Union, get_args, get_origin
 from resnetv2_cli.errors import UserError, shown, unknown
 
 LONGEST = 4096  # bytes of a text
-MOST = {int: 2**31 - 1, float: None}  # where a setting names no limit of its own
+MOST = {int: 2**31 - 1, float: None}  # where a setting has no limit of its own
 
-# Settings that are gone: what each of their values was, and what it is now.
+# Removed settings: each of their values, and the settings that replace it.
 RENEWED: dict[str, list[tuple[Any, dict[str, Any]]]] = {
     "test_size": [(None, {}), (224, {"protocol": "224"}), (320, {"protocol": "320"})]
 }
 
-# What a setting that may change does to a run that is continued.
-BITS = "other kernels round otherwise: it will not end with the same bits"
+# The effect of changing a setting when a run is continued.
+BITS = "other kernels round differently: the run will not end with the same bits"
 PARTS = (
-    "BN sees parts of another size from here on, and an epoch may end with another batch: it will "
-    "not end with the same bits"
+    "BN sees parts of another size from here on, and an epoch may end with another batch: the run "
+    "will not end with the same bits"
 )
-LATER = "it counts from here on"
+LATER = "it applies from here on"
 SAME = "the images are the same, wherever they are and whoever reads them"
 
 
@@ -35,31 +35,31 @@ def setting(
     free: str = "",
     form: Callable[[str], str] = str,
 ) -> Any:
-    """A field that is also a config file's key, a flag of the command line and a line of help.
+    """A field that is also a key of config files, a command-line flag and an entry of the help.
 
-    ``least``, ``most``: the values accepted. ``free``: it may change when a run is resumed, because
-    it is no part of what is learned, with this effect. ``form``: makes one text of all that mean
-    the same, and refuses others.
+    ``least``, ``most``: the accepted range. ``free``: if not empty, the setting may change when a
+    run is resumed, because it does not decide what is learned, with this effect. ``form``:
+    normalizes a text, so that equivalent ones become the same, and refuses invalid ones.
     """
     limits = {"least": least, "most": most, "form": form}
     return field(default=default, metadata={"doc": doc, "panel": panel, "free": free, **limits})
 
 
 def flag_name(name: str) -> str:
-    """A setting as it is given on the command line."""
+    """The command-line flag of a setting."""
     return "--" + name.replace("_", "-")
 
 
 def rows(table: dict[str, Any]) -> Any:
-    """The names of a table as a type."""
+    """The names of a table's rows as a Literal type."""
     return Literal[tuple(table)]  # type: ignore[valid-type]
 
 
 def renewed(given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a file, which may be an older version's, under the names of today.
+    """The settings of a file, perhaps of an older version, under their current names.
 
     Raises:
-        UserError: one says what cannot be said any more.
+        UserError: a removed setting has a value that nothing replaces.
     """
     rest = dict(given)
     for name in RENEWED.keys() & given.keys():
@@ -93,7 +93,7 @@ def checked(f: Any, value: Any) -> Any:
     if value is None and optional:
         return None
     if choices:
-        if type(value) is int:  # as YAML reads a name of digits
+        if type(value) is int:  # as YAML reads a name made of digits
             value = shown(value)
         if value not in choices:
             raise unknown(f.name, value, choices)
@@ -127,10 +127,10 @@ def checked(f: Any, value: Any) -> Any:
 
 
 def shares(name: str, text: str) -> tuple[float, ...]:
-    """The shares of a training that a setting names, with commas between.
+    """The fractions of a training in a comma-separated setting.
 
     Raises:
-        UserError: they are no numbers, or do not rise from 0 to 1.
+        UserError: they are not numbers, or do not rise from 0 to 1.
     """
     try:
         found = tuple(float(share) for share in text.split(",") if share.strip())
@@ -142,7 +142,7 @@ def shares(name: str, text: str) -> tuple[float, ...]:
 
 
 def is_text(value: str) -> bool:
-    """Whether it can be written to a file and be the name of one."""
+    """Whether a text can be written to a file and be the name of one."""
     try:
         return len(value.encode()) <= LONGEST and "\0" not in value
     except UnicodeEncodeError:

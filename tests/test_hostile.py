@@ -93,7 +93,7 @@ def test_what_is_no_checkpoint_is_named_with_the_way_that_works(
 
 def test_a_run_is_not_continued_from_an_export(tmp_path):
     (tmp_path / "last.ckpt").write_bytes(header(EXPORT))
-    with pytest.raises(UserError, match="was exported from a checkpoint, and is none"):
+    with pytest.raises(UserError, match="was exported from a checkpoint, and is not one"):
         checkpoints.read(tmp_path / "last.ckpt")
 
 
