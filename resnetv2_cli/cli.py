@@ -221,7 +221,7 @@ NOT_THERE = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
 )
-LESS = "use a smaller --batch-size; train also has --micro-batch auto and --recompute-bn"
+LESS = "a smaller --batch-size; train also has --micro-batch auto and --recompute-bn"
 FULL = re.compile("out of memory|can't allocate memory|_ALLOC_FAILED", re.IGNORECASE)
 
 

@@ -59,7 +59,7 @@ class Options:
         None, "Initial bias b_g of the gates; -6 unless given, 0 to -10 in the paper.", "Network"
     )
     dropout_ratio: float | None = setting(
-        None, "dropout: the ratio that is dropped; 0.5 unless given.", "Network", least=0, most=1
+        None, "dropout: fraction that is dropped; 0.5 unless given.", "Network", least=0, most=1
     )
     dropout_inverted: bool | None = setting(
         None, "dropout: divide what is kept by 1 - ratio in training (the default).", "Network"
@@ -143,7 +143,7 @@ class Options:
     protocol: str = setting(
         "224",
         "How photographs are evaluated: one crop of 224 or 320, or ten crops; scaled in proportion "
-        "for networks of smaller images. Of several (224,320) training uses the first.",
+        "for networks of smaller images. Of several (224,320), training uses the first.",
         "Data",
         form=listed,
     )
@@ -229,7 +229,7 @@ class Options:
     graphs: bool | None = setting(
         None,
         "Replay each iteration as one CUDA graph, once a replay agrees with the iteration. "
-        "Default: on one GPU, unless there is code of your own, which would run only once.",
+        "Default: on one GPU, but not with code of your own, whose Python would run only once.",
         "Engine",
         free=BITS,
     )

@@ -1,5 +1,5 @@
-"""Classes of the user's own, ``module:Class``: imported, and tried on something small before they
-stand in a network."""
+"""The user's own classes, ``module:Class``: imported, and tried on something small before they
+become part of a network."""
 
 import ast
 import importlib
@@ -18,16 +18,16 @@ from torch import Tensor
 
 from resnetv2_cli.errors import UserError
 
-HERE = Path(__file__).resolve().parent  # the tool, whose own commit and digest are kept
+HERE = Path(__file__).resolve().parent  # the tool itself, whose commit and digest are kept
 Class = TypeVar("Class")
 _mine: set[str] = set()  # files of the classes that were imported
 
 
 def imported(kind: str, name: str, base: type[Class]) -> type[Class]:
-    """The class of ``module:Class``, looked for in the current folder too.
+    """Import the class ``module:Class``, which may be in the current folder.
 
     Raises:
-        UserError: there is no such module or class, or the class is no ``base``.
+        UserError: there is no such module or class, or the class is not derived from ``base``.
     """
     module, _, cls = name.partition(":")
     if str(Path.cwd()) not in sys.path:
@@ -35,7 +35,7 @@ def imported(kind: str, name: str, base: type[Class]) -> type[Class]:
     try:
         found = getattr(importlib.import_module(module), cls)
     except SystemExit:
-        hint = 'what it runs by itself stands under: if __name__ == "__main__":'
+        hint = 'put what it runs as a script under: if __name__ == "__main__":'
         raise UserError(f"cannot import {kind} {name!r}: it ends the program", hint) from None
     except Exception as error:  # importing runs the user's file, which may fail in any way
         refuse_hidden(module.partition(".")[0])
@@ -45,16 +45,16 @@ def imported(kind: str, name: str, base: type[Class]) -> type[Class]:
         article = "an" if base.__name__[0] in "AEIOU" else "a"
         hint = f"derive it from {base.__module__}.{base.__name__}"
         raise UserError(f"{name!r} is not {article} {base.__name__}", hint)
-    with suppress(TypeError, OSError):  # it was made by hand
+    with suppress(TypeError, OSError):  # a class without a source file
         _mine.add(inspect.getfile(found))
     return found
 
 
 def refuse_hidden(module: str) -> None:
-    """
+    """Refuse a module of the current folder that another module of the same name hides.
+
     Raises:
-        UserError: a module of Python's or of a package has the name of one in the current folder,
-            and comes first.
+        UserError: there is such a module, of Python or of a package.
     """
     if not (found := sys.modules.get(module)):
         return
@@ -64,24 +64,24 @@ def refuse_hidden(module: str) -> None:
     for place in (Path.cwd() / f"{module}.py", Path.cwd() / module):
         if place.exists() and place.resolve() not in known:
             first = there[0] if there else "Python itself"
-            said = f"{place.name} is not what is imported: {first} has its name too"
+            said = f"{place.name} is not what is imported: {first} has the same name"
             raise UserError(said, "give yours another name")
 
 
 def blamed(error: BaseException) -> UserError | None:
-    """What is to be said of an error that came through a file of one's own, and where in it; None
-    of any other. What is tried on something small may fail in a network yet."""
+    """The message for an error that came through a file of the user's own, and where in it; None
+    for any other. Code that passed the trial on something small may still fail in a network."""
     places = placed(error, _mine)
     return UserError(f"code of your own fails: {first_line(error)}", places[-1]) if places else None
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error, and how what it says begins."""
+    """The type of an error, and the first line of its message."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def placed(error: BaseException, files: Container[str]) -> list[str]:
-    """Where an error came through one of the files, the last place last."""
+    """Where an error came through one of the files, the innermost place last."""
     calls = traceback.extract_tb(error.__traceback__)
     return [f"{c.filename}, line {c.lineno}: {c.line}" for c in calls if c.filename in files]
 
@@ -90,25 +90,26 @@ Gives = Callable[[Any, Tensor, str, str], None]
 
 
 def refuse_rewritten(kind: str, name: str, x: Tensor) -> None:
-    """
+    """Refuse a class that changed its input x in place: F needs x in backward.
+
     Raises:
-        UserError: x, which a class was called with, is not what it was: F learns from it in
-            backward.
+        UserError: x was changed.
     """
     if x._version:
-        hint = "it adds to a tensor of its own: y = x + ..., not x += ..."
+        hint = "make a new tensor: y = x + ..., not x += ..."
         raise UserError(f"{kind} {name!r} rewrites x in place", hint)
 
 
 @contextmanager
 def tried(kind: str, name: str, cls: type, made: str) -> Iterator[Gives]:
-    """Something small is made of the class and run; no random number is drawn for it.
+    """Build something small of the class and run it, without changing the random state.
 
-    ``made``: how it is made and called, for one that is written otherwise. What comes is a function
-    for what the class gives, a tensor shaped as it must be, what that is, and a hint.
+    ``made``: how the class is built and called, as a hint for one with another signature. Yields a
+    function that checks an output; it takes the output, a tensor of the shape that it must have,
+    what that tensor is, and a hint.
 
     Raises:
-        UserError: it fails, and where in the user's file; or it gives another shape.
+        UserError: the class fails, with the place in the user's file; or it gives another shape.
     """
 
     def gives(y: Any, wanted: Tensor, what: str, hint: str) -> None:
@@ -130,8 +131,8 @@ def tried(kind: str, name: str, cls: type, made: str) -> Iterator[Gives]:
 
 
 def files(cls: type) -> list[Path]:
-    """The file of a class, and then those beside it, in its folder or its package, that it is made
-    with: what it imports, and what they do, whether or not that has happened yet."""
+    """The file of a class, then those in its folder or package that it depends on: the ones that it
+    imports, directly or through others, whether or not that has happened yet."""
     module = sys.modules[cls.__module__]
     first = Path(inspect.getfile(cls)).resolve()
     root = first.parents[module.__name__.count(".") + (first.stem == "__init__")]
@@ -147,9 +148,9 @@ def files(cls: type) -> list[Path]:
 
 
 def _beside(name: str, root: Path) -> ModuleSpec | None:
-    """Where a module is, if it lies under a folder and is neither installed nor of this tool; only
-    what does is imported to find it."""
-    with suppress(Exception):  # whatever a package does as it is imported
+    """Where a module is, if it lies under a folder and is neither installed nor of this tool. No
+    package outside that folder is imported to find it."""
+    with suppress(Exception):  # a package may do anything as it is imported
         for part in dict.fromkeys((name.partition(".")[0], name)):
             spec = find_spec(part)
             places = Path(str(spec.origin)).resolve().parents if spec and spec.has_location else []
@@ -160,7 +161,7 @@ def _beside(name: str, root: Path) -> ModuleSpec | None:
 
 
 def _imports(path: Path, package: str) -> Iterator[str]:
-    """The modules that a file of a package may import, by their whole names, and the package."""
+    """The modules that a file of a package may import, by their full names, and the package."""
     yield package
     if path.suffix != ".py":
         return

@@ -1,4 +1,4 @@
-"""Whose code may run: a file can name a class of its writer's, but only the command line admits it.
+"""Whose code may run: a file can name a class of its author's, but only the command line allows it.
 
 Importing a module runs it. A checkpoint or a config from a stranger, in a folder with a module of
 that stranger's, must not decide that.
@@ -20,9 +20,10 @@ _admitted: set[str] = set()
 
 
 def admit(words: Iterable[str]) -> None:
-    """Take what the command line gives as a unit, as a shortcut or as code to allow: the value of
-    such a flag, and what is in an axis or a list of settings. These names replace those of an
-    earlier command in the same process. The name of a file or a folder admits nothing."""
+    """Allow the code that the command line gives as a unit, as a shortcut or as code to allow: the
+    value of such a flag, or an entry of a grid's axis or a list of settings. These names replace
+    those of an earlier command in the same process. The name of a file or a folder allows nothing.
+    """
     _admitted.clear()
     flag = ""
     for word in words:
@@ -34,12 +35,12 @@ def admit(words: Iterable[str]) -> None:
 
 
 def some() -> bool:
-    """Whether the command line admits any code."""
+    """Whether the command line allows any code."""
     return bool(_admitted)
 
 
 def refuse_strange(name: str) -> None:
-    """Refuse to import ``module:Class``, unless it is admitted, or imported already.
+    """Refuse to import ``module:Class``, unless it is allowed, or imported already.
 
     Raises:
         UserError: only a file asks for it.
@@ -47,13 +48,14 @@ def refuse_strange(name: str) -> None:
     if name not in _admitted and name.partition(":")[0] not in sys.modules:
         raise UserError(
             f"{name} is code that a file asks for, not the command line",
-            f"to import it would run it; if you trust it, add --allow-code {name}",
+            f"importing it runs it; if you trust it, add --allow-code {name}",
         )
 
 
 def flags(names: Iterable[str]) -> list[str]:
-    """What another command line needs to be given for code of one's own.
+    """The flags by which another command line allows the user's own code.
 
-    The command that is told to continue a run, or that an ablation starts, runs what this may.
+    A command that is suggested for continuing a run, or that an ablation starts, may run what this
+    one may.
     """
     return [word for name in names for word in ("--allow-code", name)]

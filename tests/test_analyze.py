@@ -258,7 +258,7 @@ def test_topics_of_other_weights_do_not_stay(trained, tmp_path):
         (["--topic", "lesion"], "--topic lesion needs a trained network", "a run's folder"),
         (["--compare", "unit=preact"], "unknown unit 'preact'", "did you mean 'full-preact'?"),
         (["nothing.ckpt"], "there is no checkpoint nothing.ckpt", "a run folder"),
-        (["nothing.ckpt", "--config", "smoke"], "a checkpoint takes no --config", "by itself"),
+        (["nothing.ckpt", "--config", "smoke"], "a checkpoint takes no --config", "images itself"),
         (["nothing.ckpt", "--weights", "a.ckpt"], "a checkpoint takes no --weights", "its own"),
     ],
 )

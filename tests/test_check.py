@@ -374,7 +374,7 @@ def test_nothing_is_moved_if_anything_is_wrong(archive, here, labels, message):
 def test_a_report_takes_the_place_of_a_report_alone(tree, tmp_path, here):
     photograph = shutil.copy(next(tree.rglob("*.JPEG")), tmp_path / "x.jpg")
     before = Path(photograph).read_bytes()
-    assert "is no report" in here("data", "check", tree, "-o", photograph, status=2).stderr
+    assert "is not a report" in here("data", "check", tree, "-o", photograph, status=2).stderr
     assert Path(photograph).read_bytes() == before
     assert "is a folder" in here("data", "check", tree, "-o", tmp_path, status=2).stderr
     for _ in range(2):

@@ -369,7 +369,7 @@ def test_parameters_are_tensors(tmp_path):
         (["--from", "timm", "--mean", "1,1", "--std", "1,1,1"], "'1,1' is not three", "0.5,0.5"),
         (["--from", "timm", "--mean", "1,1,nan", "--std", "1,1,1"], "'1,1,nan' is not", "0.5,0.5"),
         (["--from", "timm", "--mean", "0,0,0", "--std", "1,0,1"], "'1,0,1' is not above 0", "div"),
-        (["--from", "timm", "--mean", "0,127,0", "--std", "1,1,1"], "is not of 0..1", "by 255"),
+        (["--from", "timm", "--mean", "0,127,0", "--std", "1,1,1"], "is not in 0..1", "by 255"),
     ],
 )
 def test_mistakes_on_the_command_line(here, arguments, message, hint):

@@ -149,7 +149,7 @@ def test_the_commands_show_each(tree, tmp_path, here):
     page = next((to / "export").glob("*.md")).read_text(encoding="utf-8")
     assert f"That is by protocol 320; {error:.2f} % by 224." in page
     refused = here("predict", to, tree / "val" / "ant", "--protocol", "224,320", status=2)
-    assert "predict looks at each picture by one protocol" in refused.stderr
+    assert "predict takes only one protocol" in refused.stderr
 
 
 def test_a_mean_image_fits_every_protocol_or_none_is_begun(trained, tree, tmp_path):

@@ -173,9 +173,9 @@ def test_a_shortcut_of_ones_own(tmp_path, monkeypatch):
         ("nowhere:Halved", "cannot import shortcut 'nowhere:Halved'"),
         ("mine:Other", "'mine:Other' is not a Shortcut"),
         ("ends:X", "cannot import shortcut 'ends:X': it ends the program"),
-        ("wave:Halved", "wave.py is not what is imported: /.*/wave.py has its name too"),
+        ("wave:Halved", "wave.py is not what is imported: /.*/wave.py has the same name"),
         ("math.mine:Halved", "math is not what is imported"),
-        ("sys.mine:Halved", "sys is not what is imported: Python itself has its name too"),
+        ("sys.mine:Halved", "sys is not what is imported: Python itself has the same name"),
         ("loose.own:Halved", "cannot import shortcut 'loose.own:Halved': No module named 'nothing"),
         ("identty", "unknown shortcut 'identty'"),
     ]:

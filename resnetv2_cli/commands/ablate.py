@@ -33,7 +33,7 @@ def ablate(
         typer.Option(help="Rows of Table 2 with this unit; or 'bn + | bn', or module:Class."),
     ] = None,
     table: Annotated[
-        list[int] | None, typer.Option(help="All rows of a table, 1 to 5; may be given often.")
+        list[int] | None, typer.Option(help="All rows of a table, 1 to 5; may be repeated.")
     ] = None,
     figure: Annotated[
         list[int] | None, typer.Option(help="The rows of a figure with curves: 1, 3 or 6.")
@@ -42,19 +42,21 @@ def ablate(
         str | None,
         typer.Option(
             help="Every combination: --grid depth=20,110 shortcut=identity,dropout; values "
-            "that hold commas have / between: drops=0.5,0.75/0.4,0.6"
+            "with commas are separated by /: drops=0.5,0.75/0.4,0.6"
         ),
     ] = None,
     row: Annotated[
-        list[str] | None, typer.Option(help="Only this row, by its name; may be given often.")
+        list[str] | None, typer.Option(help="Only this row, by its name; may be repeated.")
     ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
-            "--config", "-c", help="A YAML file, or a name in configs/, for all rows; flags win."
+            "--config",
+            "-c",
+            help="A YAML file, or a name in configs/, for all rows; flags override it.",
         ),
     ] = None,
-    runs: Annotated[int, typer.Option(help="Seeds of each row; the paper takes 5.", min=1)] = 1,
+    runs: Annotated[int, typer.Option(help="Seeds of each row; the paper uses 5.", min=1)] = 1,
     scale: Annotated[
         str, typer.Option(help="paper: the full recipe; laptop: a small one for a CPU.")
     ] = "paper",
@@ -68,14 +70,21 @@ def ablate(
     jobs: Annotated[int, typer.Option(help="Runs at the same time.", min=1)] = 1,
     launcher: Annotated[
         settings.rows(LAUNCHERS),  # type: ignore[valid-type]
-        typer.Option(help="Processes here; or jobs of submitit: its local stand-in, or SLURM."),
+        typer.Option(
+            help="process: child processes; local, slurm: jobs of submitit, here or on SLURM."
+        ),
     ] = "process",
-    hours: Annotated[float, typer.Option(help="Limit of one job of a queue.", min=0.1)] = 24.0,
+    hours: Annotated[
+        float, typer.Option(help="Time limit of one queue job, in hours.", min=0.1)
+    ] = 24.0,
     detect: Annotated[
-        float, typer.Option(help="Points for which the needed number of seeds is given.", min=0.01)
+        float,
+        typer.Option(
+            help="Difference, in points, for which the needed number of seeds is given.", min=0.01
+        ),
     ] = 0.5,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where the runs are; it may hold some.")
+        Path, typer.Option("--output", "-o", help="Folder of the runs; it may hold some already.")
     ] = LAB,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan, with the time it would take.")
@@ -84,12 +93,12 @@ def ablate(
         bool, typer.Option("--probe/--no-probe", help="Measure a few iterations for the plan.")
     ] = True,
     time: Annotated[
-        str | None, typer.Option(help="Save and leave cleanly after this long: 25m, 2h.")
+        str | None, typer.Option(help="Save and exit cleanly after this long: 25m, 2h.")
     ] = None,
     format: Format = "table",
     **flags: Any,
 ) -> None:
-    """Run rows of the paper's tables again, beside the published errors.
+    """Reproduce rows of the paper's tables, next to the published errors.
 
     Finished runs are never run again. For instance: resnetv2 ablate --shortcut exclusive-gate
     """
@@ -127,18 +136,20 @@ def ablate(
     left = [arm for arm in every(made) if arm.error is None]
     crashed = [arm for arm in left if arm.crashed]
     if crashed:
-        hint = f"{crashed[0].log} has what the first one said; the same command tries them again"
+        hint = (
+            f"{crashed[0].log} has the output of the first one; the same command tries them again"
+        )
         raise UserError(f"{len(crashed)} of {len(every(made))} runs crashed", hint)
-    if left:  # on a signal to one of them alone
+    if left:  # a signal reached one of them alone
         hint = "the same command continues them"
         raise UserError(f"{len(left)} of {len(every(made))} runs were stopped", hint)
 
 
 def only(axis: str, given: list[str] | None) -> str | None:
-    """What is given once, if at all.
+    """The value of a flag that may be given once.
 
     Raises:
-        UserError: it is given again, and the first would be forgotten.
+        UserError: it is given more often, and only one would count.
     """
     if given and len(given) > 1:
         hint = f"several are a grid: --grid {axis}={','.join(given)}"
@@ -147,7 +158,7 @@ def only(axis: str, given: list[str] | None) -> str | None:
 
 
 def every(made: "list[Ablation]") -> "list[Arm]":
-    """The runs of all rows, each once, as that of the row whose protocol training looks by."""
+    """The runs of all rows, each once; of a shared run, the arm whose protocol training uses."""
     arms: dict[Path, Arm] = {}
     for arm in (arm for ablation in made for line in ablation.lines for arm in line.arms):
         if arm.watched or arm.folder not in arms:
@@ -156,7 +167,7 @@ def every(made: "list[Ablation]") -> "list[Arm]":
 
 
 def run(made: "list[Ablation]", jobs: int, launcher: str, hours: float, budget: float) -> None:
-    """Run what has no result yet, for ``budget`` seconds, and draw what has curves to show."""
+    """Run what has no result yet, for at most ``budget`` seconds, and draw the curves."""
     from resnetv2_cli.ablation import record
     from resnetv2_cli.ablation.progress import Progress
     from resnetv2_cli.ablation.sweep import Sweep
@@ -179,7 +190,7 @@ def run(made: "list[Ablation]", jobs: int, launcher: str, hours: float, budget: 
 
 
 def show(made: "list[Ablation]", detect: float, format: str) -> None:
-    """The results, in one of the formats."""
+    """Print the results in one of the formats."""
     from resnetv2_cli.ablation import tables
 
     if format == "json":
@@ -191,7 +202,7 @@ def show(made: "list[Ablation]", detect: float, format: str) -> None:
 
 
 def plan(made: "list[Ablation]", jobs: int, probe: bool, detect: float, format: str) -> None:
-    """What an ablation would run, and for how long."""
+    """Print what an ablation would run, and for how long."""
     from resnetv2_cli.ablation import tables
     from resnetv2_cli.ablation.probe import forecast, total
 
@@ -217,7 +228,7 @@ def plan(made: "list[Ablation]", jobs: int, probe: bool, detect: float, format: 
             "done": [f"{counts['done']}/{counts['planned']}" for _, counts in rows],
         }
         if probe:
-            own = ablation.trainings  # other rows are tests of one of these
+            own = ablation.trainings  # other rows test a run of one of these
             columns["time"] = [
                 quantities.duration(counts["seconds"]) if line in own else "the same"
                 for line, counts in rows

@@ -13,7 +13,7 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError, unknown
 from resnetv2_cli.flags import with_flags
 
-PANELS = ("Engine", "Run")  # of flags that an analysis has no use for
+PANELS = ("Engine", "Run")  # panels of flags that an analysis does not use
 UNUSED = [f.name for f in fields(Experiment) if f.metadata["panel"] in PANELS]
 TOPIC_HELP = "; ".join(f"{name}: {topic.doc}" for name, topic in TOPICS.items())
 
@@ -21,36 +21,36 @@ TOPIC_HELP = "; ".join(f"{name}: {topic.doc}" for name, topic in TOPICS.items())
 @app.command(rich_help_panel="Study the paper")
 @with_flags(*UNUSED)
 def analyze(
-    checkpoint: Annotated[Path | None, typer.Argument(help=f"{SAVED}; else give flags.")] = None,
+    checkpoint: Annotated[Path | None, typer.Argument(help=f"{SAVED}; or give flags.")] = None,
     config: Config = None,
     topic: Annotated[
         list[str] | None,
-        typer.Option(help=f"Only this one; may be given often. {TOPIC_HELP}.", metavar="NAME"),
+        typer.Option(help=f"Only this one; may be repeated. {TOPIC_HELP}.", metavar="NAME"),
     ] = None,
     compare: Annotated[
         list[str] | None,
         typer.Option(
-            help="Another network in the same pictures; may be given often: a checkpoint, a run's "
-            "folder, or settings that differ, such as depth=110,unit=original.",
+            help="Another network in the same pictures: a checkpoint, a run's folder, or settings "
+            "that differ, such as depth=110,unit=original; may be repeated.",
             metavar="WHAT",
         ),
     ] = None,
-    images: Annotated[int, typer.Option(help="Training images of the batch.", min=1)] = 8,
+    images: Annotated[int, typer.Option(help="Training images in the batch.", min=1)] = 8,
     test_images: Annotated[
-        int, typer.Option(help="Test images that lesions are judged on.", min=1)
+        int, typer.Option(help="Test images on which lesions are evaluated.", min=1)
     ] = 250,
     pairs: Annotated[
-        int, typer.Option(help="Pairs of units deleted together, at most.", min=1)
+        int, typer.Option(help="Pairs of units to delete together, at most.", min=1)
     ] = 100,
     bn: Annotated[
         Literal["batch", "kept"],
-        typer.Option(help="BN's statistics: the batch's, as in training, or those it kept."),
+        typer.Option(help="BN's statistics: the batch's, as in training, or the stored ones."),
     ] = "batch",
     precision: Annotated[
-        Literal["float64", "float32"], typer.Option(help="float64 shows what is exact.")
+        Literal["float64", "float32"], typer.Option(help="float64 shows what holds exactly.")
     ] = "float64",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of pictures and analysis.json.")
+        Path | None, typer.Option("--output", "-o", help="Folder for pictures and analysis.json.")
     ] = None,
     json: Json = False,
     **flags: Any,
@@ -64,7 +64,7 @@ def analyze(
             raise unknown("topic", name, TOPICS)
     for flag, value in {"config": config, "weights": flags.get("weights")}.items():
         if checkpoint and value:
-            hint = "it has its own, and names network and images by itself"
+            hint = "it has its own, and names its network and images itself"
             raise UserError(f"a checkpoint takes no --{flag}", hint)
     network = {} if checkpoint else of_weights(config, flags)
     experiment = Experiment() if checkpoint else Experiment.load(config, **network, **flags)

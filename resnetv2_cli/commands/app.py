@@ -1,4 +1,4 @@
-"""The application that every command joins, and the options that several of them have."""
+"""The application that every command joins, and the options that several commands share."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -14,31 +14,31 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Deep residual networks with identity mappings (He, Zhang, Ren, Sun 2016).",
     epilog="Exit status: 0 done, or saved when --time was over; 1 verify-resume found a "
-    "difference; 2 a mistake that the message explains, or a run of an ablation crashed or was "
-    "stopped; 130, 143, 138, 140 saved and left on Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2; 141 who "
-    "read the output left.",
+    "difference; 2 an error that the message explains, or a run of an ablation crashed or was "
+    "stopped; 130, 143, 138, 140 saved and exited on Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2; 141 the "
+    "reader of the output closed it.",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
 Config = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="A YAML file, or a name in configs/; flags win over it."),
+    typer.Option("--config", "-c", help="A YAML file, or a name in configs/; flags override it."),
 ]
-SAVED = "A checkpoint, a run's folder, or what export made of one as safetensors"
+SAVED = "A checkpoint, a run's folder, or a safetensors file from export"
 Saved = Annotated[Path, typer.Argument(help=f"{SAVED}.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON.")]
 Format = Annotated[
     Literal["table", "json", "csv", "md"], typer.Option("--format", help="How results are shown.")
 ]
 
 
 def of_weights(config: Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The network of the weights that a config or flags begin with, as far as these do not say
-    themselves what it is.
+    """The network settings of the weights that a config or flags start from, except those that the
+    config or flags set themselves.
 
     Raises:
-        UserError: there are no such weights, or what is asked for is mistaken.
+        UserError: there are no such weights, or a setting is wrong.
     """
     asked = asked_for(config, flags, [f.name for f in fields(Experiment)])
     if not asked.get("weights"):

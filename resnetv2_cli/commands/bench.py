@@ -13,20 +13,20 @@ from resnetv2_cli.flags import with_flags
 
 bench = typer.Typer(
     no_args_is_help=True,
-    help="Time the tool beside what most people run, and beside what the machine allows.",
+    help="Time the tool against what most people run, and against what the machine allows.",
 )
 app.add_typer(bench, name="bench", rich_help_panel="Train")
 
-Rounds = Annotated[int, typer.Option(help="Turns that each arm has.", min=1)]
+Rounds = Annotated[int, typer.Option(help="Turns of each arm.", min=1)]
 Stretch = Annotated[int, typer.Option(help="Iterations of one turn.", min=1)]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Folder of the picture and the JSON.")
+    Path | None, typer.Option("--output", "-o", help="Folder for the picture and the JSON.")
 ]
 COLUMNS = ["", "images/s", "ratio", "of rounds", "peak"]
 
 
 def shown(made: dict[str, Any], output: Path | None, json: bool) -> bool:
-    """Leave a bench's picture and JSON in a folder, print its JSON; whether a table is wanted."""
+    """Write a bench's picture and JSON to a folder, print its JSON; whether a table is wanted."""
     if output:
         from resnetv2_cli.bench.draw import bars
 
@@ -67,7 +67,7 @@ def train(
     json: Json = False,
     **flags: Any,
 ) -> None:
-    """Time whole training beside a plain PyTorch loop, taking turns in one process."""
+    """Time whole training against a plain PyTorch loop, taking turns in one process."""
     experiment = Experiment.load(config, **flags)
     from resnetv2_cli.bench.train import bench_train
 
@@ -92,7 +92,7 @@ def step(
     config: Config = None,
     arm: Annotated[
         list[str] | None,
-        typer.Option(help="Only this one, beside plain; may be given often.", metavar="NAME"),
+        typer.Option(help="Only this one, next to plain; may be repeated.", metavar="NAME"),
     ] = None,
     rounds: Rounds = 5,
     stretch: Stretch = 3,
@@ -100,7 +100,7 @@ def step(
     json: Json = False,
     **flags: Any,
 ) -> None:
-    """Time one training step under each option, beside plain float32 and beside the floor.
+    """Time one training step under each option, against plain float32 and against the floor.
 
     The floor is the network's convolutions alone, in the same precision and layout.
     """
@@ -135,7 +135,9 @@ def data(
     config: Config = None,
     prepared: Annotated[
         list[Path] | None,
-        typer.Option(help="The same photographs prepared, to take turns; may be given often."),
+        typer.Option(
+            help="The same photographs after data prepare, for comparison; may be repeated."
+        ),
     ] = None,
     rounds: Rounds = 5,
     stretch: Stretch = 20,
@@ -143,7 +145,7 @@ def data(
     json: Json = False,
     **flags: Any,
 ) -> None:
-    """Time each way from stored images to batches, alone, beside torchvision's."""
+    """Time each way from stored images to batches, without training, against torchvision's."""
     experiment = Experiment.load(config, **flags)
     from resnetv2_cli.bench.data import bench_data
 

@@ -11,11 +11,11 @@ from resnetv2_cli import console, jsonfile, quantities
 from resnetv2_cli.commands.app import Json, app
 from resnetv2_cli.errors import UserError
 
-data = typer.Typer(no_args_is_help=True, help="Look after photographs: check, sort, prepare them.")
+data = typer.Typer(no_args_is_help=True, help="Check, sort and prepare photographs.")
 app.add_typer(data, name="data", rich_help_panel="Train")
 
 Folder = Annotated[Path, typer.Argument(help="The folder that train and val are in.")]
-Workers = Annotated[int, typer.Option(help="Files at a time.", min=1, max=1024)]
+Workers = Annotated[int, typer.Option(help="Files read at a time.", min=1, max=1024)]
 PROCESSORS = os.cpu_count() or 1
 
 
@@ -24,11 +24,12 @@ def check(
     folder: Folder,
     workers: Workers = PROCESSORS,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The report: every file that is named.")
+        Path,
+        typer.Option("--output", "-o", help="The report, JSON; it names every faulty file."),
     ] = Path("data-check.json"),
     json: Json = False,
 ) -> None:
-    """Look at every file of class folders: what there is, what is broken, odd, or there twice.
+    """Check every file in class folders: what there is, what is broken, odd or duplicate.
 
     The exit status is 2 if training would stop, or its result would be worthless.
     """
@@ -39,7 +40,7 @@ def check(
     if not os.access(output.parent, os.W_OK):
         raise UserError(f"cannot write {output}", "is its folder there, and is it yours?")
     if output.exists() and not {"folder", "splits"} <= set(jsonfile.mapping(output)):
-        raise UserError(f"{output} is there, and is no report of this", "name another file")
+        raise UserError(f"{output} exists, and is not a report of data check", "name another file")
     with console.progress() as tick:
         report = survey(folder, workers, tick)
     jsonfile.write(output, report)
@@ -58,7 +59,7 @@ def check(
 
 
 def remedy(report: dict[str, Any], folder: Path, output: Path) -> str:
-    """What to do about what is serious in a report."""
+    """The hint for the serious faults in a report."""
     from resnetv2_cli.data.survey import without_images
 
     flat, splits = report["flat"], report["splits"]
@@ -72,7 +73,7 @@ def remedy(report: dict[str, Any], folder: Path, output: Path) -> str:
 
 
 def show(report: dict[str, Any], docs: dict[str, str]) -> bool:
-    """A report as tables: the splits, and what is to be said of files; whether that is anything."""
+    """Print a report as tables: the splits, and what was found; return whether anything was."""
     rows = [
         [
             split,
@@ -117,8 +118,8 @@ def sort_val(
     labels: Annotated[
         Path,
         typer.Option(
-            help="The class of each image: lines of name and class, LOC_val_solution.csv, or "
-            "classes in the order of names."
+            help="The file of labels: lines of image name and class; LOC_val_solution.csv; or "
+            "classes alone, in the order of the image names."
         ),
     ],
     dry_run: Annotated[
@@ -127,7 +128,7 @@ def sort_val(
 ) -> None:
     """Sort the flat val/ of the official archive into class folders.
 
-    Nothing is moved if anything is wrong; files that are in their place stay there.
+    Nothing is moved if anything is wrong; files already in place stay there.
     """
     from resnetv2_cli.data import sortval
 
@@ -147,19 +148,21 @@ def sort_val(
 def prepare(
     folder: Folder,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The folder of the shards: new, or begun.")
+        Path, typer.Option("--output", "-o", help="Folder for the shards: new, or partly filled.")
     ],
-    side: Annotated[int, typer.Option(help="Shorter side at most, pixels.", min=32)] = 512,
-    quality: Annotated[int, typer.Option(help="Of JPEG.", min=1, max=100)] = 90,
+    side: Annotated[
+        int, typer.Option(help="Shorter side, at most this many pixels.", min=32)
+    ] = 512,
+    quality: Annotated[int, typer.Option(help="JPEG quality.", min=1, max=100)] = 90,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Keep pixels: faster to read, ten times the room.")
+        bool, typer.Option("--raw", help="Store pixels: faster to read, ten times the space.")
     ] = False,
-    shard: Annotated[int, typer.Option(help="Images in one shard.", min=1)] = 1000,
+    shard: Annotated[int, typer.Option(help="Images per shard.", min=1)] = 1000,
     workers: Workers = PROCESSORS,
 ) -> None:
     """Re-encode photographs once, into indexed tar shards (WebDataset's format).
 
-    --data-dir of train and eval takes the folder. What was stopped goes on when it is called again.
+    --data-dir of train and eval takes the folder. If interrupted, the same command continues.
     """
     from resnetv2_cli.data.prepare import Form
     from resnetv2_cli.data.prepare import prepare as prepared

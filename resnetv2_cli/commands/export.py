@@ -18,17 +18,17 @@ def export(
     checkpoint: Saved,
     format: Annotated[
         Kind,  # type: ignore[valid-type]
-        typer.Option("--format", help="What is written."),
+        typer.Option("--format", help="What to write."),
     ] = "onnx",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The file; by itself in export/ beside the run."),
+        typer.Option("--output", "-o", help="The file; by default in export/ in the run's folder."),
     ] = None,
     fold: Annotated[
         bool | None,
         typer.Option(
             "--fold/--no-fold",
-            help="Fold BN into the convolutions it stands directly behind; by itself yes, but for "
+            help="Fold BN into the convolutions that it directly follows; the default, except for "
             "safetensors.",
             show_default=False,
         ),
@@ -37,11 +37,11 @@ def export(
         str | None, typer.Option(help="Where the test images for the check are.")
     ] = None,
     push: Annotated[
-        str | None, typer.Option(help="Upload file and card to this repository of a hub.")
+        str | None, typer.Option(help="Upload file and card to this hub repository.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write a network for others to run, with a model card, and check it against its own logits.
+    """Export a network with a model card, and check the file against the network's logits.
 
     For instance: resnetv2 export runs/mine --format onnx
     """

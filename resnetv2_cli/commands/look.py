@@ -104,8 +104,8 @@ Network = Annotated[
 def diff(a: Network, b: Network, json: Json = False) -> None:
     """Say in words and counts how two networks differ.
 
-    Settings change the defaults for A, and for B what A is: resnetv2 diff depth=164,unit=original
-    unit=full-preact
+    Settings given for A change the defaults; those for B change A: resnetv2 diff
+    depth=164,unit=original unit=full-preact
     """
     from resnetv2_cli import difference
     from resnetv2_cli.source import Source, named
@@ -136,7 +136,7 @@ def list_(picture: Picture = None, json: Json = False) -> None:
     ]
     there: dict[str, tuple[str, list[str], Rows]] = {
         "unit": (
-            "Units: + ends one, | begins the next (Fig. 4); or yours, written so",
+            "Units: + ends one, | begins the next (Fig. 4); write your own likewise",
             ["between two units", "paper, %"],
             units,
         ),
@@ -174,8 +174,8 @@ def headline(config: Path) -> str:
 @app.command(rich_help_panel="Study the paper")
 @with_flags()
 def show(config: Config = None, **flags: Any) -> None:
-    """Show the experiment that a config and flags make, and where values came from that are no
-    defaults, without running it."""
+    """Show, without running it, the experiment that a config and flags define, and where values
+    that are not defaults come from."""
     network = of_weights(config, flags)
     came = origins(config, flags) | dict.fromkeys(network, "weights")
     print(annotated(Experiment.load(config, **network, **flags), came), end="")

@@ -22,20 +22,18 @@ def precise_bn(
     checkpoint: Saved,
     images: Annotated[
         int | None,
-        typer.Option(
-            help="Training images, in whole batches; those of an epoch unless given.", min=2
-        ),
+        typer.Option(help="Training images, in whole batches; an epoch's unless given.", min=2),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The checkpoint: a new file.")
+        Path | None, typer.Option("--output", "-o", help="The new checkpoint; must not exist.")
     ] = None,
     json: Json = False,
     **flags: Any,
 ) -> None:
-    """Make BN's statistics anew, as means over training batches, in a new checkpoint.
+    """Recompute BN's statistics as means over training batches, in a new checkpoint.
 
-    The authors' released models have such; training leaves moving averages. All batches weigh
-    alike, and are whole: of --batch-size, whatever parts they had in training.
+    The authors' released models have such means; training leaves moving averages. All batches
+    weigh the same, and are whole (--batch-size), even where training split them into parts.
     """
     from resnetv2_cli.checkpoint import experiment_of, leave, refuse_taken
     from resnetv2_cli.precise import precise
@@ -43,7 +41,7 @@ def precise_bn(
     from resnetv2_cli.weightfile import find
 
     file = find(checkpoint)
-    run = RunFolder.of(file)  # not among its checkpoints, of which it may continue from any
+    run = RunFolder.of(file)  # not among its checkpoints: it may continue from any there
     to = output or (run.path if run else file.parent) / f"{file.stem}-precise-bn.ckpt"
     refuse_taken(to)
     with console.progress() as tick:

@@ -31,22 +31,23 @@ def predict(
     images: Annotated[
         list[str],
         typer.Argument(
-            help="Files; folders, with all images below them; or -, names of files on standard "
-            "input, one a line, or one image.",
+            help="Files; folders, with all images below them; or -: file names on standard input, "
+            "one per line, or one image.",
             metavar="IMAGE|FOLDER|-",
         ),
     ],
-    top: Annotated[int, typer.Option(help="Classes shown of each.", min=1)] = 3,
+    top: Annotated[int, typer.Option(help="Classes shown per image.", min=1)] = 3,
     format: Annotated[
         Literal["table", "jsonl", "csv"],
-        typer.Option("--format", help="How results are shown; jsonl: one JSON object a line."),
+        typer.Option("--format", help="How results are shown; jsonl: one JSON object per line."),
     ] = "table",
     picture: Annotated[
-        Path | None, typer.Option(help="Draw the first sixty with their classes in this file.")
+        Path | None,
+        typer.Option(help="Draw the first sixty images with their classes in this file."),
     ] = None,
     **flags: Any,
 ) -> None:
-    """Name what is on any pictures; a checkpoint is all it needs.
+    """Classify any images; a checkpoint is all it needs.
 
     For instance: resnetv2 predict runs/mine holiday/ --picture seen.png
     """
@@ -61,7 +62,7 @@ def predict(
         refuse_suffix(picture)
         drawn = MOST
     if "," in listed(flags.get("protocol", "224")):
-        raise UserError("predict looks at each picture by one protocol", "--protocol 320")
+        raise UserError("predict takes only one protocol", "--protocol 320")
     task = inference.network(find(checkpoint), **flags, devices="1")
     first: list[Prediction] = []
     broken: list[Prediction] = []
@@ -99,7 +100,7 @@ def as_table(predictions: Iterable["Prediction"], top: int) -> None:
 
 
 def as_lines(predictions: Iterable["Prediction"], top: int) -> None:
-    """A JSON object a line: ``file``, and ``predictions`` or ``error``; as soon as it is known."""
+    """A JSON object per line: ``file``, and ``predictions`` or ``error``; printed when known."""
     for p in predictions:
         pairs = [{"class": name, "probability": round(share, 6)} for name, share in p.top]
         rest = {"error": p.error} if p.error else {"predictions": pairs}
@@ -107,7 +108,7 @@ def as_lines(predictions: Iterable["Prediction"], top: int) -> None:
 
 
 def as_csv(predictions: Iterable["Prediction"], top: int) -> None:
-    """``file,error,class_1,probability_1,...``; as soon as it is known."""
+    """CSV: ``file,error,class_1,probability_1,...``; a row is printed when known."""
     out = csv.writer(sys.stdout, lineterminator="\n")
     places = [f"{what}_{i}" for i in range(1, top + 1) for what in ("class", "probability")]
     out.writerow(["file", "error", *places])

@@ -1,4 +1,4 @@
-"""``report`` and ``plot``: what is on disk, to look at."""
+"""``report`` and ``plot``: show what is on disk."""
 
 import time
 from pathlib import Path
@@ -18,8 +18,8 @@ SUFFIXES = ("png", "svg", "pdf")
 What = Annotated[
     list[str],
     typer.Argument(
-        help="Runs, folders of an ablation or of an analysis, or folders that hold such; or names "
-        "of runs, as in resnetv2 runs.",
+        help="Runs, folders of an ablation or of an analysis, or folders that contain such; or "
+        "names of runs, as in resnetv2 runs.",
         metavar="RUNS...",
     ),
 ]
@@ -28,16 +28,18 @@ What = Annotated[
 @app.command(rich_help_panel="Look at runs")
 def plot(
     what: What,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pictures.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path(
         "figures"
     ),
     format: Annotated[
         list[str] | None,
-        typer.Option(help="png (unless given), svg or pdf; may be given often.", metavar="NAME"),
+        typer.Option(help="png (the default), svg or pdf; may be repeated.", metavar="NAME"),
     ] = None,
     y: Annotated[
         rows(YS),  # type: ignore[valid-type]
-        typer.Option("--y", help="paper: the loss logarithmic, the error not; or both alike."),
+        typer.Option(
+            "--y", help="paper: the loss logarithmic, the error linear; or the same for both."
+        ),
     ] = "paper",
 ) -> None:
     """Draw the curves and analyses of runs, in the style of the paper's figures."""
@@ -63,21 +65,24 @@ def plot(
 def report(
     what: What,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The file; it is written anew.")
+        Path, typer.Option("--output", "-o", help="The file; it is overwritten.")
     ] = Path("report.html"),
     watch: Annotated[
         str | None,
         typer.Option(
-            help="Write it again after each 30s, 5m, ... until no run is open; the page follows."
+            help="Write it again every 30s, 5m, ... until no run is open; the page reloads itself."
         ),
     ] = None,
     detect: Annotated[
-        float, typer.Option(help="Points for which the needed number of seeds is given.", min=0.01)
+        float,
+        typer.Option(
+            help="Difference, in points, for which the needed number of seeds is given.", min=0.01
+        ),
     ] = 0.5,
 ) -> None:
-    """Write one HTML page: tables beside the paper's, curves, analyses, settings, hardware.
+    """Write one HTML page: tables next to the paper's, curves, analyses, settings, hardware.
 
-    It needs no network. For instance: resnetv2 report runs/lab --watch 30s
+    The page works offline. For instance: resnetv2 report runs/lab --watch 30s
     """
     every = 0 if watch is None else max(1, round(seconds(watch, "--watch")))
     if output.is_dir():

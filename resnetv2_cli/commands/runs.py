@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 runs = typer.Typer(no_args_is_help=True, help="Find runs, compare them, remove them.")
 app.add_typer(runs, name="runs", rich_help_panel="Look at runs")
 
-Root = Annotated[Path, typer.Option("--root", help="The folder that runs are looked for in.")]
+Root = Annotated[Path, typer.Option("--root", help="The folder to look for runs in.")]
 Name = Annotated[
     str,
-    typer.Argument(help="A name, its beginning if no other begins so, a folder, or last."),
+    typer.Argument(help="A name, the start of one if it is unique, a folder, or last."),
 ]
 
 
@@ -30,11 +30,11 @@ def ls(
     root: Root = RUNS,
     state: Annotated[
         str | None,
-        typer.Option(help="Only those that are done, fail, crashed, running or stopped."),
+        typer.Option(help="Only runs that are done, fail, crashed, running or stopped."),
     ] = None,
     format: Format = "table",
 ) -> None:
-    """List the runs below a folder: what became of them, their error, when they last changed."""
+    """List the runs below a folder: their state, their error, when they last changed."""
     from resnetv2_cli.inventory import STATES, runs_in
 
     if state is not None and state not in STATES:
@@ -72,7 +72,7 @@ def listed(run: "Run") -> dict[str, Any]:
 
 
 def percent(run: "Run") -> str:
-    """Test error; of an open run the last one it saw, marked as such."""
+    """Test error; of an open run the latest one, marked as such."""
     if run.error is not None:
         return "fail" if run.state == "fail" else f"{run.error:.2f} %"
     seen = run.series.get(f"{run.scored}_error")
@@ -86,7 +86,7 @@ def age(changed: float) -> str:
 
 @runs.command()
 def show(name: Name, root: Root = RUNS, format: Format = "table") -> None:
-    """Show what one run is, what became of it, and where it ran."""
+    """Show what a run is, its state and results, and where it ran."""
     from resnetv2_cli.ablation.studies import unusual
     from resnetv2_cli.compare import said, word
     from resnetv2_cli.inventory import choose, runs_in
@@ -118,7 +118,7 @@ def compare(
     root: Root = RUNS,
     format: Format = "table",
 ) -> None:
-    """Say what differs between two runs, and by how much their results do."""
+    """Show what differs between two runs, and by how much their results differ."""
     from resnetv2_cli import compare as comparing
     from resnetv2_cli.inventory import choose, runs_in
 
@@ -141,7 +141,7 @@ def rm(
     root: Root = RUNS,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Remove runs with their checkpoints. It asks first; what still trains is refused."""
+    """Remove runs with their checkpoints. It asks first; runs that still train are refused."""
     from resnetv2_cli.inventory import choose, refuse_in_use, remove, runs_in
 
     known = runs_in(root) if root.is_dir() else []
@@ -152,18 +152,18 @@ def rm(
     question = f"Remove {len(chosen)} run{'s' if len(chosen) > 1 else ''} for good?"
     if not yes and not confirmed(question):
         raise UserError("nothing was removed", "--yes removes without asking")
-    refuse_in_use(chosen.values())  # it may have been begun while the question stood there
+    refuse_in_use(chosen.values())  # one may have been continued meanwhile
     for run in chosen.values():
         remove(run)
     console.note(f"removed {len(chosen)}")
 
 
 def confirmed(question: str) -> bool:
-    """Whether somebody says yes; nobody does where there is nothing to read."""
+    """Ask whether to go on; False if there is no input to read an answer from."""
     try:
         return typer.confirm(question, err=True)
     except typer.Abort as error:
         if isinstance(error.__context__, EOFError):
-            console.note("")  # behind the question
+            console.note("")  # ends the question's line
             return False
         raise  # Ctrl-C

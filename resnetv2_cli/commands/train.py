@@ -32,18 +32,18 @@ def train(
         typer.Option(
             "--continue",
             help="Continue the run in --output if it has begun, else begin it: one command for "
-            "torchrun and SLURM, which start it again. What is given may change as with --resume.",
+            "torchrun and SLURM, which restart it. Settings may change as with --resume.",
         ),
     ] = False,
     time: Annotated[
-        str | None, typer.Option(help="Save and leave cleanly after this long: 25m, 2h.")
+        str | None, typer.Option(help="Save and exit cleanly after this long: 25m, 2h.")
     ] = None,
     micro_batch: Annotated[
         str | None,
         typer.Option(
-            help="Images at a time on each device: a number, or auto, the most that memory has "
-            "room for; sets --accumulate. The gradients of the parts add up to the whole batch's, "
-            "but for BN, which has each part's statistics.",
+            help="Images at a time on each device: a number, or auto, as many as fit into memory; "
+            "sets --accumulate. The gradients of the parts add up to the whole batch's, except "
+            "that BN uses each part's statistics.",
             metavar="NUMBER|auto",
             rich_help_panel="Engine",
         ),
@@ -65,7 +65,7 @@ def train(
         raise UserError("--continue needs --output", "the folder to continue in, or to begin")
     if micro_batch and (resume or begun_or_not or "accumulate" in flags):
         raise UserError(
-            "--micro-batch sets --accumulate, which is settled", "leave one of them out"
+            "--micro-batch sets --accumulate, which is set already", "leave one of them out"
         )
     begun = resume or (output if begun_or_not and output and RunFolder(output).begun else None)
     network = {} if begun else of_weights(config, flags)
@@ -75,11 +75,11 @@ def train(
     from resnetv2_cli.manifest import origins
     from resnetv2_cli.resume import continued
 
-    taken = os.environ.get(run.FOLDER)  # in the processes that the first one of a run launched
+    taken = os.environ.get(run.FOLDER)  # set in processes that the first of a run launched
     if not (begun or taken or output):
         cluster.refuse_free_folder()
     with cluster.Meeting(console.note) as meeting:
-        if taken:  # the first has settled all: each would find other memory free, for one
+        if taken:  # the first has settled all: each would find, say, other free memory
             folder = RunFolder(Path(taken))
             experiment = folder.experiment()
         elif begun:
@@ -151,12 +151,12 @@ def evaluate(
     checkpoint: Saved,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder of the confusion matrix, a picture."),
+        typer.Option("--output", "-o", help="Folder for the picture of the confusion matrix."),
     ] = None,
     json: Json = False,
     **flags: Any,
 ) -> None:
-    """Evaluate a checkpoint on its test images; it names network and data by itself."""
+    """Evaluate a checkpoint on its test images; network and dataset are read from it."""
     from resnetv2_cli import cluster, evaluation
     from resnetv2_cli.checkpoint import PRECISE
     from resnetv2_cli.manifest import rewritten
@@ -201,7 +201,7 @@ def evaluate(
     each = {e.protocols[0]: scores} | scores[OTHERS]
     lines = [measured(e, name, scores | theirs) for name, theirs in each.items()]
     lines += map(published, rows)
-    needless = {"protocol"} if DATASETS[e.dataset].decoded else set()  # of one view
+    needless = {"protocol"} if DATASETS[e.dataset].decoded else set()  # only one view
     needless |= set() if len(task.classes) > TOP else {"top-5"}
     kept = [i for i, column in enumerate(COLUMNS) if column not in needless]
     bn = scores[PRECISE]
@@ -230,15 +230,15 @@ def measured(experiment: Experiment, protocol: str, scores: dict[str, Any]) -> l
 
 
 def seen(experiment: Experiment, protocol: str) -> str:
-    """A protocol, and the side of its crops in pixels where the network trains on smaller ones
-    than it is named after."""
+    """The name of a protocol, with the side of its crops in pixels if the network trains on smaller
+    crops, so that the side is not the one in the name."""
     row = PROTOCOLS[protocol]
     size = row.view(side(experiment.dataset, experiment.stem_)).side
     return protocol + (f" as {size}" if size != row.crop else "")
 
 
 def published(row: paper.Row) -> list[str]:
-    """What is published for it, under COLUMNS."""
+    """The published errors of a row as cells of a table, under COLUMNS."""
     source = row.source or "Table 5"
     errors = [f"{error:.2f} %" for error in (row.published, row.top5)]
     return [f"{row.name} ({source})", row.tested, *errors, NONE, "50,000"]

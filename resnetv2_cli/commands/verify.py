@@ -16,15 +16,15 @@ from resnetv2_cli.quantities import NONE
 @with_flags()
 def verify_resume(
     config: Config = None,
-    kills: Annotated[int, typer.Option(help="Times that a run is killed.", min=1)] = 3,
-    moments: Annotated[int, typer.Option(help="Seed of the moments.")] = 0,
+    kills: Annotated[int, typer.Option(help="How often a run is killed.", min=1)] = 3,
+    moments: Annotated[int, typer.Option(help="Seed of the moments at which it is killed.")] = 0,
     json: Json = False,
     **flags: Any,
 ) -> None:
-    """Show that a run that is killed and continued ends with the bits of one that is not.
+    """Show that a run that is killed and continued ends with the same bits as one that is not.
 
-    It takes a few iterations of the training that the flags describe, on this machine, five times
-    or more: never stopped, twice; killed (SIGKILL) at random moments; and stopped by SIGTERM. Exit
+    It runs a few iterations of the training that the flags describe, on this machine, five times
+    or more: twice uninterrupted; killed (SIGKILL) at random moments; and stopped by SIGTERM. Exit
     status: 0 if all end with the same bits, else 1.
 
     For instance: resnetv2 verify-resume --dataset digits --depth 20

@@ -18,29 +18,31 @@ FROM_HELP = "; ".join(f"{name}: {source.doc}" for name, source in SOURCES.items(
 @app.command("import", rich_help_panel="Train")
 def import_(
     file: Annotated[
-        Path, typer.Argument(help="safetensors, .pth, .h5 or .keras: opened as tensors only.")
+        Path, typer.Argument(help="safetensors, .pth, .h5 or .keras; only tensors are read.")
     ],
     source: Annotated[
-        str, typer.Option("--from", help=f"Whose weights they are. {FROM_HELP}.", metavar="NAME")
+        str,
+        typer.Option("--from", help=f"Where the weights come from. {FROM_HELP}.", metavar="NAME"),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The checkpoint: a new file.")
+        Path | None, typer.Option("--output", "-o", help="The new checkpoint; must not exist.")
     ] = None,
     classes: Annotated[
         Path | None,
         typer.Option(
-            help="Names of the classes: a file, one a line, or a folder with one folder a class. "
-            "By itself those of CIFAR or ImageNet.",
+            help="Names of the classes: a file, one per line, or a folder with one folder per "
+            "class. Default: those of CIFAR or ImageNet.",
             metavar="FILE|FOLDER",
         ),
     ] = None,
     mean: Annotated[
-        str | None, typer.Option(help="Of channels, of 0..1, such as 0.5,0.5,0.5: the source's.")
+        str | None,
+        typer.Option(help="Channel means, in 0..1, such as 0.5,0.5,0.5. Default: the source's."),
     ] = None,
-    std: Annotated[str | None, typer.Option(help="As --mean.")] = None,
+    std: Annotated[str | None, typer.Option(help="Channel standard deviations, as --mean.")] = None,
     json: Json = False,
 ) -> None:
-    """Turn another code base's weights into a checkpoint, or say what differs.
+    """Convert another code base's weights to a checkpoint, or say what differs.
 
     For instance: resnetv2 import resnet50.pth --from torchvision
     """
@@ -52,7 +54,7 @@ def import_(
     if mean is not None and std is not None:
         given = channels("--mean", mean), channels("--std", std)
     if given and not all(0 <= value <= 1 for value in given[0]):
-        raise UserError(f"--mean {mean!r} is not of 0..1", "divide what is of 0..255 by 255")
+        raise UserError(f"--mean {mean!r} is not in 0..1", "divide values in 0..255 by 255")
     if given and min(given[1]) <= 0:
         raise UserError(f"--std {std!r} is not above 0", "images are divided by it")
     from resnetv2_cli.checkpoint import leave
