@@ -10,6 +10,7 @@ from shlex import quote
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from resnetv2_cli import plans
 from resnetv2_cli.config import Experiment
@@ -34,11 +35,11 @@ def flag(f: Field) -> Parameter:
         choices = tuple(NAMES[f.name]())
     if choices:
         help_ += f" One of {', '.join(choices)}."
-    default = "" if f.default is None else f" [dim](default: {f.default})[/]"
+    default = "" if f.default in (None, "") else f" [dim](default: {f.default})[/]"
     name = flag_name(f.name)
     option = typer.Option(
         f"{name}/--no-{name[2:]}" if kind is bool else name,
-        help=re.sub(r"\[(\d)\]", r"\\[\1]", help_) + default,
+        help=escape(help_) + default,
         metavar=None if kind is bool else "NAME" if kind is str else "NUMBER",
         rich_help_panel=f.metadata["panel"],
         show_default=False,
