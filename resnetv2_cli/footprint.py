@@ -161,7 +161,7 @@ def split(
         return replace(experiment, accumulate=-(-batch // min(batch, int(micro_batch))))
     if micro_batch != "auto":
         hint = "--micro-batch auto, or how many images at a time"
-        raise UserError(f"{micro_batch!r} is no size of a micro-batch", hint)
+        raise UserError(f"{micro_batch!r} is not a micro-batch size", hint)
     if free is None:
         raise UserError("this system does not report its free memory", "--micro-batch N")
     one, two = (step_bytes(experiment, precision, n, device) for n in (1, 2))

@@ -102,7 +102,7 @@ print(memory.peak(x.device)["host"] - before)
 """
 
 
-@pytest.mark.skipif(not memory.forget_peak(), reason="the system does not tell the peak")
+@pytest.mark.skipif(not memory.forget_peak(), reason="the system does not report the peak")
 @pytest.mark.parametrize("again", ["", "bn", "segments", "bn mixed"])
 def test_a_step_takes_what_was_foretold(again):
     command = [sys.executable, "-c", STEP, *again.split()]
@@ -153,7 +153,7 @@ print(whole - memory.now())
 """
 
 
-@pytest.mark.skipif(memory.now() is None, reason="the system does not tell what is in memory")
+@pytest.mark.skipif(memory.now() is None, reason="the system does not report what is in memory")
 def test_what_is_large_goes_back_when_it_is_freed():
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
     returned = [
@@ -286,8 +286,8 @@ def test_auto_takes_the_most_that_fits(share):
 
 
 @pytest.mark.parametrize("asked, free, said", [
-    ("many", 10**9, "no 'many'"), ("0", 10**9, "no '0'"), ("auto", 10**5, "not even one image"),
-    ("auto", None, "does not tell"),
+    ("many", 10**9, "'many' is not a micro"), ("0", 10**9, "'0' is not a micro"),
+    ("auto", 10**5, "not even one image"), ("auto", None, "does not report"),
 ])  # fmt: skip
 def test_what_cannot_be_split_is_refused(asked, free, said):
     with pytest.raises(UserError, match=said):

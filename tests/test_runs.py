@@ -248,7 +248,7 @@ def test_a_run_that_cannot_be_removed_is_named(here, lab, tmp_path, monkeypatch)
         readonly.setattr("os.unlink", refuse)
         said = here("runs", "rm", "alone", "--yes", "--root", root, status=2).stderr
     assert f"error: cannot remove {root / 'alone'}: " in said
-    assert "Read-only file system" in said and "is it yours?" in said
+    assert "Read-only file system" in said and "is it writable, and yours?" in said
     assert "removed 1" not in said and (root / "alone" / "config.yaml").exists()
 
 
