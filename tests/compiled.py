@@ -1,4 +1,4 @@
-"""Compiled operations: what they need, and their error against float64."""
+"""Shared by tests of compiled operations: what they need to run, and bounds on their error."""
 
 import copy
 import platform
@@ -12,11 +12,11 @@ from resnetv2_cli import native
 LAST = torch.channels_last
 MODES = {"eager": (False, False), "compiled": (True, False), "forget": (True, True)}
 MODES |= {"plain-forget": (False, True)}
-BOUND = 2**-8  # of the norm: half a unit in bf16's last place, for what is rounded to bf16
+BOUND = 2**-8  # of the norm: half a unit in the last place of bf16, for results rounded to it
 BOUNDS = {torch.bfloat16: BOUND, torch.float32: 2e-6}
 
 needs_gcc = pytest.mark.skipif(native.library() is None, reason=f"no kernels: {native.why_not()}")
-needs_x86 = pytest.mark.skipif(  # for the compiler's flags
+needs_x86 = pytest.mark.skipif(  # for x86 flags of the compiler
     platform.machine() not in ("x86_64", "AMD64"), reason="no x86"
 )
 needs_products = pytest.mark.skipif(
@@ -35,7 +35,7 @@ def bf16(*shape, dtype=torch.bfloat16):
 
 
 def trained_step(net, mode, mixed=False, seed=3):
-    """Logits and gradients of one training step; float64 unless the network has another type."""
+    """Logits, gradients and buffers after one training step in the network's dtype."""
     net = copy.deepcopy(net).train()
     net.activate(*MODES[mode])
     net.to(memory_format=LAST)

@@ -23,16 +23,16 @@ REPOSITORY = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("RESNETV2_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 SCRIPT = Path(sys.executable).parent / "resnetv2"
 
-# Small networks, and several processes on few cores: more threads only wait for one another.
+# With small networks, or several processes on few cores, more threads only wait for one another.
 THREADS = {"OMP_NUM_THREADS": "1"}
 torch.set_num_threads(1)
 
 
-# How a command leaves on a signal, and its one line.
+# The exit status of a command stopped by a signal, and the one line it prints.
 STOPPED = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
 
 
-# A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.
+# Started by a shell in the background, the tests and their children would ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine is no reason to fail.
@@ -47,13 +47,13 @@ def seeded():
 
 @pytest.fixture
 def no_cache(tmp_path, monkeypatch):
-    """What is cached is the test's own."""
+    """Give the test an empty cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
 def homeless(monkeypatch):
-    """A user without an entry, as of a container, for whom nobody has set a home."""
+    """A user without a passwd entry, as in a container, and without a home in the environment."""
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
@@ -61,7 +61,7 @@ def homeless(monkeypatch):
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real images; tests that need it say so when it is not there."""
+    """The folder of real images; tests that need it are skipped with a reason if it is missing."""
     if not (SHARED / "cifar10").is_dir():
         pytest.skip(f"no real images: there is no {SHARED.name}/cifar10 beside the repository")
     return SHARED
@@ -90,8 +90,8 @@ def resnetv2(tmp_path_factory):
 
 @pytest.fixture
 def here(capsys, monkeypatch):
-    """The same in this process, which has imported all that it needs: for what is no matter of
-    signals, of the environment or of the script itself."""
+    """As ``resnetv2``, but in this process, where everything is already imported: for tests that do
+    not depend on signals, the environment or the script itself."""
     from resnetv2_cli import console
     from resnetv2_cli.cli import main
 
@@ -117,8 +117,9 @@ def here(capsys, monkeypatch):
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, here):
-    """What is said of a class ``Own`` of one's own that fails: ``refused("unit", module, text)`` ->
-    the error and the hint, of ``train`` as of ``describe``; no random number is drawn for it."""
+    """Have a user's own class ``Own`` that fails refused: ``refused("unit", module, text)`` -> the
+    error and the hint, which are the same from ``train`` and ``describe``; no random number may be
+    drawn for it."""
     monkeypatch.chdir(tmp_path)
 
     def call(kind: str, module: str, text: str) -> list[str]:
@@ -138,7 +139,7 @@ SMALL = ["--dataset", "digits", "--depth", 8, "--batch-size", 64, "--log-every",
 
 @pytest.fixture(scope="session")
 def trained(resnetv2, tmp_path_factory) -> Path:
-    """The folder of a small run on the digits that went to its end."""
+    """The folder of a small finished run on the digits."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     resnetv2("train", *SMALL, "--epochs", 4, "--output", folder)
     return folder
@@ -146,7 +147,7 @@ def trained(resnetv2, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """The RunFolder of a run of ``trainings.TINY`` that went to its end; not to be changed."""
+    """The RunFolder of a finished run of ``trainings.TINY``; tests must not change it."""
     from trainings import trained_as
 
     return trained_as(tmp_path_factory.mktemp("whole") / "run")
@@ -156,7 +157,7 @@ LAB = {"dataset": "digits", "depth": 8, "batch_size": 128, "steps": 6, "log_ever
 
 
 def two_rows(root: Path, runs: int = 1, given: dict | None = None, **how):
-    """An ablation of conv1x1 beside identity, as ``planning.plan`` has it: nothing is begun."""
+    """An ablation of conv1x1 against identity, planned by ``planning.plan`` but not begun."""
     from resnetv2_cli.ablation import planning, studies
 
     [study] = studies.studies(shortcut="conv1x1")
@@ -164,15 +165,15 @@ def two_rows(root: Path, runs: int = 1, given: dict | None = None, **how):
 
 
 def names(**given) -> list[str]:
-    """The rows of an ablation."""
+    """The names of the rows of an ablation."""
     from resnetv2_cli.ablation import studies
 
     return [row.name for study in studies.studies(**given) for row in study.table.rows]
 
 
 def ended(ablation, *errors: tuple[float, ...]) -> None:
-    """Leave results of the first rows: of each the test errors of its first seeds; infinite is that
-    of one that diverged."""
+    """Write results for the first rows: for each, the test errors of its first seeds; an infinite
+    one stands for a run that diverged."""
     for line, row in zip(ablation.lines, errors, strict=False):
         for arm, error in zip(line.arms, row, strict=False):
             arm.folder.mkdir(parents=True)
@@ -184,8 +185,8 @@ def ended(ablation, *errors: tuple[float, ...]) -> None:
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
-    """An ablation of which one run is done, one was killed, and the others have not begun; and a
-    run that diverged, beside it."""
+    """An ablation with one run done, one killed and the others not begun; and next to it a run that
+    diverged."""
     from resnetv2_cli import run
     from resnetv2_cli.ablation import record
     from resnetv2_cli.runfolder import RunFolder
@@ -196,7 +197,7 @@ def lab(tmp_path_factory):
     first, second = (line.arms[0] for line in made.lines)
     for arm in (first, second):
         run.train(arm.experiment, RunFolder(arm.folder))
-        os.close(arm.claim())  # as an ablation leaves it
+        os.close(arm.claim())  # leaves the lock file, as an ablation does
     (second.folder / "result.json").unlink()
     shutil.copytree(first.folder, root / "alone")
     (root / "alone" / "result.json").unlink()
@@ -204,11 +205,11 @@ def lab(tmp_path_factory):
     return root
 
 
-CUT_OFF = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"  # EXIF of which the first entry is not whole
+CUT_OFF = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"  # EXIF whose first entry is incomplete
 
 
 def encoded(width: int = 90, height: int = 70, mode: str = "RGB", **how) -> bytes:
-    """A smooth picture with some noise on it, as photographs have."""
+    """An encoded smooth picture with some noise, as in photographs."""
     rng = np.random.default_rng(width * height)
     coarse = Image.fromarray(rng.integers(0, 256, (8, 9, 3), dtype=np.uint8))
     pixels = np.asarray(coarse.resize((width, height)), np.int16) + rng.integers(
@@ -222,7 +223,7 @@ def encoded(width: int = 90, height: int = 70, mode: str = "RGB", **how) -> byte
 
 @pytest.fixture(scope="session")
 def photographs(shared_data) -> dict[str, bytes]:
-    """A few real photographs of ImageNet, as they are in it."""
+    """The bytes of a few real ImageNet photographs, unchanged, by name."""
     with zipfile.ZipFile(shared_data / "imagenet-sample.zip") as sample:
         names = sorted(n for n in sample.namelist() if n.endswith(".JPEG"))
         return {Path(n).name: sample.read(n) for n in names[::12]}
@@ -230,7 +231,7 @@ def photographs(shared_data) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def tree(photographs, tmp_path_factory) -> Path:
-    """Two classes of photographs, of which four train and two test."""
+    """A folder of photographs in two classes: four for training and two for testing."""
     root = tmp_path_factory.mktemp("tree")
     content = list(photographs.values())
     for i, (split, label) in enumerate(
@@ -243,14 +244,14 @@ def tree(photographs, tmp_path_factory) -> Path:
 
 
 def prepared(tree: Path, to: Path, here, *more) -> Path:
-    """Photographs as shards of three, by the command."""
+    """Prepare photographs as shards of three, with the command."""
     here("data", "prepare", tree, "--output", to, "--shard", 3, *more)
     return to
 
 
 @pytest.fixture
 def full():
-    """Files may not grow beyond a size, as on a full disk; and what lifts that."""
+    """A function that limits the size of files, as on a full disk; without a size it lifts that."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size: int = before[0]) -> None:
@@ -262,8 +263,8 @@ def full():
 
 @pytest.fixture
 def compiled_from(monkeypatch, tmp_path):
-    """Has the operations compiled anew: ``compiled_from(edits, flags)``, with (file, what stands
-    there, what is to) and further flags, on three threads."""
+    """Have the operations recompiled: ``compiled_from(edits, flags)``, with edits (file, old text,
+    new text) and further flags; they then run on three threads."""
     from resnetv2_cli import native
 
     def make(edits, flags):

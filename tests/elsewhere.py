@@ -1,5 +1,7 @@
-"""Networks as other code bases build and name them, reimplemented for the tests (those of libraries
-that can be installed come from the libraries), and their logits beside those of this tool."""
+"""Networks as other code bases build and name them, and their logits compared with this tool's.
+
+They are reimplemented for the tests; those of installable libraries come from the libraries.
+"""
 
 from collections import OrderedDict
 
@@ -18,7 +20,8 @@ def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 class Block(nn.Module):
     """A unit whose layers are conv1, bn1, conv2, ...; pre-activation if ``pre``.
 
-    ``shared``: the shortcut reads what is activated; else x. ``names``: of the projection.
+    ``shared``: the shortcut reads the activated input instead of x, if it projects or ``shared`` is
+    "always". ``where``: the name of the shortcut; ``names``: those of the projection's layers.
     """
 
     def __init__(self, c_in, width, deep, stride, pre, shared, where, names):
@@ -53,7 +56,7 @@ class Block(nn.Module):
 
 
 class Cifar(nn.Module):
-    """Three stages of n units; a code base's names for stem, stages, units and head."""
+    """Three stages of n units, with a code base's names for stem, stages, units and head."""
 
     def __init__(self, n, deep, pre, names, *, first="always", shared=True, last=True):
         super().__init__()
@@ -98,14 +101,14 @@ KUANGLIU = BEARPAW | {"shortcut": "shortcut", "fc": "linear"}
 
 
 class Both(nn.Sequential):
-    """Torch7's ConcatTable and, behind it, CAddTable: F(x) + h(x)."""
+    """Torch7's ConcatTable followed by CAddTable: F(x) + h(x)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self[0](x) + self[1](x)
 
 
 class Pad(nn.Module):
-    """Torch7's strided shortcut with zeros behind."""
+    """Torch7's strided shortcut, with channels of zeros appended."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x[:, :, ::2, ::2]
@@ -132,7 +135,7 @@ def torch7(stem: str, deep: int, stages: tuple[int, ...], pre: bool, option: str
             kernels = (1, 3, 1) if deep == 3 else (3, 3)
             sizes = [c] + [width] * (deep - 1) + [c_out]
             split = pre and not u and not (first and imagenet)
-            bare = pre and first and imagenet  # the stem has activated
+            bare = pre and first and imagenet  # the stem has activated x
             residual: list[nn.Module] = [] if not pre or split or bare else [bn(c), relu()]
             for k, kernel in enumerate(kernels):
                 strided = stride if k == (1 if deep == 3 else 0) else 1
@@ -155,7 +158,7 @@ def torch7(stem: str, deep: int, stages: tuple[int, ...], pre: bool, option: str
 
 
 def shaken(net: nn.Module) -> nn.Module:
-    """Random BN: scales, shifts, means and variances that no two layers share."""
+    """Give every BN random scales, shifts, means and variances, so that no two layers share any."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.2, 0.8)
@@ -174,7 +177,7 @@ def converted(given: dict, source: str) -> tuple[nn.Module, object]:
 
 
 def parity(net: nn.Module, source: str, size: int = 64) -> tuple[float, float, object]:
-    """Largest difference between the logits of both, their largest size, and the experiment."""
+    """The largest difference between the two logits, their largest size, and the experiment."""
     ours, experiment = converted(net.state_dict(), source)
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
     with torch.no_grad():

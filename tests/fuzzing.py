@@ -1,4 +1,4 @@
-"""Random bytes; ``RESNETV2_FUZZ=50`` tries fifty times as many."""
+"""Random bytes for fuzzing; ``RESNETV2_FUZZ=50`` tries fifty times as many cases."""
 
 import os
 
@@ -14,7 +14,7 @@ def cases(n: int):
 
 @st.composite
 def mutated(draw, contents: list[bytes]) -> bytes:
-    """One of the contents with bytes changed, cut out or put in, in a few places."""
+    """One of the contents, with bytes changed, removed or inserted in a few places."""
     content = bytearray(draw(st.sampled_from(contents)))
     for _ in range(draw(st.integers(0, 8))):
         place = draw(st.integers(0, len(content)))

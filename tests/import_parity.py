@@ -1,5 +1,8 @@
-"""The table of RESULTS.md: python tests/import_parity.py. Every network that timm and torchvision
-share with this tool, random weights and random BN, logits in float64 of two images of 64x64."""
+"""Print the table of imported networks in RESULTS.md: python tests/import_parity.py.
+
+Every network that timm and torchvision share with this tool, with random weights and random BN:
+logits in float64 for two images of 64x64.
+"""
 
 import timm
 import torch

@@ -1,8 +1,8 @@
-"""The parts of one iteration, each alone: the LightningModule, a batch, a stand-in for the trainer,
-and a recorder where there is no GPU.
+"""The parts of one iteration, for separate use: the LightningModule, a batch, a stand-in for the
+trainer, and a recorder that needs no GPU.
 
-The recorder keeps each operation with the very tensors it ran on; a replay runs them again, without
-any Python of the iteration, as a CUDA graph does.
+The recorder keeps each operation with the tensors it ran on. A replay runs the operations again on
+the same tensors, without the iteration's Python code, as a CUDA graph does.
 """
 
 import torch
@@ -30,7 +30,7 @@ def batch(n: int = 16, weight: float = 1.0) -> Batch:
 
 
 class FakeTrainer:
-    """What the DataModule asks of a trainer."""
+    """The attributes of a trainer that the DataModule reads."""
 
     def __init__(self, rank: int = 0, ranks: int = 1, step: int = 0) -> None:
         self.global_rank, self.world_size, self.global_step = rank, ranks, step
@@ -38,7 +38,7 @@ class FakeTrainer:
 
 
 class Tape(TorchDispatchMode):
-    """Every operation, with its tensors and what it gave."""
+    """Records every operation, with its arguments and its output."""
 
     def __init__(self):
         super().__init__()
@@ -74,10 +74,10 @@ def on_tape(step):
 
 
 class Tapes:
-    """A network's forward and backward pass, each on a tape, on weights at one place and batches of
-    one shape."""
+    """A network's forward and backward pass, each on a tape, for weights at a fixed address and
+    batches of one shape."""
 
-    ran = 0  # times, of all of them
+    ran = 0  # replays of the forward pass, over all instances
 
     def __init__(self, call, samples, pool):
         x, *weights = samples

@@ -1,4 +1,4 @@
-"""Small copies of CIFAR in each layout that it may have on disk."""
+"""Small copies of CIFAR in each layout that it can have on disk."""
 
 import hashlib
 import pickle
@@ -26,7 +26,7 @@ def write_tree(root: Path, small: dict, suffix: str = "png") -> Path:
 
 
 def write_archive(root: Path, small: dict, monkeypatch, name: str = "cifar10") -> Path:
-    """The official layout, with the md5 sums of these files in the place of the official ones."""
+    """The official layout; these files' md5 sums replace the official ones in torchvision."""
     official, names = OFFICIAL[name], DATASETS[name].classes
     place = root / official.base_folder
     place.mkdir(parents=True)
@@ -35,7 +35,7 @@ def write_archive(root: Path, small: dict, monkeypatch, name: str = "cifar10") -
         rows = np.stack([im.transpose(2, 0, 1).reshape(-1) for im, _ in chosen])
         labels = [names.index(c) for _, c in chosen]
         said = {"labels": labels}
-        if name == "cifar100":  # each coarse one is of five classes
+        if name == "cifar100":  # each coarse class holds five classes
             said = {"fine_labels": labels, "coarse_labels": [label // 5 for label in labels]}
         content = pickle.dumps({"data": rows} | said, protocol=4)
         (place / file).write_bytes(content)

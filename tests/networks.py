@@ -1,4 +1,4 @@
-"""Networks in float64 and what goes through them, for the tests of ``analyze``."""
+"""Networks in float64, and their inputs and traces, for the tests of ``analyze``."""
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ def batch(n: int = 2, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def network(depth: int = 14, **of) -> ResNet:
-    """In float64 and training mode, with BN that is not the identity's."""
+    """A network in float64 and training mode, whose BN scales and shifts are random."""
     net = ResNet(depth, **of).double()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -42,7 +42,7 @@ def measured(topic, net: ResNet) -> dict:
 
 
 def cells(topic, found: dict) -> list[dict[str, str]]:
-    """What a topic's table says of one network: column by column, line by line."""
+    """A topic's table for one network: for each row, the cells by column."""
     made = topic.table({"net": found})
     return [dict(zip(made.columns, row, strict=True)) for row in made.rows]
 

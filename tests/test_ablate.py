@@ -63,7 +63,7 @@ def test_more_images_than_there_are_are_not_held_out(tmp_path):
 
 def test_the_laptop_scale_has_one_recipe_whatever_the_row_has(tmp_path):
     [study] = studies.studies(tables=[4])
-    few = study.only(["ResNet-1001 full-preact, batch 64"])  # 200 epochs, with drops of its own
+    few = study.only(["ResNet-1001 full-preact, batch 64"])  # 200 epochs, with its own drops
     e = planning.plan(few, 1, {}, tmp_path, "laptop").lines[0].arms[0].experiment
     assert (e.depth, e.batch_size, e.steps, e.epochs) == (65, 64, 400, None)
     assert (e.lr, e.warmup, e.drops) == (0.05, 40, "0.5,0.75")
@@ -81,7 +81,7 @@ def test_an_ablation_runs_and_never_runs_a_row_again(resnetv2, tmp_path):
 
 
 def test_the_time_of_an_ablation_ends_it_with_its_runs_saved(tmp_path):
-    """A run that would never end, in a place of its own: asked to leave, it is no failure."""
+    """The only slot has a run that would never end: asked to stop, it does not count as failed."""
 
     class Endless:
         asked = False
@@ -129,7 +129,7 @@ def test_every_row_has_its_first_seed_before_any_has_its_second(tmp_path, monkey
 
 
 def test_what_takes_the_place_of_a_run_that_ended_has_its_gpu(tmp_path, monkeypatch):
-    """The second run outlasts the others, one after another beside it."""
+    """The second run outlasts the others, which follow one another in the first slot."""
     monkeypatch.setattr("resnetv2_cli.ablation.sweep.POLL", 0)
     slots = []
 
@@ -282,7 +282,7 @@ def test_who_was_stopped_and_continues_has_not_ended(tmp_path):
 
 
 def test_what_waits_is_not_looked_at_while_all_places_are_taken():
-    """Arms here are none: a look at one would fail."""
+    """These arms are plain objects: checking one would fail."""
     sweep = Sweep(None, 1, print, print, running=["one"])
     waiting = [object(), object()]
     assert sweep.fill(waiting) == waiting
@@ -374,8 +374,8 @@ def test_a_shortcut_that_is_given_twice_is_not_forgotten(here):
 def test_runs_at_once_have_a_gpu_each_of_those_that_may_be_used(
     devices, given, seen, monkeypatch, tmp_path
 ):
-    """A queue, or a container, says which with the same variable; of processors a run has its
-    share."""
+    """A queue or a container names the usable GPUs in the same variable, which must be respected;
+    each run also gets its share of the processors."""
     monkeypatch.setattr(os, "cpu_count", lambda: 13)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

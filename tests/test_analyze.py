@@ -68,7 +68,7 @@ def test_networks_are_called_by_what_tells_them_apart(tmp_path):
     [
         ("shortcut=identity", {}),
         ("shortcut=mine:Own", {}),
-        ("shortcut=shortcut-only-gate", {"gate_bias": -5.0}),  # which has a gate, too
+        ("shortcut=shortcut-only-gate", {"gate_bias": -5.0}),  # which has a gate too
         ("shortcut=shortcut-only-gate,gate_bias=-7", {"gate_bias": -7.0}),
         ("shortcut=constant-scale,residual_scale=0.5", {"residual_scale": 0.5}),
         ("unit=original", {"gate_bias": -5.0}),
@@ -95,7 +95,7 @@ def test_there_may_be_fewer_images_than_training_would_have_in_a_batch():
 
 
 def test_photographs_are_looked_at_in_their_middle(tree):
-    """At equal distances; of ten crops at the one in the middle."""
+    """They are taken at equal distances, and of ten crops only the center one is used."""
     ten = {"dataset": "folder", "data_dir": str(tree), "depth": 18, "protocol": "ten-crop"}
     one = subject.subject(Source(Experiment(**ten)), Batch(2, 2, "float32"), silent)
     assert one.x.shape == (2, 3, 224, 224) and one.labels.tolist() == [0, 1]
@@ -126,7 +126,7 @@ def test_analyze_at_initialization(here, tmp_path):
 
 
 def test_an_analysis_names_the_processor_where_there_is_a_gpu(monkeypatch, tmp_path):
-    """It is computed on the CPU."""
+    """Analyses are computed on the CPU even then."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "NVIDIA H100")
     plain = Source(Experiment(dataset="digits", depth=8, precision="32-true"))
@@ -135,7 +135,7 @@ def test_an_analysis_names_the_processor_where_there_is_a_gpu(monkeypatch, tmp_p
 
 
 def test_a_network_in_which_no_unit_keeps_its_shape_has_no_stage_to_follow(here, tmp_path):
-    """11 layers: one unit a stage, and each begins one."""
+    """11 layers: one unit per stage, which changes the shape."""
     arguments = ["--dataset", "digits", "--depth", 11, "--images", 2, "--topic", "shrink"]
     here("analyze", *arguments, "--output", tmp_path)
     [measured] = json.loads((tmp_path / "analysis.json").read_text())["topics"]["shrink"].values()
@@ -154,12 +154,12 @@ def test_analyze_of_a_run(here, trained):
     assert set(made["topics"]) == set(TOPICS)
     [found] = made["topics"]["lesion"].values()
     result = json.loads((trained / "result.json").read_text())
-    assert found["whole"] == pytest.approx(result["test_error"], abs=1)  # of another arithmetic
+    assert found["whole"] == pytest.approx(result["test_error"], abs=1)  # in another precision
     assert len(found["single"]) == 3 and max(found["single"]) > found["whole"]
-    here("analyze", trained, *many, "--topic", "forward")  # of the same network: the others stay
+    here("analyze", trained, *many, "--topic", "forward")  # same network: the other topics stay
     again = json.loads((folder / "analysis.json").read_text())
     assert again["topics"] == made["topics"]
-    here("analyze", trained, "--images", 3, "--topic", "forward", "--bn", "kept")  # seen otherwise
+    here("analyze", trained, "--images", 3, "--topic", "forward", "--bn", "kept")  # other settings
     other = json.loads((folder / "analysis.json").read_text())
     assert set(other["topics"]) == {"forward"}
 
@@ -275,7 +275,7 @@ def test_the_flags_that_mean_nothing_here_are_not_offered(resnetv2):
 
 
 def test_no_network_is_lost_whatever_its_label_is(tmp_path):
-    """A label may hold the name of a file."""
+    """A label may contain a file name, which may have a number in parentheses too."""
     files = [tmp_path / "w (1).ckpt", tmp_path / "w (1).ckpt", tmp_path / "w.ckpt"]
     for file in files:
         file.write_text("weights")

@@ -1,4 +1,4 @@
-"""What stands for h, F and f in each unit, and its picture, beside Figs. 2 and 4."""
+"""The layers of h, F and f in each unit, compared with Figs. 2 and 4, and its picture."""
 
 from dataclasses import replace
 from xml.etree import ElementTree
@@ -14,14 +14,14 @@ from resnetv2_cli.plans import UNITS
 from resnetv2_cli.shortcuts import SHORTCUTS, Shortcut
 from resnetv2_cli.units import Kind, residual_unit
 
-FIGURE_4 = {  # F, then what follows the addition
+FIGURE_4 = {  # F, then the layers after the addition
     "original": ("weight BN ReLU weight BN", "ReLU"),
     "bn-after-add": ("weight BN ReLU weight", "BN ReLU"),
     "relu-before-add": ("weight BN ReLU weight BN ReLU", ""),
     "relu-only-preact": ("ReLU weight BN ReLU weight BN", ""),
     "full-preact": ("BN ReLU weight BN ReLU weight", ""),
 }
-FIGURE_2 = {  # what x meets on the shortcut, and what F is multiplied with
+FIGURE_2 = {  # the operations on the shortcut, and the factor of F
     "identity": ("", ""),
     "constant-scale": ("a x", "b"),
     "exclusive-gate": ("(1 - g(x)) x", "g(x)"),
@@ -100,7 +100,7 @@ def test_units_that_are_alike_are_told_once():
     first, inner, strided = made[0], made[1], made[2]
     assert first["shortcut"] == ("weight 1x1, 64",) and words(first["residual"])[:6] == "weight"
     assert words(inner["residual"])[:7] == "BN ReLU" and inner["shortcut"] == ()
-    assert strided["shared"] == ("BN", "ReLU")  # projections are with pre-activation, too
+    assert strided["shared"] == ("BN", "ReLU")  # projections are pre-activated too
     assert strided["equations"][0] == "y_l = x + F(x), x = BN -> ReLU of x_l"
     assert strided["residual"][0] == "weight 1x1, 32, /2"
 
@@ -109,7 +109,7 @@ def test_units_that_are_alike_are_told_once():
     "given", [{"shortcut": "exclusive-gate", "unit": "original"}, {"option": "B"}]
 )
 def test_the_picture_has_every_layer_of_every_kind_of_unit(tmp_path, here, given):
-    """And what both paths share, before a projection."""
+    """Including those that both paths share before a projection."""
     flags = ["--depth", 20, *(word for k, v in given.items() for word in (f"--{k}", v))]
     for name in ("a.svg", "b.svg"):
         done = here("describe", *flags, "--picture", tmp_path / name)

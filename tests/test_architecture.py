@@ -54,7 +54,7 @@ def name(path: Path) -> str:
 
 
 def imported(text: str, module: str) -> set[str]:
-    """The modules of the package that this one imports; what else has a name stands in them."""
+    """The package's modules that this one imports; of other names, the module that holds them."""
     found = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -122,8 +122,8 @@ sys.exit(",".join(m for m in {HEAVY} if m in sys.modules) or 0)
 
 
 def test_help_comes_at_once(resnetv2):
-    """Under 0.6 s of the processor's time, which a busy machine stretches less than the clock's,
-    and of which 0.3 s are used; the best of five, once the modules are compiled."""
+    """In under 0.6 s of CPU time, of which it uses 0.3 s, and which a busy machine stretches less
+    than wall time. The best of five counts, as the first may have to compile the modules."""
     times = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

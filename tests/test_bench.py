@@ -50,7 +50,7 @@ def test_a_line_of_a_bench():
 
 
 def test_the_floor_is_the_time_of_the_bytes_at_the_rate_of_a_copy(monkeypatch):
-    """Of which each number is read and written: here 1 KiB in half a second."""
+    """A copy reads and writes each number: here 1 KiB in half a second."""
     times = iter([0.0, 9.0, *(t for i in range(10, 15) for t in (i, i + 0.5))])
     monkeypatch.setattr(floor, "COPY", 256)
     monkeypatch.setattr(floor, "time", SimpleNamespace(perf_counter=lambda: next(times)))
@@ -65,7 +65,7 @@ def test_arms_take_turns_and_their_peaks_are_their_own():
     def arm(name, numbers):
         def run(steps):
             ran.append(name)
-            # Not from the heap, where what others left would do.
+            # Not from the heap, which may reuse memory that others freed.
             torch.frombuffer(mmap.mmap(-1, numbers), dtype=torch.uint8).fill_(1)
             return 1.0
 
@@ -73,7 +73,7 @@ def test_arms_take_turns_and_their_peaks_are_their_own():
 
     turns = in_turns({"big": arm("big", size), "small": arm("small", 1)}, 2, 1, CPU)
     assert ran == ["big", "small"] * 2
-    if turns["small"][0].peak is not None:  # the system tells
+    if turns["small"][0].peak is not None:  # the system reports it
         assert min(t.peak for t in turns["big"]) - turns["small"][1].peak > 0.9 * size
 
 
@@ -90,7 +90,8 @@ def test_the_floor_has_the_convolutions_of_the_network(depth, stem):
 
 
 def test_bytes_that_must_move():
-    """ResNet-8 by hand, in numbers of an image: two or three times in, twice out."""
+    """ResNet-8 by hand, in numbers per image: each input three times (the first twice), each output
+    twice."""
     big, middle, small = 16 * 32 * 32, 32 * 16 * 16, 64 * 8 * 8
     read = 2 * 3 * 32 * 32 + 3 * (2 * big + big + middle + middle + small)
     written = 2 * (3 * big + 2 * middle + 2 * small)
@@ -111,7 +112,7 @@ def test_each_option_is_timed_beside_plain_and_its_own_floor():
 
 
 def test_the_share_of_the_floor_is_the_median_of_an_even_number_of_turns(monkeypatch):
-    """By turns whose floor took 1 and 3 of 10 seconds."""
+    """Two turns of 10 seconds, whose floors took 1 and 3."""
 
     def turns(arms, *_):
         floors = [Turn(1.0, None), Turn(3.0, None)]
@@ -123,7 +124,7 @@ def test_the_share_of_the_floor_is_the_median_of_an_even_number_of_turns(monkeyp
 
 
 def test_what_the_trainer_costs_and_waits_is_counted_by_iterations(monkeypatch):
-    """Of 2 seconds an iteration, 1.5 of them the bare step's; a second was waited in 4 of them."""
+    """2 seconds per iteration, 1.5 of them the bare step's; 1 second of waiting in 4 iterations."""
 
     def in_turns(arms, *_):
         for arm in (whole.PLAIN, whole.TRAIN):
@@ -190,7 +191,7 @@ def test_what_was_prepared_is_read_where_it_lies(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "build", lambda experiment: (None, experiment.data_dir))
     monkeypatch.setattr(data, "ours", lambda crop: lambda place, device: (crop, place))
     e = Experiment(dataset="folder", data_dir="loose", depth=18)
-    arms = data.prepared_arms(e, [tmp_path / "s512"], CPU)  # no seed, as in the names of runs
+    arms = data.prepared_arms(e, [tmp_path / "s512"], CPU)  # not a seed, unlike in names of runs
     assert arms == {f"s512, {crop}": (crop, str(tmp_path / "s512")) for crop in CROPS}
 
 
@@ -199,12 +200,12 @@ def test_what_was_prepared_is_read_where_it_lies(monkeypatch, tmp_path):
     [
         (["step", "--arm", "bf16-chanels-last"], "bf16-channels-last"),
         (["step", "--depth", 8, "--arm", "graphs", "--accelerator", "cpu"], "no CUDA graphs"),
-        (["step", "--recompute-bn"], "no such option.*--recompute-bn"),  # its arms have these
+        (["step", "--recompute-bn"], "no such option.*--recompute-bn"),  # its arms set these
         (["step", "--kernels", "eager"], "no such option.*--kernels"),
         (["step", "--graphs"], "no such option.*--graphs"),
         (["train", "--dataset", "digits", "--accumulate", 2], "whole batches"),
         (["data", "--dataset", "digits", "--prepared", "x"], "only photographs"),
-        (["data", "--recompute-bn"], "no such option.*--recompute-bn"),  # no network is in it
+        (["data", "--recompute-bn"], "no such option.*--recompute-bn"),  # it runs no network
         (["data", "--kernels", "eager"], "no such option.*--kernels"),
         (["data", "--graphs"], "no such option.*--graphs"),
     ],

@@ -34,7 +34,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, file):
-    """Open the report in a window of a size and a color scheme; at the end, no error was said."""
+    """Open the report in a window of a size and a color scheme; no error may be logged."""
     errors, contexts = [], []
 
     def call(size="desktop", scheme="light"):
@@ -64,9 +64,9 @@ def background(page) -> int:
 
 
 def remembered(page, button, holds) -> bool:
-    """Whether what a click on the button made of the page holds once it is loaded again. The
-    browser writes behind our back what the page remembers; on a busy machine a reload may come
-    before, and what was clicked is lost."""
+    """Whether the effect of a click on the button, which ``holds`` tests, survives a reload. The
+    browser stores it asynchronously: on a busy machine a reload may come first, and the click is
+    lost; it is then repeated."""
     for tries in range(5):
         page.wait_for_timeout(300 * (tries + 1))
         page.reload()
@@ -94,7 +94,7 @@ def test_it_fits_and_follows_the_system_by_day_and_night(opened, size, scheme):
 def test_a_curve_under_the_pointer_says_its_name_iteration_and_value(opened, size):
     page = opened(size)
     chart = page.locator("figure.chart").first
-    chart.get_by_role("button", name="conv1x1").dblclick()  # alone: nothing else is near
+    chart.get_by_role("button", name="conv1x1").dblclick()  # shown alone: no other is near
     data = json.loads(page.locator("#data").text_content())
     [curve] = [
         c for c in data["charts"][0]["curves"] if c["name"] == "conv1x1" and c["kind"] == "loss"
@@ -151,7 +151,7 @@ def test_on_a_logarithmic_axis_nothing_is_drawn_of_what_is_0(opened):
 
 @pytest.mark.parametrize("scale, ends", [("log", [0.5 / 1.08, 1.08]), ("linear", [0, 1.05])])
 def test_curves_that_are_0_are_no_measure_of_the_others(opened, scale, ends):
-    """Of an axis its ends are looked at: one of logarithms that began at 0 would have no end."""
+    """Checked by the ends of the axis: a logarithmic one that began at 0 would be infinite."""
     page = opened()
     page.evaluate("() => { logarithmic = linear = (low, high) => [low, high]; }")
     curves = [{"values": [0, 0]}, {"values": [None, 0]}, {"values": [1, 0.5]}]

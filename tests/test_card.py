@@ -68,24 +68,24 @@ def test_a_card_has_the_spread_over_the_seeds_beside_the_run(trained, tmp_path):
     assert "21.00 (21.33±2.52) %, median (mean±std), n = 3 (0: 19.00, 1: 21.00, 2: 24.00)" in (
         made.card.read_text()
     )
-    other = RunFolder(tmp_path / "s2").manifest  # the same settings, and other code behind them
+    other = RunFolder(tmp_path / "s2").manifest  # the same settings, but other code
     with other.change() as said:
         said["code"]["unit"] = {"sha256": "0" * 64}
     assert card.seeds(tmp_path / "s1") == {0: 19.0, 1: 21.0}
-    shutil.copytree(trained, tmp_path / "t")  # of seed 0 again
+    shutil.copytree(trained, tmp_path / "t")  # seed 0 once more
     assert card.seeds(tmp_path / "s0") == {0: 19.0, 1: 21.0}
 
 
 def exported_as(trained, to: Path, **given) -> tuple[Experiment, study.Export]:
-    """The export of a checkpoint that says that it was trained by other settings."""
+    """Export a checkpoint that says it was trained with the settings ``given``."""
     saved = read(trained / "checkpoints" / "last.ckpt")
-    e = Experiment(**saved["experiment"] | {"log_every": 100} | given)  # no recipe has that one
+    e = Experiment(**saved["experiment"] | {"log_every": 100} | given)  # recipes omit it
     write(saved | {"experiment": asdict(e)}, to / "other.ckpt")
     return e, study.export(to / "other.ckpt", "safetensors", None, None, None)
 
 
 def read_recipe(made: study.Export, **flags) -> Experiment:
-    """What ``--config`` makes of the recipe that a card has."""
+    """The experiment that ``--config`` reads from the recipe of a card."""
     text, _, needs = made.card.read_text().partition("```yaml\n")[2].partition("```")
     assert ("It needs `--weights FILE`" in needs) is bool(flags)
     file = made.card.with_name("recipe.yaml")
@@ -101,7 +101,7 @@ def read_recipe(made: study.Export, **flags) -> Experiment:
     ],
 )
 def test_the_recipe_of_a_card_makes_the_same_experiment(given, trained, tmp_path):
-    """Whatever the check computed in, and on this machine."""
+    """With the run's precision and engine, not those of the export's check on this machine."""
     e, made = exported_as(trained, tmp_path, **given)
     assert identity(read_recipe(made)) == identity(e)
     assert ("accumulate" in made.card.read_text()) is ("accumulate" in given)
@@ -113,7 +113,7 @@ def test_the_recipe_of_a_card_makes_the_same_experiment(given, trained, tmp_path
 def test_the_recipe_of_a_run_that_began_with_weights_names_no_place_of_theirs(
     freeze, trained, tmp_path
 ):
-    """Nor does the file, which says of the images' place as little."""
+    """Nor does the exported file; and neither names the folder of the images."""
     (tmp_path / "w.safetensors").write_bytes(b"weights")
     file = str(tmp_path / "w.safetensors")
     e, made = exported_as(trained, tmp_path, weights=file, freeze=freeze, data_dir=str(tmp_path))

@@ -11,7 +11,7 @@ from resnetv2_cli.runfolder import RunFolder
 
 
 def begin(planned) -> None:
-    """Leave metrics of all runs: each has lost its seed."""
+    """Write metrics for all runs; the loss of each is its seed."""
     for arm in (arm for line in planned.lines for arm in line.arms):
         arm.folder.mkdir(parents=True)
         text = f"step,epoch,train_loss\n5,1,{arm.experiment.seed}\n"
@@ -62,9 +62,9 @@ def test_losses_of_0_do_not_take_the_others_out_of_the_picture(tmp_path, y):
     plot.plt.close(axes.figure)
 
 
-@pytest.mark.filterwarnings("error")  # of matplotlib, which has no logarithm to show
+@pytest.mark.filterwarnings("error")  # matplotlib warns where there is no logarithm to show
 def test_what_is_0_all_along_is_drawn_on_an_axis_without_logarithms(tmp_path):
-    """As of one class, of which every guess is right."""
+    """As with a single class, where every prediction is right."""
     (tmp_path / "a").write_text("step,train_loss,test_error\n5,0,0\n10,0,0\n")
     axes = plot.plt.figure().subplots()
     plot.panel(axes, {"a": tmp_path / "a"}, "log")
@@ -78,7 +78,7 @@ def test_a_loss_that_explodes_leaves_the_frame(tmp_path):
         (tmp_path / name).write_text(f"step,train_loss\n5,{loss}\n10,1\n")
     axes = plot.plt.figure().subplots()
     plot.panel(axes, {name: tmp_path / name for name in "abc"}, "linear")
-    assert axes.get_ylim() == (0.9, plot.ABOVE * 3)  # which it does not stretch downwards either
+    assert axes.get_ylim() == (0.9, plot.ABOVE * 3)  # nor does it stretch the axis downward
     plot.plt.close(axes.figure)
 
 
@@ -99,7 +99,7 @@ def test_runs_of_any_name_are_in_the_legend(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,test_error\n1,90\n5,80\n")
     names = ["_a", r"$\bad$", "$x$", "a_b^c"]
     runs = dict.fromkeys(names, tmp_path / "metrics.csv")
-    with plot.plt.rc_context({"svg.fonttype": "none"}):  # words as words
+    with plot.plt.rc_context({"svg.fonttype": "none"}):  # text stays text
         plot.panels({r"$\worse$": runs}, tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()
     assert r">$\worse$<" in text
@@ -152,7 +152,7 @@ def test_marks_stand_at_the_errors(tmp_path):
     "how, shaded", [({}, True), ({"protocol": "val"}, True), ({"scale": "laptop"}, False)]
 )
 def test_a_row_that_failed_in_the_paper_is_marked_so(tmp_path, how, shaded):
-    """From 20 % on, where after a smaller recipe no error is shaded as a fail."""
+    """From 20 % on; after a smaller recipe, no error here is shaded as a failure."""
     [study] = studies.studies(tables=[1])
     planned = planning.plan(study, 1, {}, tmp_path, **how)
     axis = rows.Axis(planned)
@@ -185,7 +185,7 @@ def test_the_axis_of_marks_has_ticks_where_errors_are_alike(tmp_path, errors, ti
 
 @pytest.mark.parametrize("curves, most", [(1, charts.MOST_POINTS), (1000, 60)])
 def test_long_curves_are_thinned_and_keep_their_end(curves, most):
-    """The more there are, the more."""
+    """The more curves there are, the fewer points each keeps."""
     steps = list(range(1, 5000))
     curve = {"name": "a", "color": 0, "kind": "loss", "steps": steps, "values": steps}
     made = [charts.chart("x", "", [dict(curve) for _ in range(curves)])]

@@ -18,14 +18,14 @@ from resnetv2_cli.errors import UserError
 
 
 def oriented(how: int) -> Image.Exif:
-    """What a camera that was held so writes beside the pixels."""
+    """The EXIF that a camera held in this orientation writes."""
     exif = Image.Exif()
     exif[survey.ORIENTATION] = how
     return exif
 
 
 def plant(root: Path) -> dict[str, list[str]]:
-    """A tree with each fault; which files have it."""
+    """Write a tree with every fault; return the files that have each."""
     good = {split: encoded(60, 50, quality=q) for split, q in (("train", 80), ("val", 90))}
     for split in good:
         for label in ("ant", "bee"):
@@ -118,13 +118,13 @@ def test_a_flat_test_folder_beside_val_is_not_read_and_that_is_told(tree, tmp_pa
     done = here("data", "check", root, "--output", tmp_path / "report.json")
     line = f"{root / 'test'} is not read: {root / 'val'} is there"
     assert line in done.stderr
-    assert "nothing" not in done.stdout  # its pictures are there twice, which is told
+    assert "nothing" not in done.stdout  # its images are there twice, which is reported
     told = []
     assert len(folder.scan(root, "test", tell=told.append).files) == 2 and told == [line]
 
 
 def test_check_reads_what_lies_behind_links(tree, tmp_path, capsys):
-    """As training does; a link to a folder that it is in would never end."""
+    """As training does; but following a link to a folder that contains it would never end."""
     for split in ("train", "val"):
         (tmp_path / "tree" / split).mkdir(parents=True)
         for label in ("ant", "bee"):
@@ -137,9 +137,9 @@ def test_check_reads_what_lies_behind_links(tree, tmp_path, capsys):
     assert seen["faults"]["ignored"] == []
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow's, which only a program of its own leaves out
+@pytest.mark.filterwarnings("ignore")  # Pillow's: pytest drops the package's own filter
 def test_broken_exif_is_no_fault(tmp_path):
-    """Who reads the pixels does not look at it."""
+    """Reading the pixels does not depend on it."""
     (tmp_path / "train" / "a").mkdir(parents=True)
     for name, exif in (
         ("cut.png", CUT_OFF),
@@ -163,7 +163,7 @@ def test_check_says_that_a_split_has_class_folders_but_no_images(tree, tmp_path,
     root = shutil.copytree(tree, tmp_path / "tree")
     for file in (root / split).glob("*/*"):
         file.unlink()
-    with pytest.raises(UserError, match="no images in"):  # training would stop
+    with pytest.raises(UserError, match="no images in"):  # training would stop here
         folder.scan(root, "train" if split == "train" else "test")
     done = here("data", "check", root, "--output", tmp_path / "report.json", status=2)
     assert f"no images in {split}\nhint" in done.stderr
@@ -187,7 +187,7 @@ def test_check_says_that_photographs_of_train_are_in_no_class_folder(tree, tmp_p
     done = here("data", "check", root, "--output", tmp_path / "report.json", status=2)
     assert "train has its images in no class folder\nhint" in done.stderr
     assert str(root / "train" / "CLASS") in done.stderr
-    assert "sort-val" not in done.stderr  # it sorts no train/
+    assert "sort-val" not in done.stderr  # which sorts no train/
 
 
 @pytest.mark.parametrize("number", STOPPED)
@@ -237,7 +237,7 @@ SORTED = [f"n1/{2:08}", f"n2/{1:08}", f"n2/{3:08}"]
 
 @pytest.fixture
 def archive(tmp_path) -> Path:
-    """val/ as the official archive has it."""
+    """A dataset whose val/ is flat, as in the official archive."""
     for label in ("n1", "n2"):
         (tmp_path / "train" / label).mkdir(parents=True)
         (tmp_path / "train" / label / "a.JPEG").write_bytes(encoded())
@@ -283,7 +283,7 @@ def test_val_itself_can_be_named_once_more(archive, here):
     shutil.rmtree(archive / "val")
     (archive / "train" / "n1" / "a.JPEG").rename(archive / "train" / "a.JPEG")
     command[1] = archive
-    assert "has no folder val" in here("data", *command, status=2).stderr  # and train is none
+    assert "has no folder val" in here("data", *command, status=2).stderr  # train is no substitute
 
 
 def test_a_class_may_be_of_several_words(archive, here):
@@ -324,7 +324,7 @@ def test_a_byte_order_mark_is_no_part_of_a_name(archive, here):
 
 
 def moved(archive: Path, number: int) -> None:
-    """Have an image of val/ in n1 already."""
+    """Move an image of val/ to n1 beforehand."""
     (archive / "val" / "n1").mkdir()
     name = f"ILSVRC2012_val_{number:08}.JPEG"
     (archive / "val" / name).rename(archive / "val" / "n1" / name)

@@ -66,7 +66,7 @@ def test_describe_as_a_table(here):
     text = here("describe", "--depth", 20).stdout
     assert "stage3.unit3" in text and "269,722" in text and "40,551,040" in text
     [head] = [line for line in text.splitlines() if "head" in line]
-    assert head.split()[-4::2] == ["778", "640"]  # BN of 64 channels, and 64x10 with 10 more
+    assert head.split()[-4::2] == ["778", "640"]  # BN of 64 channels; 64x10 weights, 10 biases
 
 
 def test_eval_of_a_checkpoint_and_of_a_run_folder(resnetv2, trained, tmp_path):
@@ -101,7 +101,7 @@ def test_a_class_without_test_images_has_no_error(trained, tmp_path, here, monke
 
 
 def test_numbers_that_are_not_finite_count_as_wrong_and_are_told(trained, tmp_path, here):
-    """As a broken conversion, or a run of before they were watched, leaves them."""
+    """As left by a broken conversion, or by a run from before training checked for them."""
     saved = torch.load(trained / "checkpoints/last.ckpt", weights_only=True)
     saved["state_dict"]["net.head.fc.bias"][0] = torch.nan
     del saved["sealed"]
@@ -163,7 +163,7 @@ def test_a_command_to_go_on_with_can_be_typed(resnetv2, tmp_path):
 
 @pytest.mark.parametrize("words", [["list"], ["train", "--depth", "9"]])
 def test_a_reader_who_leaves_is_no_difference_that_verify_resume_found(words):
-    """A table, as the message of a mistake; 1 is kept for that."""
+    """For a table and for an error message: status 1 is reserved for such a difference."""
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run([SCRIPT, *words], stdout=writing, stderr=writing)
@@ -190,7 +190,7 @@ def test_ctrl_c_saves_and_exits_with_130(tmp_path):
 
 @pytest.mark.parametrize("number", STOPPED)
 def test_a_signal_to_all_processes_of_the_command_saves_too(tree, tmp_path, number):
-    """As Ctrl-C, timeout and some queues send it: workers that decode images hear it as well."""
+    """As Ctrl-C, timeout and some queues send it: workers that decode images receive it too."""
     folder = tmp_path / "run"
     photographs = ["--dataset", "folder", "--data-dir", tree, "--depth", 18, "--batch-size", 4]
     command = [SCRIPT, "train", *photographs, "--workers", 2, "--log-every", 1, "--steps", 5000]
@@ -209,7 +209,8 @@ def test_a_signal_to_all_processes_of_the_command_saves_too(tree, tmp_path, numb
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     folder = tmp_path / "run"
-    slow = ["--dataset", "digits", "--depth", 110, "--batch-size", 512, "--log-every", 1]  # seconds
+    # An iteration takes seconds.
+    slow = ["--dataset", "digits", "--depth", 110, "--batch-size", 512, "--log-every", 1]
     command = [SCRIPT, "train", *slow, "--steps", 5000, "--output", folder]
     process = subprocess.Popen(
         list(map(str, command)), env={**os.environ, **THREADS}, stderr=subprocess.PIPE, text=True
@@ -217,7 +218,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     lines = folder / "metrics.csv"
     while process.poll() is None and not (lines.exists() and "\n1," in lines.read_text()):
         time.sleep(0.02)
-    while process.poll() is None:  # two that come together are one
+    while process.poll() is None:  # two that arrive together count as one
         process.send_signal(signal.SIGINT)
         time.sleep(0.05)
     _, said = process.communicate(timeout=60)
@@ -243,7 +244,7 @@ def test_a_python_that_reads_ascii_gets_the_list(resnetv2):
 
 
 def test_names_are_no_pictures_and_no_markup(here, tmp_path, capsys):
-    """Rich takes :key: for a picture of one, and [v2] for a style."""
+    """Rich takes :key: for an emoji, and [v2] for a style."""
     said = here("describe", "--depth", 8, "--shortcut", "a:b:c", status=2).stderr
     assert "'a:b:c' is no module:Class" in said
     console.table("mine:Fire:ratio=4", ["mine:Key:a"], [["mine:Link:start=0"]])

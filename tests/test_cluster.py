@@ -1,4 +1,4 @@
-"""How a process reads an environment that says it is one of many, before it meets the others."""
+"""How a process reads an environment that makes it one of several, before it meets the others."""
 
 import os
 
@@ -29,7 +29,7 @@ def test_processes_started_together_choose_no_folder_each(monkeypatch, here, env
 
 
 def test_processes_of_another_number_than_is_asked_for_do_not_train(monkeypatch):
-    """Each would train by itself, in the folder of all."""
+    """Each would train alone, all of them into the same folder."""
     torchrun = {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
     for name, value in torchrun.items():
         monkeypatch.setenv(name, value)
@@ -38,7 +38,7 @@ def test_processes_of_another_number_than_is_asked_for_do_not_train(monkeypatch)
 
 
 def test_a_rank_that_is_of_something_else_makes_no_second_process(monkeypatch, here, tmp_path):
-    monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning reads it when it is imported
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning sets it on import
     monkeypatch.setenv("LOCAL_RANK", "1")
     here("train", *SMALL, "--steps", 1, "--output", tmp_path / "run")
     assert (tmp_path / "run" / "result.json").is_file()

@@ -26,7 +26,7 @@ ADJUST = (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation)
 
 
 def middling(seed: int = 0) -> torch.Tensor:
-    """An image that no change takes beyond black or white, where torchvision cuts off."""
+    """An image that no change takes beyond black or white, where torchvision clamps."""
     g = torch.Generator().manual_seed(seed)
     return torch.randint(90, 150, (8, 6, 3), dtype=torch.uint8, generator=g)
 
@@ -39,7 +39,7 @@ def applied(image: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_jitter_is_brightness_contrast_and_saturation_in_random_order(seed):
-    """As torchvision's, one after the other; the tint, which it has not, is taken off again."""
+    """As torchvision's, one after the other, plus the tint, which torchvision does not have."""
     image, g = middling(seed), torch.Generator().manual_seed(seed)
     found = applied(image, colors.change(image, "jitter", g))
     g.manual_seed(seed)
@@ -82,7 +82,7 @@ def test_lighting_is_one_tint_along_the_principal_components():
 
 
 def test_the_components_are_those_of_real_photographs(shared_data):
-    """Of 100 of ImageNet; the colors of red, green and blue rise and fall together."""
+    """Of 100 photographs from ImageNet, in which red, green and blue rise and fall together."""
     pixels = []
     with zipfile.ZipFile(shared_data / "imagenet-sample.zip") as sample:
         for name in sample.namelist():
@@ -108,11 +108,11 @@ def test_what_is_drawn_follows_from_seed_epoch_and_index(tree, color):
     changes = []
     for key in ((0, 0), (1, 0), (0, 1)):
         pixels, _, change = views[key]
-        assert torch.equal(pixels, plain[key][0])  # the crop is what it is without
+        assert torch.equal(pixels, plain[key][0])  # the crop is the same without
         assert torch.equal(change, views[key][2])
         changes.append(change)
     assert not torch.equal(changes[0], changes[1]) and not torch.equal(changes[0], changes[2])
-    assert len(views[0, -1]) == 2  # a test view has the colors of the file
+    assert len(views[0, -1]) == 2  # a test view keeps the colors of the file
 
 
 def test_a_loss_is_that_of_recolored_pixels_and_not_rounded_as_the_network_is():

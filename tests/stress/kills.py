@@ -48,7 +48,7 @@ SETTINGS = {
 
 
 def train(folder: RunFolder, experiment: Experiment) -> None:
-    """What the command does, in this process."""
+    """Begin or continue a run in this process, as the command does."""
     torch.set_num_threads(1)
     if folder.config.exists():
         experiment, _ = continued(folder, {})
@@ -58,7 +58,7 @@ def train(folder: RunFolder, experiment: Experiment) -> None:
 
 
 def forked(folder: RunFolder, experiment: Experiment, log: Path) -> int:
-    """Train in a child; its process number."""
+    """Train in a child process; return its ID."""
     child = os.fork()
     if child:
         return child
@@ -80,7 +80,7 @@ def forked(folder: RunFolder, experiment: Experiment, log: Path) -> int:
 
 
 def wait(child: int, seconds: float | None = None) -> int | None:
-    """The status of a child, None if it still runs after so many seconds."""
+    """The exit status of a child; None if it still runs after ``seconds``."""
     end = None if seconds is None else time.monotonic() + seconds
     while end is None or time.monotonic() < end:
         done, status = os.waitpid(child, 0 if end is None else os.WNOHANG)
@@ -91,7 +91,7 @@ def wait(child: int, seconds: float | None = None) -> int | None:
 
 
 class Single:
-    """Runs of one process."""
+    """Runs in one process each."""
 
     def __init__(self, root: Path, experiment: Experiment) -> None:
         self.root, self.experiment, self.log = root, experiment, root / "log"
@@ -101,7 +101,7 @@ class Single:
         self.seconds = time.monotonic() - began
 
     def killed(self, name: str, moments: random.Random, most: int) -> tuple[RunFolder, list[str]]:
-        """A run killed up to ``most`` times, and continued to its end; what it had each time."""
+        """Kill a run up to ``most`` times and let it end; return it and its state at each kill."""
         folder, had = RunFolder(self.root / name), []
         while True:
             child = forked(folder, self.experiment, self.log)
@@ -119,7 +119,7 @@ class Single:
 
 
 class Several:
-    """Runs of two processes, by the console command; both are killed, or one of them."""
+    """Runs in two processes each, by the console command; both are killed, or one of them."""
 
     def __init__(self, root: Path, experiment: Experiment) -> None:
         self.trial = Trial(experiment, root, [], 0)
@@ -133,7 +133,7 @@ class Several:
 
 
 def state(folder: RunFolder) -> str:
-    """What a run has when it is killed."""
+    """How far a run had come when it was killed."""
     if not folder.config.exists():
         return "not begun"
     if folder.result.exists():
@@ -143,13 +143,13 @@ def state(folder: RunFolder) -> str:
 
 
 def damaged(good: bytes, moments: random.Random) -> tuple[str, bytes]:
-    """A checkpoint cut short or with some bits flipped, and what was done."""
+    """What was done to a checkpoint, and the checkpoint cut short or with some bits flipped."""
     if moments.random() < 0.3:
         at = moments.randrange(len(good))
         return f"cut after {at}", good[:at]
     flips = moments.choice([1, 1, 1, 2, 8])
     bad, places = bytearray(good), [moments.randrange(len(good)) for _ in range(flips)]
-    if moments.random() < 0.2:  # the seal itself
+    if moments.random() < 0.2:  # in the seal itself
         places = [len(good) - 1 - moments.randrange(82)]
     for at in places:
         bad[at] ^= 1 << moments.randrange(8)
@@ -157,8 +157,8 @@ def damaged(good: bytes, moments: random.Random) -> tuple[str, bytes]:
 
 
 def damage(whole: RunFolder, root: Path, count: int, moments: random.Random) -> list[str]:
-    """Damage ``last.ckpt`` of a finished run again and again; what was read without an error, or
-    was not replaced by the newest whole one."""
+    """Damage ``last.ckpt`` of a finished run ``count`` times; return the damages that were read
+    without an error, or where the newest intact checkpoint was not used instead."""
     missed = []
     copy = RunFolder(root / "damaged")
     shutil.copytree(whole.path, copy.path)

@@ -23,7 +23,7 @@ TRAIN += ["--nodes", "2", "--strategy", "ddp", "--accelerator", "cpu", "--contin
 
 
 def nodes(folder: Path) -> list[subprocess.Popen]:
-    """An agent for each node; they meet at a free port, and start their workers."""
+    """Start a torchrun agent for each node; they meet at a free port and start the workers."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -37,7 +37,7 @@ def nodes(folder: Path) -> list[subprocess.Popen]:
 
 
 def worker(agent: subprocess.Popen) -> int | None:
-    """The process of an agent that trains."""
+    """The ID of the process that trains for an agent; None if there is none."""
     found = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     for pid in map(int, found):
         if b"resnetv2_cli" in Path(f"/proc/{pid}/cmdline").read_bytes():
@@ -46,14 +46,14 @@ def worker(agent: subprocess.Popen) -> int | None:
 
 
 def iteration(folder: Path) -> int:
-    """The last one in the metrics."""
+    """The last iteration in the metrics, 0 if there is none."""
     file = folder / "metrics.csv"
     lines = file.read_text().splitlines()[1:] if file.exists() else []
     return int(lines[-1].split(",")[0]) if lines else 0
 
 
 def train(folder: Path, kill: bool) -> int:
-    """Train on two nodes; where the second node's worker was killed, 0 for nowhere."""
+    """Train on two nodes; return the iteration when the second node's worker was killed, or 0."""
     agents, killed, began = nodes(folder), 0, time.monotonic()
     try:
         while any(agent.poll() is None for agent in agents):
@@ -76,7 +76,7 @@ def log(folder: Path) -> str:
 
 
 def left(folder: Path) -> tuple[dict, str, dict]:
-    """Everything that two runs must have alike."""
+    """Everything in which two runs must agree."""
     held = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     result = json.loads((folder / "result.json").read_text())
     kept = {k: v for k, v in result.items() if k not in ("environment", "name")}

@@ -21,7 +21,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def write(split: images.Split, root: Path, more: int) -> None:
-    """A tree of classes, as dataset ``folder`` reads it; ``more``: images that are there twice."""
+    """Write a tree of classes, as dataset ``folder`` reads it; the first ``more`` images twice."""
     for i, (pixels, label) in enumerate(zip(split.images, split.labels, strict=True)):
         place = root / CIFAR10[label]
         place.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# A job that its queue stops and requeues ends as one that was never stopped, with one task and with two; a sweep
-# runs as jobs of the queue.
+# A job that its queue stops and requeues must end with the same bits as one that was never stopped,
+# with one task and with two; and a sweep must run as jobs of the queue.
 #
-# tests/stress/slurm.sh: as root, on two processors, where Debian's slurm-wlm and munge are installed. It starts a
-# SLURM of one node of its own, which no other touches, and ends with status 0 if everything is as it should be.
+# Run tests/stress/slurm.sh as root, on two processors, with Debian's slurm-wlm and munge installed.
+# It starts its own SLURM of one node, separate from any other, and exits with status 0 if all is
+# well.
 set -euo pipefail
 work=$(mktemp -d)
 export SLURM_CONF=$work/slurm.conf OMP_NUM_THREADS=1
@@ -40,7 +41,7 @@ slurmctld -f "$SLURM_CONF"
 slurmd -f "$SLURM_CONF"
 for _ in $(seq 30); do sinfo -h -o %t 2>/dev/null | grep -q idle && break || sleep 1; done
 
-for tasks in 1 2; do # two meet before they begin, and agree when to leave
+for tasks in 1 2; do # two tasks connect before they begin, and agree when to stop
     for run in whole requeued; do
         cat >"$work/$run-$tasks.sh" <<JOB
 #!/bin/bash
@@ -56,7 +57,7 @@ JOB
     job=$(sbatch --parsable "$requeued.sh")
     sbatch "$whole.sh"
     for _ in $(seq 300); do grep -q "^200," "$requeued/metrics.csv" 2>/dev/null && break || sleep 0.5; done
-    scancel --signal=USR1 "$job" # what the queue sends before a job's time is over
+    scancel --signal=USR1 "$job" # as the queue sends it before a job's time is over
     for _ in $(seq 300); do [ -f "$whole/result.json" ] && [ -f "$requeued/result.json" ] && break || sleep 2; done
     cmp "$whole/metrics.csv" "$requeued/metrics.csv" || { cat "$whole.log" "$requeued.log" && exit 1; }
     python - "$whole" "$requeued" <<'COMPARE'

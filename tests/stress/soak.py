@@ -26,18 +26,18 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.runfolder import RunFolder
 
 SMALL = ["--dataset", "digits", "--depth", "8", "--batch-size", "16", "--log-every", "4"]
-LOOK = 2.0  # seconds between looks at a process
+LOOK = 2.0  # seconds between readings of a process's memory
 
 
 def resident(process: int | str) -> float:
-    """Megabytes of a process that lie in memory."""
+    """The resident memory of a process, in megabytes."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     [line] = [line for line in lines if line.startswith("VmRSS")]
     return int(line.split()[1]) / 1024
 
 
 def sweep(root: Path, seconds: float) -> list[float]:
-    """``ablate`` with more seeds than there is time for; the memory of its own process."""
+    """Run ``ablate`` with more seeds than there is time for; return its own process's memory."""
     command = [sys.executable, "-m", "resnetv2_cli", "ablate", "--shortcut", "dropout", *SMALL]
     command += ["--steps", "8", "--eval-every", "0.1", "--runs", "10000", "--output", str(root)]
     seen = []
@@ -54,7 +54,7 @@ def sweep(root: Path, seconds: float) -> list[float]:
 
 
 def trainings(root: Path, seconds: float) -> list[float]:
-    """Trainings one after the other in this process; its memory after each."""
+    """Train again and again in this process; return its memory after each training."""
     torch.set_num_threads(1)
     experiment = Experiment(
         dataset="digits", depth=8, batch_size=16, steps=8, log_every=4, eval_every=0.1
@@ -69,8 +69,9 @@ def trainings(root: Path, seconds: float) -> list[float]:
 
 
 def growth(seen: list[float]) -> dict[str, float]:
-    """Megabytes in the first and the last fifth, the first left out, in which a process fills up
-    what it keeps; and a straight line through all but that, in megabytes for each look."""
+    """Mean megabytes in the second and the last fifth of the readings, and the slope of a line
+    through all but the first fifth, in which a process fills its caches, in megabytes per
+    reading."""
     kept = seen[len(seen) // 5 :]
     fifth = max(1, len(kept) // 4)
     middle = (len(kept) - 1) / 2
