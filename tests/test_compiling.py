@@ -26,7 +26,7 @@ def fresh():
 
 
 def test_as_many_graphs_as_shapes_of_unit_whatever_the_depth(fresh, monkeypatch):
-    def traced(unit, **options):  # the first half of torch.compile, which finds the shapes
+    def traced(unit, **options):  # torch.compile's front end, which finds the shapes
         nn.Module.compile(unit, backend="eager", **options)
 
     monkeypatch.setattr(ResidualUnit, "compile", traced)
@@ -34,7 +34,7 @@ def test_as_many_graphs_as_shapes_of_unit_whatever_the_depth(fresh, monkeypatch)
         net = ResNet(depth).train()
         compiling.compile_units(net)
         net(torch.randn(2, 3, 32, 32)).sum().backward()
-        assert fresh["unique_graphs"] == 6  # of three stages the first unit, and the others
+        assert fresh["unique_graphs"] == 6  # in each stage: the first unit, and the others
 
 
 @pytest.mark.skipif(
@@ -49,7 +49,7 @@ def test_a_compiled_training_ends_where_another_does(fresh, tmp_path):
         saved = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
         ends[name] = result["test_loss"], saved["state_dict"]
     assert [line for line in told if "compiles the units" in line]
-    assert fresh["unique_graphs"] == 1 + 3  # the trial and the units: nothing of the evaluation
+    assert fresh["unique_graphs"] == 1 + 3  # the trial and three units, but no evaluation
     assert ends["compiled"][0] == pytest.approx(ends["eager"][0], rel=1e-3)
     for key, value in ends["eager"][1].items():
         torch.testing.assert_close(ends["compiled"][1][key], value, rtol=0, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Experiments: the file, the flags, and every mistake's message."""
+"""Experiments: config files, flags, and the message for every mistake."""
 
 import math
 import runpy
@@ -112,9 +112,9 @@ def test_mistakes_in_a_file(tmp_path, text, message, hint):
     "flags, names_the_file",
     [
         ({}, True),
-        ({"seed": 1}, True),  # another flag has no part in it
+        ({"seed": 1}, True),  # an unrelated flag
         ({"lr": -1}, False),
-        ({"gate_bias": 1, "lr": 0.1}, False),  # wrong with what the file has, which is right alone
+        ({"gate_bias": 1, "lr": 0.1}, False),  # wrong only beside the file's shortcut
         ({"layout": "tim"}, False),
     ],
 )
@@ -137,7 +137,8 @@ def test_a_dataset_is_one_row(monkeypatch, decoded, stem):
 
 @pytest.mark.parametrize("written, read", [("folder", "digits"), ("digits", "digits")])
 def test_what_a_checkpoint_says_of_photographs_is_no_matter_of_small_images(written, read):
-    """Neither where it learned from photographs, nor where it was asked for and ignored."""
+    """Its crop and protocol do not carry over: neither from training on photographs, nor from
+    training on small images, where they were given and ignored."""
     saved = asdict(Experiment(dataset="folder", depth=8, stem="cifar", crop="scale-aspect"))
     saved |= {"dataset": written, "protocol": "320"}
     found = experiment_of({"experiment": saved}, dataset=read)

@@ -1,4 +1,4 @@
-"""results/continue.sh: the plan of the paper's tables, each session from what the last one kept."""
+"""results/continue.sh: each session continues the paper's tables from what the last one kept."""
 
 import hashlib
 import json
@@ -17,8 +17,8 @@ from resnetv2_cli.ablation import planning, studies
 
 
 def called(tmp_path, tool: str = "", seconds: str = "60", **places) -> int:
-    """Its exit status, for a plan of two lines; the tool here is a script that says what it was
-    called with, and does as the test has it."""
+    """Run the script on a plan of two lines; return its exit status. The tool is replaced by a stub
+    that logs its arguments and runs ``tool``."""
     script = tmp_path / "resnetv2"
     script.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n{tool}\n')
     script.chmod(0o755)
@@ -35,7 +35,7 @@ def called(tmp_path, tool: str = "", seconds: str = "60", **places) -> int:
 
 
 def keep(checkpoints: Path, *parts: str) -> None:
-    """What is kept of a checkpoint."""
+    """Write a checkpoint as it is kept: its parts and their digest."""
     digest = hashlib.sha256("".join(parts).encode()).hexdigest()
     checkpoints.mkdir(parents=True, exist_ok=True)
     (checkpoints / "last.ckpt.sha256").write_text(f"{digest}\n")
@@ -44,14 +44,14 @@ def keep(checkpoints: Path, *parts: str) -> None:
 
 
 def held(checkpoints: Path) -> str:
-    """The checkpoint that is kept; nothing else of one is beside it."""
+    """The checkpoint that is kept; asserts that no part of another is left beside it."""
     digest = (checkpoints / "last.ckpt.sha256").read_text().strip()
     parts = sorted(checkpoints.glob("*.part-*"))
     assert all(f".part-{digest}-" in part.name for part in parts)
     return "".join(part.read_text() for part in parts)
 
 
-RECORD = "sleep 0.1; echo > $LAB/ablation-table-1.json"  # an ablation leaves it as it begins
+RECORD = "sleep 0.1; echo > $LAB/ablation-table-1.json"  # an ablation writes it as it begins
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ RECORD = "sleep 0.1; echo > $LAB/ablation-table-1.json"  # an ablation leaves it
     [
         (RECORD, 0, 2),
         (f"{RECORD}; exit 2", 0, 2),  # a run crashed
-        ("exit 2", 2, 1),  # a mistake
+        ("exit 2", 2, 1),  # a mistake: no record
         (f"{RECORD}; exit 3", 3, 1),
         (f"{RECORD}; exit 143", 143, 1),
     ],
@@ -74,7 +74,7 @@ def test_a_plan_goes_on_behind_a_run_that_crashed_and_behind_nothing_else(
 
 
 def test_a_lab_that_went_on_is_kept_and_not_put_back(tmp_path):
-    """Its machine was stopped before that could be kept."""
+    """The machine was stopped before the progress could be kept."""
     lab, kept = (tmp_path / name / "row" / "s0" for name in ("lab", "kept"))
     keep(kept / "checkpoints", "old")
     (lab / "checkpoints").mkdir(parents=True)
@@ -89,13 +89,13 @@ def test_a_lab_that_went_on_is_kept_and_not_put_back(tmp_path):
 
 
 def test_a_checkpoint_that_is_put_together_is_there_whole_or_not_at_all(tmp_path):
-    """The disk is full in the midst of it, the machine is stopped, or a part was not copied."""
+    """The disk fills up or the machine stops midway, or a part was not copied."""
     lab, kept = (tmp_path / name / "row" / "s0" / "checkpoints" for name in ("lab", "kept"))
     keep(kept, "the one half, ", "the other")
     [second] = kept.glob("*-ab")
     second.unlink()
     assert called(tmp_path) == 2 and not (lab / "last.ckpt").exists()
-    second.symlink_to("nothing")  # cannot be read, as if that were it
+    second.symlink_to("nothing")  # unreadable, so assembly fails midway
     assert called(tmp_path) != 0 and not (lab / "last.ckpt").exists()
     second.unlink()
     second.write_text("the other")
@@ -132,7 +132,7 @@ def test_a_store_that_could_not_be_written_has_what_it_had_and_goes_on(tmp_path,
 
 
 def test_a_new_run_that_could_not_be_kept_leaves_nothing_in_its_way(tmp_path):
-    """Parts without a config.yaml made a folder that no later call could begin or go on in."""
+    """Parts without a config.yaml left a folder where no later call could begin or continue."""
     script = tmp_path / "split"
     script.write_text("#!/bin/sh\nexit 1\n")
     script.chmod(0o755)
@@ -185,7 +185,7 @@ def test_the_plan_of_the_paper_names_rows_that_exist():
 
 
 def test_a_reproduction_goes_on_from_the_small_files_of_the_last(resnetv2, tmp_path):
-    """What was kept of a run under way, its checkpoint in parts, is all that the next one has."""
+    """The next session has only what was kept of an unfinished run, its checkpoint in parts."""
     [study] = studies.studies(tables=[1])
     given = {"dataset": "digits", "depth": 8, "batch_size": 64, "steps": 60, "log_every": 10}
     made = planning.plan(study.only(["identity"]), 1, given, tmp_path / "first")

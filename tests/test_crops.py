@@ -1,4 +1,4 @@
-"""Crops of photographs: the pixels of the reference, whatever the file."""
+"""Crops of photographs: the same pixels as the reference, whatever the file format."""
 
 import io
 
@@ -21,7 +21,7 @@ needs_turbo = pytest.mark.skipif(turbo.library() is None, reason="there is no Tu
 
 
 def by_pil(content: bytes, scale: int) -> np.ndarray:
-    """The whole picture at a scale of the JPEG's transform."""
+    """The whole picture, decoded by Pillow at 1/``scale`` of its size."""
     with Image.open(io.BytesIO(content)) as image:
         image.draft(None, (image.width // scale, image.height // scale))
         return np.asarray(image.convert("RGB"))
@@ -58,9 +58,9 @@ def chosen(kind: str, seed: int) -> crop.Choose:
 
 @pytest.mark.parametrize("kind", ["scale", "scale-aspect"])
 def test_crops_are_the_reference_transforms_within_bounds(kind, photographs):
-    """torchvision's crop and bicubic resize of the whole picture, in grey levels: what torch's
-    resize makes of it differs by 2, or where one side grows and the other shrinks by more; at half
-    the scale the JPEG's transform is another filter."""
+    """Reference: torchvision's crop and bicubic resize of the whole picture by Pillow. Bounds in
+    gray levels: torch's resize differs by 2, or by more where one side grows and the other shrinks;
+    at a reduced scale the JPEG's transform filters differently."""
     for seed, content in enumerate(photographs.values()):
         with Image.open(io.BytesIO(content)) as image:
             whole = image.convert("RGB")
@@ -88,7 +88,7 @@ def test_a_crop_is_decoded_at_the_least_scale_that_has_its_pixels():
 
 
 def test_a_crop_at_the_edge_does_not_reach_over_it():
-    """Both its place and its length are rounded, and so is the picture's."""
+    """Its position and size are rounded, and so is the size of the picture."""
     assert crop.settled([(51, 0, 101, 50)], (101, 50), 25) == ([Box(25, 0, 50, 25)], 2)
 
 
@@ -170,7 +170,7 @@ SMALL = [PIXELS, *(encoded(30, 22, **how) for how in KINDS.values())]
 @needs_turbo
 @cases(400)
 @given(content=mutated(SMALL), kind=st.sampled_from(["scale", "scale-aspect"]))
-@pytest.mark.filterwarnings("ignore")  # Pillow's, of images that it can still read
+@pytest.mark.filterwarnings("ignore")  # from Pillow, about images that it can still read
 def test_crops_of_random_bytes(content, kind):
     try:
         found = crop.crops(content, "it", chosen(kind, 0), 8)

@@ -1,5 +1,5 @@
-"""Files damaged by a power failure or written by hand: what is unreadable of a run counts as not
-there yet, and no command that only reads stops at it."""
+"""Files damaged by a power failure or written by hand: whatever is unreadable counts as missing,
+and no command that only reads fails on it."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ NONE = ["", '{"test_error": 5', "[]", "{}", "null"]
 
 @pytest.fixture
 def planned(tmp_path):
-    """An ablation of which one run has begun, and the other is done."""
+    """An ablation with one run begun and the other done."""
     made = two_rows(tmp_path / "lab", 1, {"depth": 8})
     record.write(made)
     ended(made, (5.0,), (7.0,))
@@ -31,7 +31,7 @@ def planned(tmp_path):
 
 
 def states(ablation, to) -> dict[str, int]:
-    """What a report counts, which says nothing else than the table."""
+    """The runs in each state, as a report counts them. The table must not fail either."""
     tables.table(ablation, 0.5)
     return page.write([ablation.root], to, 0.5)[0]
 
@@ -88,6 +88,6 @@ def test_a_result_that_is_damaged_is_found_again(whole, tmp_path):
 
 
 def test_json_without_an_end_to_its_depth_is_no_json(tmp_path):
-    """Python's reader raises another error for it."""
+    """Python's parser raises another error for it, ``RecursionError``."""
     (tmp_path / "manifest.json").write_text("[" * 200_000)
     assert jsonfile.mapping(tmp_path / "manifest.json") == {}

@@ -1,4 +1,4 @@
-"""Batches: images ordered and augmented by (seed, epoch, index) alone."""
+"""Batches: order and augmentation depend on (seed, epoch, index) alone."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def test_an_epoch_is_a_function_of_seed_and_number():
     first, again = epoch_order(1000, 3, 7), epoch_order(1000, 3, 7)
     torch.testing.assert_close(first, again)
     orders = [epoch_order(1000, *which).order for which in [(3, 7), (3, 8), (4, 7)]]
-    for one, other in combinations(orders, 2):  # nor is the next epoch that of the next seed
+    for one, other in combinations(orders, 2):  # nor is the next epoch the next seed's
         assert (one != other).float().mean() > 0.9
     assert first.order.sort().values.tolist() == list(range(1000))
 
@@ -162,9 +162,9 @@ def test_a_process_without_an_image_is_refused_in_every_process():
     [
         ({"batch_size": 2, "accumulate": 2}, 1, 1),
         ({"batch_size": 7, "accumulate": 2}, 2, 1),
-        ({"batch_size": 4}, 1, 360),  # 1437 images: one is left
+        ({"batch_size": 4}, 1, 360),  # 1437 images: one is left over
         ({"batch_size": 4, "steps": 359}, 1, None),
-        ({"batch_size": 4}, 2, None),  # which joins the batch before it
+        ({"batch_size": 4}, 2, None),  # the one left over joins the batch before
         ({"batch_size": 5}, 1, None),
     ],
 )
@@ -223,7 +223,7 @@ def test_photographs_of_any_mode_and_size_become_batches(class_folders):
     again = list(module.train_dataloader())
     torch.testing.assert_close(batches[0].images, again[0].images)
     tested = module.test_dataloader()
-    for _ in range(2):  # the framework asks for it once, and goes through it at each evaluation
+    for _ in range(2):  # Lightning requests it once, and iterates over it at each evaluation
         assert sum(len(b.labels) for b in tested) == 6
     assert module.classes == ("ant", "bee")
 
@@ -237,7 +237,7 @@ def test_photographs_are_the_same_in_every_epoch_unless_augmented(class_folders,
 
 
 def test_every_seed_and_epoch_draws_crops_of_its_own(class_folders, monkeypatch):
-    """PyTorch's generator looks at 32 bits of a seed: all these had the crops of the first."""
+    """PyTorch's generator uses 32 bits of a seed: all these once had the crops of the first."""
     drawn, box = [], folder.random_box
     monkeypatch.setattr(folder, "random_box", lambda *g: drawn.append(g[3][0]) or box(*g))
     view = PROTOCOLS["224"].view(32)
@@ -246,7 +246,7 @@ def test_every_seed_and_epoch_draws_crops_of_its_own(class_folders, monkeypatch)
         pixels, _ = views[3, epoch]
         torch.testing.assert_close(pixels, views[3, epoch][0])
     assert drawn[::2] == drawn[1::2] and len(set(drawn)) == 5
-    assert drawn[0] == pytest.approx(0.2867, abs=1e-4)  # as ever, so that runs go on as they began
+    assert drawn[0] == pytest.approx(0.2867, abs=1e-4)  # must not change, so that runs continue
 
 
 def test_a_photograph_is_mirrored_left_to_right_or_not_at_all(class_folders, monkeypatch):
@@ -311,7 +311,7 @@ def test_a_class_that_is_alone_is_told(class_folders):
 
 def test_files_that_are_not_read_as_images_are_told(class_folders):
     told: list[str] = []
-    for name in ("a.gif", "b.jfif"):  # the latter is JPEG, as browsers save it
+    for name in ("a.gif", "b.jfif"):  # the latter is a JPEG, as browsers save it
         (class_folders / "train" / "ant" / name).write_bytes(b"")
     found = folder.scan(class_folders, "train", tell=told.append)
     assert len(found.files) == 13
@@ -320,7 +320,7 @@ def test_files_that_are_not_read_as_images_are_told(class_folders):
 
 
 def test_names_need_not_be_text(class_folders):
-    """And where they are, the digest is as ever, so that runs go on."""
+    """If they are text, the digest must not change, so that runs can continue."""
     known = "a304a839"
     assert folder.digest(folder.scan(class_folders, "train")).startswith(known)
     where = class_folders / "train" / "ant"

@@ -1,4 +1,4 @@
-"""describe and diff: a network beside the paper, and beside another."""
+"""describe and diff: a network compared with the paper, and with another network."""
 
 import json
 from dataclasses import asdict
@@ -10,7 +10,7 @@ from resnetv2_cli.config import Experiment
 
 
 def test_units_differ_only_where_bn_stands(here):
-    """Fig. 4(a) and (e) have the same components: what the units lose of BN, the head gains."""
+    """Fig. 4(a) and (e) have the same components: the BN that the units lose, the head gains."""
     done = here("diff", "depth=20,unit=original", "unit=full-preact", "--json")
     made = json.loads(done.stdout)
     assert made["settings"] == {"unit": ["original", "full-preact"]}
@@ -30,7 +30,7 @@ def test_depth_and_shortcut_of_a_checkpoint_and_a_config(here, tmp_path):
     done = here("diff", file, "depth=20,shortcut=exclusive-gate", "--json")
     made = json.loads(done.stdout)
     assert made["settings"]["gate_bias"] == [None, -6.0]
-    assert "classes" not in made["settings"]  # both have the two that the checkpoint knows
+    assert "classes" not in made["settings"]  # both have the checkpoint's two
     assert "head" not in made["parts"] and "stage1" in made["parts"]
     assert made["counts"]["layers"] == [8, 20, 12] and made["counts"]["units"] == [3, 9, 6]
     assert made["words"] == [

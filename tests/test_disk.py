@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
-WRITES = {  # TO: a folder on the disk; RUN: a run; WEIGHTS: another library's
+WRITES = {  # TO: a folder on the disk; RUN: a run; WEIGHTS: another library's weights
     "export": "export RUN --format safetensors --output TO/x.safetensors",
     "export, onnx": "export RUN --format onnx --output TO/x.onnx",
     "export, torch": "export RUN --format torch-export --output TO/x.pt2",
@@ -30,7 +30,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(trained, tmp_path_factory):
-    """A run without the analyses that other tests add to it, which a report draws elsewhere."""
+    """A run without the analyses that other tests add to it: a report would draw them elsewhere."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     return shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("analysis*"))
 

@@ -1,4 +1,4 @@
-"""What training displays and records as it runs: its lines, its rates and its sums."""
+"""What training displays and records as it runs: lines, rates and sums."""
 
 import io
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from resnetv2_cli.task import Classification
 
 
 def test_an_evaluation_is_no_time_of_training(monkeypatch):
-    """What it took is left out of the seconds since ``mark``, which images are divided by."""
+    """Its duration is left out of the seconds since ``mark``, by which images are divided."""
     clock = SimpleNamespace(perf_counter=iter([107.0, 109.0]).__next__)
     monkeypatch.setattr(callbacks, "time", clock)
     monkeypatch.setattr(callbacks, "refuse_infinite", lambda *_: None)
@@ -45,7 +45,7 @@ def test_an_evaluation_is_shown_with_its_own_iteration(tmp_path, monkeypatch):
 
 
 def test_what_comes_before_the_first_iteration_is_in_no_rate(tmp_path, monkeypatch):
-    """Recording of graphs, at the start of a training: ten minutes; then a second an iteration."""
+    """Here capturing graphs takes ten minutes before training, and an iteration one second."""
     now = [0.0]
     clock = SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0])
     monkeypatch.setattr(callbacks, "time", clock)
@@ -84,7 +84,7 @@ def test_a_pause_is_forgotten_after_ten_minutes():
         now += 2
         rate = pace.at(now, step)
     assert rate == pytest.approx(0.5) and len(pace.marks) < 25
-    assert pace.at(now + 60, 1701) == pytest.approx(0.45, abs=0.01)  # an evaluation is a part of it
+    assert pace.at(now + 60, 1701) == pytest.approx(0.45, abs=0.01)  # an evaluation counts in it
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_pause_is_forgotten_after_ten_minutes():
     ],
 )
 def test_how_a_batch_is_split_and_what_is_left_out_is_said(batch, images, lines):
-    """What is held out is not left out."""
+    """Images that are held out for validation do not count as left out."""
     said, e = io.StringIO(), Experiment(batch_size=batch, accumulate=2, val=5000)
     whole = SimpleNamespace(train=50_000)
     data = SimpleNamespace(experiment=e, train_images=images, dataset=whole)

@@ -11,7 +11,7 @@ from resnetv2_cli.units import Kind, residual_unit
 
 
 def stack(n: int, unit: str = "full-preact", shortcut: str = "identity", **settings) -> nn.Module:
-    """n units of 16 channels in float64, with BN statistics that are not the identity's."""
+    """n units of 16 channels in float64, whose BN is not the identity."""
     kind = Kind(unit, "basic", shortcut, settings)
     net = nn.Sequential(*[residual_unit(kind, 16, 16) for _ in range(n)]).double()
     for module in net.modules():
@@ -34,7 +34,7 @@ def test_eqns_1_and_2(unit):
     before = x.detach().clone()
     expected = layer.after(x + layer.residual(before))
     torch.testing.assert_close(layer(x), expected)
-    torch.testing.assert_close(x, before)  # nothing wrote into what the shortcut carries
+    torch.testing.assert_close(x, before)  # nothing wrote into the tensor that the shortcut carries
 
 
 def bn(x, m):
@@ -46,7 +46,7 @@ def weight(x, m):
     return nn.functional.conv2d(x, m.weight, padding=1)
 
 
-HAND = {  # Fig. 4, each unit written out by hand: x, conv1, conv2, its two BNs in running order
+HAND = {  # Fig. 4, each unit written out by hand: x, conv1, conv2, its two BNs as they run
     "original": lambda x, w1, w2, b1, b2: (
         x + bn(weight(bn(weight(x, w1), b1).relu(), w2), b2)
     ).relu(),
@@ -117,7 +117,7 @@ def test_eqn_5_the_gradient_is_a_direct_term_and_one_through_the_weights():
 @pytest.mark.parametrize("factor", [1.0, 0.5, 0.0])
 def test_eqn_8_scaled_shortcuts_scale_the_gradient_once_a_unit(factor):
     net = stack(6, shortcut="constant-scale", shortcut_scale=factor)
-    for p in net.parameters():  # F = 0: what is left is the shortcuts' product
+    for p in net.parameters():  # F = 0: only the shortcuts' product is left
         nn.init.zeros_(p)
     x = image()
     net(x).sum().backward()
@@ -145,7 +145,7 @@ def test_every_shortcut_keeps_the_residuals_shape(shortcut, c_out, stride, block
 @pytest.mark.parametrize("unit", ["original", "full-preact"])
 @pytest.mark.parametrize("shortcut", ["identity", "dropout"])
 def test_recomputing_activations_changes_no_gradient(unit, shortcut):
-    """Activation checkpointing draws the same dropout twice and counts BN's statistics once."""
+    """Activation checkpointing must draw the same dropout twice and update BN's statistics once."""
     gradients, buffers = [], []
     for segments in (0, 1, 4, 99):
         torch.manual_seed(0)
@@ -175,7 +175,7 @@ def test_gradients_keep_the_layout_of_what_they_are_gradients_of(layout):
 
 
 def test_he_initialization():
-    """ "[23]": variance 2 / fan; the authors' Torch code counts fan-out."""
+    """ "[23]": variance 2 / fan; the authors' Torch code uses fan-out."""
     for init, fan in [("fan_out", 9 * 64), ("fan_in", 9 * 32)]:
         net = ResNet(20, init=init)
         weights = net.body.stage3.unit1.residual.conv1.weight

@@ -1,4 +1,4 @@
-"""export: BN is folded where a convolution feeds it alone; files compute what the network does."""
+"""export: BN directly after a convolution is folded; files compute what the network computes."""
 
 import json
 import os
@@ -29,7 +29,7 @@ PACKAGE = Path(card.__file__).parent.parent
 
 
 def net_of(unit: str, shortcut: str, depth=5, block="single", **more) -> ResNet:
-    """A small network whose BN and learned scales are not what they begin as."""
+    """A small network whose BN and learned scales are not at their initial values."""
     net = ResNet(depth, block, unit, shortcut, 10, **more)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -38,7 +38,7 @@ def net_of(unit: str, shortcut: str, depth=5, block="single", **more) -> ResNet:
             nn.init.normal_(module.running_mean, std=0.3)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
     for parameter in net.parameters():
-        if parameter.ndim == 0:  # ReZero's a, which would hide F
+        if parameter.ndim == 0:  # ReZero's a, which at 0 would hide F
             nn.init.constant_(parameter, 0.7)
     return net.eval()
 
@@ -47,14 +47,14 @@ def norms(net) -> int:
     return sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
 
 
-# Of 9 in a basic network of 8 layers with projections: the stem's, two of each F, one behind it
-# or a projection's. What stands behind an addition has no convolution to go into.
+# BNs left of the 7 in a basic network of 8 layers, or 9 if its projections have BN too. One that
+# follows an addition has no convolution to be folded into.
 LEFT = {
     "original": 0,  # every BN is "right after the weight layers" (caption of Fig. 2)
-    "bn-after-add": 3,  # one behind each of three additions
+    "bn-after-add": 3,  # one after each of three additions
     "relu-before-add": 0,
     "relu-only-preact": 0,
-    "full-preact": 3,  # two pre-activations and the head's; the first unit comes activated
+    "full-preact": 3,  # two pre-activations and the head's; the stem activates for the first unit
 }
 
 
@@ -82,7 +82,7 @@ def test_folding_leaves_every_shortcut_what_it_is(shortcut):
 
 
 class Several(nn.Module):
-    """Networks side by side in one graph: an exporter takes seconds each time it is called."""
+    """Networks side by side in one graph, as each call of an exporter takes seconds."""
 
     def __init__(self, nets) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def test_a_folder_s_name_need_be_no_text(format, tmp_path):
 
 
 def unpacked(file: Path) -> bytes:
-    """All bytes of a file; of a zip those of its members."""
+    """All bytes of a file; if it is a zip, those of its members."""
     if not zipfile.is_zipfile(file):
         return file.read_bytes()
     with zipfile.ZipFile(file) as archive:
@@ -172,7 +172,7 @@ def unpacked(file: Path) -> bytes:
 
 
 def metadata(format: str, file) -> dict[str, str]:
-    """What a file says of itself, by the package that reads its kind."""
+    """A file's metadata, read by its format's own package."""
     if format == "onnx":
         import onnx
 
@@ -200,7 +200,7 @@ def test_safetensors_are_weights_to_start_from_unless_bn_is_folded(trained, tmp_
 
 
 def test_an_export_stands_for_its_checkpoint(trained, here, tmp_path):
-    """Wherever a checkpoint is read that is not continued."""
+    """Wherever a checkpoint is read, except to continue a run."""
     path, file = trained / "checkpoints" / "last.ckpt", tmp_path / "a.safetensors"
     saved = read(path) | {"imported": {"from": "timm"}}
     write(saved, tmp_path / "a.ckpt")
@@ -212,14 +212,14 @@ def test_an_export_stands_for_its_checkpoint(trained, here, tmp_path):
     assert ours["topics"] == theirs["topics"]
     assert json.loads(here("diff", path, file, "--json").stdout)["settings"] == {}
     again = study.export(file, "safetensors", tmp_path / "b.safetensors", None, None)
-    assert again.file.read_bytes() == file.read_bytes()  # whose names have an order
+    assert again.file.read_bytes() == file.read_bytes()  # its metadata is sorted by name
     before, after = weights(file), weights(again.file)
     torch.testing.assert_close(before.pop("state_dict"), after.pop("state_dict"), rtol=0, atol=0)
     assert before == after and after["imported"] == {"from": "timm"}
 
 
 def test_a_failed_check_leaves_no_file_and_the_one_before(trained, tmp_path):
-    """A network that changed between the export and the check."""
+    """The network is changed between the export and the check."""
     task = network(trained / "checkpoints" / "last.ckpt", precision="32-true")
     model, _ = fold.exported(task, False)
     with torch.no_grad():
@@ -233,7 +233,7 @@ def test_a_failed_check_leaves_no_file_and_the_one_before(trained, tmp_path):
 
 
 class Untraceable(nn.Module):
-    """Code of one's own that looks at what it computes."""
+    """User code that branches on the values it computes."""
 
     def forward(self, images):
         return images.mean((2, 3)) * (2 if images.mean() > 0 else 1)
@@ -281,11 +281,12 @@ def test_without_test_images_it_is_compared_on_noise(trained, tmp_path, monkeypa
 
 
 def test_the_images_that_are_compared_are_of_every_class(trained):
-    """Of digits there are more than are compared, but not twice as many; they are sorted."""
+    """Test images may be sorted by class, so they are sampled evenly to the end. Digits have more
+    than are compared, but not twice as many."""
     task = network(trained / "checkpoints" / "last.ckpt")
     pixels, source = check.test_images(task, View(32))
     assert source == "test images of digits" and len(pixels) == check.SMALL
-    last = images.load("digits", Path()).test.images[-2:]  # of which one is at equal distances
+    last = images.load("digits", Path()).test.images[-2:]  # one is among evenly spaced ones
     assert any(torch.equal(pixels[-1], torch.from_numpy(image)) for image in last)
 
 
@@ -307,7 +308,7 @@ def test_a_file_says_how_photographs_are_resized_and_cropped():
 
 
 def test_what_is_exported_is_read_once(trained, tmp_path, monkeypatch):
-    """A run may save meanwhile: the card would name the iteration of other weights."""
+    """A run may save meanwhile: read twice, the card would name the iteration of other weights."""
     path, read_, seen = trained / "checkpoints" / "last.ckpt", checkpoint.network, []
     monkeypatch.setattr(checkpoint, "network", lambda file: seen.append(file) or read_(file))
     study.export(path, "safetensors", tmp_path / "net.safetensors", None, None)
@@ -315,7 +316,7 @@ def test_what_is_exported_is_read_once(trained, tmp_path, monkeypatch):
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line_and_the_file_is_kept(tmp_path, monkeypatch):
-    """A port of this machine where nobody listens."""
+    """Nothing listens on the port of this machine that the hub is set to."""
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     file = tmp_path / "net.onnx"

@@ -11,7 +11,7 @@ import sys
 import pytest
 from conftest import REPOSITORY, THREADS
 
-# name: (file, what stands there, what is planted, the tests that must catch it)
+# name: (file, the right code, the fault that replaces it, the tests that must catch it)
 PLANTED = {
     "the projection is fed the raw signal": (
         "units.py",

@@ -142,7 +142,7 @@ def test_blocks_are_those_of_the_paper():
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_where_the_first_activation_stands_changes_no_chain(unit):
-    """The stem leaves to the first unit what that unit's type opens with, and nothing else."""
+    """The stem leaves to the first unit only the layers that this type of unit begins with."""
     net = ResNet(8, unit=unit, first_act="unit")
     assert order(net) == "conv bn relu " * 7 + "pool fc"
     last, after, before = places(unit)
@@ -151,7 +151,7 @@ def test_where_the_first_activation_stands_changes_no_chain(unit):
     assert f"{last} {after} {before}".split() == ["bn", "relu"]
 
 
-LAID_OUT = {  # layout: stem and first unit of ResNet-50, then which convolution halves
+LAID_OUT = {  # layout: stem and first unit of ResNet-50; strides in a unit that halves
     "authors": ("conv bn relu maxpool conv bn relu conv bn relu conv conv", [2, 1, 1]),
     "fb": ("conv bn relu maxpool conv bn relu conv bn relu conv conv", [1, 2, 1]),
     "torchvision": ("conv bn relu maxpool conv bn relu conv bn relu conv conv", [1, 2, 1]),

@@ -1,4 +1,4 @@
-"""Fine-tuning: what is taken from given weights, what is new, what is frozen; the walk-through."""
+"""Fine-tuning: what comes from the given weights, what is new, what is frozen; the walk-through."""
 
 import json
 import os
@@ -31,7 +31,7 @@ SMALL = {"dataset": "digits", "depth": 8, "batch_size": 64, "warmup": 0, "precis
 
 @pytest.fixture
 def own_folder(tmp_path):
-    """Photographs of one's own: digits 0 to 2, as larger files in class folders."""
+    """A user's own photographs: digits 0 to 2, as larger files in class folders."""
     for split, part in zip(("train", "val"), digits()[:2], strict=True):
         for i, (pixels, label) in enumerate(zip(*part, strict=True)):
             if label < 3 and i % 3 == 0:
@@ -52,7 +52,7 @@ def started(experiment: Experiment):
 
 
 def test_all_is_taken_where_the_classes_are_the_same(trained):
-    """Whatever the new network would have begun with."""
+    """However the new network was initialized."""
     _, lines, now = started(Experiment(**SMALL, weights=str(trained), init="fan_in"))
     torch.testing.assert_close(now, weights_of(trained), rtol=0, atol=0)
     assert lines[0].startswith(f"weights: {len(now)} of {len(now)} tensors")
@@ -86,7 +86,7 @@ def test_the_network_is_that_of_the_weights_unless_it_is_said(trained, tmp_path,
 def test_other_classes_get_a_new_classifier_and_the_normalization_of_the_weights(
     trained, own_folder
 ):
-    """A frozen stem would be fed another scale by the normalization of photographs."""
+    """The normalization of photographs would feed a frozen stem at another scale."""
     data = {"dataset": "folder", "data_dir": str(own_folder), "stem": "cifar", "batch_size": 8}
     fresh, lines, now = started(Experiment(**{**SMALL, **data}, weights=str(trained)))
     given = weights_of(trained)
@@ -106,7 +106,7 @@ def photographs_of(own_folder, trained, **given) -> Experiment:
 def test_photographs_behind_a_mean_image_are_predicted_and_exported_as_evaluated(
     trained, own_folder, tmp_path
 ):
-    """Each photograph is 48x40, of which evaluation sees the middle 35x35 as 32x32."""
+    """Each photograph is 48x40; evaluation sees its middle 35x35, resized to 32x32."""
     run.train(photographs_of(own_folder, trained), RunFolder(tmp_path / "run"))
     file = tmp_path / "run" / "checkpoints" / "last.ckpt"
     _, task, data = evaluation.restore(file)
@@ -198,7 +198,7 @@ def test_plain_safetensors_are_taken_by_name(trained, tmp_path):
 
     given = weights_of(trained)
     plain = {n.removeprefix("net."): v.contiguous() for n, v in given.items() if "net." in n}
-    save_file(plain, tmp_path / "plain.safetensors", {"classes": "2", "folded": "fc"})  # whose?
+    save_file(plain, tmp_path / "plain.safetensors", {"classes": "2", "folded": "fc"})  # not ours
     file = str(tmp_path / "plain.safetensors")
     _, lines, now = started(Experiment(**SMALL, weights=file))
     assert lines[1] == "the classifier is taken as it is: the file names no classes"
@@ -208,7 +208,7 @@ def test_plain_safetensors_are_taken_by_name(trained, tmp_path):
     theirs = {f"layer{i}.weight": v.contiguous() for i, v in enumerate(plain.values())}
     save_file(theirs, tmp_path / "theirs.safetensors")
     with pytest.raises(UserError, match="has no net.stem.conv.weight") as refused:
-        network_of(tmp_path / "theirs.safetensors")  # before a network is planned for it
+        network_of(tmp_path / "theirs.safetensors")  # before a network is planned
     assert "resnetv2 import" in refused.value.hint
     (tmp_path / "broken.safetensors").write_bytes(b"not one")
     with pytest.raises(UserError, match="cannot read"):
@@ -234,14 +234,14 @@ def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(trained, tmp_path)
         same = torch.equal(value, before[name])
         assert same if part == "frozen" or name.startswith("normalize.") else not same, name
     error = json.loads((tmp_path / "run" / "result.json").read_text())["test_error"]
-    assert error < 40  # of chance, 90: it went on from there
+    assert error < 40  # chance is 90: it started from the weights
     momenta = checkpoints.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["optimizer_states"]
     kept = [n for n, _ in run.build(e)[0].net.named_parameters() if "stage3" in n or "head" in n]
     assert len(momenta[0]["state"]) == len(kept)
 
 
 def test_a_stopped_run_continues_without_its_weights_file(trained, tmp_path):
-    """Frozen as before, with the bits of a run that was never stopped."""
+    """It stays frozen as before, and ends bit for bit as a run that was never stopped."""
     moved = tmp_path / "weights.ckpt"
     shutil.copy(trained / "checkpoints" / "last.ckpt", moved)
     e = Experiment(
@@ -261,7 +261,7 @@ def test_a_stopped_run_continues_without_its_weights_file(trained, tmp_path):
 
 
 def test_a_run_is_continued_with_the_weights_it_was_begun_with(trained, tmp_path):
-    """Their file may have moved; one of other bytes is refused."""
+    """Their file may have moved; one with other bytes is refused."""
     folder = RunFolder(tmp_path)
     folder.create(Experiment(**SMALL, weights=str(trained), freeze="stem"), {})
     moved = shutil.copy(trained / "checkpoints" / "last.ckpt", tmp_path / "moved.ckpt")
@@ -286,14 +286,14 @@ def test_an_experiment_is_the_same_by_the_bytes_of_its_weights(trained, tmp_path
     assert Experiment.load(tmp_path / "config.yaml") == e
     changed = Experiment.load(tmp_path / "config.yaml", weights=str(other))
     assert changed.weights_sha256 != e.weights_sha256
-    one.write_bytes(bytes(one.stat().st_size))  # replaced since, by one of its size
+    one.write_bytes(bytes(one.stat().st_size))  # replaced since, by a file of the same size
     os.utime(one, (1, 1))
     with pytest.raises(UserError, match="is not what this run began with: its SHA-256 differs"):
         started(Experiment(**SMALL, weights=str(one), weights_sha256=e.weights_sha256))
 
 
 def test_a_recipe_is_taken_with_the_weights_that_it_was_made_with_alone(tmp_path):
-    """It has their SHA-256, and not their name."""
+    """The recipe has the SHA-256 of its weights, not their name."""
     for name in ("right", "wrong"):
         (tmp_path / name).write_bytes(name.encode())
     right, wrong = str(tmp_path / "right"), str(tmp_path / "wrong")
@@ -332,7 +332,7 @@ QUICK = {"train": ["--batch-size", "8", "--epochs", "0.3", "--warmup", "0", "--w
 
 
 def unpacked(archive: str, choose) -> None:
-    """Some members of an archive of real images; ``choose``: name -> path, or None."""
+    """Unpack some members of an archive of real images; ``choose``: name -> path, or None."""
     with zipfile.ZipFile(SHARED / archive) as file:
         for name in file.namelist():
             if to := choose(name):
@@ -368,7 +368,7 @@ def walk(shared_data, tmp_path, monkeypatch):
 
 
 def test_the_walk_through_from_its_very_text(walk, tmp_path, monkeypatch, here):
-    """Each of its commands as it stands there, with three iterations instead of hundreds."""
+    """Run each of its commands as written, with three iterations instead of hundreds."""
     said = noted = ""
     assert [shlex.split(c)[0] for c in COMMANDS] == ["train", "train", "eval", "predict"]
     for command in COMMANDS:

@@ -26,12 +26,12 @@ from resnetv2_cli.shortcuts import SHORTCUTS
 @pytest.mark.parametrize("depth, block, mixed", [(14, "basic", False), (20, "bottleneck", True)])
 @pytest.mark.parametrize("unit", UNITS)
 def test_what_is_foretold_is_kept(unit, depth, block, mixed, mode):
-    """Storages that autograd holds after a forward pass, beside the count."""
+    """The storages that autograd holds after a forward pass match the count."""
     kernels = "auto" if mode[0] else "eager"
     e = Experiment(depth=depth, block=block, unit=unit, kernels=kernels, recompute_bn=mode[1])
     net, held = ResNet(**e.architecture).to(memory_format=torch.channels_last), {}
     net.activate(*mode)
-    net.forget = False  # the hooks are this test's
+    net.forget = False  # this test sets the hooks itself
     own = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
 
     def keep(t):
@@ -47,7 +47,7 @@ def test_what_is_foretold_is_kept(unit, depth, block, mixed, mode):
     found = sum(t.untyped_storage().nbytes() for t in held.values()) / 4
     foretold = activation_bytes(e, "bf16-mixed" if mixed else "32-true")
     least, most = 0.97 * foretold, 1.02 * foretold
-    assert least < found < most + mixed * 2 * weights / 4  # in 16 bits, once a batch
+    assert least < found < most + mixed * 2 * weights / 4  # plus 16-bit weights, once a batch
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
@@ -57,7 +57,7 @@ def test_the_count_grows_with_depth_as_the_networks_do(unit, block, shortcut):
     e = Experiment(depth=5 * per_n + 2, block=block, unit=unit, shortcut=shortcut)
     counted = footprint._whole(e, "32-true", "cpu")
     found = along_depth(e, lambda e: footprint._whole(e, "32-true", "cpu"))
-    assert found == pytest.approx(counted, abs=100)  # stochastic depth keeps a bit of each unit
+    assert found == pytest.approx(counted, abs=100)  # stochastic depth keeps each unit's draw
 
 
 @pytest.mark.parametrize("n, off", [(18, 0.001), (22, 0.05)])
@@ -77,7 +77,7 @@ def test_half_is_kept_where_bn_and_relu_are_made_again():
 
     plain, again = kept(kernels="eager"), kept(kernels="eager", recompute_bn=True)
     assert 0.45 < again / plain < 0.55
-    if native.multiplies():  # one operation with the convolution behind them never keeps it
+    if native.multiplies():  # as one operation with the next convolution, they are never kept
         assert kept() < 1.06 * again
 
 
@@ -115,8 +115,8 @@ def test_a_step_takes_what_was_foretold(again):
     def taken() -> int:
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    # Convolutions have buffers of their own, which weigh more where little else is kept; and how
-    # the C library cuts its heap differs from try to try, by a quarter.
+    # Convolutions have buffers of their own, which matter more where little else is kept; and the C
+    # library's heap layout makes tries differ by a quarter.
     assert any(0.7 * foretold < taken() < 1.6 * foretold + 64e6 for _ in range(3))
 
 
@@ -125,7 +125,7 @@ def test_a_step_takes_what_was_foretold(again):
     [
         ({"depth": 20}, 16 * 32**2),
         ({"depth": 164}, 64 * 32**2),
-        ({"depth": 50, "dataset": "imagenet"}, 64 * 112**2),  # before it is pooled
+        ({"depth": 50, "dataset": "imagenet"}, 64 * 112**2),  # before pooling
         ({"depth": 50, "stem": "imagenet"}, 64 * 16**2),  # CIFAR's images stay 32x32
     ],
 )
@@ -193,7 +193,7 @@ STAT = "anon 400\n{0}inactive_file 300000\n{0}active_file 200000\nslab_reclaimab
 def test_files_that_a_container_has_read_take_none_of_its_memory(
     tmp_path, monkeypatch, limit, used, stat, prefix
 ):
-    """Of cgroup v2 and v1; after a dataset was read its pages are nearly all that is in use."""
+    """In cgroup v2 and v1. After a dataset is read, its pages are nearly all the memory in use."""
     for place in ("PROC", "GROUP"):
         monkeypatch.setattr(memory, place, tmp_path)
     (tmp_path / "meminfo").write_text("MemAvailable:   8000 kB\n")
@@ -220,7 +220,7 @@ def test_a_number_is_the_most_images_at_a_time(asked, parts):
      ("auto", 4, 6), ("-1", 4, 6), ("1,9", 1, 9), ("9,", 1, 6), ("many", 1, 6)],
 )  # fmt: skip
 def test_each_gpu_has_its_part_and_its_own_memory(devices, number, least, monkeypatch):
-    """By its first: a look takes memory. What is not there the Trainer refuses later."""
+    """Only the first is asked: that takes memory on it. The Trainer refuses missing ones later."""
     free = [6, 9, 8, 7]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -256,7 +256,7 @@ def test_processes_on_one_cpu_share_its_memory(monkeypatch):
 def test_what_the_disk_takes_is_shared_too_and_is_no_memory_of_a_gpu(
     monkeypatch, accelerator, devices, ends
 ):
-    """Half of what a step needs is free for each, and all of them have 0.3 of it on the disk."""
+    """Each process has half of what a step needs free; all share swap space for 0.3 of it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     on = {"accelerator": accelerator, "devices": str(devices), "precision": "32-true"}
@@ -304,13 +304,14 @@ def test_train_says_what_it_needs_and_splits(tmp_path, here):
     )
     assert "64 images an iteration: 32, 2 times" in told
     [last] = re.findall(r"step 2/2 .*? lr", told)
-    assert "loss" in last and "test" not in last  # that error is of iteration 1
+    assert "loss" in last and "test" not in last  # the test error is of iteration 1
     assert "accumulate: 2" in (tmp_path / "run/config.yaml").read_text()
     assert run.FOLDER not in os.environ
 
 
 def test_who_is_launched_splits_the_batch_as_the_first_did(whole, here, monkeypatch):
-    """What is free by then is less: each would take other images."""
+    """Less memory is free by then: each process would split the batch otherwise, and take other
+    images."""
     given = {}
     monkeypatch.setenv(run.FOLDER, str(whole.path))
     monkeypatch.setenv(LAUNCHED, "1")

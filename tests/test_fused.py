@@ -1,4 +1,4 @@
-"""BN and ReLU as one compiled operation match the plain ones, or the reason is given."""
+"""BN and ReLU as one compiled operation match PyTorch's, or the reason is given."""
 
 import copy
 import ctypes
@@ -35,7 +35,7 @@ def pass_of(act, x, gradient, mode):
 )
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
 def test_an_activation_is_float64s(dtype, bound, shape, order, threads):
-    """Bounds: the largest deviation, over the largest number; half a unit in bf16's last place."""
+    """Bounds: deviation relative to the largest value; for bf16 half a unit in the last place."""
     act = activation(order, shape[1])
     nn.init.normal_(act.bn.weight, 1, 0.3)
     nn.init.normal_(act.bn.bias)
@@ -60,8 +60,8 @@ def test_an_activation_is_float64s(dtype, bound, shape, order, threads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("without, lanes, ulp", [("-mno-avx512f", 8, 0), ("-mno-avx", 4, 2**-7)])
 def test_narrow_vectors_round_as_wide_ones_do(without, lanes, ulp, dtype, compiled_from):
-    """What is compiled for processors without AVX512, and without AVX, where no multiplication and
-    addition are one, gives the same numbers of bf16, or their neighbours."""
+    """Code compiled without AVX512 gives the same bf16 values; without AVX, and so without fused
+    multiply-add, the same or neighboring ones."""
     torch.set_num_threads(3)
     act = activation("bn relu", 48)
     x, gradient = (torch.randn(3, 48, 5, 7).to(dtype).to(memory_format=LAST) for _ in range(2))
@@ -69,15 +69,15 @@ def test_narrow_vectors_round_as_wide_ones_do(without, lanes, ulp, dtype, compil
     compiled_from([], [without])
     assert native.lanes() == lanes, native.why_not()
     y, dx, *rest = pass_of(act, x, gradient, "compiled")
-    sums = {"rtol": 1e-5, "atol": 1e-5}  # in other orders
+    sums = {"rtol": 1e-5, "atol": 1e-5}  # in another order
     rounded = {"rtol": ulp, "atol": 0} if dtype == torch.bfloat16 else sums
     torch.testing.assert_close([y, dx], here[:2], **rounded)
     torch.testing.assert_close(rest, here[2:], **sums)
 
 
 def sum_of(x, plus, norm, relu, dy):
-    """y, the gradients of x, plus, scale and shift, and the running statistics, in float64: by
-    PyTorch where x is float64."""
+    """y, the gradients of x, plus, scale and shift, and the running statistics, in float64;
+    computed by PyTorch if x is float64."""
     norm, (x, plus) = copy.deepcopy(norm), (t.clone().requires_grad_() for t in (x, plus))
     if x.dtype == torch.float64:
         y = norm(x)
@@ -117,8 +117,8 @@ def test_a_sum_is_float64s(dtype, bound, shape, relu, threads):
 @pytest.mark.parametrize("unit", UNITS)
 def test_every_unit_and_shortcut_against_float64(unit, shortcut):
     """float32: logits and gradients within 1e-4 and 1e-3. bf16: no farther from float64 than eager
-    bf16 is, with room for the chance in it."""
-    settings = {"dropout_ratio": 0.0} if shortcut == "dropout" else {}  # it draws by the type
+    bf16 is, with a margin for chance."""
+    settings = {"dropout_ratio": 0.0} if shortcut == "dropout" else {}  # its draws vary by dtype
     block = "bottleneck" if shortcut == "conv1x1" else "basic"
     depth = 11 if block == "bottleneck" else 8
     net = ResNet(depth, block, unit, shortcut, settings=settings)
@@ -169,7 +169,7 @@ def test_without_a_home_there_is_no_library(homeless):
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """What is compiled is small; where it is kept, which is the test's own."""
+    """A small source to compile, and a cache of the test's own; returns the cache's folder."""
     (tmp_path / "tiny.c").write_text("int tiny;")
     monkeypatch.setattr(native, "SOURCES", [tmp_path / "tiny.c"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -190,7 +190,7 @@ def test_it_is_compiled_once_and_kept(compiler, tiny, monkeypatch):
 @needs_gcc
 @pytest.mark.parametrize("word", ["flags", "Features"])
 def test_each_kind_of_processor_has_its_own(word, tiny, monkeypatch, tmp_path):
-    """x86 and ARM, as Linux tells them."""
+    """Linux lists the features of x86 under ``flags``, and those of ARM under ``Features``."""
     monkeypatch.setattr(native, "CPUS", tmp_path / "cpuinfo")
     for knows in ("fp", "fp sve"):
         native.CPUS.write_text(f"processor\t: 0\nBogoMIPS\t: 50.00\n{word}\t\t: {knows}\n")
@@ -202,7 +202,7 @@ def test_each_kind_of_processor_has_its_own(word, tiny, monkeypatch, tmp_path):
 def test_one_that_is_damaged_is_compiled_anew_once(tiny, monkeypatch):
     def damaged(_, file):
         file.parent.mkdir(exist_ok=True)
-        file.write_bytes(bytes(4096))  # as where the power went before it was on the disk
+        file.write_bytes(bytes(4096))  # as after a power failure before it was on the disk
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="invalid ELF header"):
         patch.setattr(native, "_build", damaged)
@@ -223,7 +223,7 @@ def test_one_that_would_load_though_it_is_damaged_is_compiled_anew(
     right, wrong = (n.to_bytes(4, "little") for n in (constant, 7))
     damaged = was.replace(right, wrong) if damage == "changed" else was[:-1]
     assert damaged != was
-    there = tmp_path / "copied" / "resnetv2" / kept.name  # another path, which is not loaded yet
+    there = tmp_path / "copied" / "resnetv2" / kept.name  # a path that is not loaded yet
     there.parent.mkdir(parents=True)
     there.write_bytes(damaged)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "copied"))
@@ -263,7 +263,7 @@ def test_a_source_that_does_not_compile_is_no_failure(monkeypatch, tmp_path):
 @needs_gcc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_a_number_stays_none(dtype):
-    """A run that diverges must show it."""
+    """NaN must come through, so that a run that diverges shows it."""
     act = activation("bn relu", 16)
     act.compiled = True
     x = torch.randn(2, 16, 4, 4).to(dtype).to(memory_format=LAST)
@@ -275,7 +275,7 @@ def test_what_is_not_a_number_stays_none(dtype):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_one_value_a_channel_is_refused_as_pytorch_does(mode):
-    """It has no variance, and what has none would stay in the running statistics."""
+    """The variance of one value is undefined, and would stay in the running statistics."""
     act, x = activation("bn relu", 16), torch.randn(1, 16, 1, 1).to(memory_format=LAST)
     act.compiled, act.forget = MODES[mode]
     with pytest.raises(ValueError, match=r"more than 1 value .*, got input size .*\[1, 16, 1, 1\]"):

@@ -1,6 +1,6 @@
-"""Random bytes and random words at every entry: success or one clear error, never a traceback.
+"""Random bytes and random words at every entry point: success or one clear error, no traceback.
 
-Thousands of cases here; ``RESNETV2_FUZZ=50 pytest tests/test_fuzz.py`` tries fifty times as many.
+Thousands of cases; ``RESNETV2_FUZZ=50 pytest tests/test_fuzz.py`` tries fifty times as many.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ SETTINGS = [f.name for f in fields(Experiment)]
 
 
 def one_line(error: UserError) -> None:
-    """What the command line would print: never empty, and short enough to be read."""
+    """Check the line that a command would print: never empty, and short enough to read."""
     assert 0 < len(str(error)) < 2000
 
 
@@ -81,7 +81,7 @@ LINE = st.lists(st.one_of(FLAGS, VALUE, st.tuples(FLAGS, VALUE).map("=".join)), 
 
 
 def left_with(words: list[str]) -> tuple[int, str]:
-    """The status that ``main`` leaves with, and what it said; whatever else it raises is a bug."""
+    """The exit status of ``main``, and its output; any other exception is a bug."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         try:
@@ -101,7 +101,7 @@ def test_command_lines(words):
 @cases(200)
 @given(words=LINE)
 def test_command_lines_that_would_train(used_folder, words):
-    """In a folder that is used already, so that even a line without mistakes is refused."""
+    """The output folder is in use already, so that even a line without mistakes is refused."""
     before = {p: p.read_bytes() for p in used_folder.iterdir()}
     line = [w for w in words if not w.startswith("--help")]
     status, said = left_with(["train", *line, f"--output={used_folder}"])
@@ -116,7 +116,7 @@ def used_folder(tmp_path_factory) -> Path:
     return folder
 
 
-# Checkpoints: bytes changed, which a checksum notices; and whole files with something else in them.
+# Checkpoints: with changed bytes, which a checksum catches; and intact files with other values.
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def checkpoint() -> dict:
 
 
 def opened(file: Path) -> None:
-    """Read, and its experiment made: what every command does first."""
+    """Read a checkpoint and build its experiment, as every command does first."""
     try:
         checkpoints.experiment_of(checkpoints.read(file))
     except UserError as error:
@@ -182,7 +182,7 @@ PICTURES = [
 
 @cases(1500)
 @given(content=st.one_of(mutated(PICTURES), st.binary(max_size=100)))
-@pytest.mark.filterwarnings("ignore")  # Pillow's, of images that it can still read
+@pytest.mark.filterwarnings("ignore")  # from Pillow, about images that it can still read
 def test_images(content):
     try:
         found = picture.rgb(content, "it")
@@ -221,7 +221,7 @@ def index(**changed) -> bytes:
 @cases(600)
 @given(content=mutated([shard()]))
 def test_shards_of_random_bytes(tmp_path_factory, content):
-    """All images are found, or it is refused."""
+    """All images are found, or the shard is refused."""
     file = tmp_path_factory.getbasetemp() / "fuzzed.tar"
     file.write_bytes(content)
     try:
@@ -241,7 +241,7 @@ def prepared(tmp_path_factory) -> Path:
 
 
 def indexed(file: Path) -> None:
-    """Whatever it names is there."""
+    """Read an index; every image that it names is there, or it is refused."""
     try:
         found = shards.read_index(file)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""CUDA graphs: used only where they agree with the network; left out where there are none."""
+"""CUDA graphs: used only if a replay agrees with the network; else training runs call by call."""
 
 import gc
 import weakref
@@ -31,7 +31,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_what_is_not_of_this_batch_is_far_from_the_network():
     torch.manual_seed(1)
     net, x = ResNet(8, shortcut="dropout").train(), torch.randn(16, 3, 32, 32)
-    assert graphs.distance(net, net, x, "32-true") == 0  # draws the same, too
+    assert graphs.distance(net, net, x, "32-true") == 0  # dropout draws the same, too
     assert graphs.distance(net, lambda _: net(x.flip(-1)), x, "32-true") > 4 * graphs.NEAR
     assert graphs.distance(net, net, x, "bf16-mixed") < graphs.NEAR
 
@@ -72,7 +72,7 @@ def test_where_replays_would_be_wrong_there_are_none(device, given, word):
 
 
 def test_by_itself_a_gpu_has_them_and_code_of_ones_own_does_not():
-    """What a shortcut of one's own does in Python a recording does once."""
+    """Decisions that the user's own shortcut makes in Python are made only once, at capture."""
     assert graphs.wanted(None, "cuda", 1, own=False)
     assert not graphs.wanted(None, "cpu", 1, own=False)
     for processes, own in ((1, True), (2, False)):
@@ -117,7 +117,7 @@ def test_a_gpus_kernels_are_tried_before_pytorchs(monkeypatch):
 
 
 def test_on_a_gpu_replays_alone_have_its_kernels(monkeypatch):
-    """What is called by itself, as an evaluation is, computes as where nothing was recorded."""
+    """Calls outside a replay, as in evaluation, compute as if nothing had been captured."""
     t, recorded_with = task(), []
     t.experiment = replace(t.experiment, graphs=True)
     monkeypatch.setattr(type(t), "device", torch.device("cuda"))
@@ -152,7 +152,7 @@ def test_nothing_is_said_of_them_where_nobody_asked(tmp_path):
 @pytest.mark.parametrize("shortcut", ["identity", "exclusive-gate", "dropout", "stochastic-depth"])
 @pytest.mark.parametrize("kernels, bound", [("eager", 1e-3), ("auto", 0.03)])
 def test_a_replayed_training_ends_where_another_does(kernels, bound, shortcut, tmp_path):
-    """By itself a replay has kernels that round otherwise: on a CPU by 1e-2 at most."""
+    """By default a replay uses kernels that round differently: on a CPU by 1e-2 at most."""
     told: list[str] = []
     e = Experiment(dataset="digits", depth=8, shortcut=shortcut, batch_size=64, steps=30)
     ends = {}
@@ -164,7 +164,7 @@ def test_a_replayed_training_ends_where_another_does(kernels, bound, shortcut, t
 
 
 def test_what_is_replayed_keeps_its_network_alive(monkeypatch):
-    """It moves averages, which would else be gone."""
+    """A replay updates BN's moving averages in the network's memory, which must not be freed."""
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", Tapes)
     net, x = ResNet(8).train(), torch.randn(4, 3, 32, 32)
     alive = weakref.ref(net)
@@ -175,7 +175,7 @@ def test_what_is_replayed_keeps_its_network_alive(monkeypatch):
 
 
 class Gpu:
-    """What a recording asks of PyTorch, and of an allocator that a recording has hold of."""
+    """Logs what a capture calls in PyTorch. ``ends_itself``: PyTorch ends a failed one itself."""
 
     def __init__(self, monkeypatch, ends_itself):
         self.asked, self.ends_itself = [], ends_itself
@@ -195,7 +195,7 @@ class Gpu:
 
 @pytest.mark.parametrize("ends_itself", [True, False])
 def test_a_recording_that_breaks_off_leaves_the_gpu_as_it_was(monkeypatch, ends_itself):
-    """Up to 2.12 PyTorch leaves its allocator in the recording, and all later calls fail."""
+    """Up to 2.12 PyTorch leaves its allocator in the capture, and all later calls fail."""
     gpu = Gpu(monkeypatch, ends_itself)
     with pytest.raises(ValueError), graphs.recording(torch.device("cuda", 0)) as pool:
         assert pool == "graph_pool_handle" and not gc.isenabled()

@@ -1,4 +1,4 @@
-"""Grids: what they vary wins, what makes it a different run, and where the paper has a number."""
+"""Grids: their values win; which settings make another run; where the paper has a number."""
 
 from dataclasses import asdict
 
@@ -52,7 +52,7 @@ def test_what_a_grid_varies_wins_over_the_budget(tmp_path, axis, expected):
 
 
 def test_epochs_of_a_grid_are_no_steps_of_the_budget(tmp_path):
-    """Else each would have the length of its epochs and a name with 400 iterations."""
+    """Otherwise each would train for its epochs under a name with 400 iterations."""
     default = Experiment().steps
     assert [e.steps for e in experiments(tmp_path, "epochs=1,2", scale="laptop")] == [default] * 2
 
@@ -93,7 +93,7 @@ def test_a_flag_does_not_change_what_rows_are_named_after(tmp_path, table, given
 
 
 def test_a_file_has_the_recipe_of_all_rows(tmp_path):
-    """What a row is named after is the row's, and flags win."""
+    """Except for the settings that a row is named after; flags win over the file."""
     file = tmp_path / "mine.yaml"
     file.write_text("depth: 8\nunit: full-preact\nlr: 0.02\nepochs: 3\nwarmup: 7\n")
     by_lr = runs(tmp_path, "lr=0.1,0.3", given={"steps": 9}, config=file)
@@ -129,7 +129,7 @@ def test_a_grid_has_one_length():
     ],
 )
 def test_two_rows_are_two_runs(tmp_path, axes, given, twins):
-    """Else one number would stand in both, with a difference of 0 between them."""
+    """Otherwise both would show the same number, with a difference of 0."""
     if twins:
         with pytest.raises(UserError, match=f"^{twins}.* are one and the same run"):
             planned(tmp_path, *axes, given=given)
@@ -138,7 +138,7 @@ def test_two_rows_are_two_runs(tmp_path, axes, given, twins):
 
 
 def test_other_images_are_another_run(tmp_path):
-    """Their folder is all that names them; those of a dataset may have moved."""
+    """Only their folder identifies them; the files of a known dataset may have moved."""
     for dataset, folders in [("folder", 2), ("cifar10", 1)]:
         given = {"dataset": dataset, "stem": "cifar", "depth": 8}
         made = [two_rows(tmp_path, 1, given | {"data_dir": d}) for d in ("cats", "dogs")]
@@ -168,11 +168,11 @@ def test_a_shortcut_whose_file_has_changed_is_another_run(tmp_path, monkeypatch)
         (("unit=original", "shortcut=identity,conv1x1"), {"lr": 0.05}, []),
         (("unit=original", "shortcut=identity"), {"workers": 1, "precision": "32-true"}, [6.61]),
         (("unit=original", "precision=32-true,bf16-mixed", "eval_every=2"), {}, [6.61, 6.61]),
-        (("unit=original", "shortcut=exclusive-gate"), {}, [8.70]),  # whose b_g is -6
+        (("unit=original", "shortcut=exclusive-gate"), {}, [8.70]),  # its default b_g is -6
         (("unit=original", "shortcut=exclusive-gate", "gate_bias=-7"), {}, [9.81]),
         (("unit=original", "shortcut=exclusive-gate"), {"gate_bias": -7.0}, [9.81]),
         (("unit=original", "shortcut=identity,dropout"), {"gate_bias": -7.0}, [6.61, "fail"]),
-        (("unit=original", "shortcut=constant-scale"), {}, ["fail"]),  # 0.5 and 1
+        (("unit=original", "shortcut=constant-scale"), {}, ["fail"]),  # scales of 0.5 and 1
         (("unit=original", "drops=0.5,0.75/0.5"), {}, [6.61, None]),
         (("unit=original", "weights=a.ckpt", "weights_sha256=" + 64 * "a"), {}, []),
     ],
@@ -192,12 +192,12 @@ def test_the_papers_error_stands_beside_its_own_settings_alone(tmp_path, axes, g
         (["depth=20", "dataset=cifar10,cifar100"], {}, ["fail: 45.00", "45.00"]),
         (["depth=20", "val=0,5000,10000"], {}, ["fail: 45.00", "fail: 45.00", "45.00"]),
         (["depth=20", "steps=63999,64000"], {}, ["45.00", "fail: 45.00"]),
-        (["depth=20", "epochs=163,164"], {}, ["45.00", "fail: 45.00"]),  # of 391 iterations
+        (["depth=20", "epochs=163,164"], {}, ["45.00", "fail: 45.00"]),  # epochs of 391 iterations
         (["depth=20"], {"epochs": 1.0}, ["45.00"]),
     ],
 )
 def test_a_row_that_trained_for_less_than_the_papers_does_not_fail(tmp_path, axes, given, said):
-    """Whatever else is another than in the paper."""
+    """Whatever else differs from the paper."""
     made = planned(tmp_path, *axes, given=given)
     ended(made, *[(45.0,)] * len(said))
     assert [tables.measured(line) for line in made.lines] == said
@@ -219,8 +219,8 @@ def test_what_is_not_the_papers_recipe_is_not_comparable(tmp_path, given, how):
     [
         ([], {"steps": 200}, [20]),
         ([], {"steps": 100, "warmup": 7}, [7]),
-        ([], {"epochs": 1.0}, [78]),  # 782 iterations of 64 images; 40 of 400
-        ([], {"epochs": 1.0, "val": 5000}, [70]),  # 704 iterations
+        ([], {"epochs": 1.0}, [78]),  # of 782 iterations of 64 images, as 40 of the budget's 400
+        ([], {"epochs": 1.0, "val": 5000}, [70]),  # of 704 iterations
         ([], {"lr": 0.1}, [40]),
         (["steps=100,800"], {}, [10, 80]),
         (["epochs=1", "warmup=0,5"], {}, [0, 5]),
@@ -240,8 +240,8 @@ def test_images_that_are_not_there_leave_the_warm_up_to_the_run(tmp_path):
 
 
 def test_a_forecast_counts_the_images_of_a_folder(tmp_path, monkeypatch):
-    """Of four images in batches of two a pass has two iterations; where none are there, nobody
-    knows."""
+    """Four images in batches of two make two iterations per epoch; without images the time is
+    unknown."""
     monkeypatch.setattr(probe, "step_seconds", lambda e: 0.5)
     for i in range(4):
         (tmp_path / "pets" / "train" / f"class {i % 2}").mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Untrusted files: at every entry, a file that would run code if it were trusted."""
+"""Untrusted files: at every entry point, one that would do harm if it were trusted."""
 
 import hashlib
 import io
@@ -29,7 +29,7 @@ from resnetv2_cli.shortcuts import shortcut_class
 
 
 class Canary:
-    """Unpickled by Python's own reader, it leaves a file."""
+    """An object that makes a folder when Python's own reader unpickles it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,7 +40,7 @@ class Canary:
 
 @pytest.fixture
 def canary(tmp_path):
-    """A place that nothing may appear in; that the trap works is tried on another."""
+    """A path that must never exist; that the trap works is first shown on another."""
     trap = Canary(tmp_path / "trap-works")
     pickle.loads(pickle.dumps(trap))
     assert trap.path.exists()
@@ -107,7 +107,7 @@ def test_a_checkpoint_that_would_unpack_to_any_size(tmp_path):
 
 @pytest.fixture
 def whole_network(tmp_path):
-    """A checkpoint of ResNet-8 on the digits, with other means and standard deviations."""
+    """Writes a checkpoint of ResNet-8 on the digits with the given mean and standard deviation."""
     net = ResNet(8).state_dict()
 
     def write(**normalize: torch.Tensor) -> Path:
@@ -128,7 +128,7 @@ ONE = torch.ones(1, 1, 1)
 
 
 def test_a_small_checkpoint_that_would_take_any_memory(whole_network):
-    """A single number, which says that it is an image of any size."""
+    """A single stored number, expanded to an image of any size."""
     large = torch.zeros(1).expand(3, 10**4, 10**4)
     with pytest.raises(UserError, match=r"its weight .normalize.mean. is no plain tensor"):
         network(whole_network(mean=large, std=ONE))
@@ -176,7 +176,7 @@ def test_a_config_that_would_grow_to_any_size(tmp_path):
 
 
 def test_code_that_only_a_file_asks_for(canary, tmp_path, monkeypatch):
-    """A module lies in the folder; a config or a checkpoint names it: it is not imported."""
+    """A module in the folder that only a config or a checkpoint names is not imported."""
     (tmp_path / "stranger.py").write_text(f"import os\nos.mkdir({str(canary)!r})\n")
     monkeypatch.chdir(tmp_path)
     trust.admit(["train", "--config", "stranger.yaml"])
@@ -266,7 +266,7 @@ def test_zip_archives_of_images(canary, tmp_path):
 
 
 def test_what_lies_in_the_cache(canary, tmp_path, monkeypatch):
-    """Somebody else's file in the cache is read anew from the originals, and runs nothing."""
+    """A stranger's file in the cache runs nothing: the originals are decoded again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = write_archive(tmp_path / "data", few(), monkeypatch)
     good = images.load("cifar10", root)

@@ -1,4 +1,4 @@
-"""Small images: read correctly from every layout, cached, and one clear error where damaged."""
+"""Small images: read correctly from every layout, and cached; one clear error for damaged ones."""
 
 import shutil
 
@@ -92,7 +92,7 @@ def test_every_layout_gives_the_same_arrays(small, tmp_path, monkeypatch):
 
 
 def test_of_the_archive_of_cifar100_the_fine_labels_are_read(tmp_path, monkeypatch):
-    """Beside them it has coarse ones, which would be classes too."""
+    """It also has coarse labels, which could be read as classes too."""
     small = few(CIFAR100)
     loose = images.load("cifar100", write_tree(tmp_path / "a", small))
     packed = write_archive(tmp_path / "b", small, monkeypatch, "cifar100")
@@ -118,11 +118,11 @@ def test_the_cache_serves_until_a_file_changes(small, tmp_path, monkeypatch):
     assert images.load("cifar10", root).digest != first.digest
     seen = images.load("cifar10", root).digest
     changed += 1
-    Image.fromarray(changed).save(root / "train" / "cat" / "9.png")  # in place
+    Image.fromarray(changed).save(root / "train" / "cat" / "9.png")  # overwritten in place
     assert images.load("cifar10", root).digest != seen
     for file in (tmp_path / "cache").rglob("*.npz"):
         file.write_bytes(file.read_bytes()[:5000])
-    assert images.load("cifar10", root).digest != first.digest  # a damaged cache is read anew
+    assert images.load("cifar10", root).digest != first.digest  # a damaged cache is rebuilt
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Networks of other code bases give the same logits here, or say why they cannot."""
+"""Networks of other code bases give the same logits here, or are refused with the reason."""
 
 import copy
 import json
@@ -79,7 +79,7 @@ def test_every_source_has_its_test():
 
 
 def test_the_normalization_of_a_source_is_its_own():
-    """Means and deviations of 0..1, which others have otherwise for the same images."""
+    """Means and standard deviations of 0..1; others use different ones for the same images."""
     numbers = {
         ("bearpaw", "cifar"): [0.4914, 0.4822, 0.4465, 0.2023, 0.1994, 0.2010],
         ("hysts", "cifar"): [0.4914, 0.4822, 0.4465, 0.2470, 0.2435, 0.2616],
@@ -101,7 +101,7 @@ def test_the_normalization_of_a_source_is_its_own():
     ],
 )
 def test_100_classes_are_normalized_as_cifar100_is(tmp_path, source, net, mean, std, pre):
-    """Where the code base has numbers of its own for it; PAPER 4.2's are of 0 to 255."""
+    """If the code base has its own numbers for it; those of fb are of 0 to 255 (PAPER 4.2)."""
     weights = net(pre).state_dict()
     wide = {
         k: v.repeat(10, *[1] * (v.dim() - 1)) for k, v in weights.items() if v.shape[:1] == (10,)
@@ -115,7 +115,7 @@ def test_100_classes_are_normalized_as_cifar100_is(tmp_path, source, net, mean, 
     torch.testing.assert_close(found["std"][0], torch.tensor(std))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Keras's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from Keras itself
 def test_keras(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "torch")
     pytest.importorskip("h5py")
@@ -325,7 +325,7 @@ def test_files_that_are_refused(tmp_path, capsys):
     torch.save({"fc.bias": torch.tensor([0.0, float("nan")])}, tmp_path / "nan.pth")
     torch.save({"bn1.running_var": torch.tensor([1.0, -1.0])}, tmp_path / "var.pth")
     whole = torch.eye(2)
-    with warnings.catch_warnings(action="ignore"):  # of what PyTorch will have no more
+    with warnings.catch_warnings(action="ignore"):  # about quantization, which PyTorch deprecates
         quantized = torch.quantize_per_tensor(whole, 0.1, 0, torch.qint8)
     strange = {
         "quantized": quantized,
@@ -338,7 +338,7 @@ def test_files_that_are_refused(tmp_path, capsys):
         torch.save({"bn1.running_var": tensor}, tmp_path / f"{kind}.pth")
     for name, message in [
         *((f"{kind}.pth", "bn1.running_var is no plain tensor") for kind in [*strange][:-1]),
-        ("float8.pth", "cannot read"),  # PyTorch compares none
+        ("float8.pth", "cannot read"),  # PyTorch cannot compare it
         ("nan.pth", "fc.bias has numbers that are not finite"),
         ("var.pth", "bn1.running_var has a variance below 0"),
         ("pickle.pth", "holds more than tensors"),
@@ -379,7 +379,7 @@ def test_mistakes_on_the_command_line(here, arguments, message, hint):
 
 def test_class_names(tmp_path):
     file = tmp_path / "names.txt"
-    file.write_text("cat\ndog\n\n", encoding="utf-8-sig")  # as some editors have it
+    file.write_text("cat\ndog\n\n", encoding="utf-8-sig")  # with a BOM, as some editors write it
     assert class_names(2, "imagenet", file) == ("folder", ("cat", "dog"))
     assert class_names(10, "cifar", None)[0] == "cifar10"
     with pytest.raises(UserError, match="names 2 classes, and the network has 3"):
@@ -397,7 +397,7 @@ def test_class_names(tmp_path):
 def test_patterns_of_names():
     assert filled("layer{s}.{u-1}.{3k-5}", {"s": 2, "u": 1, "k": 3}) == "layer2.0.4"
     assert numbers("layer{s}.{u-1}.{3k-5}", "layer2.0.4") == {"s": 2, "u": 1, "k": 3}
-    assert numbers("layer{s}.{3k-5}", "layer2.5") is None  # no whole k
+    assert numbers("layer{s}.{3k-5}", "layer2.5") is None  # k would not be an integer
     assert numbers("{s}.{s}", "1.2") is None
     assert numbers("a.{u-1}", "a.x") is None
 

@@ -1,4 +1,4 @@
-"""A whole iteration as one graph: bit for bit what its calls compute, or not used at all."""
+"""A whole iteration as one CUDA graph: bit for bit as call by call, or not used at all."""
 
 import os
 import signal
@@ -68,7 +68,7 @@ def test_frozen_parts_stay_as_they_came(recorder, tmp_path):
 
 
 def stale(step):
-    """Of the batch that it was recorded with."""
+    """A replay that computes on the batch it was captured with."""
     step()
     with Tape() as tape:
         step()
@@ -107,7 +107,7 @@ def test_why_not_the_whole_iteration_is_said(monkeypatch, recorder, tmp_path, fa
 
 @pytest.mark.skipif(native.library() is None, reason=f"no kernels: {native.why_not()}")
 def test_kernels_that_cannot_be_replayed_leave_pytorchs_to_be(recorder, tmp_path):
-    """The tape does not see what C does: a replay of it learns something else."""
+    """The tape does not see what the C kernels do, so its replay computes another update."""
     told: list[str] = []
     small = SMALL | {"kernels": "auto"}
     ours = trained_as(tmp_path / "replayed", told.append, **small, graphs=True)
@@ -116,7 +116,7 @@ def test_kernels_that_cannot_be_replayed_leave_pytorchs_to_be(recorder, tmp_path
 
 
 def test_what_is_compared_is_the_gradient_whatever_the_momentum():
-    """That of a run that continues is many gradients; a wrong one would be lost in it."""
+    """A continued run's momentum sums many gradients; a wrong one would be lost in it."""
     t = task().train()
     iteration = Iteration(t, sgd(t.net, t.experiment), batch())
     prepare(iteration.optimizer)
