@@ -41,7 +41,7 @@ def test_ten_crops_of_an_image_take_the_room_of_ten_images():
 
 @pytest.mark.parametrize("size", [(500, 375), (256, 400)])
 def test_the_places_of_ten_crops(size):
-    """Of the image whose shorter side is 256: four corners and the middle."""
+    """Four corners and the middle of the image resized to a shorter side of 256."""
     found = folder.boxes(*size, PROTOCOLS["ten-crop"].view(224))
     scale = 256 / min(size)
     width, height = (side * scale for side in size)
@@ -55,8 +55,8 @@ def test_the_places_of_ten_crops(size):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_test_view_is_resize_and_crop(tree, protocol):
-    """As torchvision's, up to the half pixels that both round: a mean of less than 8 grey levels,
-    where another place, 8 pixels away, has more."""
+    """The same as torchvision's up to the rounding of half pixels: the mean difference is below 8
+    gray levels, and less than half of that to the crop shifted by 8 pixels."""
     split = folder.scan(tree, "test")
     view = PROTOCOLS[protocol].view(224)
     found, _ = folder.FolderImages(split, 224, "scale", 0, view)[0, -1]
@@ -64,7 +64,7 @@ def test_a_test_view_is_resize_and_crop(tree, protocol):
         small = resize(image.convert("RGB"), view.shorter, InterpolationMode.BICUBIC)
     cut = ten_crop if view.ten else lambda *args: [center_crop(*args)]
     expected = torch.stack([pil_to_tensor(c) for c in cut(small, view.side)]).permute(0, 2, 3, 1)
-    if view.ten:  # theirs are the five of the mirrored image: left and right change places
+    if view.ten:  # theirs are five crops of the mirrored image: left and right are swapped
         expected = expected[[0, 1, 2, 3, 4, 6, 5, 8, 7, 9]]
     found = found if view.ten else found[None]
     assert found.shape == expected.shape == (10 if view.ten else 1, view.side, view.side, 3)
@@ -79,7 +79,7 @@ def test_ten_crops_are_the_mean_of_softmax():
         Experiment(depth=8, dataset="digits"), ("a", "b", "c"),
         Normalize(torch.zeros(3, 1, 1), torch.ones(3, 1, 1)),
     ).eval()  # fmt: skip
-    colors = torch.randint(256, (4, 10, 1, 1, 3), dtype=torch.uint8)  # crops that differ by much
+    colors = torch.randint(256, (4, 10, 1, 1, 3), dtype=torch.uint8)  # crops that differ a lot
     images = colors.expand(4, 10, 32, 32, 3).contiguous()
     with torch.no_grad():
         task.net.head.fc.weight *= 30
@@ -88,7 +88,7 @@ def test_ten_crops_are_the_mean_of_softmax():
         torch.testing.assert_close(found, each.mean(0))
         assert (
             each.log().mean(0).softmax(1) - found
-        ).abs().max() > 0.01  # as fb.resnet.torch has it
+        ).abs().max() > 0.01  # unlike the mean of logits, as in fb.resnet.torch
         torch.testing.assert_close(task.look(images[:, 0]), task(images[:, 0]))
 
 
@@ -130,7 +130,8 @@ def test_files_of_older_versions_say_test_size(tmp_path):
 
 
 def test_the_scale_of_training_crops_goes_with_the_network(tree):
-    """For inputs of 32 the shorter side is drawn from 256..480 times 32/224: the same share."""
+    """For 32x32 inputs the shorter side is drawn from 256..480 times 32/224: a crop covers the same
+    share of the image."""
     draws = [0.0] * folder.DRAWS
     left, _, right, _ = folder.random_box(400, 300, "scale", draws)
     assert right - left == pytest.approx(300 * 224 / 256)

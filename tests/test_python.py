@@ -1,4 +1,4 @@
-"""docs/python.md: its scripts run as they are written, each alone."""
+"""docs/python.md: its scripts run as written, each on its own."""
 
 import contextlib
 import io

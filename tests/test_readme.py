@@ -1,4 +1,4 @@
-"""The README says what the tool does: every name, every published number, every command."""
+"""The README agrees with the tool: every name, every published number, every command."""
 
 import re
 import shlex

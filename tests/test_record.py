@@ -1,4 +1,4 @@
-"""The record that an ablation leaves for reports: no other overwrites it, and it is continued."""
+"""An ablation's record for reports: no other ablation overwrites it; the same one continues it."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_no_ablation_takes_the_record_of_another(tmp_path, one, other):
 
 @pytest.mark.parametrize("number", [1, 4], ids=["fails", "spreads"])
 def test_a_table_is_read_as_it_was_written(tmp_path, number):
-    """With what the paper says of its rows, and with seeds that do not begin at 0."""
+    """Including the paper's numbers for its rows, and seeds that do not start at 0."""
     [study] = studies.studies(tables=[number])
     made = planning.plan(study, 2, {"seed": 3}, tmp_path)
     record.write(made)
@@ -64,7 +64,7 @@ def test_fewer_seeds_leave_those_that_have_begun_in_the_record(tmp_path):
 
 
 def test_a_record_of_an_earlier_version_goes_on(tmp_path):
-    """Whose names had no digest."""
+    """Whose file name had no digest."""
     made = two_rows(tmp_path)
     record.write(made)
     before = made.file.rename(tmp_path / "ablation-shortcut-conv1x1.json")

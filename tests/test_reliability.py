@@ -1,5 +1,5 @@
-"""Nothing lost, nothing different: damaged checkpoints, full disks, and bits. Trainings run
-in this process; test_run.py kills them."""
+"""Nothing lost, nothing different: damaged checkpoints, full disks, equal bits. The trainings here
+run in this process; those in test_run.py are killed."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ def damage(good: bytes, n: int) -> bytes:
 
 
 def test_every_damage_is_known_before_a_checkpoint_is_used(whole, tmp_path):
-    """Cut anywhere; one bit flipped in the seal; one bit flipped anywhere, in padding too."""
+    """Cut off anywhere; one bit flipped in the seal; one bit flipped anywhere, even in padding."""
     file, good = tmp_path / "bad.ckpt", whole.last.read_bytes()
     for n in range(60):
         file.write_bytes(damage(good, n))
@@ -100,7 +100,7 @@ def test_where_none_is_whole_it_does_not_begin_again(whole, tmp_path):
 
 def test_on_a_full_disk_it_trains_on_and_loses_nothing(whole, tmp_path, full):
     said = []
-    events = [At(2, lambda: full(100)), At(9, full)]  # no line of metrics, no checkpoint
+    events = [At(2, lambda: full(100)), At(9, full)]  # room for neither metrics nor checkpoint
     folder = trained_as(tmp_path / "run", said.append, events)
     assert "File too large" in said[2] and "training goes on" in said[2]
     assert same(folder, whole)
@@ -116,7 +116,7 @@ def test_on_a_full_disk_it_stops_if_it_is_asked_to(whole, tmp_path, full):
 
 
 class Slow(Callback):
-    """Has each iteration take 40 seconds by a clock of its own."""
+    """Makes each iteration take 40 seconds on a fake clock."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -136,7 +136,7 @@ def test_it_saves_every_ten_minutes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(callbacks.Keeper, "save", noted)
     trained_as(tmp_path / "run", display=[slow], steps=41, save_every=0, eval_every=1)
-    assert saved == [20, 40, 41]  # asked every ten iterations: after 800 s, and 800 s later
+    assert saved == [20, 40, 41]  # checked every ten iterations: after 800 s, and 800 s later
 
 
 def test_a_best_that_cannot_be_written_is_none(tmp_path, monkeypatch):
@@ -176,7 +176,7 @@ def test_a_copy_that_the_disk_is_too_full_for_is_named_and_leaves_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-@pytest.mark.parametrize("size", [100, 9000])  # no line of metrics; no checkpoint
+@pytest.mark.parametrize("size", [100, 9000])  # too small for a line of metrics; for a checkpoint
 def test_where_no_checkpoint_could_be_saved_none_is_said_to_be_kept(tmp_path, full, size):
     said = []
     with pytest.raises(NotSaved) as caught:
@@ -195,7 +195,7 @@ def test_what_cannot_be_saved_at_the_end_is_an_error(tmp_path, full):
 
 
 def test_on_a_full_disk_a_new_run_names_its_place_and_leaves_nothing(tmp_path, full):
-    """Not even who holds the folder fits."""
+    """Not even the lock file fits, which says who holds the folder."""
     full(0)
     with pytest.raises(UserError, match=f"cannot write {tmp_path}/run: File too large"):
         trained_as(tmp_path / "run")
@@ -217,7 +217,7 @@ def test_the_last_checkpoint_is_hardly_older_than_it_may_be(tmp_path, monkeypatc
     assert found == [10]
 
 
-# A run that goes on in its folder.
+# Continuing a run in its folder.
 
 
 def test_a_signal_is_heard_where_each_iteration_is_evaluated(tmp_path):
@@ -232,7 +232,7 @@ def test_a_line_cut_by_a_power_failure_is_written_again(whole, tmp_path):
     with pytest.raises(Stopped):
         trained_as(folder.path, display=[At(7, lambda: os.kill(os.getpid(), signal.SIGTERM))])
     with folder.metrics.open("a") as file:
-        file.write("1")  # of 12,...
+        file.write("1")  # the start of 12,...
     assert same(trained_as(folder.path, resume={}), whole)
 
 
@@ -278,7 +278,7 @@ def test_the_part_that_differs_is_named(whole, tmp_path):
     other = RunFolder(shutil.copytree(whole.path, tmp_path / "run"))
     held = checkpoints.read(other.last)
     held["optimizer_states"][0]["state"][0]["momentum_buffer"] += 1
-    other.last.unlink()  # it has a second name
+    other.last.unlink()  # in a run it may have a second name, as a hard link
     checkpoints.write(held, other.last)
     assert [part for part, said in differences(whole, other).items() if said] == ["optimizer"]
 
@@ -293,7 +293,7 @@ def test_what_differs_is_the_exit_status_of_verify_resume(here, monkeypatch):
 
 
 def test_verify_resume_shows_it_to_a_user(resnetv2, tmp_path):
-    """Of a config too whose warm-up is longer than the few iterations that are tried."""
+    """Even with a config whose warm-up is longer than the few iterations of the trial."""
     config = tmp_path / "mine.yaml"
     config.write_text("epochs: 27\nwarmup: 1500\nschedule: one-cycle\n")
     flags = [*SMALL, "--steps", 6, "--kills", 1, "--json", "--precision", "32-true"]
@@ -305,7 +305,7 @@ def test_verify_resume_shows_it_to_a_user(resnetv2, tmp_path):
 
 
 def test_a_run_trains_until_it_has_its_result(tmp_path):
-    """What it draws after that is no time to stop it in."""
+    """After that it only draws: signals must not be timed to arrive then."""
     child = verify.Child([], RunFolder(tmp_path))
     child.since = 100.0
     child.folder.result.write_text("{}")

@@ -79,7 +79,7 @@ def test_plot_draws_every_figure_in_every_format(here, lab, tmp_path):
 
 @pytest.fixture
 def namesakes(lab, tmp_path):
-    """Runs and analyses that are called the same in their folders, one of them deeper: m1/runs/x,
+    """Runs and analyses with the same name in different folders, one of them deeper: m1/runs/x,
     m2/runs/x, m2/old/runs/x."""
     measured = {"a": {"factor": [1.0, 0.1], "change": [[0.2], [0.02]]}}
     analysis = {"networks": [{"label": "a"}], "topics": {"shrink": measured}}
@@ -103,7 +103,7 @@ def test_runs_and_analyses_of_one_name_are_told_apart(namesakes):
 
 
 def test_a_name_with_folders_before_it_is_not_anothers(namesakes, tmp_path):
-    """``x`` of runs is ``runs/x`` where there are two; which another is called already."""
+    """Two runs called ``x`` become ``runs/x``, which is already the name of a third."""
     found = inventory.look([namesakes[0], namesakes[1], tmp_path / "m2" / "old"])
     assert [run.name for run in found.runs] == ["m1/runs/x", "m2/runs/x", "old/runs/x"]
 
@@ -136,7 +136,7 @@ def test_runs_of_two_ablations_are_told_apart(lab, tmp_path):
 
 def test_each_run_and_analysis_of_one_name_is_drawn(namesakes, tmp_path):
     found, to = inventory.look(namesakes), tmp_path / "figures"
-    with plt.rc_context({"svg.fonttype": "none"}):  # words as words
+    with plt.rc_context({"svg.fonttype": "none"}):  # text stays text
         files = list(figures.every(found, to, "svg", "paper"))
     assert len(set(files)) == 4 == len(list(to.iterdir()))
     text = (to / "runs.svg").read_text()
@@ -189,7 +189,7 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         self.inside = ""
         if tag == "table":
-            self.rows.append([])  # what follows stands in none
+            self.rows.append([])  # what follows is in no table
 
     def handle_data(self, text):
         if self.inside == "data":
@@ -274,7 +274,7 @@ def test_what_a_run_needs_is_not_written_over(here, trained, tmp_path, command, 
 
 
 def test_watching_ends_with_the_last_open_run(here, lab, tmp_path, monkeypatch):
-    """The page asks to be read again while runs are open, and no longer when none is."""
+    """The page reloads itself while runs are open, and stops when none is."""
     root = shutil.copytree(lab, tmp_path / "runs")
     os.utime(root / "alone" / "metrics.csv")
     to, seen = tmp_path / "r.html", []
@@ -293,7 +293,7 @@ def test_watching_ends_with_the_last_open_run(here, lab, tmp_path, monkeypatch):
 
 
 def test_a_page_is_of_one_look_at_its_runs(lab, tmp_path, monkeypatch):
-    """A run that ends while it is written is running all over it, so that another is to come."""
+    """A run that ends while a page is written is running everywhere on it; another page follows."""
     root, to = tmp_path / "runs", tmp_path / "r.html"
     shutil.copytree(lab / "alone", root / "alone")
     (root / "alone" / "failed.json").unlink()
@@ -320,7 +320,8 @@ def test_watching_begins_where_nothing_is_yet(here, lab, tmp_path, monkeypatch):
 
 
 def test_watching_ends_where_an_ablation_was_stopped_long_ago(here, lab, tmp_path, monkeypatch):
-    """Though rows wait. While an ablation has one of them, in a queue say, more is to come."""
+    """Even though rows are waiting. While an ablation reserves one of them, in a queue say, more is
+    to come."""
     root, to = shutil.copytree(lab, tmp_path / "runs"), tmp_path / "r.html"
     for file in root.rglob("*"):
         os.utime(file, (0, 0))

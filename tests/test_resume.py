@@ -34,7 +34,7 @@ def test_a_changed_flag_is_announced_with_its_effect_or_refused(whole):
 
 
 def test_the_length_that_a_run_was_begun_with_is_not_that_it_was_extended_to(whole, tmp_path):
-    """As a queue types the line again that began it."""
+    """As when a queue repeats the command that began the run."""
     folder = RunFolder(shutil.copytree(whole.path, tmp_path / "run"))
     longer, changes = continued(folder, {"steps": 23})
     folder.go_on(longer, 12, {c.name: c.after for c in changes}, {})
@@ -43,7 +43,7 @@ def test_the_length_that_a_run_was_begun_with_is_not_that_it_was_extended_to(who
 
 
 def test_a_file_with_every_setting_begins_and_continues(whole):
-    """What it leaves to the run is no other setting."""
+    """A value that the file leaves open is not a change."""
     experiment, changes = continued(whole, asdict(Experiment(**TINY)))
     assert experiment == whole.experiment() and not changes
 
@@ -68,7 +68,7 @@ def test_a_config_edited_by_hand_is_noticed(whole, tmp_path, name, before, now):
 
 
 def test_longer_training_is_one_run_where_the_rates_were_the_same(tmp_path):
-    """With no drop and no warm-up yet, it ends as if it had been planned so, and says so."""
+    """With no drop or warm-up so far, it ends as if planned for that long, and says so."""
     flat = {"drops": "1,1", "warmup": 0}
     longer = trained_as(tmp_path / "long", **flat, steps=20)
     short, said = trained_as(tmp_path / "run", **flat), []
@@ -93,7 +93,7 @@ def test_longer_training_with_other_rates_so_far_says_so(tmp_path):
 
 
 class Scored(Callback):
-    """Has evaluations find these errors, by their iteration."""
+    """Replaces the errors that evaluations find, by iteration."""
 
     def __init__(self, errors) -> None:
         self.errors = errors
@@ -103,7 +103,7 @@ class Scored(Callback):
 
 
 def test_longer_training_keeps_what_was_chosen_after_the_last_iteration(tmp_path):
-    """Also where it finds the same error once more."""
+    """Even if a later evaluation finds the same error."""
     scored = Scored({5: 80.0, 10: 70.0, 12: 60.0, 14: 60.0})
     folder = trained_as(tmp_path / "run", display=[scored], val=100, eval_every=0.06)
     assert checkpoints.read(folder.best)["global_step"] == 12
@@ -113,7 +113,7 @@ def test_longer_training_keeps_what_was_chosen_after_the_last_iteration(tmp_path
 
 
 class Killed(Exception):
-    """As SIGKILL: nothing is saved."""
+    """Like SIGKILL: nothing is saved."""
 
 
 def test_longer_training_that_was_killed_before_its_first_checkpoint_goes_on(tmp_path):
@@ -129,7 +129,7 @@ def test_longer_training_that_was_killed_before_its_first_checkpoint_goes_on(tmp
 
 
 def test_what_longer_training_makes_of_a_long_run_is_said_at_once():
-    """It took 36 s, of which every past iteration had its part."""
+    """It once took 36 s, growing with every past iteration."""
     said, e = [], Experiment()
     began = time.process_time()
     made = extend(e, replace(e, steps=66_000), e.steps, [], said.append)
@@ -154,7 +154,7 @@ def test_the_speed_after_a_resume_is_of_the_time_since_then(tmp_path):
         trained_as(tmp_path / "run", display=[leave])
     began = time.perf_counter()
     folder = trained_as(tmp_path / "run", resume={})
-    least = 2 * TINY["batch_size"] / (time.perf_counter() - began)  # 8 and 9 took less than that
+    least = 2 * TINY["batch_size"] / (time.perf_counter() - began)  # iterations 8 and 9 took less
     speeds = dict(read_metrics(folder.speed)["images_per_second"])
     assert list(speeds) == [3, 6, 9, 12] and speeds[9] > least
 
@@ -174,7 +174,7 @@ def test_a_run_is_continued_with_the_images_it_learned_from(whole):
 
 
 def test_epochs_are_counted_as_so_many_processes_share_them(tmp_path):
-    """Of the digits one image is left beside 4 batches: two processes put it to the fourth."""
+    """The digits fill 4 batches and leave one image, which two processes add to the fourth."""
     few = {"dataset": "digits", "depth": 8, "batch_size": 359, "accelerator": "cpu"}
     task, data = run.build(Experiment(**few, devices="2", epochs=2))
     assert task.experiment.steps == 8 and data.facts["steps_per_epoch"] == 4

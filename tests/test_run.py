@@ -1,4 +1,4 @@
-"""Runs through the console script: their folder, their end, and that nothing is lost."""
+"""Runs of the console script: their folder, how they end, and that nothing is lost."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_the_metrics_file(trained):
     assert tested == [23, 46, 69, 92]
     logged = [int(r["step"]) for r in rows if r["train_loss"]]
     assert logged == [*range(5, 92, 5), 92]
-    wrong = 320 * float(rows[0]["train_error"]) / 100  # of 5 iterations
+    wrong = 320 * float(rows[0]["train_error"]) / 100  # in 5 iterations
     assert wrong == pytest.approx(round(wrong), abs=1e-3) and 100 < wrong <= 320
     result = json.loads((trained / "result.json").read_text())
     for name in ("train_loss", "train_error", "test_error"):
@@ -87,7 +87,8 @@ def never_stopped(resnetv2, tmp_path_factory):
 
 
 def stopped_by(number: int, folder, at: int, flags=FLAGS) -> int:
-    """Start the same run, send the signal once its metrics reach iteration ``at``; the status."""
+    """Start the same run, and send it the signal once its metrics reach iteration ``at``; return
+    its exit status."""
     command = [SCRIPT, "train", *SMALL, *flags, "--log-every", 7, "--output", folder]
     process = subprocess.Popen(
         list(map(str, command)), env={**os.environ, **THREADS}, stderr=subprocess.PIPE
@@ -121,7 +122,7 @@ def test_a_stopped_run_continues_as_if_it_had_not(
     before = last(folder)["global_step"]
     assert 0 < before < STEPS and not (folder / "result.json").exists()
     if number == signal.SIGTERM:
-        assert before % 23 != 0  # within an epoch
+        assert before % 23 != 0  # in the middle of an epoch
     resnetv2("train", "--resume", folder)
     same_state(last(folder), last(never_stopped))
     assert metrics(folder) == metrics(never_stopped)
@@ -177,7 +178,7 @@ def test_one_command_begins_continues_and_finds_nothing_left_to_do(tmp_path, her
     assert "nothing is left to do" in done.stderr
     assert metrics(folder) == before
 
-    # Who says now what was not said then is told, or refused, as with --resume.
+    # A setting that was not given then is reported as a change, or refused, as with --resume.
     done = here(*again, folder, "--workers", 1)
     assert "--workers: 2 -> 1" in done.stderr
     (tmp_path / "other.yaml").write_text("lr: 0.2")
@@ -194,7 +195,7 @@ def test_an_empty_budget_of_time_is_none_that_was_forgotten(here, command):
 
 @pytest.mark.parametrize("kernels", ["auto", "eager"])
 def test_one_image_of_which_bn_has_one_value_is_refused(here, tmp_path, kernels):
-    """Behind the stem of ImageNet 32x32 pixels become one; behind CIFAR's they are 8x8."""
+    """With the ImageNet stem, 32x32 pixels end as one; with CIFAR's, as 8x8."""
     flags = ["--dataset", "digits", "--batch-size", 2, "--accumulate", 2, "--kernels", kernels]
     imagenet = ["--stem", "imagenet", "--depth", 18, "--output", tmp_path / "run"]
     done = here("train", *flags, *imagenet, status=2)
@@ -205,7 +206,7 @@ def test_one_image_of_which_bn_has_one_value_is_refused(here, tmp_path, kernels)
 
 
 def test_a_training_reads_its_images_once(monkeypatch, tmp_path):
-    """The framework asks for them too, of every process, before each training and evaluation."""
+    """Lightning asks every process for them again, before each training and evaluation."""
     read, load = [], images.load
     monkeypatch.setattr(images, "load", lambda name, *rest: read.append(name) or load(name, *rest))
     e = Experiment(dataset="digits", depth=8, batch_size=64, steps=2, accelerator="cpu")
@@ -255,7 +256,7 @@ def test_a_validation_split_chooses_the_best(here, tmp_path):
 
 
 def test_a_checkpoint_is_never_replaced_by_one_that_is_not_finite(here, tmp_path):
-    """The evaluation at 23 would save it; the loss is only looked at every 1000 iterations."""
+    """The evaluation at iteration 23 would save it: the loss is checked only every 1000."""
     flags = ["--lr", 1e30, "--warmup", 0, "--precision", "32-true", "--steps", 40]
     folder = tmp_path / "run"
     here("train", *SMALL, *flags, "--log-every", 1000, "--output", folder, status=2)
@@ -305,7 +306,7 @@ def test_two_processes_leave_together_and_continue_as_if_they_had_not(resnetv2, 
 
 
 def test_two_processes_with_shared_bn_learn_what_one_learns(resnetv2, tmp_path):
-    """1 x 128 and 2 x 64 images, 50 iterations: the same losses to rounding, which grows."""
+    """1 x 128 and 2 x 64 images, 50 iterations: the same losses up to rounding, which grows."""
     flags = ["--steps", 50, "--warmup", 50, "--batch-size", 128, "--precision", "32-true"]
     resnetv2("train", *SMALL, *flags, "--output", tmp_path / "one")
     two = [*DDP, "--sync-bn", "--output", tmp_path / "two"]

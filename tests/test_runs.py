@@ -1,4 +1,4 @@
-"""``runs``: found, named, told apart, compared; and removed only where no process works in them."""
+"""``runs``: found, named, told apart, compared, and removed only if no process works in them."""
 
 import errno
 import fcntl
@@ -184,7 +184,7 @@ def test_rm_asks_first_and_leaves_nothing_behind(here, lab, tmp_path, monkeypatc
     here("runs", "rm", "alone", "--root", root, status=2)
     assert (root / "alone").exists()
     [folder] = (root / "lab").glob("digits*conv1x1*")
-    RunFolder(folder / "s0").beside(ORIGINS).write_text("{}")  # as of one that was started
+    RunFolder(folder / "s0").beside(ORIGINS).write_text("{}")  # as if an ablation had started it
     here("runs", "rm", "alone", f"{folder.name}/s0", "--yes", "--root", root)
     assert not (root / "alone").exists() and not list(folder.iterdir())
     assert len(inventory.runs_in(root)) == 1
@@ -220,7 +220,7 @@ def test_a_run_that_trains_is_not_removed(here, lab, tmp_path):
 
 
 def test_what_is_trained_longer_is_not_removed(here, lab, tmp_path):
-    """It has a result until its first iteration, and its images may take minutes."""
+    """It still has its result while its images are read, which may take minutes."""
     root = shutil.copytree(lab, tmp_path / "runs")
     [run] = (run for run in inventory.runs_in(root) if run.state == "done")
     with RunFolder(run.place).claimed():
@@ -238,7 +238,7 @@ def test_a_run_that_is_begun_while_it_asks_is_not_removed(here, lab, tmp_path, m
 
 
 def test_a_run_that_cannot_be_removed_is_named(here, lab, tmp_path, monkeypatch):
-    """Not a file in it alone, as Python has it: ``speed.csv: Read-only file system``."""
+    """Not just a file in it, as in Python's ``speed.csv: Read-only file system``."""
     root = shutil.copytree(lab, tmp_path / "runs")
 
     def refuse(path, **_):
@@ -267,7 +267,7 @@ def test_runs_behind_links_are_seen_once_and_removed_with_them(here, lab, tmp_pa
 
 
 def test_nothing_names_no_run(here, lab, tmp_path):
-    """As of a variable of a shell's that is not set: every name begins like that."""
+    """As from an unset shell variable: every name begins with it."""
     root = shutil.copytree(lab / "alone", tmp_path / "runs" / "alone").parent
     for cwd in (tmp_path, root / "alone"):
         said = here("runs", "rm", "", "--yes", "--root", root, status=2, cwd=cwd).stderr

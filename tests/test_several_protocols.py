@@ -1,4 +1,4 @@
-"""One training, tested by several protocols: its result, and the rows of a table that share it."""
+"""One training, tested under several protocols: its result, and rows of a table that share it."""
 
 import json
 import math
@@ -41,8 +41,8 @@ def test_each_protocol_is_named_once_and_exists():
 
 @pytest.mark.parametrize("val", [0, 2])
 def test_a_result_has_the_scores_by_each(tree, tmp_path, val):
-    """The first is what training looks by, and what the headline is of; with images held out the
-    others are of the checkpoint that was chosen, too."""
+    """Training evaluates under the first, which also gives the headline; with held-out images, the
+    scores under the others are of the chosen checkpoint too."""
     given = SMALL | {"data_dir": str(tree), "val": val, "batch_size": 4 - val}
     folder = trained_as(tmp_path / "run", **given, protocol=",".join(WAYS))
     result = folder.read_result()
@@ -55,12 +55,12 @@ def test_a_result_has_the_scores_by_each(tree, tmp_path, val):
         alone, _ = evaluation.evaluate(file, protocol=way)
         assert alone["by_protocol"] == {}
         assert {k: alone[k] for k in scores} == pytest.approx(scores, rel=1e-5)
-    # By the first after each of two iterations, or once at the end; by each other once.
+    # Under the first after each of two iterations, or once at the end; under each other once.
     assert result["test_set_readings"] == (1 if val else 2) + 2
 
 
 class InTheLastTest(Callback):
-    """SIGTERM, as the test by the last protocol begins."""
+    """Sends SIGTERM when the test under the last protocol begins."""
 
     def on_test_batch_start(self, trainer, *_) -> None:
         if trainer.datamodule.protocol:
@@ -132,7 +132,7 @@ def test_the_commands_show_each(tree, tmp_path, here):
     said = here("train", *more, "--data-dir", tree, "--protocol", "320,224", "--output", to).stdout
     result = json.loads((to / "result.json").read_text())
     error = result["by_protocol"]["224"]["error"]
-    assert f"by --protocol 224: {error:.2f} %\n" in said  # and of two classes no top-5
+    assert f"by --protocol 224: {error:.2f} %\n" in said  # and no top-5 for two classes
     scores = json.loads(here("eval", to, "--protocol", "224,320", "--json").stdout)
     assert scores["protocol"] == "224" and list(scores["by_protocol"]) == ["320"]
     assert scores["loss"] == pytest.approx(result["by_protocol"]["224"]["loss"])
@@ -161,7 +161,7 @@ def test_a_mean_image_fits_every_protocol_or_none_is_begun(trained, tree, tmp_pa
     with pytest.raises(UserError, match="with --protocol 320 it sees 46x46"):
         evaluation.evaluate(file, protocol="224,320")
     read = jsonfile.mapping(tmp_path / "begun" / "manifest.json")["test_set_readings"]
-    assert read == 2  # in training alone
+    assert read == 2  # in training only
 
 
 def test_numbers_that_are_not_finite_by_another_protocol_are_told(
@@ -179,14 +179,14 @@ def test_numbers_that_are_not_finite_by_another_protocol_are_told(
 
 
 def table_5(root, runs=1):
-    """The three rows of Table 5 of 152 layers."""
+    """The three rows of Table 5 with 152 layers."""
     [study] = studies.studies(tables=[5])
     wanted = [row.name for row in study.table.rows if "ResNet-152" in row.name]
     return planning.plan(study.only(wanted), runs, {}, root)
 
 
 def leave(line, *scores):
-    """A result for each arm of a line: (error, top-5 error) by 320, and by 224."""
+    """Leave a result for each arm of a line: (error, top-5 error) under 320, and under 224."""
     for arm, each in zip(line.arms, scores, strict=True):
         by_320, by_224 = ({"error": e, "top5_error": t} for e, t in each)
         arm.folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Shards that are damaged, or of something else: one clear error, and a hint that repairs them."""
+"""Shards that are damaged, or of other images: one clear error, and a hint that repairs them."""
 
 import errno
 import io
@@ -31,20 +31,21 @@ def trains(root: Path, workers: int) -> list:
 
 
 def borders(shard: Path) -> list[int]:
-    """Where each member begins, image and label in turn."""
+    """The offset of each member, image and label in turn."""
     with tarfile.open(shard) as tar:
         return [info.offset for info in tar]
 
 
 def zeros(shard: Path, start: int, stop: int) -> None:
-    """What a power cut, or a copy with holes, leaves of blocks that were not on the disk."""
+    """Zero a range, like blocks that a power cut, or a copy with holes, left unwritten."""
     content = bytearray(shard.read_bytes())
     content[start:stop] = bytes(stop - start)
     shard.write_bytes(content)
 
 
 def holding(shard: Path, *members: tuple[str, bytes]) -> None:
-    """A whole shard with members of another's making; without content, links to nothing."""
+    """Write an intact tar with any members; those without content are folders (``name/``) or broken
+    links."""
     with tarfile.open(shard, "w") as tar:
         for name, content in members:
             info = tarfile.TarInfo(name.rstrip("/"))
@@ -56,7 +57,7 @@ def holding(shard: Path, *members: tuple[str, bytes]) -> None:
 
 
 def edited(shard: Path, old: str, content: bytes, new: str = "") -> None:
-    """Another content, and another name, for one of its members."""
+    """Replace the content of one member, and its name if ``new`` is given."""
     with tarfile.open(shard) as tar:
         kept = [(info.name, tar.extractfile(info).read()) for info in tar]
     holding(shard, *((new or old, content) if name == old else (name, data) for name, data in kept))
@@ -91,7 +92,7 @@ def test_where_a_picture_in_a_shard_is_damaged_the_hint_mends_it(tree, tmp_path,
     shard = to / "train-000000.tar"
     whole, start = shard.read_bytes(), borders(shard)[2] + 512
     zeros(shard, start, start + 3000)
-    prepared(tree, to, here)  # which looks at no pixels
+    prepared(tree, to, here)  # which does not look at pixels
     with pytest.raises(UserError, match=rf"^cannot read the image {shard}:0+\d\.jpg") as refused:
         trains(to, workers)
     assert refused.value.hint == f"remove {shard}: resnetv2 data prepare makes it again"
@@ -102,7 +103,7 @@ def test_where_a_picture_in_a_shard_is_damaged_the_hint_mends_it(tree, tmp_path,
 
 @pytest.fixture
 def anew():
-    """Processes are started anew where nobody asks for copies, as Python does from 3.14 on."""
+    """Start fresh processes unless the code asks for forks, as Python does from 3.14 on."""
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("forkserver", force=True)
     yield
@@ -136,7 +137,7 @@ def test_the_hint_is_of_what_the_system_says(
     "name, other, message",
     [
         ("place", lambda a: a + 0.5, "train.index.npz is damaged"),
-        ("place", lambda a: a - a[0], "train.index.npz is damaged"),  # of no bytes
+        ("place", lambda a: a - a[0], "train.index.npz is damaged"),  # a size of 0
         ("place", lambda a: a * [-1, 1], "train.index.npz is damaged"),
         ("place", lambda a: a[:-1], "train.index.npz is damaged"),
         (
@@ -169,13 +170,13 @@ def test_an_index_of_what_is_not_there_is_one_clear_error(
     if "remove" in refused.value.hint:
         for shard in to.glob("train-*.tar"):
             shard.unlink()
-    prepared(tree, to, here)  # as the hint has it
+    prepared(tree, to, here)  # as the hint says
     assert folder.scan(to, "train").labels.tolist() == [0, 0, 1, 1]
 
 
 @pytest.fixture
 def few():
-    """A process may have so many more files open than it has."""
+    """Limit how many more files than now this process may open."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def limit(more: int) -> None:
@@ -200,30 +201,30 @@ def test_there_may_be_more_shards_than_a_process_may_have_open(tmp_path, here, f
     few(0)
     with pytest.raises(UserError, match="Too many open files") as refused:
         members[0].read()
-    assert "ulimit -n" in refused.value.hint  # and not: make the shard anew
+    assert "ulimit -n" in refused.value.hint  # and not: make the shard again
 
 
 @pytest.mark.parametrize(
     "damage",
     [
         lambda shard: os.truncate(shard, borders(shard)[4]),  # between two images
-        lambda shard: os.truncate(shard, borders(shard)[5]),  # behind an image, before its label
+        lambda shard: os.truncate(shard, borders(shard)[5]),  # after an image, before its label
         lambda shard: zeros(shard, borders(shard)[2], shard.stat().st_size),
         lambda shard: zeros(shard, borders(shard)[2], borders(shard)[2] + 512),  # a header
-        lambda shard: zeros(shard, borders(shard)[4], borders(shard)[4] + 100),  # its checksum says
+        lambda shard: zeros(shard, borders(shard)[4], borders(shard)[4] + 100),  # a wrong checksum
         lambda shard: holding(shard),
         lambda shard: holding(shard, ("00000001.jpg", b"abc"), ("00000001.cls", b"0")),
         lambda shard: edited(shard, "00000002.cls", b"99"),
-        lambda shard: edited(shard, "00000002.cls", b"0"),  # a class that there is
+        lambda shard: edited(shard, "00000002.cls", b"0"),  # a class that exists
         lambda shard: edited(shard, "00000002.cls", b"1", "00000003.cls"),
-        lambda shard: edited(shard, "00000002.cls", b""),  # a link to nothing
+        lambda shard: edited(shard, "00000002.cls", b""),  # a broken link
         lambda shard: edited(shard, "00000002.cls", b"", "00000002.cls/"),  # a folder
         lambda shard: edited(shard, "00000002.jpg", b""),
     ],
 )
 def test_a_shard_that_lacks_images_is_not_taken_for_whole(tree, tmp_path, here, damage):
-    """A reader of tar files takes each of these for one that ends where the damage begins, or for
-    whole: the index would lack images, or have others, and no number would say so."""
+    """To a tar reader, each of these ends where the damage begins, or is intact: the index would
+    lack images, or have wrong ones, and no number would show it."""
     to = prepared(tree, tmp_path / "s", here)
     whole = {p.name: p.read_bytes() for p in to.iterdir()}
     shard = to / "train-000000.tar"
@@ -232,7 +233,7 @@ def test_a_shard_that_lacks_images_is_not_taken_for_whole(tree, tmp_path, here, 
     done = here("data", "prepare", tree, "--output", to, "--shard", 3, status=2)
     assert "train-000000.tar is damaged" in done.stderr and "remove it" in done.stderr
     assert (to / "train.index.npz").read_bytes() == whole["train.index.npz"]
-    shard.unlink()  # as the hint has it
+    shard.unlink()  # as the hint says
     prepared(tree, to, here)
     again = {p.name: p.read_bytes() for p in to.iterdir()}
     assert all(again[name] == whole[name] for name in whole if name.endswith(".tar"))
@@ -240,7 +241,7 @@ def test_a_shard_that_lacks_images_is_not_taken_for_whole(tree, tmp_path, here, 
 
 
 def test_a_shard_that_begins_with_a_label_is_damaged(tmp_path):
-    """Also where Python leaves assertions out (-O)."""
+    """Even if Python leaves out assertions (-O)."""
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         label = tarfile.TarInfo("0.cls")
         label.size = 1

@@ -1,4 +1,4 @@
-"""Every shortcut against its formula, written out again here by hand."""
+"""Every shortcut against its formula, written out again by hand."""
 
 import itertools
 import re
@@ -71,7 +71,7 @@ def test_the_conv1x1_shortcut_is_a_convolution_and_bn_in_every_unit():
 @pytest.mark.parametrize("name", ["exclusive-gate", "shortcut-only-gate"])
 @pytest.mark.parametrize("b_g", [0.0, -6.0, -7.0])
 def test_gates_start_at_b_g_in_the_finished_network(name, b_g):
-    """Initialization of the whole comes last, and must not reset the gates."""
+    """The network's initialization comes last, and must not reset the gates."""
     net = ResNet(8, unit="original", shortcut=name, settings={"gate_bias": b_g})
     for unit in net.units:
         assert unit.shortcut.gate.bias.unique().tolist() == [b_g]
@@ -96,13 +96,13 @@ def test_a_shortcut_of_ones_own_starts_as_it_is_made(monkeypatch):
     *_, unit = ResNet(8, shortcut="zeroed", option="B").units
     assert not unit.shortcut.w.weight.any()
     assert unit.shortcut.gate.bias.unique().tolist() == [-6.0]
-    carried = unit.shortcut.carry.conv.weight  # a weight as every other
+    carried = unit.shortcut.carry.conv.weight  # initialized like every other weight
     assert carried.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("inverted, kept", [(True, 2.0), (False, 1.0)])
 def test_dropout_in_training(inverted, kept):
-    """Kept values are doubled, as Caffe and PyTorch do; or left as they are."""
+    """Kept values are doubled, as in Caffe and PyTorch, or left as they are."""
     h = shortcut("dropout", dropout_ratio=0.5, dropout_inverted=inverted)
     y = h(torch.ones(8, 16, 8, 8), torch.zeros(8, 16, 8, 8))
     assert y.unique().tolist() == [0, kept]
@@ -158,8 +158,8 @@ def test_a_shortcut_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ends.py").write_text("raise SystemExit(0)")
-    (tmp_path / "wave.py").write_text(MINE)  # a module of Python's is called so
-    for folder in ("math", "sys", "loose"):  # a package without a file, as the last, is one's own
+    (tmp_path / "wave.py").write_text(MINE)  # also the name of a module of Python's
+    for folder in ("math", "sys", "loose"):  # the last is the user's own even without __init__.py
         (tmp_path / folder).mkdir()
     (tmp_path / "loose" / "own.py").write_text("import nothing_such")
     names = "nowhere:Halved,mine:Other,ends:X,wave:Halved,math.mine:Halved,sys.mine:Halved"
@@ -184,7 +184,7 @@ def test_a_shortcut_of_ones_own(tmp_path, monkeypatch):
 
 
 def test_what_fails_in_a_network_alone_is_one_line_too(monkeypatch, tmp_path, here):
-    """The trial has 64 channels, and CIFAR's networks begin with 16."""
+    """The trial uses 64 channels, but networks for CIFAR begin with 16."""
     (tmp_path / "grouped.py").write_text(
         "from torch import nn\n"
         "from resnetv2_cli.shortcuts import Shortcut\n"

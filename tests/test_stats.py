@@ -10,14 +10,14 @@ from resnetv2_cli.stats import Pairs, Summary, power, seeds_needed
 
 
 def test_statistics():
-    """Worked by hand: t of two degrees of freedom is 4.3027."""
+    """Computed by hand: t is 4.3027 for two degrees of freedom."""
     low, high = Summary((6.0, 7.0, 8.0)).interval
     assert (low, high) == pytest.approx((7 - 4.3027 / 3**0.5, 7 + 4.3027 / 3**0.5), rel=1e-4)
     pairs = Pairs.of({0: 7.0, 1: 9.0, 2: 8.0}, {0: 6.0, 1: 7.0, 2: 7.0})
     assert pairs.differences == (1.0, 2.0, 1.0)
     assert pairs.p == pytest.approx(0.0572, abs=1e-3)
     assert seeds_needed(1.0, 1.0) == 10  # the textbook's n for an effect of one std
-    assert seeds_needed(16.5, 0.5) == 8550  # by the normal's n: (1.96 + 0.8416)^2 (16.5 / 0.5)^2
+    assert seeds_needed(16.5, 0.5) == 8550  # 8548 by the normal: (1.96 + 0.8416)^2 (16.5 / 0.5)^2
     assert seeds_needed(20.0, 0.5) is None
 
 
@@ -32,7 +32,7 @@ def test_statistics():
     ],
 )
 def test_an_interval_of_errors_ends_where_errors_do(errors, said):
-    """What it is by itself, a program may have."""
+    """In tables. Programs get it unclipped, symmetric about the mean."""
     summary = Summary(errors)
     assert tables.interval(summary) == said
     if len(errors) > 1:
@@ -40,7 +40,7 @@ def test_an_interval_of_errors_ends_where_errors_do(errors, said):
 
 
 def test_a_seed_that_diverged_in_either_row_leaves_no_difference():
-    """A mean of the others would be that of the seeds that came through."""
+    """A mean of the remaining seeds would flatter the row that lost some."""
     ours, theirs = {0: 1.0, 1: FAIL, 2: 2.0, 3: 3.0}, {0: FAIL, 1: 1.0, 2: 1.5, 3: 1.8, 4: 1.0}
     pairs = Pairs.of(ours, theirs)
     assert pairs.differences == pytest.approx((0.5, 1.2))
@@ -56,12 +56,12 @@ def test_a_seed_that_diverged_in_either_row_leaves_no_difference():
         ((6.5, 6.7, 6.6, 6.6), (FAIL, 6.3, 6.2, 6.1), [NONE, NONE, NONE], (None, 3, 1)),
         ((6.5, 6.7, FAIL, 6.6), (6.4, 6.3, 6.2, 6.1), [NONE, NONE, NONE], (None, 3, 1)),
         ((6.5, 6.7), (6.4, 6.3, 6.2, 6.1), ["-0.25 (n = 2)", "0.344", "4"], (-0.25, 2, 0)),
-        ((), (FAIL,), [], (None, 0, 0)),  # none has a baseline, and the columns are left out
+        ((), (FAIL,), [], (None, 0, 0)),  # no seed has a baseline, and the columns are left out
     ],
 )
 def test_a_row_that_failed_is_not_ahead_of_its_baseline(tmp_path, baseline, row, said, pairs):
-    """By the seeds that came through. How many make the difference stands beside it where they are
-    not all of the row's."""
+    """Its surviving seeds would put it ahead. A difference has its number of seeds next to it where
+    that is not all of the row's."""
     planned = two_rows(tmp_path, 4)
     ended(planned, baseline, row)
     columns, [_, cells] = tables.table(planned, 0.5)
@@ -75,7 +75,7 @@ def test_a_row_that_failed_is_not_ahead_of_its_baseline(tmp_path, baseline, row,
 
 @pytest.mark.parametrize("std, n, seen", [(0.085, 2, 0.486), (0.089, 3, 0.991), (0.01, 2, 1.0)])
 def test_the_power_of_few_seeds_and_a_large_difference(std, n, seen):
-    """By the integral over the chi distribution, where SciPy's noncentral t gives no number."""
+    """From the integral over the chi distribution, where SciPy's noncentral t gives NaN."""
     assert power(n, std, 0.5) == pytest.approx(seen, abs=1e-3)
     assert power(n, std, -0.5) == power(n, std, 0.5)
 
@@ -89,7 +89,8 @@ def test_more_seeds_than_anybody_runs_are_not_counted(tmp_path):
 
 
 def test_differences_that_are_all_the_same_say_nothing_of_chance():
-    """Of 360 images one is 0.28 points: two seeds often differ by the same number of them."""
+    """One image of 360 is 0.28 points: with two seeds, both differences are often the same number
+    of images."""
     pairs = Pairs.of({0: 100 * 4 / 360, 1: 100 * 5 / 360}, {0: 100 * 5 / 360, 1: 100 * 6 / 360})
     assert pairs.mean == pytest.approx(-100 / 360)
     assert (pairs.std, pairs.p) == (None, None)

@@ -21,7 +21,7 @@ def test_the_gradient_survives_weights_that_are_arbitrarily_small():
 
 
 def test_trap_every_factor_has_the_same_masks(monkeypatch):
-    """Else a table of factors is one of luck."""
+    """Otherwise luck would decide the table of factors."""
     monkeypatch.setattr(shrink, "FACTORS", (0.1, 0.1))
     first, second = measured(shrink, network(shortcut="dropout"))["change"]
     assert first == second
@@ -29,14 +29,14 @@ def test_trap_every_factor_has_the_same_masks(monkeypatch):
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_trap_bn_behind_a_convolution_takes_its_scale_away(unit):
-    """Every F is scaled exactly, whatever ends it; its convolution alone would not do."""
+    """Every F is scaled exactly, whatever it ends in; scaling just its convolution would not do."""
     net = network(unit=unit)
     unit_of = lambda n: n.body.stage1.unit2  # noqa: E731
     x = torch.randn(2, 16, 8, 8, dtype=torch.float64)
     before = unit_of(net).residual(x)
     after = unit_of(shrink.shrunk(net, 1e-4)).residual(x)
     torch.testing.assert_close(after, 1e-4 * before, rtol=1e-9, atol=1e-15)
-    torch.testing.assert_close(unit_of(net).residual(x), before)  # of a copy
+    torch.testing.assert_close(unit_of(net).residual(x), before)  # a copy was shrunk
 
 
 def test_trap_shrinking_the_convolution_alone_changes_nothing_before_bn():
@@ -104,7 +104,7 @@ def test_a_deleted_unit_has_no_f():
 
 
 def test_lesions_are_what_a_network_without_these_units_says():
-    """Error of the lesioned network, computed from the image on and not from what was kept."""
+    """The error of each changed network, computed from the images, not from stored unit inputs."""
     net = network(20).eval().float()
     x, labels = torch.randn(60, 3, 8, 8), torch.arange(60) % 10
     units = net.units
@@ -137,7 +137,7 @@ def test_pairs_are_all_or_a_sample():
 
 
 def test_each_error_stands_with_the_units_that_it_is_without(monkeypatch):
-    """Of an error here the digits say which units were changed, and its sign, how."""
+    """The digits of a fake error say which units were changed; its sign says how."""
 
     def errors(net, x, labels, lesions):
         assert not net.training
@@ -164,7 +164,7 @@ def test_the_line_of_a_stage_is_of_lesions_that_begin_in_it():
     }  # two units in each stage
     columns = ("without one", "without two", "two swapped")
     said = [[row[column] for column in columns] for row in cells(lesion, made)]
-    assert said == [  # median, most (where)
+    assert said == [  # median, maximum (units)
         ["30.0, 40.0 (2)", "63.0, 70.0 (1-3)", "22.0, 22.0 (1-2)"],
         ["32.5, 35.0 (4)", "80.0, 80.0 (4-5)", "—"],
         ["35.0, 45.0 (6)", "—", "—"],
@@ -172,7 +172,7 @@ def test_the_line_of_a_stage_is_of_lesions_that_begin_in_it():
 
 
 def test_what_no_network_has_is_not_drawn(monkeypatch, tmp_path):
-    """Swaps, where no neighbours keep their shape; and units, which are whole, are ticked so."""
+    """No panel for swaps if no neighbors keep their shape; and no ticks between two units."""
     drawn = []
     monkeypatch.setattr(draw, "save", lambda figure, to: drawn.append(figure.axes))
     for depth in (8, 14):
@@ -183,6 +183,7 @@ def test_what_no_network_has_is_not_drawn(monkeypatch, tmp_path):
 
 
 def test_110_layers_of_small_weights():
-    """PAPER: 4.8e-4 at 1e-4 over 18 units; where zeros were padded, BN takes small scales away."""
+    """4.8e-4 was measured for a factor of 1e-4, over the first stage's 18 units. In later stages
+    BN takes small scales away where zeros were padded."""
     net = shrink.shrunk(ResNet(110).double().train(), 1e-4)
     assert shrink.change(trace(net, *batch(4)))[0] < 1e-2

@@ -21,7 +21,7 @@ def case() -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
 
 
 def part(rank: int, place: str) -> None:
-    """One process's images forward and back; what came of it is left in a file."""
+    """Forward and backward pass on one process's images; the results go to a file."""
     distributed.init_process_group(
         "gloo", f"file://{place}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
@@ -66,7 +66,7 @@ def test_alone_it_is_bn_and_it_can_be_taken_back():
 
 
 def test_a_second_pass_counts_for_no_kind_of_bn():
-    """PyTorch's own is no BatchNorm2d."""
+    """PyTorch's SyncBatchNorm is not a BatchNorm2d."""
     segment = nn.Sequential(nn.BatchNorm2d(4), nn.SyncBatchNorm(4))
     with _uncounted(segment):
         assert [norm.momentum for norm in segment] == [0.0, 0.0]

@@ -20,7 +20,7 @@ def size(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-CIFAR_SIZES = [  # counts of independent code: osmr/imgclsmob, wide-residual-networks' logs
+CIFAR_SIZES = [  # counts from independent code: osmr/imgclsmob, wide-residual-networks' logs
     (20, "basic", "original", "A", 10, 269_722),
     (20, "basic", "original", "B", 10, 272_474),
     (20, "basic", "full-preact", "B", 10, 272_282),
@@ -60,7 +60,7 @@ def test_the_default_block_and_option_are_the_papers():
         assert described(depth=depth, unit=unit)["parameters"] == parameters
 
 
-# torchvision's, and osmr/imgclsmob's less the BN(64) that its first unit has too many
+# torchvision's, and osmr/imgclsmob's without the superfluous BN(64) of its first unit
 IMAGENET_SIZES = [
     (18, 11_689_512, 11_687_720),
     (34, 21_797_672, 21_795_880),
@@ -118,7 +118,7 @@ def test_the_papers_10_2_million_leave_bn_out():
     assert described(depth=1001)["parameters_without_bn"] == 10_178_490
 
 
-# Every cell of Tables 1 to 5, written down once more from the paper.
+# Every cell of Tables 1 to 5, copied from the paper a second time.
 TABLE_1 = {
     "identity": 6.61, "constant-scale 0/1": "fail", "constant-scale 0.5/1": "fail",
     "constant-scale 0.5/0.5": 12.35, "exclusive-gate b=0": "fail", "exclusive-gate b=-6": 8.70,
@@ -146,7 +146,7 @@ TABLE_4 = {
     "ResNet-164 original, CIFAR-100": 25.16, "ResNet-1001 original, CIFAR-100": 27.82,
     "ResNet-164 full-preact, CIFAR-100": 24.33, "ResNet-1001 full-preact, CIFAR-100": 22.71,
 }  # fmt: skip
-# With top-5; below, what stands elsewhere.
+# With top-5; below, the numbers from elsewhere in the paper.
 TABLE_5 = [(23.0, 6.7), (21.3, 5.5), (21.1, 5.5), (21.8, 6.0), (20.7, 5.3), (20.1, 4.8)]
 ELSEWHERE = [(23.6, 7.1), (24.6, 7.5), (24.7, 7.8), (21.66, 5.79), (20.15, 4.93)]
 
@@ -183,7 +183,7 @@ def test_batch_64_has_the_recipe_of_the_authors_code():
 
 
 def test_what_the_runs_of_table_5_had(tmp_path):
-    """The last row is fb.resnet.torch's; the others had the colors of [21] (appendix)."""
+    """The last row is from fb.resnet.torch; the others used the colors of [21] (appendix)."""
     recipes = [Experiment(**paper.TABLE_5.base | row.settings) for row in paper.TABLE_5.rows]
     found = [(e.crop, e.color, e.nesterov, e.stride_on) for e in recipes]
     assert found == [("scale", "lighting", False, "first")] * 5 + [
@@ -206,7 +206,7 @@ def test_a_row_names_the_drawing_of_its_unit(table, figure, letters):
 
 
 def test_the_panels_of_figures_1_and_3():
-    """Beside the original network what its captions name."""
+    """The original network next to those that the captions name."""
     assert list(paper.FIGURES[1].panels.values()) == [
         ("ResNet-1001 original", "ResNet-1001 full-preact")
     ]
@@ -220,13 +220,13 @@ ALL += [[top1 for top1, _ in TABLE_5]]
 
 @pytest.mark.parametrize("number, expected", list(enumerate(map(list, ALL), 1)))
 def test_published_numbers_as_they_are_shown(number, expected, tmp_path):
-    """Above 20 % too: what the paper calls a fail is of CIFAR-10."""
+    """Even above 20 %: what the paper calls a fail applies to CIFAR-10 only."""
     [study] = studies.studies(tables=[number])
     columns, cells = tables.table(planning.plan(study, 1, {}, tmp_path), 0.5)
     said = [dict(zip(columns, row, strict=True)) for row in cells]
     shown = [row["paper, %"].partition(" ")[0] for row in said]
     assert shown == [e if isinstance(e, str) else f"{e:.2f}" for e in expected]
-    fails = [row.get("in the paper") == "fail" for row in said]  # beside the baseline too
+    fails = [row.get("in the paper") == "fail" for row in said]  # in the column of differences too
     assert fails == [e == "fail" for e in expected]
 
 
@@ -234,8 +234,8 @@ def test_published_numbers_as_they_are_shown(number, expected, tmp_path):
     "number, gains",
     [
         (3, ["-0.99", "-0.24", "-0.47", "-2.69", "-0.83", "-5.11"]),
-        (4, ["-0.83", "-5.11"]),  # on CIFAR-100; there is no original row of the others' depths
-        (5, ["-0.20", "-1.10"]),  # at 320; nor one of the last row's recipe
+        (4, ["-0.83", "-5.11"]),  # on CIFAR-100; the other depths have no original row
+        (5, ["-0.20", "-1.10"]),  # at 320; the last row's recipe has none either
     ],
 )
 def test_a_pre_activation_unit_is_compared_with_the_original_of_its_table(number, gains, tmp_path):
@@ -365,7 +365,7 @@ def test_numbers_are_whole_and_words_fold(monkeypatch, capsys):
 
 
 def test_the_row_of_the_exclusive_gate_reaches_from_0_to_5_below(here):
-    """Table 1: "fail" is of b_g = 0 to -5."""
+    """Table 1: "fail" is for b_g = 0 to -5."""
     gate = {"dataset": "cifar10", "depth": 110, "unit": "original", "shortcut": "exclusive-gate"}
     rows = {
         b: studies.paper_row(gate | {"gate_bias": float(b)}) for b in (1, 0, -3, -5, -6, -7, -8)

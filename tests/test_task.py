@@ -46,7 +46,7 @@ def test_top5_error():
 
 
 def test_logits_that_are_not_finite_guess_nothing():
-    """The greatest of numbers among which is NaN is NaN, and of NaNs alone the first class."""
+    """With a NaN among them, the largest logit is NaN; of NaNs alone, argmax is the first class."""
     logits = torch.eye(7)
     logits[0], logits[1, 6], logits[2, 2] = torch.nan, torch.nan, torch.inf
     scores = Scores(7)
@@ -119,7 +119,7 @@ def test_checkpoint_keys_are_sentences():
 
 @pytest.mark.parametrize("non_finite", ["stop", "skip"])
 def test_no_part_of_a_training_step_waits_for_the_device(non_finite):
-    """A meta tensor has no value to wait for: whoever asks for one fails."""
+    """A meta tensor has no values to wait for: reading one raises."""
     t = task(shortcut="stochastic-depth", non_finite=non_finite).to("meta").train()
     t.sums, t.finite = t.sums.to("meta"), t.finite.to("meta")
     t.guard.to(torch.device("meta"))
@@ -137,18 +137,18 @@ def test_no_part_of_a_training_step_waits_for_the_device(non_finite):
 
 
 def test_who_looks_for_what_is_not_finite_has_the_modules_run():
-    """A replay of CUDA graphs runs none, and no hook would see anything."""
+    """A replay of CUDA graphs runs no modules, so hooks would see nothing."""
     t, given = task(), batch()
     t.replays[torch.Size((16, 3, 32, 32))] = lambda x: pytest.fail("it was replayed")
     first, places = began(t, 0, [given], nullcontext)
     assert first is None and len(places) == 2 * (1 + 3 + 1)
 
 
-GPU = torch.device("cuda", 0)  # of tensors that have a device and a shape, and no numbers
+GPU = torch.device("cuda", 0)  # of fake tensors: with a device and a shape, without values
 
 
 def brought(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Have a module on a GPU that is not there; ``Module.to`` cannot."""
+    """Put a module on a GPU that does not exist, which ``Module.to`` cannot do."""
     for part in module.modules():
         for name, tensor in part.named_parameters(recurse=False):
             part._parameters[name] = nn.Parameter(mode.from_tensor(tensor.detach()).to(GPU))
@@ -168,8 +168,8 @@ def brought(module: nn.Module, mode: FakeTensorMode) -> None:
     ],
 )
 def test_on_a_gpu_all_that_meets_lies_there(given):
-    """Batches, forward pass, the look at gradients, and evaluation: mixing devices raises, and so
-    does asking for a value. Backward needs the GPU itself."""
+    """Batches, forward pass, the check of gradients, and evaluation: mixing devices raises, and so
+    does reading a value. Backward would need a real GPU."""
     t, drawn = task(**given).train(), EpochMaker(70, seed=0, flip=True, augment=True)
     split = images.Split(np.zeros((70, 32, 32, 3), np.uint8), np.zeros(70, np.int64))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:

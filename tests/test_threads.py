@@ -1,4 +1,4 @@
-"""How threads wait for one another: asleep beside other work, or as the user says."""
+"""How threads wait for one another: asleep if other work uses processors, or as the user sets."""
 
 import os
 import re
@@ -9,12 +9,12 @@ import pytest
 
 from resnetv2_cli import threads
 
-SHOWN = {"OMP_DISPLAY_ENV": "verbose"}  # PyTorch's threads tell how long they will spin
+SHOWN = {"OMP_DISPLAY_ENV": "verbose"}  # OpenMP reports how long threads spin
 
 
 @pytest.fixture
 def busy():
-    """As much other work as there are processors."""
+    """Other work: as many busy processes as processors."""
     spin = [sys.executable, "-c", "while True: pass"]
     processes = [subprocess.Popen(spin) for _ in range(os.cpu_count() or 1)]
     yield
@@ -25,7 +25,7 @@ def busy():
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine of some processors, where so many threads run."""
+    """Fake a machine: its processors, running threads, and the processors this process may use."""
 
     def of(processors: int, running: int, affinity: int | None = None) -> None:
         (tmp_path / "loadavg").write_text(f"9.00 9.00 9.00 {running}/321 4711\n")
@@ -40,7 +40,7 @@ def machine(tmp_path, monkeypatch):
 
 
 def spins(resnetv2, **given: str) -> int:
-    """Turns before a thread sleeps: 300,000 by themselves."""
+    """How often a waiting thread spins before it sleeps: 300,000 by default."""
     done = resnetv2("describe", "--depth", 8, env=SHOWN | given)
     return int(re.search(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)[1])
 
@@ -74,11 +74,11 @@ def test_what_the_user_says_stays(busy, resnetv2):
 @pytest.mark.parametrize(
     "processors, running, affinity, crowded",
     [
-        (2, 1, None, False),  # this process alone: the load of the last minute does not count
+        (2, 1, None, False),  # this process alone; the load average does not count
         (2, 2, None, True),
         (64, 1, None, False),
         (64, 3, None, True),
-        (64, 50, 8, False),  # eight are ours, and six are left over
+        (64, 50, 8, False),  # eight are ours, and seven are left over
         (64, 60, 8, True),
     ],
 )

@@ -1,4 +1,4 @@
-"""The operations of ``triton_joined.py``: by Triton's interpreter, its compiler, and a GPU."""
+"""The Triton kernels: by Triton's interpreter, its compiler, and a GPU."""
 
 import json
 import os
@@ -65,8 +65,8 @@ for ours, theirs in seen("cpu"):
 
 
 def seen(device):
-    """Every view of an image, and random ones, in one kernel and in PyTorch's; by the mean image,
-    and by channels."""
+    """Random images in every view, by one kernel and by PyTorch's; normalized by a mean image, and
+    by channels."""
     views = torch.cartesian_prod(torch.arange(9), torch.arange(9), torch.arange(2))
     images = torch.randint(256, (len(views), 32, 32, 3), dtype=torch.uint8)
     for mean, std in (
@@ -78,7 +78,7 @@ def seen(device):
 
 
 def drawn(case, device):
-    """A BN and a convolution; x, what is added, the gradient of y, and one added to that of x."""
+    """BN, convolution, x, what is added to y, the gradient of y, and one that is added to x's."""
     images, h, w, c, n, kernel, added, _ = case
     torch.manual_seed(c + n)
     norm, conv = nn.BatchNorm2d(c), nn.Conv2d(c, n, kernel, padding=kernel // 2, bias=False)
@@ -115,7 +115,7 @@ def bounds(name):
 
 
 def test_the_numbers_are_float64s_by_the_interpreter():
-    """It needs no GPU, and cuts bf16 off where a GPU rounds it."""
+    """The interpreter needs no GPU, and truncates to bf16 where a GPU rounds."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", INTERPRETED, os.path.dirname(__file__)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -124,7 +124,7 @@ def test_the_numbers_are_float64s_by_the_interpreter():
     for (far, nan), case in zip(found, CASES, strict=True):
         assert len(far) == (7 if case[-1] else 3)
         assert all(value <= bounds(name) for name, value in far.items()), far
-        # With BN the channel's mean is none, and every output sums over it; dx has none elsewhere.
+        # With BN the channel's mean is NaN, and every output sums over it; without, dx has no NaN.
         assert nan == [True, case[-1], True]
 
 
@@ -146,14 +146,14 @@ def test_a_batch_is_seen_as_by_pytorch_on_a_gpu():
     "kernel", ["_forward", "_gradient", "_weights", "_statistics", "_augmented"]
 )
 def test_an_h100_has_a_program_of_it(kernel, monkeypatch, tmp_path):
-    """Triton compiles for a GPU that is not there."""
+    """Triton can compile for a GPU that is not there."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from resnetv2_cli import triton_augment, triton_joined
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # or 3.9 warns that 3.10 will not
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # if unset, 3.9 warns of 3.10's default
     sizes = {"C": 16, "N": 32, "BC": 16, "BN": 32, "H": 8, "W": 8, "TAPS": 9, "BLOCK": 64}
     constant = sizes | {
         "PARTS": 128,

@@ -1,4 +1,4 @@
-"""What admits code of your own: the command line, and never the name of a file."""
+"""What allows the user's own code to run: the command line, and never the name of a file."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""docs/own-shortcut.md, run from its text: its code and its commands, at a small size."""
+"""docs/own-shortcut.md: its code and commands, run from its text at a small size."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Small trainings in this process, and what may happen to them, for several test files."""
+"""Small trainings in this process, and events during them, for several test files."""
 
 from lightning.pytorch import Callback
 
@@ -16,7 +16,7 @@ TINY = {
 
 
 def trained_as(folder, tell=silent, display=(), resume=None, **settings) -> RunFolder:
-    """Train in this process; ``resume``: flags with which a run is continued."""
+    """Train in this process; ``resume``: the flags with which to continue a run."""
     folder = RunFolder(folder)
     if resume is None:
         experiment = Experiment(**{**TINY, **settings})
@@ -27,7 +27,7 @@ def trained_as(folder, tell=silent, display=(), resume=None, **settings) -> RunF
 
 
 class At(Callback):
-    """Does something once an iteration is done."""
+    """Calls ``do`` after iteration ``step``."""
 
     def __init__(self, step, do) -> None:
         self.step, self.do = step, do
