@@ -1,4 +1,4 @@
-"""BN, ReLU and a convolution as one operation match the three."""
+"""BN, ReLU and a convolution as one operation match the three separate ones in float64."""
 
 import copy
 import os
@@ -18,7 +18,8 @@ from resnetv2_cli.layers import conv
 
 
 def example(c, n, shape, added, kernel=1, dtype=torch.bfloat16):
-    """A BN, a convolution whose weights are of a type, x, what is added, and gradients."""
+    """A BN, a convolution with weights rounded to ``dtype``, x, the tensor to add or None, and the
+    gradients of both outputs."""
     torch.manual_seed(c + n)
     norm, weights = nn.BatchNorm2d(c), conv(c, n, kernel).to(memory_format=LAST)
     nn.init.normal_(norm.weight, 1, 0.3)
@@ -30,7 +31,7 @@ def example(c, n, shape, added, kernel=1, dtype=torch.bfloat16):
 
 
 def joined(norm, weights, x, plus, dy, dx):
-    """y, gradients and running statistics by the operation, in float64."""
+    """y, gradients and running statistics by the operation, as float64."""
     norm, weights = copy.deepcopy((norm, weights))
     x = x.clone().requires_grad_()
     plus = plus if plus is None else plus.clone().requires_grad_()
@@ -42,7 +43,7 @@ def joined(norm, weights, x, plus, dy, dx):
 
 
 def apart(norm, weights, x, plus, dy, dx):
-    """The same by the three operations on float64."""
+    """The same by separate operations in float64."""
     norm, weights = copy.deepcopy(norm).double(), copy.deepcopy(weights).double()
     x = x.double().requires_grad_()
     plus = plus if plus is None else plus.double().requires_grad_()
@@ -100,11 +101,11 @@ def test_the_numbers_are_float64s(c, n, kernel, shape, added, threads, dtype):
 @pytest.mark.parametrize("before", [nn.Identity(), nn.ReLU()], ids=["alone", "behind ReLU"])
 def test_a_convolution_without_bn(before, c, n, kernel, shape, added, dtype):
     _, *given = example(c, n, shape, added, kernel, dtype)
-    given[1].sub_(3)[0, :, 0, 0] = 0  # x: as often below 0, and where ReLU has its corner
+    given[1].sub_(3)[0, :, 0, 0] = 0  # x: symmetric about 0, with some at ReLU's corner
     check((before, *given))
 
 
-FAULTS = {  # file, what stands there, what is planted, and the kernel
+FAULTS = {  # file, original text, what is planted in its place, and kernel size
     "a ReLU that lets everything through backward": (
         "products.h", "_CMP_NLE_UQ", "_CMP_ORD_Q", 1,
     ),
@@ -130,7 +131,7 @@ FAULTS = {  # file, what stands there, what is planted, and the kernel
 }  # fmt: skip
 
 
-ALONE = {  # those that code of one type has: AMX's of bf16 has no runs
+ALONE = {  # those in code for one dtype: AMX, for bf16, has a single run
     "pairs of an odd pixel and the one before": torch.bfloat16,
     "pixels between two rows that are no part of either": torch.float32,
 }
@@ -141,7 +142,7 @@ ALONE = {  # those that code of one type has: AMX's of bf16 has no runs
     "fault, dtype", [(f, dtype) for f in FAULTS for dtype in BOUNDS if ALONE.get(f, dtype) == dtype]
 )
 def test_a_fault_is_seen(fault, dtype, compiled_from):
-    """What the test above compares cannot be right by chance."""
+    """The comparisons above do not pass by chance: a fault planted in the kernels fails them."""
     *edit, kernel = FAULTS[fault]
     compiled_from([edit], [])
     with pytest.raises(AssertionError, match=r"\{'(y|dbeta)': "):
@@ -150,7 +151,7 @@ def test_a_fault_is_seen(fault, dtype, compiled_from):
 
 @needs_x86
 def test_short_vectors_give_the_same(compiled_from):
-    """What is compiled for processors without AVX-512, on those with it too."""
+    """Tests the code for processors without AVX-512 also on those that have it."""
     compiled_from([], ["-mno-avx512f"])
     assert native.lanes() == 8 and not native.multiplies()
     if not native.multiplies(torch.float32):
@@ -161,13 +162,13 @@ def test_short_vectors_give_the_same(compiled_from):
                 for added in (False, True):
                     check(example(c, n, shape, added, kernel, torch.float32))
     norm, layer, x, *_ = example(256, 256, (2, 4, 8), False, dtype=torch.float32)
-    assert joins(x, norm, layer)  # of more weights PyTorch's convolutions are faster
+    assert joins(x, norm, layer)  # with more weights PyTorch's convolution is as fast
     assert not joins(x, norm, conv(256, 272, 1).to(memory_format=LAST))
 
 
 @needs_products
 def test_tiles_give_the_same(compiled_from):
-    """What is computed by AMX, on processors without it too: its instructions by vectors."""
+    """Tests the AMX code on processors without AMX too, its instructions emulated by vectors."""
     edits = [
         ("amx.h", '__asm__ volatile("ldtilecfg %0" : : "m"(tiles))', "load_config(&tiles)"),
         ("pointwise.c", "return !syscall(SYS_arch_prctl, REQUEST, TILES)", "return 1"),
@@ -186,7 +187,7 @@ def test_tiles_give_the_same(compiled_from):
 @pytest.mark.parametrize("before", [nn.Identity(), nn.ReLU()], ids=["alone", "behind ReLU"])
 @pytest.mark.parametrize("x_has", [float("nan"), float("inf"), -float("inf")])
 def test_gradients_pass_what_is_not_finite_as_pytorchs_do(x_has, before, kernel, dtype):
-    """Without BN they depend on nothing but the sign of x."""
+    """Without BN, dx depends on no more of x than its sign."""
     _, weights, x, plus, dy, dx = example(16, 16, (2, 4, 8), True, kernel, dtype)
     x[0, 3, 1, 1] = x_has
     got, want = (f(before, weights, x, plus, dy, dx)["dx"] for f in (joined, apart))
@@ -206,7 +207,7 @@ def test_the_largest_that_are_joined(c, n, dtype):
 
 @needs_products
 def test_threads_need_no_large_stacks():
-    """Some systems give them 128 KB."""
+    """Some systems give threads stacks of 128 KB."""
     code = (
         "import torch; from resnetv2_cli.joined import bn_relu_conv; from torch import nn\n"
         "torch.set_num_threads(3)\n"
@@ -229,7 +230,7 @@ def test_what_is_not_a_number_stays_none(dtype):
     norm, weights, x, *_ = example(16, 16, (2, 4, 4), False, dtype=dtype)
     x[0, 3, 1, 1] = float("nan")
     y, _ = bn_relu_conv(x, None, norm, True, weights)
-    assert y.isnan().all()  # the channel's mean is none, and every output sums over it
+    assert y.isnan().all()  # the channel's mean is NaN, and every output sums over the channel
 
 
 def test_one_value_a_channel_is_refused_as_pytorch_does():

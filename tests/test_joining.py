@@ -1,4 +1,4 @@
-"""Where a network runs BN, ReLU and a convolution as one operation, and where PyTorch's own."""
+"""Where a network runs BN, ReLU and a convolution as one operation, and where as PyTorch's own."""
 
 import copy
 
@@ -20,7 +20,7 @@ pytestmark = needs_products
 
 @pytest.fixture
 def called(monkeypatch):
-    """The functions of the library that ran."""
+    """The names of the library functions that ran."""
     names, call = [], native.call
     monkeypatch.setattr(native, "call", lambda name, *rest: (names.append(name), call(name, *rest)))
     return names
@@ -31,9 +31,9 @@ def called(monkeypatch):
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 @pytest.mark.parametrize("unit", UNITS)
 def test_every_unit_and_shortcut_against_float64(unit, shortcut, depth, block, mixed, called):
-    """In bf16 and in float32 no farther from float64 than the same is eagerly, with room for the
-    chance in it; BN counts a batch once."""
-    settings = {"dropout_ratio": 0.0} if shortcut == "dropout" else {}  # it draws by the type
+    """In bf16 and in float32, no farther from float64 than the eager network, with a margin for
+    chance; BN counts a batch once."""
+    settings = {"dropout_ratio": 0.0} if shortcut == "dropout" else {}  # masks differ by dtype
     net = ResNet(depth, block, unit, shortcut, settings=settings)
     exact = trained_step(copy.deepcopy(net).double(), "eager")
     eager = trained_step(net, "eager", mixed)
@@ -41,7 +41,7 @@ def test_every_unit_and_shortcut_against_float64(unit, shortcut, depth, block, m
     found = trained_step(net, "compiled", mixed)
     name, kind = "pointwise" if block == "bottleneck" else "conv3x3", "bf16" if mixed else "float"
     assert called.count(f"{name}_forward_{kind}") == called.count(f"{name}_backward_{kind}") >= 6
-    # A float32 beside ReLU's corner goes either way, and its gradient with it.
+    # A float32 value near ReLU's corner may fall on either side, and its gradient with it.
     for i, room in enumerate((1e-3, 1e-3) if mixed else (1e-6, 0.05)):
         assert distance(found[i], exact[i]) < 1.3 * distance(eager[i], exact[i]) + room
     for name, value in exact[2].items():
@@ -54,7 +54,7 @@ def test_every_unit_and_shortcut_against_float64(unit, shortcut, depth, block, m
 @pytest.mark.parametrize("shortcut", ["identity", "exclusive-gate"])
 @pytest.mark.parametrize("unit", UNITS)
 def test_an_evaluation_is_joined_too(unit, shortcut, depth, block, called):
-    """By running statistics, which stay as they are; no farther from float64 than eager bf16."""
+    """With running statistics, which stay as they are; no farther from float64 than eager bf16."""
     torch.manual_seed(0)
     net = ResNet(depth, block, unit, shortcut).eval().to(memory_format=LAST)
     for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -74,7 +74,7 @@ def test_an_evaluation_is_joined_too(unit, shortcut, depth, block, called):
     torch.testing.assert_close(net.state_dict(), state, rtol=0, atol=0)
     called.clear()
     with torch.autocast("cpu", torch.bfloat16):
-        net(x)  # somebody may want gradients
+        net(x)  # with gradients enabled: somebody may want them
     assert not called
 
 
@@ -94,7 +94,7 @@ def test_what_is_computed_again_is_what_was(segments, mode, shortcut, each, call
 
 @pytest.mark.parametrize("each, made", [(1, 0), (2, 3), (3, 6), (8, 6)])
 def test_sums_are_made_again_once_each_from_those_that_are_kept(each, made, called, monkeypatch):
-    """Of three stages of three units; the sum of a stage's last is kept, for what is behind it is
+    """Of three stages of three units. The sum of a stage's last unit is kept, as what follows is
     not joined."""
     monkeypatch.setattr("resnetv2_cli.joined.EACH", each)
     trained_step(ResNet(29, "bottleneck"), "forget", mixed=True)
@@ -102,7 +102,7 @@ def test_sums_are_made_again_once_each_from_those_that_are_kept(each, made, call
 
 
 def test_the_addition_is_its_last_layers(called):
-    """A unit of full pre-activation is as many operations as it has weight layers."""
+    """A full pre-activation unit is one operation for each weight layer."""
     unit = ResNet(20, "bottleneck").units[1].train().to(memory_format=LAST)
     for module in unit.modules():
         module.compiled = True
@@ -121,7 +121,7 @@ def test_the_addition_is_its_last_layers(called):
 
 @pytest.mark.parametrize("unit", ["original", "relu-before-add", "relu-only-preact"])
 def test_bn_behind_the_weights_adds_as_it_writes(unit, called):
-    """Of fp32 networks too; ReLU behind the addition is in it."""
+    """In float32 networks too; a ReLU after the addition is part of the operation."""
     made = ResNet(20, unit=unit).units[1].train().to(memory_format=LAST)
     for module in made.modules():
         module.compiled = True
@@ -159,7 +159,7 @@ def test_who_watches_a_side_of_the_addition_sees_it(part, training):
 
 
 def unfit(name, dtype=torch.bfloat16):
-    """x, a BN and a layer that are not for this operation, each for one reason."""
+    """x, a BN and a layer that do not fit the operation, for the one reason that ``name`` gives."""
     norm, layer, x = nn.BatchNorm2d(32), conv(32, 16, 1), bf16(2, 32, 4, 4, dtype=dtype)
     if name == "another type":
         x = x.to(torch.float32 if dtype == torch.bfloat16 else torch.bfloat16)
@@ -201,8 +201,9 @@ def test_what_does_not_fit(name, dtype):
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         assert joins(*unfit("nothing", dtype))
         assert not joins(*unfit(name, dtype))
-    with torch.autocast("cpu", torch.bfloat16, enabled=not mixed):  # a convolution would refuse x
-        assert not joins(*unfit("nothing", dtype))  # or compute in bf16
+    with torch.autocast("cpu", torch.bfloat16, enabled=not mixed):
+        # PyTorch's convolution would refuse a bf16 x, and compute a float32 one in bf16.
+        assert not joins(*unfit("nothing", dtype))
 
 
 def branch():

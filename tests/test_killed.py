@@ -1,4 +1,4 @@
-"""An ablation that is killed at random moments and continued ends as one that never was."""
+"""An ablation killed at random moments and continued ends with the results of one never killed."""
 
 import os
 import random
@@ -33,7 +33,7 @@ def end(sweep: subprocess.Popen) -> str:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
+    """The child processes of a process."""
     try:
         return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
@@ -50,7 +50,7 @@ def kill(sweep: subprocess.Popen, runs_too: bool) -> None:
 
 
 def results(root: Path) -> dict[Path, int]:
-    """Each result, and when it was written."""
+    """When each result was written."""
     return {p.relative_to(root): p.stat().st_mtime_ns for p in root.rglob("result.json")}
 
 
@@ -69,7 +69,7 @@ def test_a_sweep_killed_five_times_ends_in_the_same_table_and_runs_nothing_twice
     written: dict[Path, int] = {}
     for i in range(KILLS):
         sweep = start(root)
-        try:  # later moments as runs get on; the ablation may come to its end before
+        try:  # each kill falls later in the runs; the ablation may finish first
             sweep.wait(moments.uniform(0.3, 0.9) * lasts)
         except subprocess.TimeoutExpired:
             kill(sweep, runs_too=i % 2 == 1)

@@ -19,7 +19,7 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.manifest import origins
 from resnetv2_cli.runfolder import RunFolder
 
-# Saves when it is asked to leave, and takes a moment for it; by itself it ends after some seconds.
+# On SIGTERM it saves, which takes a moment, and exits; otherwise it ends after some seconds.
 TRAINING = """
 trap 'sleep 0.3; echo saved; exit 143' TERM
 echo begun
@@ -34,8 +34,8 @@ def arm(tmp_path):
 
 
 def submitted(monkeypatch, job) -> dict:
-    """Have submitit make each job this one; what it is told of them, and the signals that are
-    ``blocked`` meanwhile."""
+    """Make submitit return ``job`` for each submission; return the settings that it is given, and
+    the signals that are ``blocked`` while it submits."""
     told = {}
 
     def submit(*_):
@@ -59,7 +59,7 @@ def test_the_config_of_a_run_knows_what_asked_for_its_settings(tmp_path):
 
 
 def test_of_the_current_folder_a_run_imports_its_own_code_alone(arm):
-    """By -P, no file there stands in for a package."""
+    """With -P, no file there can shadow a package."""
     own = replace(arm, experiment=replace(arm.experiment, shortcut="mine:Own"))
     tool = [sys.executable, "-P", "-m", "resnetv2_cli", "train"]
     assert launch.command(own)[:7] == [*tool, "--allow-code", "mine:Own"]
@@ -91,7 +91,7 @@ def test_what_ends_a_job_lets_its_run_save(tmp_path, number, ends):
             time.sleep(0.02)
         os.kill(os.getpid(), number)
 
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # as submitit has it in a job
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # as submitit does in a job
     try:
         threading.Thread(target=stop).start()
         with ends:
@@ -102,7 +102,7 @@ def test_what_ends_a_job_lets_its_run_save(tmp_path, number, ends):
 
 
 def test_what_ends_a_job_that_is_only_starting_ends_it_too(tmp_path, monkeypatch):
-    """A signal that comes before it is known whom to pass it on to."""
+    """The signal comes before the job knows which process to pass it on to."""
     start = subprocess.Popen
 
     def slowly(*given, **more):
@@ -121,7 +121,7 @@ def test_what_ends_a_job_that_is_only_starting_ends_it_too(tmp_path, monkeypatch
 
 
 def test_a_job_of_the_stand_in_is_asked_by_a_signal_and_has_no_ctrl_c(tmp_path, monkeypatch, arm):
-    """Its controller passes SIGTERM on, and on Ctrl-C has the job killed a second later."""
+    """submitit's controller passes SIGTERM on; on Ctrl-C it kills the job a second later."""
     with subprocess.Popen(["sleep", "60"]) as controller:
         job = SimpleNamespace(done=lambda: False, job_id=str(controller.pid))
         told = submitted(monkeypatch, job)
@@ -132,7 +132,7 @@ def test_a_job_of_the_stand_in_is_asked_by_a_signal_and_has_no_ctrl_c(tmp_path, 
 
 
 def test_a_job_of_a_cluster_has_its_hours_and_is_cancelled(tmp_path, monkeypatch, arm):
-    """It is no process here."""
+    """It is not a process on this machine."""
     cancelled = []
     told = submitted(monkeypatch, SimpleNamespace(cancel=lambda: cancelled.append(True)))
     launch.Queue("slurm", tmp_path, 1.5).start(arm, 0, 0).stop()
@@ -146,7 +146,7 @@ def test_a_run_whose_ablation_has_gone_is_anothers_while_its_job_trains(arm):
 
 
 def test_a_run_that_was_refused_because_another_job_trains_it_has_not_crashed(arm):
-    """Both were in the queue, the other one since an ablation that has gone."""
+    """Both were in the queue; the other one was submitted by an ablation that is gone."""
     folder, said = RunFolder(arm.folder), []
 
     def start(*_):
@@ -171,4 +171,4 @@ def test_a_cluster_that_takes_no_job_is_one_line_and_the_run_is_free(tmp_path, m
     monkeypatch.setattr(queue.executor, "submit", refuses)
     with pytest.raises(UserError, match="no job: sbatch: error: invalid partition"):
         Sweep(queue, 1, lambda *_: None, lambda running: None).run([arm])
-    os.close(arm.claim())  # nobody has it
+    os.close(arm.claim())  # nobody holds it

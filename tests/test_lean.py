@@ -1,4 +1,4 @@
-"""What a command starts without: the packages that torchmetrics would import and nothing uses."""
+"""Commands start without the packages that torchmetrics would import and nothing uses."""
 
 import subprocess
 import sys
@@ -32,7 +32,8 @@ sys.exit(f"imported: {imported}")
 
 
 def test_a_command_imports_nothing_that_it_does_not_use(trained, tmp_path):
-    """Nor does training before its end; once torchmetrics is there, everybody hears the truth."""
+    """Nor does training before its end. Once torchmetrics is imported, all who ask whether a
+    package is installed get the true answer."""
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     words = [sys.executable, "-c", AFTER, "predict", trained, tmp_path / "a.png"]
     done = subprocess.run(words, capture_output=True, text=True, env={**THREADS, "HOME": "/"})

@@ -1,4 +1,4 @@
-"""Folders in use: who holds one, who is refused, and whose turn it is."""
+"""Folders in use: which process holds one, which is refused, and whose turn it is."""
 
 import fcntl
 import multiprocessing
@@ -38,7 +38,7 @@ def test_who_is_refused_in_a_folder_leaves_what_was_there(tmp_path):
 
 
 def test_the_workers_of_a_killed_process_do_not_hold_its_lock(tmp_path):
-    """They live on for some seconds, until they see that it has gone."""
+    """They live on for some seconds, until they notice that it is gone."""
 
     def hold() -> None:
         with RunFolder(tmp_path / "run").claimed():
@@ -55,16 +55,16 @@ def test_the_workers_of_a_killed_process_do_not_hold_its_lock(tmp_path):
     assert taken(RunFolder(tmp_path / "run").lock)
     holder.kill()
     holder.join()
-    os.kill(worker, 0)  # is there
+    os.kill(worker, 0)  # it is still alive
     folder = RunFolder(tmp_path / "run")
     assert not taken(folder.lock)
-    with folder.claimed():  # and says nothing of who was killed
+    with folder.claimed():  # and it no longer names the killed process
         [line] = folder.lock.read_text().splitlines()
         assert f"process {os.getpid()} on" in line
 
 
 def test_a_lock_that_goes_with_its_holder_holds(tmp_path):
-    """Who opened it just before it went does not hold what is no longer there."""
+    """A process that opened it just before it was removed does not hold the removed file."""
     folder, inside, most = RunFolder(tmp_path / "run"), [], []
 
     def work(n: int) -> int:
@@ -99,7 +99,7 @@ def test_where_there_are_no_locks_nobody_says_that_one_is_free(tmp_path, monkeyp
     lock.touch()
     monkeypatch.setattr(fcntl, "flock", none)
     assert taken(lock) is None
-    os.close(inherited(lock))  # but who wants it goes on
+    os.close(inherited(lock))  # but a process that wants it goes on
 
 
 def test_a_turn_begins_when_that_before_it_ends(tmp_path):

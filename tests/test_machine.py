@@ -1,4 +1,4 @@
-"""What a run trains on: which devices, which arithmetic, how its processes are started."""
+"""What a run trains on: which devices, in which arithmetic, and how its processes are started."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_the_hardware_is_what_the_run_is_on(monkeypatch, settings, said):
 def test_a_strategy_that_cannot_be_used_is_refused_with_the_reason(tmp_path, strategy):
     with pytest.raises(UserError, match=f"--strategy {strategy} cannot be used here: its proc"):
         run.train(Experiment(dataset="digits", strategy=strategy), RunFolder(tmp_path / "run"))
-    assert not list(tmp_path.iterdir())  # it was not begun
+    assert not list(tmp_path.iterdir())  # the run was not begun
     assert machine.trainer_of(Experiment(dataset="digits", accelerator="cpu", strategy="ddp"))
 
 

@@ -1,5 +1,5 @@
 """What a run records about itself: where every value came from, how often the test set was read,
-which code ran, and what was chosen."""
+which code ran, and which weights were chosen."""
 
 import json
 import math
@@ -88,7 +88,7 @@ def test_a_manifest_keeps_all_that_is_said_of_an_environment():
 
 def test_a_checkout_that_was_changed_says_so_and_how(monkeypatch):
     says = {"ls-files": "__init__.py", "status": " M a.py", "rev-parse": "abc1234\n"}
-    diffs = {("diff", "HEAD", "--", "."): "+ one line"}  # what is staged too
+    diffs = {("diff", "HEAD", "--", "."): "+ one line"}  # including what is staged
     monkeypatch.setattr(manifest, "git", lambda *words: diffs.get(words, says.get(words[0], "")))
     code = manifest.code(Experiment())
     assert code["commit"] == "abc1234+" and code["diff"] == "+ one line"
@@ -129,7 +129,7 @@ def test_a_test_that_a_run_leaves_before_is_made_when_it_continues(tmp_path, mon
 
 
 class Ruin(Callback):
-    """Takes from the network what it has learned, shortly before its last iteration."""
+    """Zeroes the classifier's weights shortly before the last iteration."""
 
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
         if trainer.global_step == 48:
@@ -138,7 +138,7 @@ class Ruin(Callback):
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_what_was_chosen_is_what_is_tested(tmp_path, stopped):
-    """Also where it was chosen before the run was stopped, and all that came later is worse."""
+    """Even if chosen before the run was stopped, with everything later being worse."""
     long = {"batch_size": 64, "steps": 50, "eval_every": 1.0, "warmup": 0, "val": 200}
     if stopped:
         leave = At(41, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -147,7 +147,7 @@ def test_what_was_chosen_is_what_is_tested(tmp_path, stopped):
     resume = {} if stopped else None
     folder = trained_as(tmp_path / "run", display=[Ruin()], resume=resume, **long)
     errors = dict(read_metrics(folder.metrics)["val_error"])
-    assert list(errors) == [20, 40, 50]  # the last iteration too, amid an epoch
+    assert list(errors) == [20, 40, 50]  # the last iteration too, mid-epoch
     result = json.loads(folder.result.read_text())
     assert result["test_step"] == min(errors, key=errors.__getitem__) < 50
     for what in (folder.path, folder.best):

@@ -1,4 +1,4 @@
-"""One clear line and a hint for each mistake, and exit status 2; nothing that was there is lost."""
+"""Each mistake gets one clear line, a hint and exit status 2; nothing that existed is lost."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from resnetv2_cli import cli, evaluation
 
 
 def mistake(done) -> tuple[str, str]:
-    """The one line and its hint."""
+    """The error line and its hint."""
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     lines = [ln for ln in done.stderr.splitlines() if ln.startswith(("error: ", "hint: "))]
     assert len(lines) == 2, done.stderr
@@ -89,7 +89,7 @@ def test_words_that_are_no_command_and_no_flag_are_a_line_and_a_hint_alone(
 def test_a_mistaken_flag_exits_with_2(here):
     done = here("train", "--dept", 20, status=2)
     assert "--depth" in done.stderr and "Traceback" not in done.stderr
-    for flag in ("--lr", "--batch-size", "--accumulate"):  # no part of it
+    for flag in ("--lr", "--batch-size", "--accumulate"):  # not flags of eval
         said = here("eval", "x.ckpt", flag, 1, status=2).stderr
         assert "no such option" in said and flag in said
 
@@ -109,7 +109,7 @@ def test_a_used_folder_is_left_alone(here, trained):
     done = here("train", *SMALL, "--output", trained, status=None)
     said, hint = mistake(done)
     assert "is not empty" in said and "--resume" in hint
-    assert done.stderr.startswith("error: ")  # not what would be trained, and what it needs
+    assert done.stderr.startswith("error: ")  # not with lines on the training and what it needs
     assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
 
 
@@ -118,11 +118,11 @@ def test_a_used_folder_is_left_alone(here, trained):
     [
         ("", "or continue it"),
         ("config.yaml", "or restore this run's config.yaml"),
-        ("config.yaml metrics.csv checkpoints", ""),  # it may be anybody's
+        ("config.yaml metrics.csv checkpoints", ""),  # it may not be a run at all
     ],
 )
 def test_a_used_folder_has_the_hint_that_helps(here, trained, tmp_path, missing, way):
-    """A run whose config.yaml is not there any more was to be continued, which was refused too."""
+    """A hint to continue a run whose config.yaml is missing would lead to another refusal."""
     ignored = shutil.ignore_patterns(*missing.split())
     copy = shutil.copytree(trained, tmp_path / "run", ignore=ignored)
     for flags in ([], ["--continue"]) if missing else ([],):
@@ -208,7 +208,7 @@ def test_a_run_folder_that_became_read_only(here, trained, tmp_path):
     shutil.copytree(trained, copy)
     (copy / "result.json").unlink()
     (copy / "metrics.csv").unlink()
-    (copy / "metrics.csv").mkdir()  # no file can be written there, whoever one is
+    (copy / "metrics.csv").mkdir()  # not even root can write a file there
     done = here("train", "--resume", copy, status=2)
     assert "metrics.csv" in done.stderr and "Traceback" not in done.stderr
 

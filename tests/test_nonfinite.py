@@ -81,8 +81,8 @@ def test_the_unit_where_it_began_is_named(tmp_path, kind, what, way):
 
 @pytest.mark.parametrize("val", [0, 100])
 def test_it_is_traced_too_where_it_would_be_evaluated_and_saved(tmp_path, val):
-    """An evaluation keeps no graph, and this looks for the unit from within one; it leaves nothing
-    of itself, neither error nor best."""
+    """The unit is traced from within an evaluation, which keeps no graph. The evaluation leaves
+    neither an error nor a best checkpoint."""
     folder, of = RunFolder(tmp_path / "run"), {"log_every": 1000, "save_every": 0, "val": val}
     with pytest.raises(Diverged) as caught:
         trained_as(folder.path, shortcut="test_nonfinite:AlwaysBad", **of)
@@ -98,7 +98,7 @@ def test_skipped_iterations_leave_no_trace_and_are_exact_under_resuming(tmp_path
     skipped = json.loads(whole.result.read_text())["skipped_iterations"]
     assert 0 < skipped < 12
     losses = [loss for _, loss in read_metrics(whole.metrics)["train_loss"]]
-    assert len(losses) == 4 and all(map(math.isfinite, losses))  # of what was not skipped
+    assert len(losses) == 4 and all(map(math.isfinite, losses))  # of those not skipped
     state = checkpoints.read(whole.last)["state_dict"]
     assert all(value.isfinite().all() for value in state.values())
     leave = At(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -115,7 +115,7 @@ def test_skipped_iterations_leave_no_trace_and_are_exact_under_resuming(tmp_path
     (-float("inf"), False),
 ])  # fmt: skip
 def test_one_number_in_many_is_seen_and_none_is_changed(number, good):
-    """Also the largest there is, whose square, and whose sum with itself, is none."""
+    """3.4e38 is finite, although its square and its double are not."""
     tensors = [torch.randn(3, 4), torch.full((2, 5, 3, 3), 3.4e38), torch.randn(70_001)]
     tensors[1] = tensors[1].to(memory_format=torch.channels_last)
     tensors[2][70_000] = number
@@ -129,11 +129,11 @@ def test_where_nothing_is_finite_skipping_ends(tmp_path):
     with pytest.raises(Diverged, match="12 iterations in a row were not finite") as caught:
         shortcut = "test_nonfinite:AlwaysBad"
         trained_as(tmp_path / "run", shortcut=shortcut, non_finite="skip", save_every=0)
-    assert caught.value.iteration == 1  # the first that was left out
+    assert caught.value.iteration == 1  # the first that was skipped
 
 
 def test_the_guard_leaves_out_a_first_step_as_if_it_had_not_been():
-    """Weights, momentum and BN's averages; then the next step is the one a new optimizer takes."""
+    """Weights, momentum and BN's averages stay; the next step is that of a new optimizer."""
     torch.manual_seed(1)
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     start = {k: v.clone() for k, v in net.state_dict().items()}
@@ -159,7 +159,7 @@ def test_the_guard_leaves_out_a_first_step_as_if_it_had_not_been():
 
 
 def test_a_guard_that_stops_keeps_the_weights_before_the_first_that_was_not_finite():
-    """The iterations that follow are left out too, until somebody looks: they are good ones."""
+    """Later iterations are skipped too, although they are finite, until the guard is read."""
     net = nn.Linear(3, 4)
     sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
     guard, before = Guard(net, stop=True, scaled=False), net.weight.detach().clone()
@@ -174,8 +174,8 @@ def test_a_guard_that_stops_keeps_the_weights_before_the_first_that_was_not_fini
 
 @pytest.mark.parametrize("stop", [False, True])
 def test_a_scaled_step_that_overflows_leaves_no_momentum_from_nowhere(stop):
-    """float16's scaler has the fused step return at once, which would keep memory as it was; and
-    where a run is to stop, the loss that is not finite shows in a gradient, for the scaler."""
+    """float16's scaler has the fused step return at once, which would leave the momentum
+    uninitialized. If the run is to stop, a gradient is made infinite, so that the scaler skips."""
     net = nn.Linear(4, 4)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
     guard = Guard(net, stop=stop, scaled=True)
@@ -189,7 +189,7 @@ def test_a_scaled_step_that_overflows_leaves_no_momentum_from_nowhere(stop):
 
 @pytest.mark.parametrize("scale, ends", [(2.0**16, False), (2.0**-20, False), (2.0**-25, True)])
 def test_a_scale_of_nothing_ends_a_training(scale, ends):
-    """float16's scaler skips what overflows silently and forever."""
+    """float16's scaler skips overflows without a word, and would do so forever."""
     plugin = SimpleNamespace(scaler=torch.amp.GradScaler("cpu", init_scale=scale))
     trainer = SimpleNamespace(
         world_size=1, max_steps=1000, global_step=300, precision_plugin=plugin

@@ -1,4 +1,4 @@
-"""The recipe of the appendix, and the others."""
+"""The training recipe of the paper's appendix, and other schedules."""
 
 import csv
 
@@ -42,7 +42,7 @@ def test_a_shorter_run_scales_the_schedule_with_it():
 
 
 def test_drops_where_the_paper_has_them_on_imagenet():
-    """At the ends of epochs 30 and 60 of 90, of 5,005 iterations of 256 images each."""
+    """After epochs 30 and 60 of 90, each of 5,005 iterations of 256 images."""
     e = Experiment(steps=90 * 5005, warmup=0, drops=TABLE_5.base["drops"])
     first, second = 30 * 5005, 60 * 5005
     steps = (0, first - 1, first, second - 1, second, 90 * 5005 - 1)

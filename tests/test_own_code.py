@@ -170,7 +170,7 @@ class Pooled(Shortcut):
 @pytest.mark.parametrize("unit", ["original", "full-preact"])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_what_a_shortcut_carries_is_added_at_every_pixel(unit, mixed, monkeypatch):
-    """By the operations that add as they write as by PyTorch's, whose addition broadcasts."""
+    """Operations that add as they write broadcast as PyTorch's addition does."""
     monkeypatch.setitem(sys.modules["resnetv2_cli.shortcuts"].SHORTCUTS, "pooled", Pooled)
     net = ResNet(8, unit=unit, shortcut="pooled")
     exact = trained_step(copy.deepcopy(net).double(), "eager")
@@ -211,7 +211,7 @@ def test_no_layer_takes_the_place_of_another(units, cls, name):
 
 
 def test_depthwise_weights_have_the_variance_that_relu_asks_for(units):
-    """He et al. 2015: 2 / n_l, where n_l counts what one value reaches: 9, and not 9 c."""
+    """He et al. 2015: 2 / n_l, where n_l counts the outputs that one value reaches: 9, not 9 c."""
     net = ResNet(8, unit=f"{units}:Deep")
     for unit in net.units[1:]:
         std = unit.residual.conv1.weight.std().item()
@@ -274,7 +274,7 @@ def test_f_is_shrunk_whatever_it_ends_in():
 
 
 class Standardized(nn.Conv2d):
-    """Computes with other weights than it has."""
+    """Computes with weights other than those it stores."""
 
     def forward(self, x):
         return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), True), self.bias)
@@ -300,7 +300,7 @@ def test_only_what_can_be_folded_is(conv, norm):
 )
 def test_any_bn_is_exchanged_for_one_of_all_processes(how, monkeypatch):
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("resnetv2_cli.syncbn.all_reduce", lambda x: x)  # the sum over one
+    monkeypatch.setattr("resnetv2_cli.syncbn.all_reduce", lambda x: x)  # the sum over one process
     bn = nn.BatchNorm2d(4, **how).train()
     x = torch.randn(8, 4, 3, 3)
     net = OverProcesses().apply(nn.Sequential(copy.deepcopy(bn)))
@@ -321,7 +321,7 @@ def test_bn_without_averages_is_recomputed_too():
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package of several files, made with what is installed beside it; its unit's name."""
+    """A package of several files, which also imports an installed module; the name of its unit."""
     name = f"pack{abs(hash(tmp_path))}"
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").write_text("")
@@ -382,7 +382,7 @@ def test_a_run_is_not_continued_by_other_code(package, here, resnetv2, tmp_path)
 def test_what_may_be_imported_and_cannot_be_keeps_no_training_from_beginning(
     text, package, tmp_path, here
 ):
-    """Its files are looked for to know the code by; it may never be imported."""
+    """Files are only looked up, to recognize the code later; they may never be imported."""
     folder = tmp_path / package.partition(".")[0]
     (folder / "later").mkdir()
     (folder / "later" / "__init__.py").write_text(text)

@@ -123,7 +123,7 @@ def test_a_shortcut_is_made_with_its_settings(mine):
     assert float(made.a) == 2 and not made.a.requires_grad and made.kind == "b"
     made = ResNet(8, shortcut=f"{mine}:Scaled:gate_bias=-3.0:kind=3").units[0].shortcut
     assert made.a.item() == 1 and made.a.requires_grad and made.kind == "3"
-    assert made.bias == -3 and isinstance(made.bias, float)  # as written, where no default says
+    assert made.bias == -3 and isinstance(made.bias, float)  # as written: no default tells its type
     made = ResNet(8, shortcut=f"{mine}:Scaled:start=0", settings={"gate_bias": -1.0})
     assert made.units[0].shortcut.bias == -1 and made.units[0].shortcut.a.item() == 0
 
@@ -157,7 +157,7 @@ def test_a_setting_is_given_in_one_place(mine):
 
 
 def test_a_unit_has_its_settings_and_its_class_is_one(mine):
-    """A compiler and a cache know it by that."""
+    """Compilers and caches recognize a class by its identity."""
     wide, three = unit_class(f"{mine}:Wide"), unit_class(f"{mine}:Wide:ratio=3")
     assert unit_class(f"{mine}:Wide:ratio=3") is three and issubclass(three, wide)
     assert (wide.ratio, three.ratio, unit_class(f"{mine}:Wider:more=1").more) == (2, 3, 1)
@@ -184,7 +184,7 @@ def test_rows_that_differ_in_a_setting_are_different_experiments(mine, tmp_path)
 
 
 def test_settings_are_called_as_one_likes(mine, here):
-    """Another's depth is not the network's."""
+    """A shortcut's own ``depth`` is not the network's."""
     words = here("diff", f"dataset=digits,depth=8,shortcut={mine}:Deep:depth=3", "depth=14").stdout
     assert re.search(r"depth +│ +8 │ +14 │", words) and "are the same" not in words
     made = here(
@@ -207,7 +207,7 @@ def test_weights_of_other_settings_are_refused_with_the_flags_that_fit(mine, her
 
 
 def test_a_run_keeps_its_settings(mine, here, resnetv2, tmp_path):
-    """Its checkpoint names them, and only the command line admits the code, whatever they are."""
+    """Its checkpoint names them. Only the command line admits the code, whatever its settings."""
     flags = ["--shortcut", f"{mine}:Scaled:start=0.25:learned=false", "--steps", 2]
     here("train", *SMALL, *flags, "--output", tmp_path / "run")
     saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
@@ -220,7 +220,7 @@ def test_a_run_keeps_its_settings(mine, here, resnetv2, tmp_path):
 
 
 def test_the_classes_of_the_readme_have_settings(tmp_path, monkeypatch):
-    """Under other names: ``mine`` is a module of other tests too."""
+    """Under other module names: other tests have a module ``mine``."""
     text = (REPOSITORY / "README.md").read_text()
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL)):
         (tmp_path / f"of_the_readme{number}.py").write_text(code)

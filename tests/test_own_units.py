@@ -1,4 +1,4 @@
-"""Units of your own: written as what stands between two of them, or as a class."""
+"""Units of your own: written as the layers between two units, or as a class."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.shortcuts import SHORTCUTS
 from resnetv2_cli.units import Kind, residual_unit
 
-# With BN behind ReLU at each place, which no row of Fig. 4 has; BN twice.
+# With BN after ReLU in each place, which no part of Fig. 4 has; and with BN twice.
 OWN = [
     "relu bn + |", "+ relu bn |", "+ | relu bn", "bn + | bn", "+ bn | relu", "bn + bn | bn", "+ |",
 ]  # fmt: skip
@@ -76,7 +76,7 @@ def test_what_cannot_stand_between_two_units_is_one_line(text, message, here):
 
 
 def layers(unit: nn.Module) -> dict[str, list[str]]:
-    """What stands at each part of a unit, by the modules that run."""
+    """The layers in each part of a unit, from its modules."""
     found, names = {}, {nn.Conv2d: "conv", nn.BatchNorm2d: "bn", nn.ReLU: "relu"}
     for name, part in unit.named_children():
         found[name] = [names[type(m)] for m in part.modules() if type(m) in names]
@@ -129,7 +129,7 @@ def test_compiled_operations_compute_them(between):
     exact = trained_step(copy.deepcopy(net).double(), "eager")
     eager, compiled = (trained_step(copy.deepcopy(net), mode) for mode in ("eager", "compiled"))
     assert distance(compiled[0], exact[0]) < 1e-4
-    # Eager too may have a value on the other side of a ReLU than float64 has.
+    # Eager too may have a value on the other side of a ReLU than float64.
     assert distance(compiled[1], exact[1]) < 2 * distance(eager[1], exact[1]) + 1e-3
 
 
@@ -137,7 +137,7 @@ def test_compiled_operations_compute_them(between):
 @pytest.mark.parametrize("depth, block", [(14, "basic"), (20, "bottleneck")])
 @pytest.mark.parametrize("between", OWN)
 def test_joined_operations_compute_them(between, depth, block, monkeypatch):
-    """Within F, and where a unit begins with what they have; no farther from float64 than eager."""
+    """Within F, and where a unit begins with such layers; no farther from float64 than eager."""
     names, call = [], native.call
     monkeypatch.setattr(native, "call", lambda name, *rest: (names.append(name), call(name, *rest)))
     net = ResNet(depth, block, between)
@@ -196,7 +196,7 @@ class Other: pass
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """A file of the user's in the current folder; its module's name."""
+    """A file of the user's in the current folder; the name of its module."""
     name = f"own{abs(hash(tmp_path))}"
     (tmp_path / f"{name}.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
@@ -208,12 +208,12 @@ def test_a_class_of_ones_own_is_a_unit(mine):
     e = Experiment(unit=f"{mine}:Own", depth=8)
     inner = ("weight 3x3, 16", "BN", "ReLU", "weight 3x3, 16", "Scaled", "BN")
     assert kinds(skeleton(e))[0].anatomy.residual == inner
-    assert sys.path[-1] == str(Path.cwd())  # behind all that is installed
+    assert sys.path[-1] == str(Path.cwd())  # after everything installed
     net = ResNet(**e.architecture)
     assert anatomy(net.units[1]).residual[0] == "ReLU" and layers(net)["head"] == ["relu"]
     for unit in net.units:
-        assert not unit.residual.scaled.weight.weight.any()  # as it is made
-        weight = unit.residual.conv2.weight  # as every other of the network
+        assert not unit.residual.scaled.weight.weight.any()  # as its class initializes it
+        weight = unit.residual.conv2.weight  # as all others in the network
         assert weight.std().item() == pytest.approx((2 / weight[:, 0].numel()) ** 0.5, rel=0.1)
     net(torch.randn(2, 3, 32, 32)).square().sum().backward()
     assert all(p.grad is not None for p in net.parameters())
@@ -258,7 +258,7 @@ def test_it_is_trained_evaluated_and_kept(mine, here, resnetv2, tmp_path):
     unit, small = f"{mine}:Own", ["--dataset", "digits", "--depth", 8, "--batch-size", 128]
     said = here("train", *small, "--unit", unit, "--epochs", 1, "--output", "run")
     assert f"resnetv2 eval run --allow-code {unit}" in said.stderr
-    refused = resnetv2("eval", "run", status=2, cwd=tmp_path).stderr  # it has not imported it yet
+    refused = resnetv2("eval", "run", status=2, cwd=tmp_path).stderr  # not imported there yet
     assert f"{unit} is code that a file asks for" in refused
     assert f"{mine}.Own" in resnetv2("eval", "run", "--allow-code", unit, cwd=tmp_path).stdout
     code = json.loads((tmp_path / "run" / "manifest.json").read_text())["code"]
@@ -286,7 +286,7 @@ def test_an_ablation_of_it_has_the_original_units_beside_it(unit, mine, tmp_path
     assert {line.arms[0].experiment.depth for line in made.lines} == {20}
     folders = [line.arms[0].folder.parent.name for line in made.lines]
     assert len(set(folders)) == 3 and not any(set(name) & set("+| :") for name in folders)
-    [table] = studies.studies(tables=[2])  # whose runs are the same
+    [table] = studies.studies(tables=[2])  # which shares two of the runs
     theirs = plan(table, 1, {"steps": 9}, tmp_path).lines
     ours = plan(study, 1, {"steps": 9}, tmp_path).lines
     assert [line.arms[0].folder for line in ours[:2]] == [theirs[n].arms[0].folder for n in (0, 4)]

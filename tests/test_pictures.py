@@ -11,7 +11,7 @@ from resnetv2_cli.analysis.draw import Panels
 from resnetv2_cli.inference import Prediction
 from resnetv2_cli.sheet import sheet
 
-NAMES = ["$a_$", r"\$ and $b^$", "\udce9", "猫"]  # no formulas, no text, none of the font's
+NAMES = ["$a_$", r"\$ and $b^$", "\udce9", "猫"]  # not formulas; not valid text; not in the font
 
 
 def words(svg) -> list[str]:
@@ -53,7 +53,7 @@ def test_the_likeliest_class_stands_below_its_picture(tmp_path):
 
 
 def test_a_value_of_a_unit_stands_above_its_place(tmp_path):
-    """Counted from 1; in percent where another network has other units. A stage ends between."""
+    """Units count from 1, or in percent if another network has others; stages end between two."""
     one, two = {"stage": [1, 1, 2, 2]}, {"stage": [1, 2]}
     for found, places, change in (
         ({"a": one}, [1, 2], 2.5),
@@ -79,7 +79,7 @@ def test_a_row_of_the_confusion_matrix_is_of_a_label(monkeypatch):
 
 
 def test_a_long_name_of_a_class_is_cut_in_its_middle_and_all_words_are_in_the_picture(monkeypatch):
-    """As ImageNet has them."""
+    """ImageNet has such names."""
     drawn = []
     monkeypatch.setattr(plot, "save", lambda figure, to: drawn.append(figure))
     long = "American Staffordshire terrier, Staffordshire terrier, American pit bull terrier"

@@ -37,7 +37,7 @@ def states(*files) -> list[dict]:
 def test_they_are_the_means_of_whole_batches_and_nothing_else_changes(
     tmp_path, shortcut, images, batches
 ):
-    """As PyTorch's own loop over the same batches has them."""
+    """The same as by PyTorch's ``update_bn`` over the same batches."""
     file = trained_as(tmp_path / "run", shortcut=shortcut).last
     heard: list[tuple[int, int]] = []
     made, n = precise(file, images, lambda *counts: heard.append(counts))
@@ -89,7 +89,7 @@ def test_the_command_leaves_a_checkpoint_that_every_other_takes(trained, tree, t
     [(None, {"batch_size": 500}, 1000), (100, {"batch_size": 64}, 64), (3, {}, 3)],
 )
 def test_batches_are_as_large_as_asked_for_and_no_larger_than_all(tmp_path, images, given, n):
-    file = trained_as(tmp_path / "run", warmup=4).last  # longer than the one iteration here
+    file = trained_as(tmp_path / "run", warmup=4).last  # longer than precise-bn's one iteration
     assert precise(file, images, **given)[1] == n
 
 

@@ -1,4 +1,4 @@
-"""predict: any picture, prepared as in evaluation; a broken file is a row, not the end."""
+"""predict: any picture, preprocessed as in evaluation; a broken file is a row, not the end."""
 
 import csv
 import io
@@ -28,7 +28,7 @@ from resnetv2_cli.weightfile import find
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """The test digits as files, in the order that evaluation has them; and their labels."""
+    """The test digits as files, in the order of evaluation; and their labels."""
     folder = tmp_path_factory.mktemp("digits")
     test = images.digits().test
     for i, pixels in enumerate(test.images):
@@ -41,7 +41,7 @@ def rows(out: str) -> list[dict]:
 
 
 def test_it_sees_what_evaluation_sees(trained, digits, here):
-    """Its error on the test images is the run's own, image by image through their files."""
+    """Its error on the test images, read from files, is the run's own test error."""
     folder, labels = digits
     done = here("predict", trained, folder, "--format", "jsonl", "--top", 10)
     found = rows(done.stdout)
@@ -65,8 +65,8 @@ def test_any_size_and_mode(trained, tmp_path, here, mode):
 
 
 def test_what_is_odd_but_can_be_read_warns_of_nothing(tmp_path):
-    """A palette with transparency, and more pixels than Pillow likes, which counts to 1000 here;
-    and EXIF that is cut off."""
+    """A palette with transparency; more pixels than Pillow takes without a warning, here 1000; and
+    truncated EXIF."""
     image = Image.new("P", (40, 30))
     image.putpalette([200, 100, 50, 1, 2, 3])
     image.save(tmp_path / "a.png", transparency=b"\x80\xff")
@@ -87,7 +87,7 @@ for name in sys.argv[1:]:
 
 
 def test_sixteen_bits_of_grey_are_not_cut_off_at_white(tmp_path):
-    """What convert("RGB") gives is white wherever there is more than 0.4 % of the light."""
+    """convert("RGB") would make everything brighter than 0.4 % white."""
     from resnetv2_cli.data import picture
 
     grey = np.linspace(0, 2**16 - 1, 64 * 64).astype(np.uint16).reshape(64, 64)
@@ -141,7 +141,7 @@ def test_nothing_but_broken_files_is_a_mistake(trained, here):
 
 
 def test_the_network_is_the_checkpoints_own(trained, here):
-    """Another layout of it would compute something else, and say nothing."""
+    """In another layout it would silently compute something else."""
     done = here("predict", trained, "a.png", "--layout", "fb", status=2)
     assert re.search("no such option.*--layout", done.stderr)
 
@@ -172,7 +172,7 @@ def test_a_table_and_csv_say_the_same(trained, digits, here):
 
 def test_standard_input_is_an_image_or_names_of_files(tmp_path):
     scratch = tmp_path / "scratch"
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.bmp")  # all zeros but for its header: also text
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.bmp")  # zeros after its header: could be names too
     content = (tmp_path / "a.bmp").read_bytes()
     assert from_stdin(content, scratch) == [Picture("-", scratch)]
     assert scratch.read_bytes() == content
@@ -211,7 +211,7 @@ def test_a_contact_sheet(trained, digits, tmp_path, here):
         pixels = np.asarray(drawn.convert("RGB"))
     assert min(pixels.shape[:2]) > 400
     black, red = (pixels == 0).all(-1), (pixels[..., 0] > 200) & (pixels[..., 1:] < 60).all(-1)
-    assert black.mean() > 0.01 and red.any()  # what is written under the broken one is red
+    assert black.mean() > 0.01 and red.any()  # the text under the broken one is red
 
 
 def test_a_picture_of_no_kind_is_refused_before_anything_is_predicted(trained, digits, here):

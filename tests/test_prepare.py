@@ -1,4 +1,4 @@
-"""Photographs as shards: the same images in the same order, whatever stopped their preparation."""
+"""Photographs as shards: the same images in the same order, however preparing was interrupted."""
 
 import io
 import itertools
@@ -26,7 +26,7 @@ from resnetv2_cli.locks import held
 
 
 def read_all(root: Path, split: str) -> tuple[folder.Folder, torch.Tensor]:
-    """A split, and its training crops in one epoch."""
+    """A split, and its training crops of one epoch."""
     found = folder.scan(root, split, ("ant", "bee"))
     views = folder.FolderImages(found, 224, "scale", 0, PROTOCOLS["224"].view(224))
     return found, torch.stack([views[i, 0][0] for i in range(len(found.files))])
@@ -97,7 +97,7 @@ def test_preparing_goes_on_where_it_was_stopped(tree, tmp_path, here, monkeypatc
 
 
 def test_shards_of_other_pictures_of_the_same_names_are_not_taken(tree, tmp_path, here):
-    root = shutil.copytree(tree, tmp_path / "tree")  # with the times of its files
+    root = shutil.copytree(tree, tmp_path / "tree")  # keeps its files' times
     to = prepared(tree, tmp_path / "s", here)
     prepared(root, to, here)
     picture = root / "train" / "bee" / "1.JPEG"
@@ -107,7 +107,7 @@ def test_shards_of_other_pictures_of_the_same_names_are_not_taken(tree, tmp_path
     assert "was made from other images, or they have changed since" in done.stderr
     assert {p: p.read_bytes() for p in to.iterdir()} == before
     [stale] = re.findall(r"train-0+\d\.tar", done.stderr)
-    (to / stale).unlink()  # as the hint has it
+    (to / stale).unlink()  # as the hint says
     prepared(root, to, here)
     again = prepared(root, tmp_path / "again", here)
     for path in again.glob("*.tar"):
@@ -153,7 +153,7 @@ def test_a_picture_mended_on_the_way_costs_no_shard(tree, tmp_path, here):
 
 
 def test_shards_have_the_numbers_of_whoever_asks_for_their_classes(tree, tmp_path, here):
-    """As a tree has: of weights from elsewhere, in another order and with more of them."""
+    """As for a folder tree: weights may have the classes in another order, and more of them."""
     shards = prepared(tree, tmp_path / "s", here)
     loose, packed = (folder.scan(r, "test", ("cow", "bee", "ant")) for r in (tree, shards))
     assert packed.labels.tolist() == loose.labels.tolist() == [1, 2]
@@ -222,7 +222,7 @@ def test_a_signal_leaves_nothing_half_written_and_it_goes_on(
 
 
 def test_killed_while_it_writes_the_second_call_goes_on(tree, tmp_path, here):
-    """What SIGKILL leaves: half of a shard, half of a plan, under names that nobody reads."""
+    """SIGKILL may leave half a shard or half a plan, under names that nothing reads."""
     whole, to = prepared(tree, tmp_path / "a", here), tmp_path / "b"
     to.mkdir()
     for name in ("prepared.json.tmp", "prepare.lock"):
@@ -268,7 +268,7 @@ def test_two_at_once_are_refused(tree, tmp_path, here):
     "command", [["check"], ["sort-val", "--labels", "labels"], ["prepare", "--output", "again"]]
 )
 def test_a_folder_of_shards_is_known_for_one(tmp_path, here, command, left):
-    """Also one that was begun, and that is all that is there."""
+    """Even one that was only begun, and holds nothing else."""
     root = tmp_path / "s"
     root.mkdir()
     (root / left).write_text("{}")

@@ -1,4 +1,4 @@
-"""How long an ablation would take, from a step measured here and what is left of its runs."""
+"""How long an ablation would take, from a step measured here and the training that remains."""
 
 import gc
 import weakref
@@ -66,7 +66,7 @@ def test_jobs_on_one_device_share_it(tmp_path, monkeypatch, gpus, seconds):
 @pytest.mark.parametrize("accumulate", [1, 2, 8])
 @pytest.mark.parametrize("each", [1.0, 0.001])
 def test_a_part_of_a_batch_that_takes_long_stands_for_all_of_it(monkeypatch, accumulate, each):
-    """By a clock on which each image takes a second, or so little that all can be tried."""
+    """By a clock on which each image takes a second, or so little that the whole batch is timed."""
     seen = []
 
     class Timed(Iteration):

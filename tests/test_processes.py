@@ -38,12 +38,12 @@ from resnetv2_cli.leaving import Leaver
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.signals import SIGNALS
 
-STEPS = 23  # an epoch of the digits, and an evaluation after it
+STEPS = 23  # one epoch of the digits, followed by an evaluation
 
 
 class Collectives(Callback):
-    """Counts what the backend was asked for in 20 iterations, after the two in which DDP settles
-    itself; and keeps BN's moving averages as an iteration and as an evaluation leaves them."""
+    """Counts the backend's operations in 20 iterations, after two in which DDP settles; and keeps
+    BN's moving averages after an iteration and after an evaluation."""
 
     def __init__(self) -> None:
         self.counted: Counter[str] = Counter()
@@ -70,7 +70,7 @@ class Collectives(Callback):
 
 
 class Terminated(Callback):
-    """SIGTERM to the second process alone, in the evaluation after training."""
+    """Sends SIGTERM to the second process alone, in the evaluation after training."""
 
     def on_validation_batch_start(self, trainer, task, batch, batch_idx) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING and trainer.global_rank == 1:
@@ -78,8 +78,8 @@ class Terminated(Callback):
 
 
 class Gradients(Callback):
-    """What the first iteration learns from: all processes together, as DDP leaves it, and this one
-    alone, from its part of the batch. No more of the run."""
+    """Keeps the first iteration's gradient over all processes, as DDP leaves it, and that of this
+    process's part of the batch alone; then ends the run."""
 
     class Enough(Exception):
         pass
@@ -128,7 +128,7 @@ def not_begun(folder: RunFolder) -> None:
     shutil.rmtree(folder.path)
 
 
-APART = {  # what is done to the second process's folder: what the first one and the second one say
+APART = {  # a change to the second process's folder: messages of the first and the second process
     nothing_whole: ("process 1 cannot begin: ", "and there is no intact one beside it"),
     other_momentum: ("process 0 would begin with a checkpoint of SHA-256",) * 2,
     earlier: ("process 0 would begin with iteration 23, process 1 with 22",) * 2,
@@ -142,7 +142,7 @@ TRAIN = {
 
 
 def command(folder: RunFolder, steps: int) -> tuple[int, str]:
-    """Continue the run in a folder, or begin it, for so many iterations: status, what was said."""
+    """Continue or begin the run in a folder, up to ``steps``; its exit status and messages."""
     flags = [w for k, v in TRAIN.items() for w in (f"--{k.replace('_', '-')}", str(v))]
     words = ["train", *flags, "--steps", str(steps), "--continue", "--output", str(folder.path)]
     said = io.StringIO()
@@ -152,8 +152,8 @@ def command(folder: RunFolder, steps: int) -> tuple[int, str]:
 
 
 def terminated(folder: RunFolder) -> tuple[int, int, bool]:
-    """A run that is terminated in its last evaluation, and continued: its status, the iteration
-    that is saved, and whether it has a result then."""
+    """Terminate a run in its last evaluation, and continue it: its exit status, the iteration that
+    was saved, and whether it has a result in the end."""
     experiment = Experiment(**{**TRAIN, "devices": "2"}, steps=3, eval_every=0.1)
     with pytest.raises(Stopped) as left:
         run.train(experiment, folder, display=[Terminated()])
@@ -163,7 +163,7 @@ def terminated(folder: RunFolder) -> tuple[int, int, bool]:
 
 
 def counting(ran: Counter, call):
-    """Not what is only counted for its memory."""
+    """Count calls, except those on meta tensors, which only estimate memory."""
 
     def counted(name, tensors, *numbers):
         ran.update([name] * (not tensors[0].is_meta))
@@ -173,7 +173,7 @@ def counting(ran: Counter, call):
 
 
 def gradients(place: Path) -> dict[str, dict]:
-    """Of a network of bottlenecks, and the functions of the library that ran."""
+    """For each of KERNELS: gradients of a bottleneck network, and library functions that ran."""
     made = {}
     with pytest.MonkeyPatch.context() as patch:
         call = native.call
@@ -188,8 +188,8 @@ def gradients(place: Path) -> dict[str, dict]:
 
 
 def replayed(place: Path) -> tuple[list[str], dict[str, int], int, list[bool]]:
-    """The same training with each network on tape: what was told, what was exchanged, how often the
-    tape ran, and whether weights, momentum and moving averages are those of call by call."""
+    """The same training with the network on tape and call by call: messages, collective operations,
+    how often the tape ran, and whether weights, momentum and moving averages are equal."""
     told, seen, ends = [], Collectives(), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "why_not", lambda device, **parts: "")
@@ -213,15 +213,15 @@ KERNELS = {
 
 
 def work(rank: int, place: Path, port: int) -> None:
-    """One of two processes: trains, and tries to go on in a folder of its own; what it saw is left
-    in a file."""
+    """One of two processes: trains, tries to continue in a folder of its own, and saves what it saw
+    to a file."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "test", "COLUMNS": "400",
     }  # fmt: skip
-    rank_zero_only.rank = rank  # Lightning looks when it is imported
+    rank_zero_only.rank = rank  # Lightning sets it only when imported
     seen, both = Collectives(), RunFolder(place / "run")
     experiment = Experiment(**{**TRAIN, "devices": "2"}, steps=STEPS)
     run.train(experiment, both, display=[seen])
@@ -250,12 +250,12 @@ def seen(tmp_path_factory) -> list[dict]:
         port = s.getsockname()[1]
     os.environ["OMP_NUM_THREADS"] = "1"
     multiprocessing.spawn(work, args=(place, port), nprocs=2)
-    assert not (place / "new").exists()  # a run that was refused
+    assert not (place / "new").exists()  # its run was refused
     return [torch.load(place / str(rank)) for rank in (0, 1)]
 
 
 def test_an_iteration_waits_for_its_gradient_alone(seen):
-    """And every ten of them twice for what the processes wish: to save, to leave."""
+    """And, every ten iterations, twice for what the processes agree on: to save, and to leave."""
     for one in seen:
         assert one["counted"] == {"gloo:all_reduce": 20 + 4, "gloo:barrier": 4}
 
@@ -266,12 +266,12 @@ def test_replays_of_the_network_under_ddp_are_bit_for_bit_its_calls(seen):
         says = "the network is replayed as CUDA graphs; the whole iteration is not: the processes"
         assert sum(line.startswith(says) for line in told) == (rank == 0), told
         assert counted == one["counted"]
-        assert ran == 1 + STEPS - 1  # in a comparison; and not on the last batch, which is smaller
+        assert ran == 1 + STEPS - 1  # once to compare; not on the last batch, which is smaller
         assert len(equal) > 50 and all(equal)
 
 
 def test_moving_averages_are_the_first_process_s_where_they_are_used(seen):
-    """Each has its own in training; an evaluation by both is of one network."""
+    """In training each process has its own; an evaluation by both must be of one network."""
     (training, evaluated), (others, same) = (one["averages"] for one in seen)
     assert not torch.equal(training, others)
     assert torch.equal(evaluated, same)
@@ -308,12 +308,12 @@ def test_a_signal_to_one_in_the_last_evaluation_ends_both_and_what_is_saved_goes
 
 
 def test_who_is_started_again_meets_those_of_now_in_the_store_of_before(monkeypatch):
-    """As torchrun keeps it: what the processes of before said of themselves is still in it."""
+    """torchrun keeps the store across restarts: what earlier processes wrote is still in it."""
     monkeypatch.setattr(cluster, "PATIENCE", timedelta(seconds=9))
     store, size = distributed.HashStore(), 3
 
     def meet(rank: int) -> str:
-        time.sleep(0.1 if rank == 0 else 0)  # the others see what is old
+        time.sleep(0.1 if rank == 0 else 0)  # so that the others see old entries
         return cluster.met(store, rank, size)
 
     with ThreadPool(size) as pool:
@@ -323,7 +323,7 @@ def test_who_is_started_again_meets_those_of_now_in_the_store_of_before(monkeypa
 
 
 def test_who_waits_for_others_hears_signals(monkeypatch):
-    """What waits in PyTorch's stores does not."""
+    """While PyTorch's stores wait, no signal is handled."""
     told = []
     late = partial(told.append, "late")
     assert cluster.attended(lambda: 3, late) == 3
@@ -344,14 +344,14 @@ def test_who_waits_for_others_hears_signals(monkeypatch):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert time.monotonic() - began < 4 and told == ["late"]
-    for thread in set(threading.enumerate()) - others:  # or it ends this process as that one ends
+    for thread in set(threading.enumerate()) - others:  # or it may abort this process as it exits
         thread.join()
 
 
 @pytest.fixture
 def launcher(monkeypatch) -> cluster.Launcher:
     for name in ("NODE_RANK", "LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "0")  # and put back behind it, which sets them
+        monkeypatch.setenv(name, "0")  # restored after the launcher sets them
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return cluster.Launcher(LightningEnvironment(), num_processes=2, num_nodes=1)
@@ -370,7 +370,7 @@ def test_a_signal_to_a_process_that_is_being_launched_waits_for_its_handler(
     )
     launcher._call_children_scripts()
     assert launcher.procs[0].wait(60) == 7
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [number]) & set(SIGNALS)  # the first hears
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [number]) & set(SIGNALS)  # unblocked here
     signal.pthread_kill(threading.get_ident(), number)
     with Leaver() as leaver:
         assert leaver.signal == number and SIGNALS[number] == status
@@ -380,7 +380,7 @@ def test_who_loses_another_process_says_so_in_a_line(launcher):
     def lose():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
 
-    launcher.procs.append(None)  # gone: Lightning's thread would kill this one too
+    launcher.procs.append(None)  # a dead one: Lightning's thread would kill this process too
     with pytest.raises(Gone, match="another process has died"):
         launcher.launch(lose)
     assert not launcher.procs
@@ -426,8 +426,8 @@ def test_a_launched_process_is_not_taken_apart_at_its_end(tmp_path, launched, sa
 
 @pytest.mark.skipif(not native.multiplies(), reason="no products of bf16")
 def test_joined_operations_learn_under_ddp_what_eager_ones_do(seen):
-    """Bit for bit the mean of what each part of the batch gives alone, for every parameter; in bf16
-    no farther from float32 than eager bf16 is, with room for the chance in it."""
+    """The gradient is bit for bit the mean of those of the parts of the batch, for every parameter;
+    in bf16 no farther from float32 than eager bf16, with a margin for chance."""
     one, other = (of["gradients"] for of in seen)
     for name in KERNELS:
         shared = one[name]["shared"]
@@ -438,8 +438,8 @@ def test_joined_operations_learn_under_ddp_what_eager_ones_do(seen):
     exact, eager, joined, again = (one[name]["shared"] for name in KERNELS)
     assert distance(joined, exact) < 1.3 * distance(eager, exact)
     assert torch.equal(joined, again)
-    layers = {"pointwise": 10, "conv3x3": 6}  # of those of stride 1
+    layers = {"pointwise": 10, "conv3x3": 6}  # those of stride 1
     for kind, count in layers.items():
-        for way in ("forward", "backward"):  # of the step, and of a part of it alone
+        for way in ("forward", "backward"):  # of the step, and of this process's part alone
             assert one["joined"]["ran"][f"{kind}_{way}_bf16"] == 2 * count
     assert not one["eager"]["ran"]

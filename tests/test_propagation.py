@@ -16,7 +16,7 @@ from resnetv2_cli.plans import UNITS
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.shortcuts import SHORTCUTS
 
-# What is kept of a unit.
+# What a trace keeps of a unit.
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -60,14 +60,14 @@ def test_tracing_leaves_the_network_as_it_was():
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_no_layer_rewrites_what_is_kept(unit):
-    """ReLU works in place behind BN: x_l, F and y_l are copied as they come, and compared later."""
+    """ReLU works in place after BN: x_l, F and y_l are copied when computed, and compared later."""
     net, copies = network(unit=unit), []
     for u in net.units:
         u.register_forward_pre_hook(lambda m, args: copies.append(args[0].clone()))
         u.shortcut.register_forward_pre_hook(lambda m, args: copies.append(args[1].clone()))
         u.shortcut.register_forward_hook(lambda m, args, y: copies.append(y.clone()))
     kept = trace(net, *batch()).units
-    # h is computed by itself once with F = 0, without the hooks of the shortcut.
+    # h is computed separately, with F = 0, without the shortcut's hooks.
     for u, (x, residual, y) in zip(kept, zip(*[iter(copies)] * 3, strict=True), strict=True):
         assert torch.equal(u.x, x) and torch.equal(u.residual, residual) and torch.equal(u.y, y)
 
@@ -131,7 +131,7 @@ def test_eqn_4_breaks_where_h_is_none(shortcut):
 
 
 def test_eqn_4_is_computed_from_f_and_not_from_the_sum():
-    """F that is not what the sum has: the equation must be off by as much, at every l below."""
+    """With a wrong F in one unit, the equation is off by its error at every l from there down."""
     made = traced(20)
     [first, *_] = made.spans
     wrong = torch.randn_like(first[1].added)
@@ -142,7 +142,7 @@ def test_eqn_4_is_computed_from_f_and_not_from_the_sum():
 
 
 def test_forward_by_hand():
-    """Norms of an image, F and x alike, and signs, of one unit whose tensors are known."""
+    """Norms of x and of F, averaged over images, and signs, for a unit with known tensors."""
     made = traced()
     unit = made.units[0]
     unit.x, unit.residual = torch.tensor([[3.0, 4.0], [0, 1]]), torch.tensor([[2.0, 0], [0, 0]])
@@ -178,7 +178,7 @@ def first_stage(*depth, **settings):
 
 @pytest.mark.parametrize("unit", EXACT)
 def test_eqn_5_one_vjp_of_the_sum_of_residuals(unit):
-    """The term through the weights, from the stage alone and the sum as the paper writes it."""
+    """The term through the weights, from the stage alone, with the sum as the paper writes it."""
     span, at_end, direct, weights = first_stage(20, unit=unit)
     x = start = span[0].x.detach().requires_grad_()
     residuals = []
@@ -223,7 +223,7 @@ def test_the_product_in_the_line_of_a_stage_is_that_down_to_its_first_unit():
 
 
 def test_the_line_of_a_stage_has_its_first_unit_and_its_last():
-    """The terms those of the first that keeps the shape; numbers that are all others."""
+    """Terms are those of its first unit that keeps the shape. Numbers differ, to show mix-ups."""
     ahead = {"x": [2.0, 3.0, 4.0], "residual": [1.0, 9.0, 8.0], "negative": [0.1, 0.2, 0.3]}
     [said] = cells(forward, ahead | {"stage": [1] * 3, "off": [None, 0.01, 0.5]})
     ends = {"|x_l|": "2 - 4", "|F_l|/|x_l|": "0.5 - 2", "y_l < 0": "0.1 - 0.3"}
@@ -270,8 +270,8 @@ def test_trap_dropout_draws_one_mask_for_y_and_for_h():
 
 
 def test_trap_bn_couples_the_images_of_a_batch():
-    """In training the gradient at one image has a part that comes through another's statistics:
-    the terms are of the whole batch. With kept statistics it has none."""
+    """In training, a part of an image's gradient comes through the statistics of the batch, so the
+    terms are of the whole batch. With running statistics there is no such part."""
     for training in (True, False):
         net = network(20).train(training)
         x, labels = batch(4)
@@ -298,8 +298,8 @@ def test_gates_are_measured_where_they_are():
 
 
 def test_where_products_of_scales_leave_a_format():
-    """2^-n is normal in float32 and bfloat16 up to n = 126, in float16 up to 14; a 1 has 24, 8 and
-    11 binary digits, and 1 + 2^-24 is rounded to even, which is 1."""
+    """2^-n is normal in float32 and bfloat16 up to n = 126, in float16 up to 14; they have 24, 8
+    and 11 significant bits, and 1 + 2^-24 is rounded to even, which is 1."""
     found = backward.limits([0.5**n for n in range(1, 334)])
     assert found == {
         "float32": {"underflow": 127, "overflow": None, "lost": 24},
@@ -315,7 +315,7 @@ def test_where_products_of_scales_leave_a_format():
         assert one + 0.5**lost == one != one + 0.5 ** (lost - 1)
 
 
-# Numbers that leave their format, and what cannot be known.
+# Numbers that leave their format, and values that cannot be known.
 
 
 @pytest.mark.parametrize("dtype, number", [(torch.float32, 1e-30), (torch.float64, 1e200)])
@@ -328,7 +328,7 @@ def test_norms_are_numbers_where_squares_are_none(dtype, number):
 
 @pytest.mark.parametrize("topic", [forward, backward, shrink, paths])
 def test_what_has_left_its_format_is_a_dash_and_a_gap(topic, tmp_path):
-    net = network(shortcut="constant-scale", settings={"shortcut_scale": 1e80})  # x_l to 1e480
+    net = network(shortcut="constant-scale", settings={"shortcut_scale": 1e80})  # x_l reaches 1e480
     found = measured(topic, net)
     for values in (found, finite(found)):  # as measured, and as read from analysis.json
         topic.draw({"net": values}, tmp_path / "picture.png")
@@ -340,7 +340,7 @@ def test_what_has_left_its_format_is_a_dash_and_a_gap(topic, tmp_path):
 
 
 def test_of_a_gradient_that_is_0_no_scale_or_share_is_known(tmp_path):
-    """One class: the loss is 0 whatever the network says."""
+    """With one class the loss is 0, whatever the network's output."""
     net, labels = network(classes=1), torch.zeros(4, dtype=torch.int64)
     x, _ = batch(4)
     one, made = Subject(net, x, labels, x, labels), trace(net, x, labels)
