@@ -101,7 +101,7 @@ def test_the_normalization_of_a_source_is_its_own():
     ],
 )
 def test_100_classes_are_normalized_as_cifar100_is(tmp_path, source, net, mean, std, pre):
-    """If the code base has its own numbers for it; those of fb are of 0 to 255 (PAPER 4.2)."""
+    """If the code base has its own numbers for it; those of fb are of 0 to 255."""
     weights = net(pre).state_dict()
     wide = {
         k: v.repeat(10, *[1] * (v.dim() - 1)) for k, v in weights.items() if v.shape[:1] == (10,)

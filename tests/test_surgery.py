@@ -183,7 +183,7 @@ def test_what_no_network_has_is_not_drawn(monkeypatch, tmp_path):
 
 
 def test_110_layers_of_small_weights():
-    """4.8e-4 was measured for a factor of 1e-4, over the first stage's 18 units. In later stages
-    BN takes small scales away where zeros were padded."""
+    """A factor of 1e-4 changed the gradient by 4.8e-4 in a network of the first stage's 18 units
+    alone. In later stages BN takes small scales away where zeros were padded."""
     net = shrink.shrunk(ResNet(110).double().train(), 1e-4)
     assert shrink.change(trace(net, *batch(4)))[0] < 1e-2
