@@ -75,8 +75,8 @@ def anatomy(unit: ResidualUnit) -> Anatomy:
 
 
 def layers(module: nn.Module) -> Iterator[str]:
-    """The layers of a module that a signal passes, by the paper's names: weight, BN, ReLU; custom
-    ones by the name of their class."""
+    """The layers of a module that a signal passes, by the paper's names: weight, BN, ReLU; others
+    by the name of their class."""
     if isinstance(module, nn.Conv2d):
         kernel, strided = "x".join(map(str, module.kernel_size)), f", /{module.stride[0]}"
         yield f"weight {kernel}, {module.out_channels}{strided if module.stride != (1, 1) else ''}"

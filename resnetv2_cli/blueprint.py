@@ -77,7 +77,7 @@ def column(axes: Axes, x: float, top: float, boxes: tuple[str, ...], color: str 
         axes.add_patch(FancyBboxPatch(corner, WIDE, HIGH, style, fc=fill, ec=INK, lw=0.8, zorder=2))
         small = 7.5 if len(text) < 15 else 6
         box = axes.text(x, y - HIGH / 2, text, ha="center", va="center", fontsize=small, zorder=3)
-        box.set_parse_math(False)  # a custom formula may have any characters
+        box.set_parse_math(False)  # a formula of the user's own may have any characters
         y -= HIGH
     return y
 

@@ -27,7 +27,7 @@ class Uncounted(UserError):
 
 @contextmanager
 def counting(experiment: Experiment) -> Iterator[None]:
-    """Report custom code that fails on the meta device, where there are no numbers to look at.
+    """Report code of the user's own that fails on the meta device, where there are no numbers.
 
     Raises:
         Uncounted: it looks at numbers, or fails there for another reason.
@@ -52,8 +52,8 @@ def refuse_one_value(experiment: Experiment, iteration: int) -> None:
     """Check that BN can train in ``iteration``, which takes one image at a time.
 
     Raises:
-        UserError: BN would see one value per channel, and so no variance. Custom code that cannot
-            be counted is not checked: it fails once it trains.
+        UserError: BN would see one value per channel, and so no variance. With code of the user's
+            own that cannot be counted, only training finds this out.
     """
     net = skeleton(experiment).train()
     for name in experiment.freeze_:
@@ -89,7 +89,7 @@ def describe(experiment: Experiment, classes: int = CLASSES) -> dict[str, Any]:
     shapes: dict[nn.Module, tuple[int, ...]] = {}
 
     def note(module: nn.Module, _: Any, out: Any) -> None:
-        if isinstance(out, Tensor):  # a custom module may return anything
+        if isinstance(out, Tensor):  # a module of the user's own may return anything
             shapes[module] = tuple(out.shape[1:])
         if isinstance(module, nn.Conv2d):
             macs[module] = module.weight.numel() * out.shape[-2] * out.shape[-1]
@@ -150,7 +150,7 @@ def decided(experiment: Experiment) -> dict[str, Any]:
     known = settings_of(shortcut_class(e.shortcut))
     found = e.architecture | {"option": e.option or default_option(e.block_, e.stem_)}
     made = known | settings_in(e.shortcut, found.pop("settings"))
-    if ":" in e.shortcut:  # custom: its setting names are its own
+    if ":" in e.shortcut:  # the user's own, whose settings may have any name
         made = {f"{name} of the shortcut": value for name, value in made.items()}
     return found | made
 

@@ -51,7 +51,7 @@ def fill(task: Classification, data: ImageData, saved: dict[str, Any], path: Pat
     """Load the weights of a checkpoint, ``saved`` at ``path``, into a network.
 
     Raises:
-        UserError: its classes are not those of the images, or it is of another architecture.
+        UserError: the checkpoint has other classes than the images, or another architecture.
     """
     if list(data.classes) != saved["classes"]:
         ours, theirs = (excerpt(a, b) for a, b in permutations([data.classes, saved["classes"]]))

@@ -27,7 +27,7 @@ def precise(
     path: Path, images: int | None, tick: Tick = lambda done, all: None, **overrides: Any
 ) -> tuple[dict[str, Any], int]:
     """A checkpoint with BN's statistics recomputed from ``images`` training images (all, if None),
-    in whole batches; and how many images that were. ``tick``: called with the batches done and
+    in whole batches; and how many images those are. ``tick``: called with the batches done and
     their total.
 
     Raises:

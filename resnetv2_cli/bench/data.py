@@ -132,7 +132,7 @@ def tensor_crop() -> Callable[[bytes], torch.Tensor]:
 
 
 def decode_alone(content: bytes) -> torch.Tensor:
-    """Decode a whole picture with PIL and drop it: the least that decoding it whole can cost."""
+    """Decode a whole picture with PIL and drop it: what every path costs that decodes it whole."""
     picture.rgb(content, "it")
     return torch.empty(0)
 

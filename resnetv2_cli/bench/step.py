@@ -67,8 +67,8 @@ OPTIONS = {
     "bf16": Option("bf16 autocast, NCHW", last=False),
     "bf16-channels-last": Option("bf16 autocast, channels last"),
     "fused": Option("the same, BN, ReLU and convolutions compiled operations", fused=True),
-    "recompute-bn": Option("the same, made again in backward", fused=True, forget=True),
-    "recompute-units": Option("fused, every unit computed again", fused=True, recompute=-1),
+    "recompute-bn": Option("the same, recomputed in backward", fused=True, forget=True),
+    "recompute-units": Option("fused, every unit recomputed", fused=True, recompute=-1),
     "compile": Option("bf16, channels last, compiled unit by unit", compile=True, usual=("cuda",)),
     "graphs": Option("bf16, channels last, as one CUDA graph", graphs=True, usual=("cuda",)),
     "compile-graphs": Option(

@@ -34,7 +34,7 @@ class Facts:
 
 
 def made_of(folder: RunFolder) -> tuple[Any, dict[str, str]]:
-    """What identifies a run, apart from its seed: its settings and its custom code."""
+    """What identifies a run, apart from its seed: its settings and the user's own code."""
     return identity(folder.experiment()), Run("", folder).own_code
 
 

@@ -114,7 +114,7 @@ def written(
         raise UserError(
             f"cannot write {to}: {said}", "make room, or name another --output"
         ) from None
-    except Exception as error:  # with custom code, exporters and runtimes may raise anything
+    except Exception as error:  # exporters, runtimes and the user's own code may raise anything
         said = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"--format {format} cannot export this network: {said}",

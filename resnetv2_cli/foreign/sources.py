@@ -20,8 +20,8 @@ CIFAR100_FB = ((129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255,
 
 class Refusal(NamedTuple):
     """A network that cannot be imported, and ``why``: one of its tensors' names matches ``has`` and
-    none ``lacks`` (regular expressions). Where these do not tell, ``file`` matches the file's name.
-    """
+    none ``lacks`` (regular expressions). Where a network that can be imported has such names too,
+    ``file`` must also match the file's name."""
 
     has: str
     lacks: str
@@ -214,7 +214,7 @@ SOURCES = {
         "resnetv2_50x3, wide_resnet* and resnext* have other widths or groups",
     ),
     "fb": Source(
-        "fb.resnet.torch's resnet.lua and preresnet.lua, as tensors named by their places",
+        "fb.resnet.torch's resnet.lua and preresnet.lua, as tensors named by their positions",
         (
             Network(
                 "preresnet.lua on ImageNet",
