@@ -197,4 +197,4 @@ LAUNCHERS: dict[str, Callable[[int, Path, float], Launcher]] = {
     "process": lambda jobs, root, hours: Processes(jobs),
     "local": lambda jobs, root, hours: Queue("local", root, hours),
     "slurm": lambda jobs, root, hours: Queue("slurm", root, hours),
-}  # by the name that --launcher takes; ``hours``: the most that one run may take
+}  # by their --launcher names: run ``jobs`` at a time, in ``root``, each for at most ``hours``

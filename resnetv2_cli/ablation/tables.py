@@ -46,7 +46,7 @@ def published(row: Row) -> str:
 
 def failed(line: Line) -> bool:
     """Whether the paper would print ``fail``: the median error is above 20 % where that limit
-    applies (``ruled``), or training diverged."""
+    applies (``ruled``), or infinite, as of runs that diverged."""
     median = line.summary.median
     return median is not None and (median == FAIL or (ruled(line) and median > FAIL_ABOVE))
 

@@ -18,8 +18,8 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 
 
 def vjp(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
-    """Vector-Jacobian products summed over the outputs, one for each input; zeros where
-    an input has no effect.
+    """Vector-Jacobian products summed over the outputs, one for each input; zeros where an
+    input has no effect.
 
     Shape: each cotangent as its output; each result as its input.
     """

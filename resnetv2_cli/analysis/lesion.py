@@ -61,7 +61,7 @@ def swapped(units: list[nn.Module], i: int, j: int) -> Lesion:
 
 @torch.no_grad()
 def errors(net: ResNet, x: Tensor, labels: Tensor, lesions: list[Lesion]) -> list[float]:
-    """The error of each lesion, percent. Units below the first changed one are computed only once.
+    """The error of each lesion, percent. Units below its first changed one are not computed again.
 
     Shape: x (N, 3, H, W), labels (N,).
     """

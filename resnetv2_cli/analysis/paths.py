@@ -47,7 +47,7 @@ def measure(subject: Subject, trace: Trace) -> dict[str, Any]:
     at_x, at_out = gradients(trace)
     total = at_x[trace.units[0]].double()
     found = by_length(trace.units, at_out[trace.units[-1]], min(LENGTHS, len(trace.units)))
-    terms = [term.double() for term in found]  # sums and products would exceed float32
+    terms = [term.double() for term in found]  # sums and products would leave float32's range
     whole = size(total)
     share = [ratio(float((term * (total / whole)).sum()), whole) for term in terms]
     return {

@@ -47,7 +47,7 @@ class Subject:
 
 def subject(source: Source, batch: Batch, tell: Tell) -> Subject:
     """Build the network, load its weights, a checkpoint's or those that training would start from,
-    and read its images. ``tell`` reports what is loaded of the latter.
+    and read its images. ``tell`` is called with what is loaded of weights to start from.
 
     Raises:
         UserError: the images are missing or of another size than the network's mean image, or the

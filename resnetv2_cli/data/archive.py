@@ -69,7 +69,8 @@ def read(name: str, root: Path) -> list[tuple[NDArray[np.uint8], NDArray[np.int6
 
 
 def whole(name: str, root: Path) -> bool:
-    """Whether the official archive is there, unpacked or intact, so that no download is needed."""
+    """Whether the official archive is there, unpacked, or packed and intact, so that no download is
+    needed."""
     from torchvision import datasets
     from torchvision.datasets.utils import check_integrity
 
@@ -87,10 +88,10 @@ def unpacked(folder: Path) -> dict[str, bytes]:
 
 def packed(name: str, official: Any, root: Path) -> dict[str, bytes]:
     """The content of each file in the official archive, by name. The archive is downloaded if it is
-    missing or incomplete.
+    missing or not intact.
 
     Raises:
-        UserError: it is missing and cannot be downloaded.
+        UserError: it is missing or not intact, and cannot be downloaded.
     """
     from torchvision.datasets.utils import download_url
 

@@ -24,7 +24,7 @@ def statistics(split: Split, normalize: str) -> tuple[Tensor, Tensor]:
 
 
 def take_shapes(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Give the buffers the shapes that ``state`` has, as a hook before it is loaded: preprocessing
+    """A hook that runs before ``state`` is loaded, and gives the buffers its shapes: preprocessing
     belongs to the weights, whether they come with a mean image or with channel means."""
     for name, own in list(module.named_buffers()):
         if (given := state.get(prefix + name)) is not None and given.shape != own.shape:

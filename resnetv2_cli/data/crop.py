@@ -104,7 +104,7 @@ def resized(pixels: NDArray[np.uint8], plan: Settled, side: int) -> Tensor:
         rows = slice(box.top - around.top, box.bottom - around.top)
         columns = slice(box.left - around.left, box.right - around.left)
         # A copy has the strides of a channels-last tensor, which a view into a larger picture
-        # lacks: resizing is then twice as fast, and keeps the layout.
+        # lacks: resizing a copy is twice as fast, and keeps the layout.
         crop = x[..., rows, columns].clone(memory_format=torch.channels_last)
         small = F.interpolate(crop, (side, side), mode="bicubic", antialias=True)
         made.append(small.permute(0, 2, 3, 1))

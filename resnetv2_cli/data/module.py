@@ -136,7 +136,7 @@ class Sequence:
 
 
 class FileStream:
-    """Batches decoded from files by worker processes; ``weights``: one for each batch."""
+    """Batches decoded from files by worker processes; ``weights``: of each batch, else 1."""
 
     def __init__(self, loader: DataLoader, weights: Iterator[float] | None) -> None:
         self.loader, self.weights = loader, weights
@@ -173,7 +173,8 @@ class ImageData(L.LightningDataModule):
 
     ``classes`` are known after ``setup``. ``normalize``: of training images alone, or ImageNet's.
     ``learned``: a checkpoint's classes; class folders then need only test images. ``protocol``:
-    replaces the experiment's first in evaluation. ``tell``: called with a line on anything slow.
+    replaces the experiment's first in evaluation. ``tell``: called with a line on anything slow, or
+    left out.
     ``processes``: how many share a batch, to count an epoch's batches before there is a trainer.
     """
 
@@ -303,14 +304,14 @@ class ImageData(L.LightningDataModule):
         """Refuse more processes than can share a batch, or the images that are evaluated.
 
         Raises:
-            UserError: there are too few images for them.
+            UserError: a batch, or a split to be evaluated, has too few images for them.
         """
         self._shared(0, processes)
         for split in (self.val, self.test) if self.experiment.val else (self.test,):
             refuse_unshared(split, processes)
 
     def one_at_a_time(self, processes: int) -> int | None:
-        """The first iteration, from 1, in which one of ``processes`` gets one image at a time."""
+        """The first iteration (from 1) in which one of ``processes`` gets one image at a time."""
         schedule = self._shared(0, processes)  # rank 0 has the smallest part: cuts round down
         for number in (1, min(self.experiment.steps, schedule.steps_per_epoch)):
             part = schedule.parts(number - 1)[0]

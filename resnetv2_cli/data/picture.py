@@ -20,7 +20,7 @@ from resnetv2_cli.errors import UserError
 # knows more formats, among them EPS, which it hands to a PostScript interpreter.
 FORMATS = {"PNG": {".png"}, "JPEG": {".jpg", ".jpeg", ".jfif"}, "WEBP": {".webp"}, "BMP": {".bmp"}}
 
-# Photographs may have that many pixels; Pillow itself refuses twice as many.
+# Photographs may have as many pixels as this warns about; Pillow itself refuses twice as many.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # Warnings about broken EXIF, on which no pixel depends.

@@ -62,8 +62,8 @@ def prepare(
     Shards that an earlier call finished are kept, so a call that was stopped can be continued.
 
     Raises:
-        UserError: an image cannot be read; ``output`` cannot be written, has shards of something
-            else or a damaged one; or ``root`` is itself a folder of shards.
+        UserError: an image cannot be read; ``output`` cannot be written, holds something else, or
+            has a damaged shard; or ``root`` is itself a folder of shards.
     """
     shards.refuse_shards(root)
     splits = {"train": folder.scan(root, "train")}

@@ -94,7 +94,7 @@ def members(shard: Path, rows: Sequence[tuple[str, int]]) -> list[tuple[Member, 
     made = []
     try:
         with tarfile.open(shard, "r:") as tar:
-            # It ends silently at zeros, or where a copy was cut off between two images.
+            # Iteration ends silently at zeros, or where a copy was cut off between two images.
             inside = iter(tar)
             for (name, label), image, number in zip(rows, inside, inside, strict=True):
                 if (image.name, number.name) != (name, f"{Path(name).stem}.cls"):

@@ -38,7 +38,7 @@ FAULTS = {
     "turned": Fault("by EXIF alone; read as stored, unless mogrify -auto-orient turns its pixels"),
     "ignored": Fault("its suffix is not that of an image, or it is in no class folder"),
 }
-ORIENTATION, TURNED = 0x0112, range(2, 9)  # of EXIF; 1 is upright, and others mean nothing
+ORIENTATION, TURNED = 0x0112, range(2, 9)  # of EXIF; 1 is upright, other values mean nothing
 GREY = {"1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L"}
 
 

@@ -44,8 +44,8 @@ def study(ablation: Ablation, charts: list[dict[str, Any]], detect: float) -> di
 
 
 def note(line: Line) -> str:
-    """The note on a row, with digests of the user's own code: another version of it has a row of
-    the same name."""
+    """The note on a row, with digests of the user's own code, since another version of the code
+    has a row of the same name."""
     code = {k: v for a in line.arms for k, v in Run(a.row, a.run).own_code.items()}
     return ", ".join(filter(None, [line.row.note, *(f"{k} {v}" for k, v in code.items())]))
 
