@@ -118,7 +118,7 @@ DEBUG = "RESNETV2_DEBUG"  # environment variable
 def main(arguments: Iterable[str] | None = None) -> None:
     """The console script: every mistake of the user ends here, as one line and a hint."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with debugging("--debug" in words), leaving_whole():  # anywhere
+    with debugging("--debug" in words), leaving_whole():  # wherever it appears
         run([word for word in words if word != "--debug"])
 
 
@@ -137,9 +137,9 @@ def debugging(asked: bool) -> Iterator[None]:
 
 @contextmanager
 def leaving_whole() -> Iterator[None]:
-    """End a launched process that is in a process group at once, without Python's shutdown. One was
-    seen to abort with all its work done, perhaps in a thread of the process group during the
-    shutdown; Lightning then kills the process that launched it."""
+    """Skip Python's shutdown when a launched process exits that is in a process group of
+    torch.distributed. One was seen to abort with all its work done, perhaps in a thread of the
+    group during the shutdown; Lightning then kills the process that launched it."""
     try:
         yield
     except SystemExit as left:
@@ -196,7 +196,7 @@ def mistake(error: BaseException) -> UserError | None:
         return UserError(said[:1].lower() + said[1:], f"{command} --help")
     if memory_full(error):
         return UserError(f"the memory is full{more(error)}", LESS)
-    own = sys.modules.get("resnetv2_cli.own")  # imported only with the user's code
+    own = sys.modules.get("resnetv2_cli.own")  # if not imported, nor is the user's code
     return own.blamed(error) if own and isinstance(error, Exception) else None
 
 

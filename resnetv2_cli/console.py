@@ -95,7 +95,7 @@ def as_json(value: Any) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal: yields a function of how many things are done, and of all."""
+    """A progress bar on a terminal; yields a function that gets the numbers done and in all."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

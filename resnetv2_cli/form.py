@@ -19,11 +19,11 @@ KEYS: dict[str, type] = {  # keys that evaluation needs, and the types of their 
 
 
 def refuse_bomb(archive: zipfile.ZipFile, path: Path) -> None:
-    """Refuse a zip file that could unpack to any size. PyTorch does not compress its records;
+    """Refuse a zip file that is not as PyTorch writes it, with records that are not compressed:
     compressed ones could unpack to any size, and overlapping ones could be read for ever.
 
     Raises:
-        UserError: a record is compressed, or the records are larger than the file.
+        UserError: a record is compressed, or the records together are larger than the file.
     """
     records = archive.infolist()
     packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
@@ -32,7 +32,7 @@ def refuse_bomb(archive: zipfile.ZipFile, path: Path) -> None:
 
 
 def refuse_misshapen(checkpoint: Any, path: Path) -> None:
-    """Refuse a checkpoint whose content is not that of one.
+    """Refuse a file whose content is not that of a checkpoint.
 
     Raises:
         UserError: a key is missing, or its value is not what it must be.
@@ -78,7 +78,7 @@ def misshapen(path: Path, why: str) -> UserError:
 
 WEIGHTS = (".safetensors", ".pth", ".h5", ".hdf5", ".keras")  # which import reads
 PROGRAMS = (".onnx", ".pt2")  # which export writes
-EXPORTED = ("experiment", "classes", "global_step", "imported", "folded")  # in its metadata
+EXPORTED = ("experiment", "classes", "global_step", "imported", "folded")  # export's metadata keys
 HEADER = 2**21  # bytes of a safetensors file's header, at most; ResNet-1001's has 664,080
 
 

@@ -25,7 +25,9 @@ def check(
     workers: Workers = PROCESSORS,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="The report, JSON; it names every faulty file."),
+        typer.Option(
+            "--output", "-o", help="The report, JSON; it names every faulty or duplicate file."
+        ),
     ] = Path("data-check.json"),
     json: Json = False,
 ) -> None:

@@ -41,7 +41,7 @@ def precise_bn(
     from resnetv2_cli.weightfile import find
 
     file = find(checkpoint)
-    run = RunFolder.of(file)  # not among its checkpoints: it may continue from any there
+    run = RunFolder.of(file)  # not among its checkpoints: a run may continue from any there
     to = output or (run.path if run else file.parent) / f"{file.stem}-precise-bn.ckpt"
     refuse_taken(to)
     with console.progress() as tick:

@@ -152,7 +152,7 @@ def rm(
     question = f"Remove {len(chosen)} run{'s' if len(chosen) > 1 else ''} for good?"
     if not yes and not confirmed(question):
         raise UserError("nothing was removed", "--yes removes without asking")
-    refuse_in_use(chosen.values())  # one may have been continued meanwhile
+    refuse_in_use(chosen.values())  # training may have begun there meanwhile
     for run in chosen.values():
         remove(run)
     console.note(f"removed {len(chosen)}")

@@ -79,7 +79,7 @@ def train(
     if not (begun or taken or output):
         cluster.refuse_free_folder()
     with cluster.Meeting(console.note) as meeting:
-        if taken:  # the first has settled all: each would find, say, other free memory
+        if taken:  # settled by the first process: each alone may find other free memory
             folder = RunFolder(Path(taken))
             experiment = folder.experiment()
         elif begun:
