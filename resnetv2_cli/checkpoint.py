@@ -42,8 +42,8 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint. ``storage_options``, ``{"before": path, "also": [path]}``: the new
-        name of the file that ``path`` has now, and further names for the one written."""
+        """Write a checkpoint. ``storage_options``, ``{"before": path, "also": [path]}``: the name
+        that the file now at ``path`` gets, and further names for the new one."""
         path, names = Path(path), storage_options or {}
         beside, target = files.partial(path), Path(path)
         self.failure = None
@@ -176,7 +176,7 @@ def network(path: Path) -> dict[str, Any]:
 
 
 def weights(path: Path) -> dict[str, Any]:
-    """The same as ``network``, or of a safetensors file of weights alone: just ``state_dict``.
+    """As ``network``; of a safetensors file of weights alone, which it takes too, ``state_dict``.
 
     Raises:
         UserError: it is neither, or its BN is folded.
@@ -198,8 +198,8 @@ def weights(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path, last: Path, tell: Tell) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that a run continues from, and its contents: ``last``, or, if that is damaged,
-    the intact one in ``folder`` with the most iterations; None if there are no checkpoints.
+    """The checkpoint that a run continues from, and its contents: ``last``, or, if it is missing or
+    damaged, the intact one in ``folder`` with the most iterations; None if there are none.
 
     Raises:
         UserError: there are some, and none is intact.

@@ -1,8 +1,8 @@
 """BN and ReLU as one operation in training: fewer passes over memory, and less of it kept.
 
 Only x is kept for backward. The mask of ReLU is recomputed from it. Inside ``forgetting()`` so is
-the output, for the backward pass of the following convolution: there, of every tensor with a
-function that recomputes it (``remember``), only that function is kept.
+the output, for the backward pass of the following convolution: if a tensor has a function that
+recomputes it (``remember``), only that function is kept there.
 """
 
 from collections.abc import Callable, Iterator

@@ -26,7 +26,7 @@ EACH = 8  # one in so many sums along a shortcut is kept, where the others are r
 
 def joins(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Module) -> bool:
     """Whether this convolution of x, after BN and ReLU, ReLU or neither, can be one operation: in
-    bf16 by autocast, on a CPU that multiplies it or a GPU with Triton; in float32 on a CPU."""
+    bf16 by autocast, on a CPU that multiplies bf16 or a GPU with Triton; in float32 on a CPU."""
     return (
         type(conv) is nn.Conv2d
         and conv.kernel_size in ((1, 1), (3, 3))
@@ -257,7 +257,8 @@ def _running(norm: Any) -> Tensor:
 
 @cache
 def _unchanged(channels: int, relu: bool, device: torch.device) -> Tensor:
-    """The same without BN, for ReLU or nothing, where a CPU's NaN lets -inf pass in backward."""
+    """The same without BN, for ReLU or for nothing. For nothing ``least`` is a NaN on a CPU, so
+    that the gradient passes at -inf too."""
     least = 0.0 if relu else -math.inf if device.type == "cuda" else math.nan
     with torch.inference_mode(False):  # it is cached, and saved for later backward passes
         rows = torch.tensor([0.0, 1.0, 1.0, 0.0, least], device=device)

@@ -84,7 +84,7 @@ enum { BEFORE = 1, AFTER = 2 }; /* where ReLU is, if anywhere */
         }                                                                                        \
     }
 
-/* g, the gradient that ReLU lets pass: recomputed from x (v), or read from y if it is AFTER. */
+/* g, the gradient that ReLU lets pass: where it does is seen from x (v), or from y if AFTER. */
 #define PASSED(G, R, LOAD)                                                                       \
     if (relu == BEFORE) G = only(G, ~(U)(scale * v + shift <= 0));                               \
     if (relu == AFTER) G = only(G, ~(U)(LOAD(y + (R) * c + j) <= 0));

@@ -33,8 +33,8 @@ os.register_at_fork(after_in_child=_let_go)
 def held(lock: Path, hint: str) -> Iterator[None]:
     """Hold a lock in a folder, so that no other process works in the folder meanwhile.
 
-    The folder is created if it is missing. On leaving, the lock is removed, and so are folders that
-    were created for it and are still empty, also if the lock is refused or an error is raised.
+    The folder is created if it is missing. On leaving, the lock is removed. Folders that were
+    created for it and are empty are removed too, even if the lock was refused.
 
     Raises:
         UserError: another process holds it (``hint``: what to do then), or it cannot be written.

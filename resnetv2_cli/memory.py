@@ -8,7 +8,7 @@ import torch
 
 PROC = Path("/proc")
 GROUP = Path("/sys/fs/cgroup")  # the limit of a container
-GROUPS = (  # of cgroup v2, and of v1: files of limit, use and statistics; its rows of file pages
+GROUPS = (  # of cgroup v2, and v1: files of the limit, use and statistics; rows of file pages
     ("memory.max", "memory.current", "memory.stat", ("inactive_file", "active_file")),
     (
         "memory/memory.limit_in_bytes",

@@ -41,7 +41,7 @@ ARGUMENTS: dict[str, tuple[int, list[Any]]] = {  # of each function: pointers, t
     "backward": (9, [INT64] * 2 + [INT] * 2),
 }
 ARGUMENTS = {f"{name}_{kind}": row for name, row in ARGUMENTS.items() for kind in KINDS}
-PRODUCTS: dict[str, tuple[int, list[Any]]] = {  # likewise with products.h, if the processor can
+PRODUCTS: dict[str, tuple[int, list[Any]]] = {  # the same for products.h; some processors have none
     "forward": (11, [INT64] * 5 + [DOUBLE] * 2 + [INT] * 2),
     "backward": (12, [INT64] * 5 + [INT] * 2),
 }
@@ -96,8 +96,8 @@ def _loaded() -> ctypes.CDLL:
 
 
 def _build(compiler: list[str], file: Path) -> None:
-    """Compile the library in a folder of its own, as others may do the same; it is always
-    removed."""
+    """Compile the library in a folder of its own, as other processes may do the same. The folder is
+    removed whatever happens."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(files.PARTIAL, dir=file.parent) as beside:
         made = Path(beside) / file.name
@@ -138,8 +138,8 @@ def why_not() -> str:
 
 @cache
 def multiplies(dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether the library has the functions of ``products.h`` for numbers of this type, which it
-    has if the processor multiplies them fast, and they should be used."""
+    """Whether to use the functions of ``products.h`` for numbers of this type. The library has them
+    if the processor multiplies such numbers fast; for bf16 ``products_allowed`` decides too."""
     found, kind = library(), kind_of(dtype)
     if not all(hasattr(found, name) for name in PRODUCTS if name.endswith(f"_{kind}")):
         return False

@@ -330,7 +330,7 @@ def check_shortcut(name: str, given: Iterable[str]) -> None:
     """Refuse flags that are no settings of the shortcut, or that its name sets too.
 
     Raises:
-        UserError: names the flag, and the settings that the shortcut has.
+        UserError: names the flag, and for a row of SHORTCUTS its settings.
     """
     if ":" not in name:
         check_settings(name, given, shortcuts()[name].settings)

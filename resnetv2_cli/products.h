@@ -137,7 +137,8 @@ INLINE void put_pairs(F sum[TALL][WIDE], T *a, int64_t columns, int tall, int wi
         }
 }
 
-/* g of a tile, from its sums of dy * W', and the sums s and q of g; then the tile holds a. */
+/* g of a tile, from its sums of dy * W', and s and q: sums of g and of g (x - mean). Then the
+   tile holds a. */
 INLINE void let_through(F sum[TALL][WIDE], const T *x, T *g, const float *saved, F *s, F *q,
                         int64_t c, int tall, int wide) {
 #pragma GCC unroll 2

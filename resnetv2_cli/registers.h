@@ -30,7 +30,7 @@ INLINE void tile(F sum[][TALL][WIDE], const T *const *left, int64_t stride,
         }
 #pragma GCC unroll 4
         for (int q = 0; q < tall / 4; q++) {
-            __asm__("" : "+r"(rows[q])); /* or gcc keeps an address per row, and runs out of them */
+            __asm__("" : "+r"(rows[q])); /* or gcc has an address per row, and no register left */
 #pragma GCC unroll 4
             for (int r = 0; r < 4; r++) {
                 P l = spread(rows[q] + r * stride);

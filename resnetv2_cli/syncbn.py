@@ -17,7 +17,8 @@ class SyncBN(nn.BatchNorm2d):
     """BN whose statistics in training are those of the whole batch, over all processes.
 
     The processes exchange sums in float64, and in backward their gradients, so that parts of
-    different sizes weigh by their images. In a single process, or in evaluation, it is plain BN.
+    different sizes weigh by their numbers of images. In a single process, or in evaluation, it is
+    plain BN.
 
     Shape: (N, C, H, W) -> (N, C, H, W), where N may differ from process to process.
     """

@@ -186,7 +186,7 @@ class Classification(L.LightningModule):
         self, compiled: bool, optimizer: torch.optim.Optimizer, batch: Batch, processes: int
     ) -> str:
         """Capture the whole iteration, or else the network, with the compiled operations or with
-        PyTorch's; return why neither can be captured, or an empty text."""
+        PyTorch's; return why neither can be captured, or an empty string."""
         self.net.activate(compiled, self.experiment.recompute_bn)
         self.augmented = self.looks(compiled and self.device.type == "cuda")
         if not (whole := self.record_iteration(optimizer, batch, processes)):
@@ -207,7 +207,7 @@ class Classification(L.LightningModule):
     def record_iteration(
         self, optimizer: torch.optim.Optimizer, batch: Batch, processes: int
     ) -> str:
-        """Capture whole iterations for replay; return why they cannot be, or an empty text."""
+        """Capture whole iterations for replay; return why they cannot be, or an empty string."""
         if processes > 1:
             return "the processes exchange gradients in it"
         if self.experiment.precision == "16-mixed":
@@ -218,7 +218,7 @@ class Classification(L.LightningModule):
         return why
 
     def record_network(self, batch: Batch) -> str:
-        """Capture the network for batches of this size; return why not, or an empty text."""
+        """Capture the network for batches of this size; return why not, or an empty string."""
         x = self.normalize(batch.images)
         replay, why = graphs.record(self.net, x, self.experiment.precision)
         if replay is not None:
@@ -292,7 +292,7 @@ class Classification(L.LightningModule):
             self.begin()
 
     def begin(self) -> None:
-        """Reset what an iteration collects, before it."""
+        """Prepare the checks of an iteration, before it runs."""
         self.guard.begin()
         self.finite.fill_(True)
 
