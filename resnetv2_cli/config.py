@@ -62,7 +62,7 @@ class Experiment(Options):
             raise UserError("weights_sha256 is given, and no weights are", hint)
         if self.freeze_ and not self.weights:
             hint = "--weights says where its weights come from"
-            raise UserError("what is frozen would stay at random", hint)
+            raise UserError("frozen layers would stay random", hint)
 
     @property
     def freeze_(self) -> tuple[str, ...]:

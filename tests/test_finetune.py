@@ -314,7 +314,7 @@ def test_a_recipe_is_taken_with_the_weights_that_it_was_made_with_alone(tmp_path
     [
         ({"weights": "nowhere.ckpt"}, "there is no checkpoint nowhere.ckpt", "a run folder"),
         ({"weights": "~no-user/it"}, "there is no checkpoint ~no-user/it", "a run folder"),
-        ({"freeze": "stem"}, "what is frozen would stay at random", "--weights"),
+        ({"freeze": "stem"}, "frozen layers would stay random", "--weights"),
         ({"freeze": "stage9"}, "freeze: unknown part 'stage9'", "stage"),
         ({"freeze": "stem,stage1,stage2,stage3,head", "weights": "x", "weights_sha256": "0"},
          "nothing is left to train", "freeze some of"),
