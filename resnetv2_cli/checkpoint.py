@@ -158,7 +158,7 @@ def read(path: Path) -> dict[str, Any]:
         ) from None
     form.refuse_misshapen(checkpoint, path)
     if checkpoint.get(SEALED) and not sealed:
-        raise Damaged(f"{path} is damaged: its checksum at its end is not whole", again)
+        raise Damaged(f"{path} is damaged: the checksum at its end is incomplete", again)
     return checkpoint
 
 

@@ -316,7 +316,7 @@ def refuse_in_use(runs: Iterable[Run]) -> None:
     """
     for run in runs:
         if run.state == "running" or any(locks(run.folder)):
-            raise UserError(f"{run.name} is running", "let it save and leave first: kill -TERM")
+            raise UserError(f"{run.name} is running", "let it save and exit first: kill -TERM")
 
 
 def remove(run: Run) -> None:

@@ -45,13 +45,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         given = yaml.safe_load(found.read_text(encoding="utf-8"))
     except NOT_YAML as error:
         line = " ".join(str(error).split())
-        raise UserError(f"{path} is not YAML: {line}", "one 'key: value' a line") from None
+        raise UserError(f"{path} is not YAML: {line}", "one 'key: value' per line") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if given is None:
         return {}
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
-        raise UserError(f"{path} holds no keys", "one 'key: value' a line")
+        raise UserError(f"{path} holds no keys", "one 'key: value' per line")
     return given
 
 

@@ -95,8 +95,8 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
         ("dropout_ratio: 1.5", "dropout_ratio must be at most 1", "dropout: fraction"),
         ("crop: scale-aspect", "is for larger images than those of cifar10", "say --crop scale"),
         ("protocol: 320\ndataset: digits", "protocol 320 is for larger", "say --protocol 224"),
-        ("- depth", "holds no keys", "one 'key: value' a line"),
-        ("a: [", "is not YAML", "one 'key: value' a line"),
+        ("- depth", "holds no keys", "one 'key: value' per line"),
+        ("a: [", "is not YAML", "one 'key: value' per line"),
     ],
 )
 def test_mistakes_in_a_file(tmp_path, text, message, hint):

@@ -227,7 +227,7 @@ def test_what_differs_is_refused_with_the_reason(what):
 @pytest.mark.parametrize("name", ["resnetaa50", "resnetblur18"])
 def test_pools_that_blur_have_no_tensors_and_are_refused_by_the_name_of_the_file(name):
     plain = state(torchvision.models.resnet18(num_classes=7))
-    with pytest.raises(UserError, match=r"a/resnet\w+.pth, from timm, .* its pools blur"):
+    with pytest.raises(UserError, match=r"a/resnet\w+.pth, from timm, .* its pooling blurs"):
         imported(plain, "timm", f"a/{name}.pth")
     assert imported(plain, "timm", f"{name}/resnet18.pth").experiment.depth == 18
 

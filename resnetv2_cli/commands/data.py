@@ -68,7 +68,7 @@ def remedy(report: dict[str, Any], folder: Path, output: Path) -> str:
     if flat and "train" not in flat:
         return f"resnetv2 data sort-val {quote(str(folder))} --labels FILE"
     if bare := [*flat, *without_images(report)]:
-        return f"images go into one folder a class, such as {folder / bare[0] / 'CLASS'}"
+        return f"images go into one folder per class, such as {folder / bare[0] / 'CLASS'}"
     if "train" not in splits or not splits.keys() & {"val", "test"}:
         return "train and val hold one folder for each class"
     return f"{output} has their names"

@@ -92,7 +92,7 @@ def loose(place: Path, split: str, tell: Tell) -> dict[str, list[Path]]:
         UserError: some images are outside class folders, or a training class has none.
     """
     if bare := images_in(place):
-        hint = "images go into one folder a class"
+        hint = "images go into one folder per class"
         if split == "test":  # as the official archive has it
             hint = f"resnetv2 data sort-val {quote(str(place.parent))} --labels FILE"
             hint += ", which has the class of each image"
@@ -148,7 +148,7 @@ def scan(
     classes = classes or tuple(found)
     pairs = [(file, i) for i, name in enumerate(classes) for file in found.get(name, ())]
     if not pairs:
-        raise UserError(f"no images in {place}/<class>/", "images go into one folder a class")
+        raise UserError(f"no images in {place}/<class>/", "images go into one folder per class")
     if split == "train" and len(classes) == 1:
         tell(f"{root} has one class to learn, {classes[0]}, and none to tell it from")
     files, labels = zip(*pairs, strict=True)

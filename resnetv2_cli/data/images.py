@@ -167,13 +167,13 @@ def from_files(name: str, dataset: Dataset, files: list[File]) -> tuple[Split, S
         if missing := [c for c in dataset.classes if c not in found]:
             some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
             raise UserError(
-                f"{name} is not whole: {split} lacks {len(missing)} of its classes ({some})",
+                f"{name} is incomplete: {split} lacks {len(missing)} of its classes ({some})",
                 "class folders must have the official names",
             )
         least, most = min(found, key=found.get), max(found.values())  # type: ignore[arg-type]
         if found[least] < most:
             raise UserError(
-                f"{name} is not whole: {split}/{least} has {found[least]} images, others {most}",
+                f"{name} is incomplete: {split}/{least} has {found[least]} images, others {most}",
                 "was the copy interrupted?",
             )
     index = {label: i for i, label in enumerate(dataset.classes)}

@@ -193,7 +193,7 @@ def taken(
     """
     value = left.pop(name, None)
     if value is None:
-        raise UserError(f"{file} has no {name}, which the network here needs", "is it whole?")
+        raise UserError(f"{file} has no {name}, which the network here needs", "is it complete?")
     if value.ndim == len(shape) + 2 and value.shape[len(shape) :] == (1, 1):
         value = value.flatten(1)  # a classifier written as a 1x1 convolution
     if tuple(value.shape) != shape:

@@ -50,11 +50,11 @@ def tensors(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError:
         if not is_pickled(path):
             raise UserError(f"{path} is no file of weights", KNOWN) from None
-        hint = "such a file could run anything; save its state_dict() alone, or as safetensors"
+        hint = "such a file could run any code; save its state_dict() alone, or as safetensors"
         raise UserError(f"{path} holds more than tensors", hint) from None
     except Exception as error:  # three libraries, each with its own errors for a broken file
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read {path}: {line}", "is it whole?") from None
+        raise UserError(f"cannot read {path}: {line}", "is it complete?") from None
     if not found:
         raise UserError(f"{path} holds no tensors", "name a file of weights")
     return found

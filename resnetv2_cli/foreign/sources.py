@@ -207,7 +207,7 @@ SOURCES = {
             Refusal(
                 r"^layer4\.",
                 "",
-                "its pools blur, which no tensor shows (resnetaa*, resnetblur*); here strides skip",
+                "its pooling blurs, which tensors do not show (resnetaa*, resnetblur*)",
                 r"resnet(aa|blur)",
             ),
         ),
