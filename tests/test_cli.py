@@ -269,3 +269,10 @@ def test_what_show_prints_is_read_again(place, here, tmp_path):
     (tmp_path / "mine.yaml").write_text(shown)
     e = Experiment.load(tmp_path / "mine.yaml")
     assert (e.data_dir, e.depth) == (place, 20)
+
+
+def test_help_shows_no_default_that_is_empty(here):
+    """``--freeze`` and others have an empty text; None and "" are no defaults to show."""
+    said = here("train", "--help").stdout
+    assert "--freeze" in said and "(default: 64000)" in said
+    assert "(default: )" not in said and "(default: None)" not in said
