@@ -1,4 +1,5 @@
-/* BN, ReLU and a 3x3 convolution of stride 1 (products.h), image by image.
+/* BN, ReLU and a 3x3 convolution of stride 1 (products.h) for bf16, image by image; winograd.c has
+   the one for float.
 
    An image is copied to a buffer with a border of zeros, of which two columns lie between any two
    rows: pitch = width + 2 pixels. So the nine pixels that an output sees are three runs of three,
@@ -98,11 +99,11 @@ static void forward_image(const Work *of) {
 }
 
 /* again: recompute y with the saved statistics, which are only read. */
-void NAME(conv3x3_forward)(const T *x, const T *plus, T *y, const float *gamma,
-                     const float *beta, const float *weight, float *running_mean,
-                     float *running_var, float *saved, double *sums, T *w, int64_t images,
-                     int64_t height, int64_t width, int64_t c, int64_t n, double momentum,
-                     double eps, int threads, int again) {
+void conv3x3_forward_bf16(const T *x, const T *plus, T *y, const float *gamma, const float *beta,
+                          const float *weight, float *running_mean, float *running_var,
+                          float *saved, double *sums, T *w, int64_t images, int64_t height,
+                          int64_t width, int64_t c, int64_t n, double momentum, double eps,
+                          int threads, int again) {
     Shape s = shape_of(height, width);
     int64_t size = height * width;
     float origin[MOST];
@@ -165,13 +166,11 @@ COLUMNS(gradients_of, narrow, TALL, 1)
 COLUMNS(gradients_of, low_wide, LOW, 2)
 COLUMNS(gradients_of, wide, AMX ? TALL : LOW, 2)
 
-#if PAIR > 1
 /* Pairs that begin with an odd pixel, from those that begin with an even one. */
 static void between(const T *even, T *odd, const Shape *s, int64_t c) {
     for (int64_t i = (s->start - 2) * c; i < (s->start + 2 * s->filled) * c; i += 2 * LANES)
         *(U_ *)(odd + i) = *(const U_ *)(even + i) >> 16 | *(const U_ *)(even + i + 2 * c) << 16;
 }
-#endif
 
 /* dW of all outputs and taps: for each tap the image is shifted. */
 INLINE void weights(const Work *of, int64_t j, int tall, int wide) {
@@ -202,15 +201,11 @@ static void backward_image(const T *dy, Work *of, T *pairs) {
                sizeof(T) * s->width * n);
     begin(s->tall);
     each_column(s->tall < TALL ? low : high, of, of->c);
-#if PAIR > 1
     for (int64_t run = 0; run < s->runs; run++)
         lay_pairs(of->dy + (s->start + run * s->pitch) * n, pairs + 2 * run * s->pairs * n,
                   s->pairs, n);
     of->dy_pairs = pairs;
     between(of->a_pairs[0], of->a_pairs[1], s, of->c);
-#else
-    of->dy_pairs = dy;
-#endif
     begin(TALL);
     for (int64_t j = 0; j < of->c; j += LANES) weights_of_tile(of, j);
 }
@@ -218,11 +213,10 @@ static void backward_image(const T *dy, Work *of, T *pairs) {
 /* alone: a convolution without BN, for which ``saved`` has constants; dgamma, dbeta are not
    written. parts: [threads - 1][n][9][c], dW of the other threads. Between the two passes dx
    holds g. */
-void NAME(conv3x3_backward)(const T *dy, const T *x, const T *plus, T *dx,
-                      const float *saved, const float *weight, float *dgamma, float *dbeta,
-                      float *dw, float *parts, double *sums, T *w, int64_t images,
-                      int64_t height, int64_t width, int64_t c, int64_t n, int threads,
-                      int alone) {
+void conv3x3_backward_bf16(const T *dy, const T *x, const T *plus, T *dx, const float *saved,
+                           const float *weight, float *dgamma, float *dbeta, float *dw,
+                           float *parts, double *sums, T *w, int64_t images, int64_t height,
+                           int64_t width, int64_t c, int64_t n, int threads, int alone) {
     Shape s = shape_of(height, width);
     int64_t size = height * width, weights = n * 9 * c;
     float slope[MOST] = {0}, offset[MOST] = {0};

@@ -19,7 +19,8 @@ from resnetv2_cli.fused import LANES, count, fits, made_again, pack, remember, s
 
 LAST = torch.channels_last
 # Most weights; with more, PyTorch's own convolution is as fast. For a CPU: by floats per vector.
-MOST = {"cuda": 2**17, 16: 2**18, 8: 2**16}
+MOST = {"cuda": 2**17, 16: 2**18, 8: 2**16, "winograd": 2**20}
+TAPS = {1: 1, 3: 16}  # numbers of each weight as a kernel of this size packs them, at most
 ROOM = 2**18  # most bytes of an image with its border, which a 3x3 convolution keeps in a cache
 EACH = 8  # one in so many sums along a shortcut is kept, where the others are recomputed
 
@@ -35,10 +36,21 @@ def joins(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Module) -> bool:
         and conv.padding_mode == "zeros"
         and conv.groups == 1
         and conv.bias is None
-        and conv.weight.numel() <= MOST.get("cuda" if x.is_cuda else native.lanes(), 0)
+        and conv.weight.numel() <= _most(x, conv)
         and (x.is_meta or _lies(x, conv.weight))
         and (_fits_gpu(x, norm, conv) if x.is_cuda else _fits_cpu(x, norm, conv))
     )
+
+
+def _most(x: Tensor, conv: nn.Conv2d) -> int:
+    if x.is_cuda:
+        return MOST["cuda"]
+    return MOST.get("winograd" if _by_winograd(x, conv) else native.lanes(), 0)
+
+
+def _by_winograd(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether ``winograd.c`` computes it, with fewer products than PyTorch."""
+    return conv.kernel_size == (3, 3) and x.dtype == torch.float32
 
 
 def _fits_gpu(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Conv2d) -> bool:
@@ -79,8 +91,12 @@ def why_not(device: torch.device) -> str:
 
 
 def _images_fit(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether the operation for a 3x3 convolution can compute these images, and fast: its threads
+    take whole images."""
     (h, w), c = x.shape[2:], max(conv.in_channels, conv.out_channels)
-    return w % 8 == 0 and (h + 2) * (w + 2) * c * x.itemsize <= ROOM
+    suited = w % 8 == 0 and (h + 2) * (w + 2) * c * x.itemsize <= ROOM
+    shared = x.is_meta or len(x) >= torch.get_num_threads()
+    return shared and (suited or _by_winograd(x, conv))
 
 
 def _lies(x: Tensor, weight: Tensor) -> bool:
@@ -141,10 +157,14 @@ def _forward(
     n, threads = w.shape[0], torch.get_num_threads()
     y = torch.empty_like(x[:, :1].expand(-1, n, -1, -1), memory_format=LAST)
     sums = torch.empty(threads, 2, c, dtype=torch.float64)
-    packed = torch.empty(w.shape, dtype=x.dtype)
+    packed = _room_to_pack(x, w)
     tensors = [x, plus, y, *own[:2], w, *own[2:], saved, sums, packed]
     native.call(_name("forward", x, w), tensors, images, *sides, c, n, *numbers, threads, again)
     return y
+
+
+def _room_to_pack(x: Tensor, w: Tensor) -> Tensor:
+    return torch.empty(TAPS[w.shape[-1]], *w.shape[:2], dtype=x.dtype)
 
 
 def _name(way: str, x: Tensor, w: Tensor) -> str:
@@ -160,7 +180,7 @@ def _added(x: Tensor, saved: Tensor, w: Tensor, plus: Tensor | None) -> Tensor:
 
 
 class _Joined(torch.autograd.Function):
-    """The operation by ``pointwise.c``, ``conv3x3.c`` and ``triton_joined.py``. It also returns x,
+    """The operation by the library (``native.PARTS``) or ``triton_joined.py``. It also returns x,
     so that the gradient from x's other use is added as dx is written. Without ``norm``, gamma and
     beta there is no BN, and no ReLU unless ``relu``."""
 
@@ -218,7 +238,7 @@ def _backward(
     n, threads = w.shape[0], torch.get_num_threads()
     dx, dw, dgamma, dbeta = torch.empty_like(x), torch.empty_like(w), *torch.empty(2, c)
     sums = torch.empty(threads, 2, c, dtype=torch.float64)
-    packed = torch.empty(w.shape, dtype=x.dtype)
+    packed = _room_to_pack(x, w)
     parts = torch.empty(threads - 1, *w.shape)
     tensors = [dy, x, plus, dx, saved, w, dgamma, dbeta, dw, parts, sums, packed]
     native.call(_name("backward", x, w), tensors, images, *sides, c, n, threads, alone)

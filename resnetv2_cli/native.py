@@ -27,9 +27,11 @@ HERE = Path(__file__).parent
 HEADERS = [
     HERE / f"{name}.h" for name in ("vectors", "products", "bf16", "floats", "amx", "registers")
 ]
-PARTS = {1: "pointwise", 3: "conv3x3"}  # that use products.h, by the size of the kernel
-SOURCES = [HERE / "kernels.c"]
-SOURCES += [HERE / f"{part}{kind}.c" for part in PARTS.values() for kind in ("", "_float")]
+SOURCES = [
+    HERE / f"{name}.c"
+    for name in ("kernels", "pointwise", "pointwise_float", "conv3x3", "winograd")
+]
+PARTS = {1: "pointwise", 3: "conv3x3"}  # functions that use products.h, by the size of the kernel
 CPUS = Path("/proc/cpuinfo")
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
 PATIENCE = 120.0  # seconds that compiling may take; it takes five

@@ -1,5 +1,5 @@
-/* BN, ReLU and the following convolution as one operation, in training: what pointwise.c and
-   conv3x3.c share. These are compiled for numbers T of bf16, and once more for float (FLOATS).
+/* BN, ReLU and the following convolution as one operation, in training: what pointwise.c, conv3x3.c
+   and winograd.c share. It is compiled for numbers T of bf16 and for float (FLOATS).
 
    With a = max(scale x + shift, least), rounded to T as if it were stored in memory, which it never
    is; least is 0 for ReLU, or a NaN for a convolution alone, which lets everything pass:

@@ -22,6 +22,9 @@ needs_x86 = pytest.mark.skipif(  # for x86 flags of the compiler
 needs_products = pytest.mark.skipif(
     not native.multiplies(), reason=f"no products of bf16: {native.why_not() or 'the processor'}"
 )
+needs_float32 = pytest.mark.skipif(
+    not native.multiplies(torch.float32), reason="no AVX2, and so no products of float32"
+)
 DTYPES = [
     pytest.param(
         dtype, marks=pytest.mark.skipif(not native.multiplies(dtype), reason="no products")

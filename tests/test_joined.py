@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiled import BOUNDS, DTYPES, LAST, bf16, distance, needs_products, needs_x86
+from compiled import BOUNDS, DTYPES, LAST, bf16, distance, needs_float32, needs_products, needs_x86
 from torch import nn
 from torch.nn import functional as F
 
@@ -75,6 +75,7 @@ SHAPES = {
     1: [(4, 8, 8), (3, 5, 7), (2, 9, 9), (1, 5, 13), (1, 1, 3)],  # 256, 105, 162, 65 and 3 rows
     3: [(4, 8, 8), (3, 5, 16), (2, 9, 24), (1, 1, 8)],
 }
+UNEVEN = [(3, 7, 7), (2, 9, 13), (2, 40, 6), (4, 1, 1)]  # that only float32's 3x3 convolutions take
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,6 +95,21 @@ def test_the_numbers_are_float64s(c, n, kernel, shape, added, threads, dtype):
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+@needs_float32
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("shape", UNEVEN)
+@pytest.mark.parametrize("c, n", [(64, 16), (16, 64), (48, 112), (16, 16)])
+def test_images_of_any_size_in_float32(c, n, shape, added, threads):
+    """Winograd's algorithm computes 2x2 pixels at a time; ImageNet's last images have 7x7."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(example(c, n, shape, added, 3, torch.float32))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("kernel, shape", [(k, s) for k in SHAPES for s in SHAPES[k]])
@@ -105,45 +121,56 @@ def test_a_convolution_without_bn(before, c, n, kernel, shape, added, dtype):
     check((before, *given))
 
 
-FAULTS = {  # file, original text, what is planted in its place, and kernel size
+BF16, FLOAT = [torch.bfloat16], [torch.float32]
+FAULTS = {  # file, original text, what is planted in its place, kernel size, and whose code it is
     "a ReLU that lets everything through backward": (
-        "products.h", "_CMP_NLE_UQ", "_CMP_ORD_Q", 1,
+        "products.h", "_CMP_NLE_UQ", "_CMP_ORD_Q", 1, BF16 + FLOAT,
     ),
     "rows of a tail that are lost": (
         "pointwise.c", "memcpy(x_, of.x, sizeof(T) * c * (last - b))",
-        "memcpy(x_, of.x, sizeof(T) * c)", 1,
+        "memcpy(x_, of.x, sizeof(T) * c)", 1, BF16 + FLOAT,
     ),
-    "a gradient that is not added": ("products.h", "plus ? v + load(plus + i) : v", "v", 3),
+    "a gradient that is not added": (
+        "products.h", "plus ? v + load(plus + i) : v", "v", 3, BF16 + FLOAT,
+    ),
     "a thread whose part of dW is lost": (
-        "products.h", "t < omp_get_num_threads(); t++)\n", "t < 2; t++)\n", 3,
+        "products.h", "t < omp_get_num_threads(); t++)\n", "t < 2; t++)\n", 3, BF16 + FLOAT,
     ),
-    "taps that are not turned for the gradient": ("products.h", "taps - 1 - t", "t", 3),
-    "taps of dW that are mirrored": ("conv3x3.c", "s->pitch + tap - 1", "s->pitch + 1 - tap", 3),
+    "taps that are not turned for the gradient": ("products.h", "taps - 1 - t", "t", 3, BF16),
+    "taps of dW that are mirrored": (
+        "conv3x3.c", "s->pitch + tap - 1", "s->pitch + 1 - tap", 3, BF16,
+    ),
     "pairs of an odd pixel and the one before": (
-        "conv3x3.c", "(even + i + 2 * c) << 16", "(even + i) << 16", 3,
+        "conv3x3.c", "(even + i + 2 * c) << 16", "(even + i) << 16", 3, BF16,
     ),
     "pixels between two rows that are no part of either": (
-        "registers.h", "right[v] += 2 * columns;", "right[v] += columns;", 3,
+        "registers.h", "right[v] += 2 * columns;", "right[v] += columns;", 3, BF16,
     ),
     "a border that is not one of zeros": (
-        "conv3x3.c", "memset(a, 0, sizeof", "memset(a, 63, sizeof", 3,
+        "conv3x3.c", "memset(a, 0, sizeof", "memset(a, 63, sizeof", 3, BF16,
+    ),
+    "weights that are not turned for the gradient": (
+        "winograd.c", "9 + 8 - t)", "9 + t)", 3, FLOAT,
+    ),
+    "a strip with tiles of the one before": (
+        "winograd.c", "1, of->rows * s->across, to", "1, s->tiles, to", 3, FLOAT,
+    ),
+    "a tile with a column of the one before": (
+        "winograd.c", "column[1][r] = column[3][r]", "column[1][r] = column[2][r]", 3, FLOAT,
+    ),
+    "a border of floats that are not zeros": (
+        "winograd.c", "memset(a, 0, sizeof", "memset(a, 63, sizeof", 3, FLOAT,
     ),
 }  # fmt: skip
 
 
-ALONE = {  # those in code for one dtype: AMX, for bf16, has a single run
-    "pairs of an odd pixel and the one before": torch.bfloat16,
-    "pixels between two rows that are no part of either": torch.float32,
-}
-
-
 @needs_products
-@pytest.mark.parametrize(
-    "fault, dtype", [(f, dtype) for f in FAULTS for dtype in BOUNDS if ALONE.get(f, dtype) == dtype]
-)
+@pytest.mark.parametrize("fault, dtype", [(f, dtype) for f in FAULTS for dtype in FAULTS[f][-1]])
 def test_a_fault_is_seen(fault, dtype, compiled_from):
     """The comparisons above do not pass by chance: a fault planted in the kernels fails them."""
-    *edit, kernel = FAULTS[fault]
+    *edit, kernel, _ = FAULTS[fault]
+    if edit[0] == "registers.h" and "amx_bf16" in native._processor():
+        pytest.skip("this processor multiplies bf16 in tiles")
     compiled_from([edit], [])
     with pytest.raises(AssertionError, match=r"\{'(y|dbeta)': "):
         check(example(64, 16, (3, 9, 9) if kernel == 1 else (4, 9, 8), True, kernel, dtype))
@@ -156,11 +183,10 @@ def test_short_vectors_give_the_same(compiled_from):
     assert native.lanes() == 8 and not native.multiplies()
     if not native.multiplies(torch.float32):
         pytest.skip("no AVX2")
-    for kernel, shapes in SHAPES.items():
-        for shape in shapes:
-            for c, n in ((64, 16), (16, 64), (48, 112)):
-                for added in (False, True):
-                    check(example(c, n, shape, added, kernel, torch.float32))
+    for kernel, shape in [(k, s) for k in SHAPES for s in SHAPES[k]] + [(3, s) for s in UNEVEN]:
+        for c, n in ((64, 16), (16, 64), (48, 112)):
+            for added in (False, True):
+                check(example(c, n, shape, added, kernel, torch.float32))
     norm, layer, x, *_ = example(256, 256, (2, 4, 8), False, dtype=torch.float32)
     assert joins(x, norm, layer)  # with more weights PyTorch's convolution is as fast
     assert not joins(x, norm, conv(256, 272, 1).to(memory_format=LAST))
