@@ -19,8 +19,9 @@ from resnetv2_cli.fused import LANES, count, fits, made_again, pack, remember, s
 
 LAST = torch.channels_last
 # Most weights; with more, PyTorch's own convolution is as fast. For a CPU: by floats per vector.
-MOST = {"cuda": 2**17, 16: 2**18, 8: 2**16, "winograd": 2**20}
-TAPS = {1: 1, 3: 16}  # numbers of each weight as a kernel of this size packs them, at most
+MOST = {"cuda": 2**17, 16: 2**18, 8: 2**16}
+MOST_BY_WINOGRAD = {16: 2**18, 8: 2**20}
+PACKED = {1: 1, 3: 36}  # numbers that a kernel of this size is packed into, at most
 ROOM = 2**18  # most bytes of an image with its border, which a 3x3 convolution keeps in a cache
 EACH = 8  # one in so many sums along a shortcut is kept, where the others are recomputed
 
@@ -45,7 +46,7 @@ def joins(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Module) -> bool:
 def _most(x: Tensor, conv: nn.Conv2d) -> int:
     if x.is_cuda:
         return MOST["cuda"]
-    return MOST.get("winograd" if _by_winograd(x, conv) else native.lanes(), 0)
+    return (MOST_BY_WINOGRAD if _by_winograd(x, conv) else MOST).get(native.lanes(), 0)
 
 
 def _by_winograd(x: Tensor, conv: nn.Conv2d) -> bool:
@@ -164,7 +165,7 @@ def _forward(
 
 
 def _room_to_pack(x: Tensor, w: Tensor) -> Tensor:
-    return torch.empty(TAPS[w.shape[-1]], *w.shape[:2], dtype=x.dtype)
+    return torch.empty(PACKED[w.shape[-1]], *w.shape[:2], dtype=x.dtype)
 
 
 def _name(way: str, x: Tensor, w: Tensor) -> str:

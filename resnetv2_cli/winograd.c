@@ -1,41 +1,51 @@
-/* BN, ReLU and a 3x3 convolution of stride 1 (products.h) for float, with 16 multiplications in
-   place of 36: Winograd's minimal algorithm F(2x2, 3x3), as in Lavin and Gray 2016
+/* BN, ReLU and a 3x3 convolution of stride 1 (products.h) for float, with 36 multiplications in
+   place of 144: Winograd's minimal algorithm F(4x4, 3x3), as in Lavin and Gray 2016
    (arXiv:1509.09308).
 
-   For 2x2 outputs y, the 4x4 inputs a that they see and the 3x3 weights w of a channel:
+   For 4x4 outputs y, the 6x6 inputs a that they see and the 3x3 weights w of a channel:
      forward    y = A' [U * V] A    where U = G w G', V = B' a B, and * is element by element
      backward   dW = G' [Z * V] G   where Z = A dy A'; and the gradient of a is a convolution of dy
                 with w turned round, computed as the forward one
-   Over all channels, each of the 16 elements of U * V is a product of matrices: of a strip of 2x2
-   tiles, tiles x channels times channels x channels. For the same convolution twice, A' and B' here
-   have the last column and row of Lavin's times -1.
+   Over all channels, each of the 36 elements of U * V is a product of matrices: tiles x channels,
+   of a strip of tiles, times channels x channels.
 
-   An image is copied to a buffer with a border of zeros; an odd height or width is made even by
-   another row or column of zeros. */
+   The matrices are those of polynomials known at the points 0, -P, P, -Q, Q and infinity (Toom and
+   Cook). Their choice decides the error: with 5/8 and 3/2, whose powers are exact, it is half of
+   what it is with 1 and 2, and some five times that of 144 multiplications.
+
+   Images are copied to a buffer with a border of zeros, in groups, because small ones have few
+   tiles. Further zeros make height and width multiples of 4. */
 
 #define FLOATS
 #include "products.h"
 
 #ifdef PRODUCTS
 
-#define ELEMENTS 16 /* of a transformed tile, 4x4 */
-#define STRIP 16    /* tiles at a time, about */
+#define SIDE 4 /* of a tile of outputs */
+#define SPAN 6 /* of the inputs that it sees */
+#define ELEMENTS (SPAN * SPAN)
+#define STRIP 16 /* tiles at a time, about */
+#define P1 0.625f
+#define P2 (P1 * P1)
+#define Q1 1.5f
+#define Q2 (Q1 * Q1)
 
 typedef struct {
     int64_t height, width, pitch;
-    int64_t start;       /* place of the first pixel inside the border */
-    int64_t pixels;      /* with the border */
-    int64_t across;      /* tiles in a row of them */
-    int64_t down;        /* rows of tiles */
-    int64_t strip;       /* rows of tiles at a time */
-    int64_t tiles;       /* of a strip, rounded up to a multiple of TALL */
+    int64_t rows;   /* of an image in the buffer */
+    int64_t across; /* tiles in a row of them */
+    int64_t down;   /* rows of tiles in an image */
+    int64_t group;  /* images at a time */
+    int64_t strip;  /* rows of tiles at a time, of one image or several */
+    int64_t tiles;  /* of a strip, rounded up to a multiple of TALL */
 } Shape;
 
 static Shape shape_of(int64_t height, int64_t width) {
-    int64_t across = (width + 1) / 2, down = (height + 1) / 2, pitch = 2 * across + 2;
-    int64_t strip = STRIP / across < 1 ? 1 : STRIP / across < down ? STRIP / across : down;
+    int64_t across = (width + SIDE - 1) / SIDE, down = (height + SIDE - 1) / SIDE;
+    int64_t strip = (STRIP + across - 1) / across, group = (strip + down - 1) / down;
     int64_t tiles = (strip * across + TALL - 1) / TALL * TALL;
-    return (Shape){height, width, pitch, pitch + 1, (2 * down + 2) * pitch, across, down, strip, tiles};
+    return (Shape){height, width, SIDE * across + 2, SIDE * down + 2, across, down, group, strip,
+                   tiles};
 }
 
 struct Work {
@@ -45,85 +55,149 @@ struct Work {
     T *y, *g;
     const float *saved;
     double *sums;
-    T *a, *dy;          /* activated image; dy of an image */
+    T *a, *dy;          /* activated images; dy of images */
     T *v, *m, *du;      /* transformed inputs of a strip; its products, or Z; dU of a thread */
     int64_t from, rows; /* of the strip: its first row of tiles, and how many */
     int64_t left, right; /* channels summed over, and of the products */
     int64_t element;
 };
 
+/* Numbers of a group of images in the buffer. */
+INLINE int64_t group_of(const Shape *s, int64_t channels) {
+    return lines(s->group * s->rows * s->pitch * channels);
+}
+
 /* Numbers from one element of transformed tiles to the next. Not a multiple of 4 KB, which would
    put all elements of a tile in the same few lines of the cache. */
 INLINE int64_t apart(const Shape *s, int64_t channels) { return s->tiles * channels + LANES; }
 
-/* A row or a column of B' a B. */
-INLINE void spanned(const F a[4], F to[4]) {
-    to[0] = a[0] - a[2];
-    to[1] = a[1] + a[2];
-    to[2] = a[2] - a[1];
-    to[3] = a[3] - a[1];
+/* The first row of pixels of a row of tiles, in its group of images. */
+INLINE int64_t row_of(const Shape *s, int64_t t) {
+    return t / s->down * s->height + t % s->down * SIDE;
 }
 
-/* V of a strip, from an image with its border. */
-static void transform(const Work *of, const T *image, int64_t channels, T *v) {
+/* The first number that a row of tiles sees in the buffer. */
+INLINE int64_t seen_by(const Shape *s, int64_t t, int64_t channels) {
+    return (t / s->down * s->rows + t % s->down * SIDE) * s->pitch * channels;
+}
+
+/* A row or a column of B' a B. */
+INLINE void spanned(const F a[SPAN], F to[SPAN]) {
+    F even = a[4] - Q2 * a[2], odd = a[3] - Q2 * a[1];
+    to[1] = even + P1 * odd;
+    to[2] = even - P1 * odd;
+    even = a[4] - P2 * a[2];
+    odd = a[3] - P2 * a[1];
+    to[3] = even + Q1 * odd;
+    to[4] = even - Q1 * odd;
+    to[0] = P2 * Q2 * a[0] - (P2 + Q2) * a[2] + a[4];
+    to[5] = P2 * Q2 * a[1] - (P2 + Q2) * a[3] + a[5];
+}
+
+/* A row or a column of A' m A. */
+INLINE void gathered(const F m[SPAN], F to[SIDE]) {
+    F p = m[1] + m[2], q = m[3] + m[4], p_ = m[1] - m[2], q_ = m[3] - m[4];
+    to[0] = m[0] + p + q;
+    to[1] = P1 * p_ + Q1 * q_;
+    to[2] = P2 * p + Q2 * q;
+    to[3] = P1 * P2 * p_ + Q1 * Q2 * q_ + m[5];
+}
+
+/* A row or a column of A dy A'. */
+INLINE void scattered(const F dy[SIDE], F to[SPAN]) {
+    F even = dy[0] + P2 * dy[2], odd = dy[1] + P2 * dy[3];
+    to[1] = even + P1 * odd;
+    to[2] = even - P1 * odd;
+    even = dy[0] + Q2 * dy[2];
+    odd = dy[1] + Q2 * dy[3];
+    to[3] = even + Q1 * odd;
+    to[4] = even - Q1 * odd;
+    to[0] = dy[0];
+    to[5] = dy[3];
+}
+
+/* A row or a column of G w G'. */
+INLINE void widened(const F w[3], F to[SPAN]) {
+    F even = (w[0] + P2 * w[2]) / (2 * P2 * (P2 - Q2)), odd = w[1] / (2 * P1 * (P2 - Q2));
+    to[1] = even + odd;
+    to[2] = even - odd;
+    even = (w[0] + Q2 * w[2]) / (2 * Q2 * (Q2 - P2));
+    odd = w[1] / (2 * Q1 * (Q2 - P2));
+    to[3] = even + odd;
+    to[4] = even - odd;
+    to[0] = w[0] / (P2 * Q2);
+    to[5] = w[2];
+}
+
+/* A row or a column of G' dU G. */
+INLINE void narrowed(const F u[SPAN], F to[3]) {
+    F p = (u[1] + u[2]) / (2 * P2 * (P2 - Q2)), p_ = (u[1] - u[2]) / (2 * P1 * (P2 - Q2));
+    F q = (u[3] + u[4]) / (2 * Q2 * (Q2 - P2)), q_ = (u[3] - u[4]) / (2 * Q1 * (Q2 - P2));
+    to[0] = u[0] / (P2 * Q2) + p + q;
+    to[1] = p_ + q_;
+    to[2] = P2 * p + Q2 * q + u[5];
+}
+
+/* V of a strip, from images with their border. */
+static void transform(const Work *of, const T *images, int64_t channels, T *v) {
     const Shape *s = of->s;
     int64_t step = apart(s, channels), row = s->pitch * channels;
     for (int64_t t = 0; t < of->rows; t++)
         for (int64_t j = 0; j < channels; j += LANES) {
-            const T *from = image + 2 * (of->from + t) * row + j;
+            const T *from = images + seen_by(s, of->from + t, channels) + j;
             T *to = v + t * s->across * channels + j;
-            F column[4][4]; /* of the tile: spanned downwards */
-            for (int q = 0; q < 2; q++, from += channels) {
-                F a[4];
-                for (int r = 0; r < 4; r++) a[r] = load(from + r * row);
-                spanned(a, column[q]);
-            }
-            for (int64_t i = 0; i < s->across; i++, to += channels) {
-#pragma GCC unroll 2
-                for (int q = 2; q < 4; q++, from += channels) {
-                    F a[4];
+            F column[SPAN][SPAN]; /* of the inputs of a tile: spanned downwards */
+            for (int64_t i = -1; i < s->across; i++) {
 #pragma GCC unroll 4
-                    for (int r = 0; r < 4; r++) a[r] = load(from + r * row);
+                for (int q = i < 0 ? SIDE : 2; q < SPAN; q++, from += channels) {
+                    F a[SPAN];
+#pragma GCC unroll 6
+                    for (int r = 0; r < SPAN; r++) a[r] = load(from + r * row);
                     spanned(a, column[q]);
                 }
-#pragma GCC unroll 4
-                for (int r = 0; r < 4; r++) {
-                    F a[4] = {column[0][r], column[1][r], column[2][r], column[3][r]}, made[4];
-                    spanned(a, made);
-#pragma GCC unroll 4
-                    for (int q = 0; q < 4; q++) store(to + (4 * r + q) * step, made[q]);
-                    column[0][r] = column[2][r];
-                    column[1][r] = column[3][r];
+#pragma GCC unroll 6
+                for (int r = 0; r < SPAN; r++) {
+                    if (i >= 0) {
+                        F a[SPAN], made[SPAN];
+#pragma GCC unroll 6
+                        for (int q = 0; q < SPAN; q++) a[q] = column[q][r];
+                        spanned(a, made);
+#pragma GCC unroll 6
+                        for (int q = 0; q < SPAN; q++) store(to + (SPAN * r + q) * step, made[q]);
+                    }
+                    column[0][r] = column[SIDE][r];
+                    column[1][r] = column[SIDE + 1][r];
                 }
+                if (i >= 0) to += channels;
             }
         }
 }
 
-/* Z of a strip, from dy of an image with its border. */
+/* Z of a strip, from dy of images with their border. */
 static void transform_gradient(const Work *of, T *z) {
     const Shape *s = of->s;
     int64_t n = of->n, step = apart(s, n), row = s->pitch * n;
     for (int64_t t = 0; t < of->rows; t++)
         for (int64_t j = 0; j < n; j += LANES) {
-            const T *from = of->dy + s->start * n + 2 * (of->from + t) * row + j;
+            const T *from = of->dy + seen_by(s, of->from + t, n) + row + n + j;
             T *to = z + t * s->across * n + j;
-            for (int64_t i = 0; i < s->across; i++, from += 2 * n, to += n) {
-                F column[2][4];
-#pragma GCC unroll 2
-                for (int q = 0; q < 2; q++) {
-                    F up = load(from + q * n), low = load(from + q * n + row);
-                    column[q][0] = up;
-                    column[q][1] = up + low;
-                    column[q][2] = up - low;
-                    column[q][3] = low;
-                }
+            for (int64_t i = 0; i < s->across; i++, to += n) {
+                F column[SIDE][SPAN];
 #pragma GCC unroll 4
-                for (int r = 0; r < 4; r++) {
-                    F left = column[0][r], right = column[1][r];
-                    store(to + (4 * r) * step, left);
-                    store(to + (4 * r + 1) * step, left + right);
-                    store(to + (4 * r + 2) * step, left - right);
-                    store(to + (4 * r + 3) * step, right);
+                for (int q = 0; q < SIDE; q++, from += n) {
+                    F dy[SIDE];
+#pragma GCC unroll 4
+                    for (int r = 0; r < SIDE; r++) dy[r] = load(from + r * row);
+                    scattered(dy, column[q]);
+                }
+#pragma GCC unroll 6
+                for (int r = 0; r < SPAN; r++) {
+                    F dy[SIDE], made[SPAN];
+#pragma GCC unroll 4
+                    for (int q = 0; q < SIDE; q++) dy[q] = column[q][r];
+                    scattered(dy, made);
+#pragma GCC unroll 6
+                    for (int q = 0; q < SPAN; q++) store(to + (SPAN * r + q) * step, made[q]);
                 }
             }
         }
@@ -151,8 +225,10 @@ COLUMNS(products, wide, LOW, 2)
    compared with, come from memory. */
 static void multiply(Work *of, const T *x, const T *y) {
     static Columns *const by[] = {products_narrow, products_wide};
-    int64_t row = of->s->width * of->right, part = 2 * of->rows * row / ELEMENTS;
-    int64_t next = 2 * of->from * row;
+    const Shape *s = of->s;
+    int64_t next = row_of(s, of->from), part = row_of(s, of->from + of->rows) - next;
+    next *= s->width * of->right;
+    part = part * s->width * of->right / ELEMENTS;
     for (of->element = 0; of->element < ELEMENTS; of->element++) {
         for (int64_t end = next + part; next < end; next += 64 / sizeof(T)) {
             __builtin_prefetch(y + next, 1, 2);
@@ -162,34 +238,40 @@ static void multiply(Work *of, const T *x, const T *y) {
     }
 }
 
-/* The four pixels of a tile: A' m A. */
-INLINE void outputs_of(const T *m, int64_t step, F y[2][2]) {
-    F up[4], low[4];
-#pragma GCC unroll 4
-    for (int q = 0; q < 4; q++) {
-        F a = load(m + q * step), b = load(m + (4 + q) * step), c = load(m + (8 + q) * step);
-        up[q] = a + b + c;
-        low[q] = b - c + load(m + (12 + q) * step);
+/* The pixels of a tile: A' m A. */
+INLINE void outputs_of(const T *m, int64_t step, F y[SIDE][SIDE]) {
+    F column[SPAN][SIDE];
+#pragma GCC unroll 6
+    for (int q = 0; q < SPAN; q++) {
+        F of[SPAN];
+#pragma GCC unroll 6
+        for (int r = 0; r < SPAN; r++) of[r] = load(m + (SPAN * r + q) * step);
+        gathered(of, column[q]);
     }
-    y[0][0] = up[0] + up[1] + up[2];
-    y[0][1] = up[1] - up[2] + up[3];
-    y[1][0] = low[0] + low[1] + low[2];
-    y[1][1] = low[1] - low[2] + low[3];
+#pragma GCC unroll 4
+    for (int r = 0; r < SIDE; r++) {
+        F of[SPAN];
+#pragma GCC unroll 6
+        for (int q = 0; q < SPAN; q++) of[q] = column[q][r];
+        gathered(of, y[r]);
+    }
 }
 
-/* Do something with tile i of row t of a strip, which has high x broad pixels of the image: two by
-   two, or one below or beside the last ones. */
+/* Do something with tile i of row t of a strip, which has high x broad pixels of the image: 4 x 4,
+   or fewer at its end. */
 typedef void Put(const Work *of, int64_t t, int64_t i, int64_t j, F *sums, int high, int broad);
+
+INLINE int at_most(int64_t pixels) { return pixels < SIDE ? pixels : SIDE; }
 
 INLINE void each_tile(Put put, const Work *of, int64_t j, F *sums) {
     const Shape *s = of->s;
     for (int64_t t = 0; t < of->rows; t++) {
-        int high = 2 * (of->from + t) + 1 < s->height ? 2 : 1;
+        int high = at_most(s->height - (of->from + t) % s->down * SIDE);
         for (int64_t i = 0; i < s->across; i++)
-            if (high == 2 && 2 * i + 1 < s->width)
-                put(of, t, i, j, sums, 2, 2);
+            if (high == SIDE && SIDE * (i + 1) <= s->width)
+                put(of, t, i, j, sums, SIDE, SIDE);
             else
-                put(of, t, i, j, sums, high, 2 * i + 1 < s->width ? 2 : 1);
+                put(of, t, i, j, sums, high, at_most(s->width - SIDE * i));
     }
 }
 
@@ -197,12 +279,12 @@ INLINE void each_tile(Put put, const Work *of, int64_t j, F *sums) {
 INLINE void put_output(const Work *of, int64_t t, int64_t i, int64_t j, F *sums, int high,
                        int broad) {
     const Shape *s = of->s;
-    int64_t n = of->n, at = (2 * (of->from + t) * s->width + 2 * i) * n + j;
-    F y[2][2];
+    int64_t n = of->n, at = (row_of(s, of->from + t) * s->width + SIDE * i) * n + j;
+    F y[SIDE][SIDE];
     outputs_of(of->m + (t * s->across + i) * n + j, apart(s, n), y);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int r = 0; r < high; r++, at += s->width * n)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int q = 0; q < broad; q++) {
             if (of->plus) y[r][q] += load(of->plus + at + q * n);
             store(of->y + at + q * n, y[r][q]);
@@ -213,15 +295,17 @@ INLINE void put_output(const Work *of, int64_t t, int64_t i, int64_t j, F *sums,
 INLINE void put_gradient(const Work *of, int64_t t, int64_t i, int64_t j, F *sums, int high,
                          int broad) {
     const Shape *s = of->s;
-    int64_t c = of->c, row = 2 * (of->from + t), at = (row * s->width + 2 * i) * c + j;
-    T *a = of->a + (s->start + row * s->pitch + 2 * i) * c + j;
-    F y[2][2];
+    int64_t c = of->c, at = (row_of(s, of->from + t) * s->width + SIDE * i) * c + j;
+    T *a = of->a + seen_by(s, of->from + t, c) + (s->pitch + 1 + SIDE * i) * c + j;
+    F y[SIDE][SIDE];
     outputs_of(of->m + (t * s->across + i) * c + j, apart(s, c), y);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int r = 0; r < high; r++, at += s->width * c, a += s->pitch * c) {
-        F sum[TALL][WIDE] = {{y[r][0]}, {y[r][1]}};
+        F sum[TALL][WIDE];
+#pragma GCC unroll 4
+        for (int q = 0; q < broad; q++) sum[q][0] = y[r][q];
         let_through(sum, of->x + at, of->g + at, of->saved + j, sums, sums + 1, c, broad, 1);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int q = 0; q < broad; q++) store(a + q * c, sum[q][0]);
     }
 }
@@ -263,69 +347,64 @@ static void weigh_strip(const Work *of) {
     each_column(by, of, of->c);
 }
 
-/* For each strip of an image. */
-#define STRIPS(OF)                                                                               \
-    for ((OF)->from = 0; (OF)->rows = (OF)->s->down - (OF)->from,                                \
+/* For each strip of some images. */
+#define STRIPS(OF, IMAGES)                                                                       \
+    for ((OF)->from = 0; (OF)->rows = (IMAGES) * (OF)->s->down - (OF)->from,                     \
         (OF)->rows = (OF)->rows < (OF)->s->strip ? (OF)->rows : (OF)->s->strip, (OF)->rows > 0;  \
          (OF)->from += (OF)->rows)
 
-static void forward_image(Work *of) {
+static void forward_images(Work *of, int64_t images) {
     const Shape *s = of->s;
-    for (int64_t row = 0; row < s->height; row++)
+    for (int64_t row = 0; row < images * s->height; row++) {
+        int64_t to = row / s->height * s->rows + row % s->height + 1;
         activate_rows(of->x + row * s->width * of->c, of->saved,
-                      of->a + (s->start + row * s->pitch) * of->c, s->width, of->c);
+                      of->a + (to * s->pitch + 1) * of->c, s->width, of->c);
+    }
     of->left = of->c;
     of->right = of->n;
-    STRIPS(of) {
+    STRIPS(of, images) {
         transform(of, of->a, of->c, of->v);
         multiply(of, of->plus, of->y);
         put_outputs(of);
     }
 }
 
-static void backward_image(const T *dy, Work *of) {
+static void backward_images(const T *dy, Work *of, int64_t images) {
     const Shape *s = of->s;
-    for (int64_t row = 0; row < s->height; row++)
-        memcpy(of->dy + (s->start + row * s->pitch) * of->n, dy + row * s->width * of->n,
+    for (int64_t row = 0; row < images * s->height; row++) {
+        int64_t to = row / s->height * s->rows + row % s->height + 1;
+        memcpy(of->dy + (to * s->pitch + 1) * of->n, dy + row * s->width * of->n,
                sizeof(T) * s->width * of->n);
+    }
     of->left = of->n;
     of->right = of->c;
-    STRIPS(of) {
+    STRIPS(of, images) {
         transform(of, of->dy, of->n, of->v);
         multiply(of, of->x, of->g);
         put_gradients(of);
     }
-    STRIPS(of) {
+    STRIPS(of, images) {
         transform(of, of->a, of->c, of->v);
         transform_gradient(of, of->m);
         weigh_strip(of);
     }
 }
 
-/* A row or a column of G w G'. */
-INLINE void widened(const F w[3], F to[4]) {
-    F ends = w[0] + w[2];
-    to[0] = w[0];
-    to[1] = (ends + w[1]) * 0.5f;
-    to[2] = (ends - w[1]) * 0.5f;
-    to[3] = w[2];
-}
-
 /* Write U of the 3x3 weights of some channels, ``step`` numbers from one element to the next. */
 INLINE void put_transformed(const F w[9], T *u, int64_t step) {
-    F column[3][4];
+    F column[3][SPAN];
     for (int q = 0; q < 3; q++) {
         F of[3] = {w[q], w[3 + q], w[6 + q]};
         widened(of, column[q]);
     }
-    for (int r = 0; r < 4; r++) {
-        F of[3] = {column[0][r], column[1][r], column[2][r]}, made[4];
+    for (int r = 0; r < SPAN; r++) {
+        F of[3] = {column[0][r], column[1][r], column[2][r]}, made[SPAN];
         widened(of, made);
-        for (int q = 0; q < 4; q++) store(u + (4 * r + q) * step, made[q]);
+        for (int q = 0; q < SPAN; q++) store(u + (SPAN * r + q) * step, made[q]);
     }
 }
 
-/* U: [16][c][n]; each thread makes a part. */
+/* U: [36][c][n]; each thread makes a part. */
 static void transform_inputs(const float *weight, T *u, int64_t c, int64_t n) {
 #pragma omp for collapse(2)
     for (int64_t j = 0; j < n; j += LANES)
@@ -338,7 +417,7 @@ static void transform_inputs(const float *weight, T *u, int64_t c, int64_t n) {
             }
 }
 
-/* U of the weights turned round: [16][n][c]. */
+/* U of the weights turned round: [36][n][c]. */
 static void transform_outputs(const float *weight, T *u, int64_t c, int64_t n) {
 #pragma omp for
     for (int64_t k = 0; k < n; k++)
@@ -349,33 +428,26 @@ static void transform_outputs(const float *weight, T *u, int64_t c, int64_t n) {
         }
 }
 
-/* A row or a column of G' dU G. */
-INLINE void narrowed(const F u[4], F to[3]) {
-    F sum = (u[1] + u[2]) * 0.5f;
-    to[0] = u[0] + sum;
-    to[1] = (u[1] - u[2]) * 0.5f;
-    to[2] = sum + u[3];
-}
-
-/* dW: [n][9][c], from dU: [16][n][c]. */
+/* dW: [n][9][c], from dU: [36][n][c]. */
 static void put_weights(const T *du, float *dw, int64_t c, int64_t n) {
     for (int64_t k = 0; k < n; k++)
         for (int64_t j = 0; j < c; j += LANES) {
-            F column[4][3];
-            for (int q = 0; q < 4; q++) {
-                F of[4];
-                for (int r = 0; r < 4; r++) of[r] = load(du + ((4 * r + q) * n + k) * c + j);
+            F column[SPAN][3];
+            for (int q = 0; q < SPAN; q++) {
+                F of[SPAN];
+                for (int r = 0; r < SPAN; r++) of[r] = load(du + ((SPAN * r + q) * n + k) * c + j);
                 narrowed(of, column[q]);
             }
             for (int r = 0; r < 3; r++) {
-                F of[4] = {column[0][r], column[1][r], column[2][r], column[3][r]}, made[3];
+                F of[SPAN], made[3];
+                for (int q = 0; q < SPAN; q++) of[q] = column[q][r];
                 narrowed(of, made);
                 for (int q = 0; q < 3; q++) store_float(dw + (k * 9 + 3 * r + q) * c + j, made[q]);
             }
         }
 }
 
-/* again: recompute y with the saved statistics, which are only read. u: [16][c][n] */
+/* again: recompute y with the saved statistics, which are only read. u: [36][c][n] */
 void conv3x3_forward_float(const T *x, const T *plus, T *y, const float *gamma, const float *beta,
                            const float *weight, float *running_mean, float *running_var,
                            float *saved, double *sums, T *u, int64_t images, int64_t height,
@@ -399,22 +471,22 @@ void conv3x3_forward_float(const T *x, const T *plus, T *y, const float *gamma, 
                        c, momentum, eps);
             memset(saved + 4 * c, 0, c * sizeof(float));
         }
-        int64_t of_a = lines(s.pixels * c), of_v = lines(ELEMENTS * apart(&s, c));
+        int64_t of_a = group_of(&s, c), of_v = lines(ELEMENTS * apart(&s, c));
         T *a = room(of_a + of_v + ELEMENTS * apart(&s, n));
         memset(a, 0, sizeof(T) * (of_a + of_v));
         Work of = {.s = &s, .c = c, .n = n, .w = u, .saved = saved, .a = a, .v = a + of_a,
                    .m = a + of_a + of_v};
-        for (int64_t i = first * size; i < last * size; i += size) {
-            of.x = x + i * c;
-            of.plus = plus ? plus + i * n : 0;
-            of.y = y + i * n;
-            forward_image(&of);
+        for (int64_t i = first; i < last; i += s.group) {
+            of.x = x + i * size * c;
+            of.plus = plus ? plus + i * size * n : 0;
+            of.y = y + i * size * n;
+            forward_images(&of, last - i < s.group ? last - i : s.group);
         }
     }
 }
 
 /* alone: a convolution without BN, for which ``saved`` has constants; dgamma, dbeta are not
-   written. parts: [threads - 1][n][9][c], dW of the other threads; u: [16][n][c]. Between the two
+   written. parts: [threads - 1][n][9][c], dW of the other threads; u: [36][n][c]. Between the two
    passes dx holds g. */
 void conv3x3_backward_float(const T *dy, const T *x, const T *plus, T *dx, const float *saved,
                             const float *weight, float *dgamma, float *dbeta, float *dw,
@@ -431,17 +503,17 @@ void conv3x3_backward_float(const T *dy, const T *x, const T *plus, T *dx, const
         transform_outputs(weight, u, c, n);
         int64_t first, last, most = c > n ? c : n;
         rows_of(images, 1, &first, &last);
-        int64_t of_du = ELEMENTS * n * c, of_a = lines(s.pixels * c), of_dy = lines(s.pixels * n);
+        int64_t of_du = ELEMENTS * n * c, of_a = group_of(&s, c), of_dy = group_of(&s, n);
         int64_t of_v = lines(ELEMENTS * apart(&s, most));
         T *du = room(of_du + of_a + of_dy + 2 * of_v), *a = du + of_du, *dy_ = a + of_a;
         T *v = dy_ + of_dy;
         memset(du, 0, sizeof(T) * (of_du + of_a + of_dy + of_v));
         Work of = {.s = &s, .c = c, .n = n, .w = u, .saved = saved, .sums = mine, .a = a,
                    .dy = dy_, .v = v, .m = v + of_v, .du = du};
-        for (int64_t i = first * size; i < last * size; i += size) {
-            of.x = x + i * c;
-            of.g = dx + i * c;
-            backward_image(dy + i * n, &of);
+        for (int64_t i = first; i < last; i += s.group) {
+            of.x = x + i * size * c;
+            of.g = dx + i * size * c;
+            backward_images(dy + i * size * n, &of, last - i < s.group ? last - i : s.group);
         }
         put_weights(du, me ? parts + weights * (me - 1) : dw, c, n);
 #pragma omp barrier

@@ -75,7 +75,7 @@ SHAPES = {
     1: [(4, 8, 8), (3, 5, 7), (2, 9, 9), (1, 5, 13), (1, 1, 3)],  # 256, 105, 162, 65 and 3 rows
     3: [(4, 8, 8), (3, 5, 16), (2, 9, 24), (1, 1, 8)],
 }
-UNEVEN = [(3, 7, 7), (2, 9, 13), (2, 40, 6), (4, 1, 1)]  # that only float32's 3x3 convolutions take
+UNEVEN = [(3, 7, 7), (2, 9, 13), (2, 40, 6), (9, 1, 1)]  # that only float32's 3x3 convolutions take
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,7 +101,7 @@ def test_the_numbers_are_float64s(c, n, kernel, shape, added, threads, dtype):
 @pytest.mark.parametrize("shape", UNEVEN)
 @pytest.mark.parametrize("c, n", [(64, 16), (16, 64), (48, 112), (16, 16)])
 def test_images_of_any_size_in_float32(c, n, shape, added, threads):
-    """Winograd's algorithm computes 2x2 pixels at a time; ImageNet's last images have 7x7."""
+    """Winograd's algorithm computes 4x4 pixels at a time; ImageNet's last images have 7x7."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -156,7 +156,7 @@ FAULTS = {  # file, original text, what is planted in its place, kernel size, an
         "winograd.c", "1, of->rows * s->across, to", "1, s->tiles, to", 3, FLOAT,
     ),
     "a tile with a column of the one before": (
-        "winograd.c", "column[1][r] = column[3][r]", "column[1][r] = column[2][r]", 3, FLOAT,
+        "winograd.c", "column[SIDE + 1][r]", "column[SIDE][r]", 3, FLOAT,
     ),
     "a border of floats that are not zeros": (
         "winograd.c", "memset(a, 0, sizeof", "memset(a, 63, sizeof", 3, FLOAT,
