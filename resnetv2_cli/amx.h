@@ -70,12 +70,9 @@ INLINE void done(F sum[][TALL][WIDE], int wide, int high) {
     if (wide > 1 && high > 1) _tile_stored(3, &sum[1][0][1], sizeof sum[0][0]);
 }
 
-/* dW of a tile, from output i on, over ``runs`` runs of ``many`` pairs of rows, added to what is
-   there. Between two runs two rows of a are skipped. dy: as written by lay_pairs, run by run; a,
-   dw: where each vector begins; row: numbers in a row of dw. With AMX there is one run. */
-INLINE void weigh(const T *dy, int64_t i, int64_t n, const T *const *a,
-                  int64_t columns, int64_t runs, int64_t many, float *const *dw, int64_t row,
-                  int tall, int wide) {
+/* As in registers.h, or with three vectors in a row of the tile; ``many`` is a multiple of 8. */
+INLINE void weigh(const T *dy, int64_t i, int64_t n, const T *const *a, int64_t columns,
+                  int64_t many, float *const *dw, int64_t row, int tall, int wide) {
     const T *left = dy + 2 * i * many;
     __asm__ volatile("" ::: "memory");
 #define EACH(DO)                                                                                 \

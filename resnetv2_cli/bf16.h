@@ -1,13 +1,9 @@
-/* bf16 numbers (products.h), which the processor multiplies in pairs. */
+/* Factors of bf16 (products.h), which the processor multiplies in pairs. */
 
 typedef uint16_t T;
 typedef U P;   /* a vector of pairs */
 typedef U_ P_;
 #define PAIR 2
-#define NAME(FUNCTION) FUNCTION##_bf16
-
-INLINE F load(const T *p) { return load_bf16(p); }
-INLINE void store(T *p, F x) { store_bf16(p, x); }
 
 INLINE F dot(F sum, P a, P b) {
     return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);

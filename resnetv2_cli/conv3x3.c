@@ -1,5 +1,5 @@
-/* BN, ReLU and a 3x3 convolution of stride 1 (products.h) for bf16, image by image; winograd.c has
-   the one for float.
+/* BN, ReLU and a 3x3 convolution of stride 1 (products.h) for bf16 with AMX, image by image. For
+   other processors and numbers winograd.c has it, with fewer products.
 
    An image is copied to a buffer with a border of zeros, of which two columns lie between any two
    rows: pitch = width + 2 pixels. So the nine pixels that an output sees are three runs of three,
@@ -8,18 +8,17 @@
 
 #include "products.h"
 
-#ifdef PRODUCTS
+#if defined PRODUCTS && AMX
 
-#define MOST_HIGH (AMX ? 2 : 1)
-#define HIGH(TALL_) (AMX ? TALL / TALL_ : 1) /* tiles at once: with AMX, as many as make 16 rows */
+#define TAPS 3                   /* in a row of a tile of dW */
+#define HIGH(TALL_) (TALL / TALL_) /* tiles at once: as many as make 16 rows */
 
 typedef struct {
     int64_t height, width, pitch;
     int64_t start;  /* place of the first pixel inside the border */
     int64_t pixels; /* with the border, and a few more zeros that the last pairs reach into */
     int64_t filled; /* pairs of pixels from the first to the last, with the borders between rows */
-    int64_t runs;   /* of pairs, that dW sums over: one per row; with AMX one, of ``filled`` */
-    int64_t pairs;  /* of a run; with AMX rounded up, by zeros, to a multiple of EVEN */
+    int64_t pairs;  /* the same rounded up, by zeros, to a multiple of EVEN */
     int tall;       /* pixels of a row per tile */
 } Shape;
 
@@ -27,8 +26,7 @@ static Shape shape_of(int64_t height, int64_t width) {
     int64_t pitch = width + 2, filled = height * pitch / PAIR;
     int64_t pairs = (filled + EVEN - 1) / EVEN * EVEN, pixels = PAIR * pairs + 2 * pitch + 6;
     int tall = width % TALL ? LOW : TALL;
-    if (AMX) return (Shape){height, width, pitch, pitch + 2, pixels, filled, 1, pairs, tall};
-    return (Shape){height, width, pitch, pitch + 2, pixels, filled, height, width / PAIR, tall};
+    return (Shape){height, width, pitch, pitch + 2, pixels, filled, pairs, tall};
 }
 
 struct Work {
@@ -40,7 +38,7 @@ struct Work {
     double *sums;
     float *dw;
     T *dy;             /* buffer for dy of an image */
-    const T *dy_pairs; /* dy in pairs, run by run */
+    const T *dy_pairs; /* dy in pairs */
     T *a, *a_pairs[PAIR]; /* activated image; in pairs that begin with even or with odd pixels */
 };
 
@@ -56,7 +54,7 @@ INLINE void around(F sum[][TALL][WIDE], const T *image, int64_t pixel, const Sha
     int64_t upper_left = s->start - s->pitch - 1;
     clear(sum, tall, wide, high);
     for (int row = 0; row < 3; row++) {
-        const T *left[MOST_HIGH], *right[WIDE] = {w, w + PAIR * LANES};
+        const T *left[2], *right[WIDE] = {w, w + PAIR * LANES};
         for (int h = 0; h < high; h++)
             left[h] = image + (upper_left + place(s, pixel + h * tall) + row * s->pitch) * channels;
         tile(sum, left, channels, right, columns, 3 * channels / PAIR, tall, wide, high);
@@ -67,7 +65,7 @@ INLINE void around(F sum[][TALL][WIDE], const T *image, int64_t pixel, const Sha
 
 /* y of tiles, beginning at ``pixel``. */
 INLINE void output(const Work *of, int64_t pixel, int64_t j, int tall, int wide, int high) {
-    F sum[MOST_HIGH][TALL][WIDE];
+    F sum[2][TALL][WIDE];
     around(sum, of->a, pixel, of->s, of->c, of->w + PAIR * j, of->n, tall, wide, high);
     for (int h = 0; h < high; h++) {
         int64_t i = (pixel + h * tall) * of->n + j;
@@ -86,7 +84,7 @@ INLINE void outputs(const Work *of, int64_t j, int tall, int wide) {
 COLUMNS(outputs, low_narrow, LOW, 1)
 COLUMNS(outputs, narrow, TALL, 1)
 COLUMNS(outputs, low_wide, LOW, 2)
-COLUMNS(outputs, wide, AMX ? TALL : LOW, 2)
+COLUMNS(outputs, wide, TALL, 2)
 
 static void forward_image(const Work *of) {
     static Columns *const low[] = {outputs_low_narrow, outputs_low_wide};
@@ -140,7 +138,7 @@ void conv3x3_forward_bf16(const T *x, const T *plus, T *y, const float *gamma, c
 INLINE void gradient(const Work *of, int64_t pixel, int64_t j, F *total, F *product, int tall,
                      int wide, int high) {
     const Shape *s = of->s;
-    F sum[MOST_HIGH][TALL][WIDE];
+    F sum[2][TALL][WIDE];
     around(sum, of->dy, pixel, s, of->n, of->w + PAIR * j, of->c, tall, wide, high);
     for (int h = 0; h < high; h++) {
         int64_t i = (pixel + h * tall) * of->c + j;
@@ -164,7 +162,7 @@ INLINE void gradients_of(const Work *of, int64_t j, int tall, int wide) {
 COLUMNS(gradients_of, low_narrow, LOW, 1)
 COLUMNS(gradients_of, narrow, TALL, 1)
 COLUMNS(gradients_of, low_wide, LOW, 2)
-COLUMNS(gradients_of, wide, AMX ? TALL : LOW, 2)
+COLUMNS(gradients_of, wide, TALL, 2)
 
 /* Pairs that begin with an odd pixel, from those that begin with an even one. */
 static void between(const T *even, T *odd, const Shape *s, int64_t c) {
@@ -185,11 +183,11 @@ INLINE void weights(const Work *of, int64_t j, int tall, int wide) {
                 right[tap] = of->a_pairs[moved % PAIR] + (moved - moved % PAIR) * c + PAIR * j;
                 to[tap] = of->dw + (i * 9 + row * 3 + tap) * c + j;
             }
-            weigh(of->dy_pairs, i, of->n, right, c, s->runs, s->pairs, to, 9 * c, tall, TAPS);
+            weigh(of->dy_pairs, i, of->n, right, c, s->pairs, to, 9 * c, tall, TAPS);
         }
 }
 
-COLUMNS(weights, of_tile, AMX ? TALL : LOW, 1)
+COLUMNS(weights, of_tile, TALL, 1)
 
 static void backward_image(const T *dy, Work *of, T *pairs) {
     static Columns *const low[] = {gradients_of_low_narrow, gradients_of_low_wide};
@@ -201,9 +199,7 @@ static void backward_image(const T *dy, Work *of, T *pairs) {
                sizeof(T) * s->width * n);
     begin(s->tall);
     each_column(s->tall < TALL ? low : high, of, of->c);
-    for (int64_t run = 0; run < s->runs; run++)
-        lay_pairs(of->dy + (s->start + run * s->pitch) * n, pairs + 2 * run * s->pairs * n,
-                  s->pairs, n);
+    lay_pairs(of->dy + s->start * n, pairs, s->pairs, n);
     of->dy_pairs = pairs;
     between(of->a_pairs[0], of->a_pairs[1], s, of->c);
     begin(TALL);
@@ -231,7 +227,7 @@ void conv3x3_backward_bf16(const T *dy, const T *x, const T *plus, T *dx, const 
         int64_t first, last;
         rows_of(images, 1, &first, &last);
         int64_t of_dy = lines(s.pixels * n), of_a = lines(s.pixels * c);
-        T *dy_ = room(of_dy + PAIR * (of_a + s.runs * s.pairs * n));
+        T *dy_ = room(of_dy + PAIR * (of_a + s.pairs * n));
         T *even = dy_ + of_dy, *dy_pairs = even + PAIR * of_a;
         memset(dy_, 0, sizeof(T) * (of_dy + PAIR * of_a));
         Work of = {.s = &s, .c = c, .n = n, .w = w, .saved = saved, .sums = mine, .dw = dw_,

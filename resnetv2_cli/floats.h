@@ -1,13 +1,10 @@
-/* float numbers (products.h): a pair is one number. */
+/* Factors of float (products.h): a pair is one number. */
 
 typedef float T;
 typedef F P;
 typedef F_ P_;
 #define PAIR 1
-#define NAME(FUNCTION) FUNCTION##_float
 
-INLINE F load(const T *p) { return load_float(p); }
-INLINE void store(T *p, F x) { store_float(p, x); }
 INLINE F dot(F sum, P a, P b) { return sum + a * b; }
 INLINE P joined(const F part[PAIR]) { return part[0]; }
 

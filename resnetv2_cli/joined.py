@@ -21,8 +21,8 @@ LAST = torch.channels_last
 # Most weights; with more, PyTorch's own convolution is as fast. For a CPU: by floats per vector.
 MOST = {"cuda": 2**17, 16: 2**18, 8: 2**16}
 MOST_BY_WINOGRAD = {16: 2**18, 8: 2**20}
-PACKED = {1: 1, 3: 36}  # numbers that a kernel of this size is packed into, at most
-ROOM = 2**18  # most bytes of an image with its border, which a 3x3 convolution keeps in a cache
+PACKED = {"pointwise": 1, "conv3x3": 9, "winograd": 36}  # numbers per channel of input and output
+ROOM = 2**18  # most bytes of an image with its border, which conv3x3.c keeps in a cache
 EACH = 8  # one in so many sums along a shortcut is kept, where the others are recomputed
 
 
@@ -46,12 +46,16 @@ def joins(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Module) -> bool:
 def _most(x: Tensor, conv: nn.Conv2d) -> int:
     if x.is_cuda:
         return MOST["cuda"]
-    return (MOST_BY_WINOGRAD if _by_winograd(x, conv) else MOST).get(native.lanes(), 0)
+    by_winograd = _part(x, conv.weight) == "winograd"
+    return (MOST_BY_WINOGRAD if by_winograd else MOST).get(native.lanes(), 0)
 
 
-def _by_winograd(x: Tensor, conv: nn.Conv2d) -> bool:
-    """Whether ``winograd.c`` computes it, with fewer products than PyTorch."""
-    return conv.kernel_size == (3, 3) and x.dtype == torch.float32
+def _part(x: Tensor, w: Tensor) -> str:
+    """The file of C functions that compute it."""
+    if w.shape[-1] == 1:
+        return "pointwise"
+    tiles = x.dtype == torch.bfloat16 and native.has("conv3x3_forward_bf16")  # AMX
+    return "conv3x3" if tiles else "winograd"
 
 
 def _fits_gpu(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Conv2d) -> bool:
@@ -95,9 +99,9 @@ def _images_fit(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether the operation for a 3x3 convolution can compute these images, and fast: its threads
     take whole images."""
     (h, w), c = x.shape[2:], max(conv.in_channels, conv.out_channels)
-    suited = w % 8 == 0 and (h + 2) * (w + 2) * c * x.itemsize <= ROOM
+    kept = w % 8 == 0 and (h + 2) * (w + 2) * c * x.itemsize <= ROOM
     shared = x.is_meta or len(x) >= torch.get_num_threads()
-    return shared and (suited or _by_winograd(x, conv))
+    return shared and (kept or _part(x, conv.weight) == "winograd")
 
 
 def _lies(x: Tensor, weight: Tensor) -> bool:
@@ -165,12 +169,12 @@ def _forward(
 
 
 def _room_to_pack(x: Tensor, w: Tensor) -> Tensor:
-    return torch.empty(PACKED[w.shape[-1]], *w.shape[:2], dtype=x.dtype)
+    return torch.empty(PACKED[_part(x, w)], *w.shape[:2])
 
 
 def _name(way: str, x: Tensor, w: Tensor) -> str:
     """The name of the library's function."""
-    return f"{native.PARTS[w.shape[-1]]}_{way}_{native.kind_of(x.dtype)}"
+    return f"{_part(x, w)}_{way}_{native.kind_of(x.dtype)}"
 
 
 def _added(x: Tensor, saved: Tensor, w: Tensor, plus: Tensor | None) -> Tensor:
@@ -181,7 +185,7 @@ def _added(x: Tensor, saved: Tensor, w: Tensor, plus: Tensor | None) -> Tensor:
 
 
 class _Joined(torch.autograd.Function):
-    """The operation by the library (``native.PARTS``) or ``triton_joined.py``. It also returns x,
+    """The operation by the functions in C or those of ``triton_joined.py``. It also returns x,
     so that the gradient from x's other use is added as dx is written. Without ``norm``, gamma and
     beta there is no BN, and no ReLU unless ``relu``."""
 

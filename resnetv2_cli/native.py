@@ -27,11 +27,8 @@ HERE = Path(__file__).parent
 HEADERS = [
     HERE / f"{name}.h" for name in ("vectors", "products", "bf16", "floats", "amx", "registers")
 ]
-SOURCES = [
-    HERE / f"{name}.c"
-    for name in ("kernels", "pointwise", "pointwise_float", "conv3x3", "winograd")
-]
-PARTS = {1: "pointwise", 3: "conv3x3"}  # functions that use products.h, by the size of the kernel
+NAMES = ("kernels", "pointwise", "pointwise_float", "conv3x3", "winograd", "winograd_float")
+SOURCES = [HERE / f"{name}.c" for name in NAMES]
 CPUS = Path("/proc/cpuinfo")
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
 PATIENCE = 120.0  # seconds that compiling may take; it takes five
@@ -50,7 +47,7 @@ PRODUCTS: dict[str, tuple[int, list[Any]]] = {  # the same for products.h; some 
 PRODUCTS = {
     f"{part}_{name}_{kind}": row
     for name, row in PRODUCTS.items()
-    for part in PARTS.values()
+    for part in ("pointwise", "conv3x3", "winograd")
     for kind in KINDS
 }
 
@@ -119,7 +116,7 @@ def _found() -> ctypes.CDLL | str:
     except (_Unfit, OSError, subprocess.SubprocessError) as error:
         return str(error)
     for name, (pointers, numbers) in (ARGUMENTS | PRODUCTS).items():
-        if name in ARGUMENTS or hasattr(made, name):
+        if hasattr(made, name):
             function = getattr(made, name)
             function.argtypes = [ctypes.c_void_p] * pointers + numbers
             function.restype = None
@@ -138,12 +135,17 @@ def why_not() -> str:
     return found if isinstance(found, str) else ""
 
 
+def has(name: str) -> bool:
+    """Whether the library has this function: some are only for some processors."""
+    return hasattr(library(), name)
+
+
 @cache
 def multiplies(dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether to use the functions of ``products.h`` for numbers of this type. The library has them
-    if the processor multiplies such numbers fast; for bf16 ``products_allowed`` decides too."""
+    """Whether to use the functions of ``products.h`` for numbers of this type: the processor
+    multiplies such numbers fast, and for bf16 ``products_allowed`` agrees."""
     found, kind = library(), kind_of(dtype)
-    if not all(hasattr(found, name) for name in PRODUCTS if name.endswith(f"_{kind}")):
+    if not has(f"pointwise_forward_{kind}"):
         return False
     return kind != "bf16" or bool(found.products_allowed())  # type: ignore[union-attr]
 

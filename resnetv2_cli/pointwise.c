@@ -131,7 +131,7 @@ INLINE void weights(const Work *of, int64_t j, int tall, int wide) {
     for (int64_t i = 0; i < n; i += tall, next += part) {
         const T *right[WIDE] = {of->a, of->a + PAIR * LANES};
         float *to[WIDE] = {of->dw + i * c + j, of->dw + i * c + j + LANES};
-        weigh(of->dy_pairs, i, n, right, wide * LANES, 1, BLOCK / PAIR, to, c, tall, wide);
+        weigh(of->dy_pairs, i, n, right, wide * LANES, BLOCK / PAIR, to, c, tall, wide);
         for (int64_t k = 0; k < part; k += 64 / sizeof(T)) __builtin_prefetch(next + k, 0, 2);
     }
 }

@@ -1,5 +1,6 @@
 /* BN, ReLU and the following convolution as one operation, in training: what pointwise.c, conv3x3.c
-   and winograd.c share. It is compiled for numbers T of bf16 and for float (FLOATS).
+   and winograd.c share. It is compiled for tensors of X: bf16, or float (FLOATS). What is multiplied
+   is T: the same, or float for either (WIDENED).
 
    With a = max(scale x + shift, least), rounded to T as if it were stored in memory, which it never
    is; least is 0 for ReLU, or a NaN for a convolution alone, which lets everything pass:
@@ -27,18 +28,21 @@
 
 #include "vectors.h"
 
-#ifdef FLOATS
+#if defined FLOATS || defined WIDENED
+#define FACTORS "floats.h"
 #if defined __AVX512F__ || (defined __AVX2__ && defined __FMA__)
 #define PRODUCTS /* the processor multiplies them fast */
 #endif
-#elif defined __AVX512BF16__
+#else
+#define FACTORS "bf16.h"
+#ifdef __AVX512BF16__
 #define PRODUCTS
+#endif
 #endif
 #ifdef PRODUCTS
 
 #define INLINE static inline __attribute__((always_inline))
 #define WIDE 2 /* vectors in a row of a tile, at most */
-#define TAPS 3 /* the same in a tile of dW, for a 3x3 convolution */
 #ifdef __AVX512F__
 #define TALL 16 /* rows of a tile, at most */
 #else
@@ -47,10 +51,17 @@
 #define LOW (TALL / 2)
 
 #ifdef FLOATS
-#include "floats.h"
+typedef float X;
+#define NAME(FUNCTION) FUNCTION##_float
+INLINE F load(const X *p) { return load_float(p); }
+INLINE void store(X *p, F x) { store_float(p, x); }
 #else
-#include "bf16.h"
+typedef uint16_t X;
+#define NAME(FUNCTION) FUNCTION##_bf16
+INLINE F load(const X *p) { return load_bf16(p); }
+INLINE void store(X *p, F x) { store_bf16(p, x); }
 #endif
+#include FACTORS
 
 typedef struct Work Work; /* of a block: what its functions read and write */
 typedef void Columns(const Work *of, int64_t j); /* from column j on */
@@ -88,14 +99,14 @@ INLINE F where_above(F z, F least, F x) {
 #endif
 }
 
-#if defined __AMX_BF16__ && !defined FLOATS
+#if defined __AMX_BF16__ && PAIR > 1
 #include "amx.h"
 #else
 #include "registers.h"
 #endif
 
 /* a of a row; saved: [5][c] of BN's mean, 1 / std, scale and shift, and of least. */
-INLINE void activate(const T *x, const float *saved, T *a, int64_t c, int wide) {
+INLINE void activate(const X *x, const float *saved, T *a, int64_t c, int wide) {
     F z[WIDE];
     soon(x);
     for (int v = 0; v < wide; v++) {
@@ -107,8 +118,7 @@ INLINE void activate(const T *x, const float *saved, T *a, int64_t c, int wide) 
 }
 
 /* a of ``rows`` rows. */
-static void activate_rows(const T *x, const float *saved, T *a, int64_t rows,
-                          int64_t c) {
+static void activate_rows(const X *x, const float *saved, T *a, int64_t rows, int64_t c) {
     for (int64_t i = 0; i < rows * c; i += c) {
         int64_t j = 0;
         for (; j + 2 * LANES <= c; j += 2 * LANES) activate(x + i + j, saved + j, a + i + j, c, 2);
@@ -116,8 +126,8 @@ static void activate_rows(const T *x, const float *saved, T *a, int64_t rows,
     }
 }
 
-/* Write a tile of sums, with plus added, to y. */
-INLINE void put(F sum[TALL][WIDE], const T *plus, T *y, int64_t n, int tall, int wide) {
+/* Write a tile of sums, with plus added, to y, which is of T. */
+INLINE void put(F sum[TALL][WIDE], const X *plus, T *y, int64_t n, int tall, int wide) {
 #pragma GCC unroll 16
     for (int r = 0; r < tall; r++) {
         for (int v = 0; plus && v < wide; v++) sum[r][v] += load(plus + r * n + v * LANES);
@@ -139,7 +149,7 @@ INLINE void put_pairs(F sum[TALL][WIDE], T *a, int64_t columns, int tall, int wi
 
 /* g of a tile, from its sums of dy * W', and s and q: sums of g and of g (x - mean). Then the
    tile holds a. */
-INLINE void let_through(F sum[TALL][WIDE], const T *x, T *g, const float *saved, F *s, F *q,
+INLINE void let_through(F sum[TALL][WIDE], const X *x, X *g, const float *saved, F *s, F *q,
                         int64_t c, int tall, int wide) {
 #pragma GCC unroll 2
     for (int v = 0; v < wide; v++) {
@@ -214,7 +224,7 @@ static T *room(int64_t numbers) {
 }
 
 /* Sums of x - origin and of its square, of ``wide`` vectors of ``high`` rows at a time. */
-INLINE void moments(const T *x, const float *origin, double *sums, int64_t rows, int64_t c,
+INLINE void moments(const X *x, const float *origin, double *sums, int64_t rows, int64_t c,
                     int wide, int high) {
     F s[4], q[4];
 #pragma GCC unroll 4
@@ -222,7 +232,7 @@ INLINE void moments(const T *x, const float *origin, double *sums, int64_t rows,
     for (int64_t r = 0; r < rows; r += high)
 #pragma GCC unroll 4
         for (int v = 0; v < wide * high; v++) {
-            const T *from = x + (r + v / wide) * c + v % wide * LANES;
+            const X *from = x + (r + v / wide) * c + v % wide * LANES;
             if (v % wide % 2 == 0) soon(from);
             F d = load(from) - load_float(origin + v % wide * LANES);
             s[v] += d;
@@ -237,7 +247,7 @@ INLINE void moments(const T *x, const float *origin, double *sums, int64_t rows,
 }
 
 /* The same, of rows first to last. */
-static void count(const T *x, const float *origin, double *sums, int64_t first, int64_t last,
+static void count(const X *x, const float *origin, double *sums, int64_t first, int64_t last,
                   int64_t c) {
     memset(sums, 0, 2 * c * sizeof(double));
     for (int64_t b = first; b < last; b += BLOCK) {
@@ -261,7 +271,7 @@ static void add_parts(float *dw, const float *parts, int64_t numbers) {
 }
 
 /* dx of rows first to last, written over g; ``alone``: without BN. */
-static void normalized(T *dx, const T *x, const T *plus, const float *scale,
+static void normalized(X *dx, const X *x, const X *plus, const float *scale,
                        const float *slope, const float *offset, int64_t first, int64_t last,
                        int64_t c, int alone) {
     for (int64_t i = first * c; alone && i < last * c; i += LANES)

@@ -1,8 +1,7 @@
-/* Products by vectors (products.h): sums of 8 x 2, 16 x 1 or, for dW, 8 x 3 vectors in registers;
-   without AVX-512, of half as many rows. */
+/* Products by vectors (products.h): sums of 8 x 2 or 16 x 1 vectors in registers; without AVX-512,
+   of half as many rows. */
 
 #define AMX 0
-#define EVEN 1
 
 static void begin(int tall) {}
 static void end(void) {}
@@ -46,36 +45,34 @@ INLINE void tile(F sum[][TALL][WIDE], const T *const *left, int64_t stride,
 /* The sums are complete. */
 INLINE void done(F sum[][TALL][WIDE], int wide, int high) {}
 
-INLINE void weigh(const T *dy, int64_t i, int64_t n, const T *const *a,
-                  int64_t columns, int64_t runs, int64_t many, float *const *dw, int64_t row,
-                  int tall, int wide) {
-    F sum[TALL][TAPS];
-    const T *left = dy + PAIR * i, *right[TAPS];
-#pragma GCC unroll 3
+/* dW of a tile, from output i on, over ``many`` pairs of rows, added to what is there. dy: as written
+   by lay_pairs; a, dw: where each vector begins; row: numbers in a row of dw. */
+INLINE void weigh(const T *dy, int64_t i, int64_t n, const T *const *a, int64_t columns,
+                  int64_t many, float *const *dw, int64_t row, int tall, int wide) {
+    F sum[TALL][WIDE];
+    const T *left = dy + PAIR * i, *right[WIDE];
+#pragma GCC unroll 2
     for (int v = 0; v < wide; v++) {
         right[v] = a[v];
 #pragma GCC unroll 16
         for (int r = 0; r < tall; r++) sum[r][v] = load_float(dw[v] + r * row);
     }
-    for (int64_t run = 0; run < runs; run++) {
-        for (int64_t k = 0; k < many; k++, left += PAIR * n) {
-            P w[TAPS];
-#pragma GCC unroll 3
-            for (int v = 0; v < wide; v++) {
-                w[v] = *(const P_ *)right[v];
-                __asm__("" : "+v"(w[v]));
-                right[v] += PAIR * columns;
-            }
-#pragma GCC unroll 16
-            for (int r = 0; r < tall; r++) {
-                P l = spread(left + PAIR * r);
-#pragma GCC unroll 3
-                for (int v = 0; v < wide; v++) sum[r][v] = dot(sum[r][v], w[v], l);
-            }
+    for (int64_t k = 0; k < many; k++, left += PAIR * n) {
+        P w[WIDE];
+#pragma GCC unroll 2
+        for (int v = 0; v < wide; v++) {
+            w[v] = *(const P_ *)right[v];
+            __asm__("" : "+v"(w[v]));
+            right[v] += PAIR * columns;
         }
-        for (int v = 0; v < wide; v++) right[v] += 2 * columns;
+#pragma GCC unroll 16
+        for (int r = 0; r < tall; r++) {
+            P l = spread(left + PAIR * r);
+#pragma GCC unroll 2
+            for (int v = 0; v < wide; v++) sum[r][v] = dot(sum[r][v], w[v], l);
+        }
     }
-#pragma GCC unroll 3
+#pragma GCC unroll 2
     for (int v = 0; v < wide; v++)
 #pragma GCC unroll 16
         for (int r = 0; r < tall; r++) store_float(dw[v] + r * row, sum[r][v]);

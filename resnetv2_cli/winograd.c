@@ -1,4 +1,4 @@
-/* BN, ReLU and a 3x3 convolution of stride 1 (products.h) for float, with 36 multiplications in
+/* BN, ReLU and a 3x3 convolution of stride 1 (products.h), with 36 multiplications, of floats, in
    place of 144: Winograd's minimal algorithm F(4x4, 3x3), as in Lavin and Gray 2016
    (arXiv:1509.09308).
 
@@ -16,7 +16,7 @@
    Images are copied to a buffer with a border of zeros, in groups, because small ones have few
    tiles. Further zeros make height and width multiples of 4. */
 
-#define FLOATS
+#define WIDENED
 #include "products.h"
 
 #ifdef PRODUCTS
@@ -51,15 +51,16 @@ static Shape shape_of(int64_t height, int64_t width) {
 struct Work {
     const Shape *s;
     int64_t c, n;
-    const T *x, *plus, *w;
-    T *y, *g;
+    const X *x, *plus;
+    const T *w;
+    X *y, *g;
     const float *saved;
     double *sums;
     T *a, *dy;          /* activated images; dy of images */
     T *v, *m, *du;      /* transformed inputs of a strip; its products, or Z; dU of a thread */
     int64_t from, rows; /* of the strip: its first row of tiles, and how many */
     int64_t left, right; /* channels summed over, and of the products */
-    int64_t element;
+    const X *to, *with; /* what the products are written to in the end, and added to or compared with */
 };
 
 /* Numbers of a group of images in the buffer. */
@@ -152,7 +153,7 @@ static void transform(const Work *of, const T *images, int64_t channels, T *v) {
                 for (int q = i < 0 ? SIDE : 2; q < SPAN; q++, from += channels) {
                     F a[SPAN];
 #pragma GCC unroll 6
-                    for (int r = 0; r < SPAN; r++) a[r] = load(from + r * row);
+                    for (int r = 0; r < SPAN; r++) a[r] = load_float(from + r * row);
                     spanned(a, column[q]);
                 }
 #pragma GCC unroll 6
@@ -163,7 +164,7 @@ static void transform(const Work *of, const T *images, int64_t channels, T *v) {
                         for (int q = 0; q < SPAN; q++) a[q] = column[q][r];
                         spanned(a, made);
 #pragma GCC unroll 6
-                        for (int q = 0; q < SPAN; q++) store(to + (SPAN * r + q) * step, made[q]);
+                        for (int q = 0; q < SPAN; q++) store_float(to + (SPAN * r + q) * step, made[q]);
                     }
                     column[0][r] = column[SIDE][r];
                     column[1][r] = column[SIDE + 1][r];
@@ -187,7 +188,7 @@ static void transform_gradient(const Work *of, T *z) {
                 for (int q = 0; q < SIDE; q++, from += n) {
                     F dy[SIDE];
 #pragma GCC unroll 4
-                    for (int r = 0; r < SIDE; r++) dy[r] = load(from + r * row);
+                    for (int r = 0; r < SIDE; r++) dy[r] = load_float(from + r * row);
                     scattered(dy, column[q]);
                 }
 #pragma GCC unroll 6
@@ -197,45 +198,47 @@ static void transform_gradient(const Work *of, T *z) {
                     for (int q = 0; q < SIDE; q++) dy[q] = column[q][r];
                     scattered(dy, made);
 #pragma GCC unroll 6
-                    for (int q = 0; q < SPAN; q++) store(to + (SPAN * r + q) * step, made[q]);
+                    for (int q = 0; q < SPAN; q++) store_float(to + (SPAN * r + q) * step, made[q]);
                 }
             }
         }
 }
 
-/* An element of U * V, summed over the channels of V, of a strip. */
+/* U * V, summed over the channels of V, of a strip. Meanwhile what its outputs are written to, and
+   what they are added to or compared with, come from memory. */
 INLINE void products(const Work *of, int64_t j, int tall, int wide) {
-    int64_t k = of->left, n = of->right, e = of->element;
-    const T *v = of->v + e * apart(of->s, k), *u = of->w + e * k * n + j;
-    const T *right[WIDE] = {u, u + LANES};
-    T *m = of->m + e * apart(of->s, n) + j;
-    for (int64_t r = 0; r < of->rows * of->s->across; r += tall) {
-        F sum[1][TALL][WIDE];
-        const T *left = v + r * k;
-        clear(sum, tall, wide, 1);
-        tile(sum, &left, k, right, n, k, tall, wide, 1);
-        put(sum[0], 0, m + r * n, n, tall, wide);
+    const Shape *s = of->s;
+    int64_t k = of->left, n = of->right, tiles = of->rows * s->across;
+    int64_t pixels = row_of(s, of->from + of->rows) - row_of(s, of->from);
+    int64_t part = j ? 0 : pixels * s->width * n / ELEMENTS;
+    const X *to = of->to + row_of(s, of->from) * s->width * n;
+    const T *v = of->v, *u = of->w + j;
+    T *m = of->m + j;
+    for (int e = 0; e < ELEMENTS; e++) {
+        const T *right[WIDE] = {u, u + LANES};
+        for (int64_t i = 0; i < part; i += 64 / sizeof(X), to += 64 / sizeof(X)) {
+            __builtin_prefetch(to, 1, 2);
+            if (of->with) __builtin_prefetch(of->with + (to - of->to), 0, 2);
+        }
+        for (int64_t r = 0; r < tiles; r += tall) {
+            F sum[1][TALL][WIDE];
+            const T *left = v + r * k;
+            clear(sum, tall, wide, 1);
+            tile(sum, &left, k, right, n, k, tall, wide, 1);
+            put(sum[0], 0, m + r * n, n, tall, wide);
+        }
+        v += apart(s, k);
+        u += k * n;
+        m += apart(s, n);
     }
 }
 
 COLUMNS(products, narrow, TALL, 1)
 COLUMNS(products, wide, LOW, 2)
 
-/* All products of a strip. Meanwhile its outputs ``y``, and ``x``, which they are added to or
-   compared with, come from memory. */
-static void multiply(Work *of, const T *x, const T *y) {
+static void multiply(const Work *of) {
     static Columns *const by[] = {products_narrow, products_wide};
-    const Shape *s = of->s;
-    int64_t next = row_of(s, of->from), part = row_of(s, of->from + of->rows) - next;
-    next *= s->width * of->right;
-    part = part * s->width * of->right / ELEMENTS;
-    for (of->element = 0; of->element < ELEMENTS; of->element++) {
-        for (int64_t end = next + part; next < end; next += 64 / sizeof(T)) {
-            __builtin_prefetch(y + next, 1, 2);
-            if (x) __builtin_prefetch(x + next, 0, 2);
-        }
-        each_column(by, of, of->right);
-    }
+    each_column(by, of, of->right);
 }
 
 /* The pixels of a tile: A' m A. */
@@ -245,7 +248,7 @@ INLINE void outputs_of(const T *m, int64_t step, F y[SIDE][SIDE]) {
     for (int q = 0; q < SPAN; q++) {
         F of[SPAN];
 #pragma GCC unroll 6
-        for (int r = 0; r < SPAN; r++) of[r] = load(m + (SPAN * r + q) * step);
+        for (int r = 0; r < SPAN; r++) of[r] = load_float(m + (SPAN * r + q) * step);
         gathered(of, column[q]);
     }
 #pragma GCC unroll 4
@@ -306,7 +309,7 @@ INLINE void put_gradient(const Work *of, int64_t t, int64_t i, int64_t j, F *sum
         for (int q = 0; q < broad; q++) sum[q][0] = y[r][q];
         let_through(sum, of->x + at, of->g + at, of->saved + j, sums, sums + 1, c, broad, 1);
 #pragma GCC unroll 4
-        for (int q = 0; q < broad; q++) store(a + q * c, sum[q][0]);
+        for (int q = 0; q < broad; q++) store_float(a + q * c, sum[q][0]);
     }
 }
 
@@ -331,10 +334,9 @@ INLINE void weights(const Work *of, int64_t j, int tall, int wide) {
     for (int e = 0; e < ELEMENTS; e++) {
         const T *z = of->m + e * apart(s, n), *v = of->v + e * apart(s, c) + j;
         for (int64_t i = 0; i < n; i += tall) {
-            const T *right[TAPS] = {v, v + LANES};
-            float *to[TAPS] = {of->du + (e * n + i) * c + j};
-            to[1] = to[0] + LANES;
-            weigh(z, i, n, right, c, 1, of->rows * s->across, to, c, tall, wide);
+            const T *right[WIDE] = {v, v + LANES};
+            float *du = of->du + (e * n + i) * c + j, *to[WIDE] = {du, du + LANES};
+            weigh(z, i, n, right, c, of->rows * s->across, to, c, tall, wide);
         }
     }
 }
@@ -362,25 +364,30 @@ static void forward_images(Work *of, int64_t images) {
     }
     of->left = of->c;
     of->right = of->n;
+    of->to = of->y;
+    of->with = of->plus;
     STRIPS(of, images) {
         transform(of, of->a, of->c, of->v);
-        multiply(of, of->plus, of->y);
+        multiply(of);
         put_outputs(of);
     }
 }
 
-static void backward_images(const T *dy, Work *of, int64_t images) {
+static void backward_images(const X *dy, Work *of, int64_t images) {
     const Shape *s = of->s;
     for (int64_t row = 0; row < images * s->height; row++) {
         int64_t to = row / s->height * s->rows + row % s->height + 1;
-        memcpy(of->dy + (to * s->pitch + 1) * of->n, dy + row * s->width * of->n,
-               sizeof(T) * s->width * of->n);
+        T *at = of->dy + (to * s->pitch + 1) * of->n;
+        for (int64_t i = 0; i < s->width * of->n; i += LANES)
+            store_float(at + i, load(dy + row * s->width * of->n + i));
     }
     of->left = of->n;
     of->right = of->c;
+    of->to = of->g;
+    of->with = of->x;
     STRIPS(of, images) {
         transform(of, of->dy, of->n, of->v);
-        multiply(of, of->x, of->g);
+        multiply(of);
         put_gradients(of);
     }
     STRIPS(of, images) {
@@ -400,7 +407,7 @@ INLINE void put_transformed(const F w[9], T *u, int64_t step) {
     for (int r = 0; r < SPAN; r++) {
         F of[3] = {column[0][r], column[1][r], column[2][r]}, made[SPAN];
         widened(of, made);
-        for (int q = 0; q < SPAN; q++) store(u + (SPAN * r + q) * step, made[q]);
+        for (int q = 0; q < SPAN; q++) store_float(u + (SPAN * r + q) * step, made[q]);
     }
 }
 
@@ -435,7 +442,7 @@ static void put_weights(const T *du, float *dw, int64_t c, int64_t n) {
             F column[SPAN][3];
             for (int q = 0; q < SPAN; q++) {
                 F of[SPAN];
-                for (int r = 0; r < SPAN; r++) of[r] = load(du + ((SPAN * r + q) * n + k) * c + j);
+                for (int r = 0; r < SPAN; r++) of[r] = load_float(du + ((SPAN * r + q) * n + k) * c + j);
                 narrowed(of, column[q]);
             }
             for (int r = 0; r < 3; r++) {
@@ -448,7 +455,7 @@ static void put_weights(const T *du, float *dw, int64_t c, int64_t n) {
 }
 
 /* again: recompute y with the saved statistics, which are only read. u: [36][c][n] */
-void conv3x3_forward_float(const T *x, const T *plus, T *y, const float *gamma, const float *beta,
+void NAME(winograd_forward)(const X *x, const X *plus, X *y, const float *gamma, const float *beta,
                            const float *weight, float *running_mean, float *running_var,
                            float *saved, double *sums, T *u, int64_t images, int64_t height,
                            int64_t width, int64_t c, int64_t n, double momentum, double eps,
@@ -488,7 +495,7 @@ void conv3x3_forward_float(const T *x, const T *plus, T *y, const float *gamma, 
 /* alone: a convolution without BN, for which ``saved`` has constants; dgamma, dbeta are not
    written. parts: [threads - 1][n][9][c], dW of the other threads; u: [36][n][c]. Between the two
    passes dx holds g. */
-void conv3x3_backward_float(const T *dy, const T *x, const T *plus, T *dx, const float *saved,
+void NAME(winograd_backward)(const X *dy, const X *x, const X *plus, X *dx, const float *saved,
                             const float *weight, float *dgamma, float *dbeta, float *dw,
                             float *parts, double *sums, T *u, int64_t images, int64_t height,
                             int64_t width, int64_t c, int64_t n, int threads, int alone) {

@@ -22,9 +22,6 @@ needs_x86 = pytest.mark.skipif(  # for x86 flags of the compiler
 needs_products = pytest.mark.skipif(
     not native.multiplies(), reason=f"no products of bf16: {native.why_not() or 'the processor'}"
 )
-needs_float32 = pytest.mark.skipif(
-    not native.multiplies(torch.float32), reason="no AVX2, and so no products of float32"
-)
 DTYPES = [
     pytest.param(
         dtype, marks=pytest.mark.skipif(not native.multiplies(dtype), reason="no products")
@@ -55,3 +52,8 @@ def trained_step(net, mode, mixed=False, seed=3):
 
 def distance(a, b):
     return float((a - b).norm() / b.norm())
+
+
+def conv3x3(kind):
+    """The file of C functions for 3x3 convolutions of bf16 or float."""
+    return "conv3x3" if kind == "bf16" and native.has("conv3x3_forward_bf16") else "winograd"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiled import BOUNDS, DTYPES, LAST, bf16, distance, needs_float32, needs_products, needs_x86
+from compiled import BOUNDS, DTYPES, LAST, bf16, conv3x3, distance, needs_products, needs_x86
 from torch import nn
 from torch.nn import functional as F
 
@@ -75,7 +75,12 @@ SHAPES = {
     1: [(4, 8, 8), (3, 5, 7), (2, 9, 9), (1, 5, 13), (1, 1, 3)],  # 256, 105, 162, 65 and 3 rows
     3: [(4, 8, 8), (3, 5, 16), (2, 9, 24), (1, 1, 8)],
 }
-UNEVEN = [(3, 7, 7), (2, 9, 13), (2, 40, 6), (9, 1, 1)]  # that only float32's 3x3 convolutions take
+UNEVEN = [
+    (3, 7, 7),
+    (2, 9, 13),
+    (2, 40, 6),
+    (9, 1, 1),
+]  # not for AMX
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,17 +100,19 @@ def test_the_numbers_are_float64s(c, n, kernel, shape, added, threads, dtype):
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-@needs_float32
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("shape", UNEVEN)
 @pytest.mark.parametrize("c, n", [(64, 16), (16, 64), (48, 112), (16, 16)])
-def test_images_of_any_size_in_float32(c, n, shape, added, threads):
+def test_images_of_any_size(c, n, shape, added, threads, dtype):
     """Winograd's algorithm computes 4x4 pixels at a time; ImageNet's last images have 7x7."""
+    if dtype == torch.bfloat16 and conv3x3("bf16") == "conv3x3":
+        pytest.skip("tiles take other sizes only")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check(example(c, n, shape, added, 3, torch.float32))
+        check(example(c, n, shape, added, 3, dtype))
     finally:
         torch.set_num_threads(before)
 
@@ -121,59 +128,64 @@ def test_a_convolution_without_bn(before, c, n, kernel, shape, added, dtype):
     check((before, *given))
 
 
-BF16, FLOAT = [torch.bfloat16], [torch.float32]
-FAULTS = {  # file, original text, what is planted in its place, kernel size, and whose code it is
+FAULTS = {  # file, original text, what is planted in its place, and kernel size
     "a ReLU that lets everything through backward": (
-        "products.h", "_CMP_NLE_UQ", "_CMP_ORD_Q", 1, BF16 + FLOAT,
+        "products.h", "_CMP_NLE_UQ", "_CMP_ORD_Q", 1,
     ),
     "rows of a tail that are lost": (
         "pointwise.c", "memcpy(x_, of.x, sizeof(T) * c * (last - b))",
-        "memcpy(x_, of.x, sizeof(T) * c)", 1, BF16 + FLOAT,
+        "memcpy(x_, of.x, sizeof(T) * c)", 1,
     ),
-    "a gradient that is not added": (
-        "products.h", "plus ? v + load(plus + i) : v", "v", 3, BF16 + FLOAT,
-    ),
+    "a gradient that is not added": ("products.h", "plus ? v + load(plus + i) : v", "v", 3),
     "a thread whose part of dW is lost": (
-        "products.h", "t < omp_get_num_threads(); t++)\n", "t < 2; t++)\n", 3, BF16 + FLOAT,
+        "products.h", "t < omp_get_num_threads(); t++)\n", "t < 2; t++)\n", 3,
     ),
-    "taps that are not turned for the gradient": ("products.h", "taps - 1 - t", "t", 3, BF16),
-    "taps of dW that are mirrored": (
-        "conv3x3.c", "s->pitch + tap - 1", "s->pitch + 1 - tap", 3, BF16,
-    ),
-    "pairs of an odd pixel and the one before": (
-        "conv3x3.c", "(even + i + 2 * c) << 16", "(even + i) << 16", 3, BF16,
-    ),
-    "pixels between two rows that are no part of either": (
-        "registers.h", "right[v] += 2 * columns;", "right[v] += columns;", 3, BF16,
-    ),
-    "a border that is not one of zeros": (
-        "conv3x3.c", "memset(a, 0, sizeof", "memset(a, 63, sizeof", 3, BF16,
-    ),
-    "weights that are not turned for the gradient": (
-        "winograd.c", "9 + 8 - t)", "9 + t)", 3, FLOAT,
-    ),
+    "weights that are not turned for the gradient": ("winograd.c", "9 + 8 - t)", "9 + t)", 3),
     "a strip with tiles of the one before": (
-        "winograd.c", "1, of->rows * s->across, to", "1, s->tiles, to", 3, FLOAT,
+        "winograd.c", "c, of->rows * s->across, to", "c, s->tiles, to", 3,
     ),
     "a tile with a column of the one before": (
-        "winograd.c", "column[SIDE + 1][r]", "column[SIDE][r]", 3, FLOAT,
+        "winograd.c", "column[SIDE + 1][r]", "column[SIDE][r]", 3,
     ),
-    "a border of floats that are not zeros": (
-        "winograd.c", "memset(a, 0, sizeof", "memset(a, 63, sizeof", 3, FLOAT,
+    "an image in the place of the one before": (
+        "winograd.c", "row / s->height * s->rows", "row / s->height", 3,
+    ),
+    "a border that is not one of zeros": (
+        "winograd.c", "memset(a, 0, sizeof", "memset(a, 63, sizeof", 3,
     ),
 }  # fmt: skip
+FAULTS_OF_TILES = {  # the same, of 3x3 convolutions with AMX
+    "taps that are not turned for the gradient": ("products.h", "taps - 1 - t", "t"),
+    "taps of dW that are mirrored": ("conv3x3.c", "s->pitch + tap - 1", "s->pitch + 1 - tap"),
+    "pairs of an odd pixel and the one before": (
+        "conv3x3.c", "(even + i + 2 * c) << 16", "(even + i) << 16",
+    ),
+    "a border that is not one of zeros": (
+        "conv3x3.c", "memset(a, 0, sizeof", "memset(a, 63, sizeof",
+    ),
+}  # fmt: skip
+SEEN = r"\{'(y|dbeta)': "  # what ``check`` says
 
 
 @needs_products
-@pytest.mark.parametrize("fault, dtype", [(f, dtype) for f in FAULTS for dtype in FAULTS[f][-1]])
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_seen(fault, dtype, compiled_from):
     """The comparisons above do not pass by chance: a fault planted in the kernels fails them."""
-    *edit, kernel, _ = FAULTS[fault]
-    if edit[0] == "registers.h" and "amx_bf16" in native._processor():
-        pytest.skip("this processor multiplies bf16 in tiles")
+    *edit, kernel = FAULTS[fault]
+    if edit[0] == "winograd.c" and dtype == torch.bfloat16 and conv3x3("bf16") == "conv3x3":
+        pytest.skip("here tiles multiply bf16")
     compiled_from([edit], [])
-    with pytest.raises(AssertionError, match=r"\{'(y|dbeta)': "):
+    with pytest.raises(AssertionError, match=SEEN):
         check(example(64, 16, (3, 9, 9) if kernel == 1 else (4, 9, 8), True, kernel, dtype))
+
+
+@needs_products
+@pytest.mark.parametrize("fault", FAULTS_OF_TILES)
+def test_a_fault_of_tiles_is_seen(fault, compiled_from):
+    with_tiles(compiled_from, FAULTS_OF_TILES[fault])
+    with pytest.raises(AssertionError, match=SEEN):
+        check(example(64, 16, (4, 9, 8), True, 3))
 
 
 @needs_x86
@@ -192,20 +204,32 @@ def test_short_vectors_give_the_same(compiled_from):
     assert not joins(x, norm, conv(256, 272, 1).to(memory_format=LAST))
 
 
-@needs_products
-def test_tiles_give_the_same(compiled_from):
-    """Tests the AMX code on processors without AMX too, its instructions emulated by vectors."""
-    edits = [
+def with_tiles(compiled_from, *edits):
+    """Compile the AMX code, its instructions emulated by vectors."""
+    emulated = [
         ("amx.h", '__asm__ volatile("ldtilecfg %0" : : "m"(tiles))', "load_config(&tiles)"),
         ("pointwise.c", "return !syscall(SYS_arch_prctl, REQUEST, TILES)", "return 1"),
     ]
-    compiled_from(edits, ["-include", str(Path(__file__).with_name("tiles.h"))])
+    header = str(Path(__file__).with_name("tiles.h"))
+    compiled_from([*emulated, *edits], ["-include", header])
+    assert native.has("conv3x3_forward_bf16"), native.why_not()
+
+
+@needs_products
+def test_tiles_give_the_same(compiled_from):
+    """Tests the AMX code on processors without AMX too."""
+    with_tiles(compiled_from)
     assert native.multiplies(), native.why_not()
     for kernel, shapes in SHAPES.items():
         for shape in shapes:
             for c, n in ((64, 16), (16, 64), (48, 112)):
                 for added in (False, True):
                     check(example(c, n, shape, added, kernel))
+    norm, layer, x, *_ = example(32, 32, (4, 8, 8), False, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert joins(x, norm, layer)
+        for sides in ((8, 4), (64, 64)):  # a width that is not one of tiles; a larger image
+            assert not joins(bf16(4, 32, *sides), norm, layer)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

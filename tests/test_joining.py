@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from compiled import BOUND, BOUNDS, LAST, bf16, distance, needs_products, trained_step
+from compiled import BOUND, BOUNDS, LAST, bf16, conv3x3, distance, needs_products, trained_step
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,7 +39,8 @@ def test_every_unit_and_shortcut_against_float64(unit, shortcut, depth, block, m
     eager = trained_step(net, "eager", mixed)
     assert not called
     found = trained_step(net, "compiled", mixed)
-    name, kind = "pointwise" if block == "bottleneck" else "conv3x3", "bf16" if mixed else "float"
+    kind = "bf16" if mixed else "float"
+    name = "pointwise" if block == "bottleneck" else conv3x3(kind)
     assert called.count(f"{name}_forward_{kind}") == called.count(f"{name}_backward_{kind}") >= 6
     # A float32 value near ReLU's corner may fall on either side, and its gradient with it.
     for i, room in enumerate((1e-3, 1e-3) if mixed else (1e-6, 0.05)):
@@ -109,7 +110,8 @@ def test_the_addition_is_its_last_layers(called):
     x = bf16(2, 64, 8, 8).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         y = unit(x)
-    assert called == ["pointwise_forward_bf16", "conv3x3_forward_bf16", "pointwise_forward_bf16"]
+    middle = f"{conv3x3('bf16')}_forward_bf16"
+    assert called == ["pointwise_forward_bf16", middle, "pointwise_forward_bf16"]
     assert y.grad_fn.name() == "_JoinedBackward"
     nodes, seen = [y.grad_fn], set()
     while nodes:
@@ -126,7 +128,7 @@ def test_bn_behind_the_weights_adds_as_it_writes(unit, called):
     for module in made.modules():
         module.compiled = True
     y = made(torch.randn(2, 16, 8, 8).relu().to(memory_format=LAST).requires_grad_())
-    assert called == ["conv3x3_forward_float", "conv3x3_forward_float", "forward_float"]
+    assert called == ["winograd_forward_float", "winograd_forward_float", "forward_float"]
     assert y.grad_fn.name() == "_CompiledBackward"
 
 
@@ -171,12 +173,10 @@ def unfit(name, dtype=torch.bfloat16):
         layer = conv(32, 16, 1, stride=2)
     elif name == "5x5":
         layer = conv(32, 16, 5)
-    elif name == "a 3x3 on a width of 4":
-        layer = conv(32, 16, 3)
     elif name == "without a border":
         layer, x = nn.Conv2d(32, 16, 3, bias=False), bf16(2, 32, 8, 8, dtype=dtype)
-    elif name == "an image too large":
-        layer, x = conv(32, 16, 3), bf16(1, 32, 64, 64, dtype=dtype)
+    elif name == "a 3x3 of too many weights":
+        layer = conv(32, 2**15, 3)
     elif name == "with a bias":
         layer = nn.Conv2d(32, 16, 1)
     elif name == "odd outputs":
@@ -187,14 +187,14 @@ def unfit(name, dtype=torch.bfloat16):
         layer = layer.bfloat16()
     elif name == "too many weights":
         layer = conv(32, 8208, 1)
-    return x, norm, layer
+    return x, norm, layer.to(memory_format=LAST)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("name", [
     "another type", "channels first", "no image", "strided", "5x5", "with a bias",
-    "a 3x3 on a width of 4", "without a border", "an image too large", "odd outputs", "grouped",
-    "weights of bf16", "too many weights",
+    "without a border", "odd outputs", "grouped",
+    "weights of bf16", "too many weights", "a 3x3 of too many weights",
 ])  # fmt: skip
 def test_what_does_not_fit(name, dtype):
     mixed = dtype == torch.bfloat16
@@ -204,6 +204,20 @@ def test_what_does_not_fit(name, dtype):
     with torch.autocast("cpu", torch.bfloat16, enabled=not mixed):
         # PyTorch's convolution would refuse a bf16 x, and compute a float32 one in bf16.
         assert not joins(*unfit("nothing", dtype))
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_take_whole_images_of_a_3x3(threads, dtype):
+    """With fewer images than threads PyTorch's convolution is faster."""
+    norm, layer, x = nn.BatchNorm2d(32), conv(32, 16, 3), bf16(2, 32, 8, 8, dtype=dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            assert joins(x, norm, layer.to(memory_format=LAST)) == (threads == 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def branch():
@@ -252,7 +266,7 @@ def test_a_unit_without_bn_before_its_weights_is_operations_too(called):
     x = bf16(2, 16, 8, 8).relu().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         unit(x).sum().backward()
-    forward, backward = ["conv3x3_forward_bf16"] * 2, ["conv3x3_backward_bf16"] * 2
+    forward, backward = ([f"{conv3x3('bf16')}_{way}_bf16"] * 2 for way in ("forward", "backward"))
     assert called == [*forward, "forward_bf16", "backward_bf16", *backward]
 
 

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compiled import distance
+from compiled import conv3x3, distance
 from iterations import Tapes
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback
@@ -438,7 +438,7 @@ def test_joined_operations_learn_under_ddp_what_eager_ones_do(seen):
     exact, eager, joined, again = (one[name]["shared"] for name in KERNELS)
     assert distance(joined, exact) < 1.3 * distance(eager, exact)
     assert torch.equal(joined, again)
-    layers = {"pointwise": 10, "conv3x3": 6}  # those of stride 1
+    layers = {"pointwise": 10, conv3x3("bf16"): 6}  # those of stride 1
     for kind, count in layers.items():
         for way in ("forward", "backward"):  # of the step, and of this process's part alone
             assert one["joined"]["ran"][f"{kind}_{way}_bf16"] == 2 * count

@@ -1,0 +1,4 @@
+/* winograd.c for tensors of float. */
+
+#define FLOATS
+#include "winograd.c"
