@@ -1,6 +1,6 @@
 /* BN, ReLU and the following convolution as one operation, in training: what pointwise.c, conv3x3.c
-   and winograd.c share. It is compiled for tensors of X: bf16, or float (FLOATS). What is multiplied
-   is T: the same, or float for either (WIDENED).
+   and winograd.c share. It is compiled for tensors of X: bf16, or float (FLOATS). What it
+   multiplies are numbers of T: the same, or float for both (WIDENED).
 
    With a = max(scale x + shift, least), rounded to T as if it were stored in memory, which it never
    is; least is 0 for ReLU, or a NaN for a convolution alone, which lets everything pass:
@@ -14,11 +14,11 @@
    A block (rows, or an image) is computed in tiles of sums. The processor multiplies and adds
    pairs of bf16, so each factor of a product is stored in pairs along the dimension summed over: W
    in pairs of inputs (forward) or outputs (backward), a and dy in pairs of rows (dW). For float a
-   pair is one number (PAIR). The sums of a tile take 16 or 24 vector registers, and 8 or 12 where
-   there are 16: with fewer, each sum waits for its last product; with more, the factors have no
-   registers. With AMX the sums are in up to four of its eight tile registers; an instruction adds
-   to one of them the products of 16 rows of sixteen pairs with 16 columns of them, or of eight
-   pairs at the end. Loading a factor takes about as long, so each serves several sums where it can.
+   pair is one number (PAIR). The sums of a tile take 16 vector registers, and 8 where there are
+   16: with fewer, each sum waits for its last product; with more, the factors have no registers.
+   With AMX the sums are in up to four of its eight tile registers; an instruction adds to one of
+   them the products of 16 rows of sixteen pairs with 16 columns of them, or of eight pairs at the
+   end. Loading a factor takes about as long, so each serves several sums where it can.
 
    The loop over the rows of a block, for the columns of a tile, is a function of its own for each
    shape of tile (COLUMNS): gcc keeps the sums in registers where nothing else needs registers. */

@@ -45,8 +45,8 @@ INLINE void tile(F sum[][TALL][WIDE], const T *const *left, int64_t stride,
 /* The sums are complete. */
 INLINE void done(F sum[][TALL][WIDE], int wide, int high) {}
 
-/* dW of a tile, from output i on, over ``many`` pairs of rows, added to what is there. dy: as written
-   by lay_pairs; a, dw: where each vector begins; row: numbers in a row of dw. */
+/* dW of a tile, from output i on, over ``many`` pairs of rows, added to what is there. dy: as
+   written by lay_pairs; a, dw: where each vector begins; row: numbers in a row of dw. */
 INLINE void weigh(const T *dy, int64_t i, int64_t n, const T *const *a, int64_t columns,
                   int64_t many, float *const *dw, int64_t row, int tall, int wide) {
     F sum[TALL][WIDE];

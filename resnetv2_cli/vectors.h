@@ -1,5 +1,5 @@
-/* What kernels.c, pointwise.c and conv3x3.c share: work on as many channels at a time as a vector
-   of the processor has floats, and the statistics of BN from sums of each thread.
+/* What kernels.c and products.h share: work on as many channels at a time as a vector of the
+   processor has floats, and the statistics of BN from sums of each thread.
 
    Tensors are channels last: rows (images, times height, times width) of c channels, c a multiple
    of 16. bf16 is uint16_t. */

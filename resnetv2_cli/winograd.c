@@ -29,6 +29,9 @@
 #define P2 (P1 * P1)
 #define Q1 1.5f
 #define Q2 (Q1 * Q1)
+#define BY_0 (1 / (P2 * Q2)) /* 1 / the product of a point's differences from the others */
+#define BY_P (1 / (2 * P2 * (P2 - Q2)))
+#define BY_Q (1 / (2 * Q2 * (Q2 - P2)))
 
 typedef struct {
     int64_t height, width, pitch;
@@ -56,11 +59,11 @@ struct Work {
     X *y, *g;
     const float *saved;
     double *sums;
-    T *a, *dy;          /* activated images; dy of images */
-    T *v, *m, *du;      /* transformed inputs of a strip; its products, or Z; dU of a thread */
-    int64_t from, rows; /* of the strip: its first row of tiles, and how many */
+    T *a, *dy;           /* activated images; dy of images */
+    T *v, *m, *du;       /* V of a strip; its products, or Z; dU of a thread */
+    int64_t from, rows;  /* of the strip: its first row of tiles, and how many */
     int64_t left, right; /* channels summed over, and of the products */
-    const X *to, *with; /* what the products are written to in the end, and added to or compared with */
+    const X *to, *with;  /* where the outputs go, and what they are added to or compared with */
 };
 
 /* Numbers of a group of images in the buffer. */
@@ -119,24 +122,32 @@ INLINE void scattered(const F dy[SIDE], F to[SPAN]) {
 
 /* A row or a column of G w G'. */
 INLINE void widened(const F w[3], F to[SPAN]) {
-    F even = (w[0] + P2 * w[2]) / (2 * P2 * (P2 - Q2)), odd = w[1] / (2 * P1 * (P2 - Q2));
+    F even = BY_P * (w[0] + P2 * w[2]), odd = BY_P * P1 * w[1];
     to[1] = even + odd;
     to[2] = even - odd;
-    even = (w[0] + Q2 * w[2]) / (2 * Q2 * (Q2 - P2));
-    odd = w[1] / (2 * Q1 * (Q2 - P2));
+    even = BY_Q * (w[0] + Q2 * w[2]);
+    odd = BY_Q * Q1 * w[1];
     to[3] = even + odd;
     to[4] = even - odd;
-    to[0] = w[0] / (P2 * Q2);
+    to[0] = BY_0 * w[0];
     to[5] = w[2];
 }
 
 /* A row or a column of G' dU G. */
 INLINE void narrowed(const F u[SPAN], F to[3]) {
-    F p = (u[1] + u[2]) / (2 * P2 * (P2 - Q2)), p_ = (u[1] - u[2]) / (2 * P1 * (P2 - Q2));
-    F q = (u[3] + u[4]) / (2 * Q2 * (Q2 - P2)), q_ = (u[3] - u[4]) / (2 * Q1 * (Q2 - P2));
-    to[0] = u[0] / (P2 * Q2) + p + q;
-    to[1] = p_ + q_;
+    F p = BY_P * (u[1] + u[2]), p_ = BY_P * (u[1] - u[2]);
+    F q = BY_Q * (u[3] + u[4]), q_ = BY_Q * (u[3] - u[4]);
+    to[0] = BY_0 * u[0] + p + q;
+    to[1] = P1 * p_ + Q1 * q_;
     to[2] = P2 * p + Q2 * q + u[5];
+}
+
+/* What a tile sees of a column of an image, as a column of B' a. */
+INLINE void spanned_down(const T *from, int64_t row, F to[SPAN]) {
+    F a[SPAN];
+#pragma GCC unroll 6
+    for (int r = 0; r < SPAN; r++) a[r] = load_float(from + r * row);
+    spanned(a, to);
 }
 
 /* V of a strip, from images with their border. */
@@ -147,29 +158,28 @@ static void transform(const Work *of, const T *images, int64_t channels, T *v) {
         for (int64_t j = 0; j < channels; j += LANES) {
             const T *from = images + seen_by(s, of->from + t, channels) + j;
             T *to = v + t * s->across * channels + j;
-            F column[SPAN][SPAN]; /* of the inputs of a tile: spanned downwards */
-            for (int64_t i = -1; i < s->across; i++) {
-#pragma GCC unroll 4
-                for (int q = i < 0 ? SIDE : 2; q < SPAN; q++, from += channels) {
-                    F a[SPAN];
-#pragma GCC unroll 6
-                    for (int r = 0; r < SPAN; r++) a[r] = load_float(from + r * row);
-                    spanned(a, column[q]);
-                }
+            F column[SPAN][SPAN]; /* the last two of a tile are the first two of the next */
+            for (int q = SIDE; q < SPAN; q++, from += channels)
+                spanned_down(from, row, column[q]);
+            for (int64_t i = 0; i < s->across; i++, to += channels) {
 #pragma GCC unroll 6
                 for (int r = 0; r < SPAN; r++) {
-                    if (i >= 0) {
-                        F a[SPAN], made[SPAN];
-#pragma GCC unroll 6
-                        for (int q = 0; q < SPAN; q++) a[q] = column[q][r];
-                        spanned(a, made);
-#pragma GCC unroll 6
-                        for (int q = 0; q < SPAN; q++) store_float(to + (SPAN * r + q) * step, made[q]);
-                    }
                     column[0][r] = column[SIDE][r];
                     column[1][r] = column[SIDE + 1][r];
                 }
-                if (i >= 0) to += channels;
+#pragma GCC unroll 4
+                for (int q = 2; q < SPAN; q++, from += channels)
+                    spanned_down(from, row, column[q]);
+#pragma GCC unroll 6
+                for (int r = 0; r < SPAN; r++) {
+                    F a[SPAN], made[SPAN];
+#pragma GCC unroll 6
+                    for (int q = 0; q < SPAN; q++) a[q] = column[q][r];
+                    spanned(a, made);
+#pragma GCC unroll 6
+                    for (int q = 0; q < SPAN; q++)
+                        store_float(to + (SPAN * r + q) * step, made[q]);
+                }
             }
         }
 }
@@ -349,11 +359,14 @@ static void weigh_strip(const Work *of) {
     each_column(by, of, of->c);
 }
 
-/* For each strip of some images. */
-#define STRIPS(OF, IMAGES)                                                                       \
-    for ((OF)->from = 0; (OF)->rows = (IMAGES) * (OF)->s->down - (OF)->from,                     \
-        (OF)->rows = (OF)->rows < (OF)->s->strip ? (OF)->rows : (OF)->s->strip, (OF)->rows > 0;  \
-         (OF)->from += (OF)->rows)
+/* Go on to the next strip of some images, or the first; false after the last. */
+static int next_strip(Work *of, int64_t images) {
+    of->from += of->rows;
+    int64_t left = images * of->s->down - of->from;
+    of->rows = left < of->s->strip ? left : of->s->strip;
+    if (!left) of->from = 0;
+    return left > 0;
+}
 
 static void forward_images(Work *of, int64_t images) {
     const Shape *s = of->s;
@@ -366,7 +379,7 @@ static void forward_images(Work *of, int64_t images) {
     of->right = of->n;
     of->to = of->y;
     of->with = of->plus;
-    STRIPS(of, images) {
+    while (next_strip(of, images)) {
         transform(of, of->a, of->c, of->v);
         multiply(of);
         put_outputs(of);
@@ -385,12 +398,12 @@ static void backward_images(const X *dy, Work *of, int64_t images) {
     of->right = of->c;
     of->to = of->g;
     of->with = of->x;
-    STRIPS(of, images) {
+    while (next_strip(of, images)) {
         transform(of, of->dy, of->n, of->v);
         multiply(of);
         put_gradients(of);
     }
-    STRIPS(of, images) {
+    while (next_strip(of, images)) {
         transform(of, of->a, of->c, of->v);
         transform_gradient(of, of->m);
         weigh_strip(of);
@@ -442,7 +455,8 @@ static void put_weights(const T *du, float *dw, int64_t c, int64_t n) {
             F column[SPAN][3];
             for (int q = 0; q < SPAN; q++) {
                 F of[SPAN];
-                for (int r = 0; r < SPAN; r++) of[r] = load_float(du + ((SPAN * r + q) * n + k) * c + j);
+                for (int r = 0; r < SPAN; r++)
+                    of[r] = load_float(du + ((SPAN * r + q) * n + k) * c + j);
                 narrowed(of, column[q]);
             }
             for (int r = 0; r < 3; r++) {
