@@ -10,7 +10,7 @@
 
 #if defined PRODUCTS && AMX
 
-#define TAPS 3                   /* in a row of a tile of dW */
+#define TAPS 3                     /* in a row of a tile of dW */
 #define HIGH(TALL_) (TALL / TALL_) /* tiles at once: as many as make 16 rows */
 
 typedef struct {

@@ -21,8 +21,9 @@ LAST = torch.channels_last
 # Most weights; with more, PyTorch's own convolution is as fast. For a CPU: by floats per vector.
 MOST = {"cuda": 2**17, 16: 2**18, 8: 2**16}
 MOST_BY_WINOGRAD = {16: 2**18, 8: 2**20}
-PACKED = {"pointwise": 1, "conv3x3": 9, "winograd": 36}  # numbers per channel of input and output
-ROOM = 2**18  # most bytes of an image with its border, which conv3x3.c keeps in a cache
+PACKED = {"pointwise": 1, "conv3x3": 9, "winograd": 36}  # floats for a weight of each tap, at most
+# Most bytes of an image with its border, which a thread keeps: conv3x3.c in a cache.
+KEPT = {"conv3x3": 2**18, "winograd": 2**26}
 EACH = 8  # one in so many sums along a shortcut is kept, where the others are recomputed
 
 
@@ -96,12 +97,16 @@ def why_not(device: torch.device) -> str:
 
 
 def _images_fit(x: Tensor, conv: nn.Conv2d) -> bool:
-    """Whether the operation for a 3x3 convolution can compute these images, and fast: its threads
-    take whole images."""
-    (h, w), c = x.shape[2:], max(conv.in_channels, conv.out_channels)
-    kept = w % 8 == 0 and (h + 2) * (w + 2) * c * x.itemsize <= ROOM
-    shared = x.is_meta or len(x) >= torch.get_num_threads()
-    return shared and (kept or _part(x, conv.weight) == "winograd")
+    """Whether the operation for a 3x3 convolution can compute these images, and fast. Its threads
+    take whole images, so that PyTorch evaluates fewer images than threads; in training as much is
+    kept for backward whatever their number."""
+    (h, w), c, part = x.shape[2:], max(conv.in_channels, conv.out_channels), _part(x, conv.weight)
+    size = 4 if part == "winograd" else x.itemsize
+    return (
+        (part == "winograd" or w % 8 == 0)
+        and (h + 2) * (w + 2) * c * size <= KEPT[part]
+        and (torch.is_grad_enabled() or len(x) >= torch.get_num_threads())
+    )
 
 
 def _lies(x: Tensor, weight: Tensor) -> bool:
@@ -169,7 +174,7 @@ def _forward(
 
 
 def _room_to_pack(x: Tensor, w: Tensor) -> Tensor:
-    return torch.empty(PACKED[_part(x, w)], *w.shape[:2])
+    return torch.empty(PACKED[_part(x, w)], *w.shape[:2], dtype=torch.float32)
 
 
 def _name(way: str, x: Tensor, w: Tensor) -> str:
@@ -207,7 +212,7 @@ class _Joined(torch.autograd.Function):
             saved = _unchanged(x.shape[1], relu, x.device)
             y = _added(x, saved, w, plus)
         else:
-            saved = torch.empty(5, x.shape[1], device=x.device)
+            saved = torch.empty(5, x.shape[1], device=x.device, dtype=torch.float32)
             own = [gamma, beta, norm.running_mean, norm.running_var]
             y = _forward(x, plus, w, saved, own, (norm.momentum, norm.eps))
         ctx.alone = norm is None
@@ -241,10 +246,11 @@ def _backward(
     """
     images, c, *sides = x.shape
     n, threads = w.shape[0], torch.get_num_threads()
-    dx, dw, dgamma, dbeta = torch.empty_like(x), torch.empty_like(w), *torch.empty(2, c)
+    dx, dw = torch.empty_like(x), torch.empty_like(w)
+    dgamma, dbeta = torch.empty(2, c, dtype=torch.float32)
     sums = torch.empty(threads, 2, c, dtype=torch.float64)
     packed = _room_to_pack(x, w)
-    parts = torch.empty(threads - 1, *w.shape)
+    parts = torch.empty(threads - 1, *w.shape, dtype=torch.float32)
     tensors = [dy, x, plus, dx, saved, w, dgamma, dbeta, dw, parts, sums, packed]
     native.call(_name("backward", x, w), tensors, images, *sides, c, n, threads, alone)
     return dx, dw, (None, None) if alone else (dgamma, dbeta)

@@ -11,8 +11,8 @@ INLINE void clear(F sum[][TALL][WIDE], int tall, int wide, int high) {
         for (int v = 0; v < wide; v++) sum[0][r][v] = (F){0};
 }
 
-/* sum[h][r][v] += left[h][r][k] right[v][k], k in pairs. The rows of the left factor are
-   ``stride`` numbers apart. */
+/* sum[h][r][v] += left[h][r][k] right[v][k], k in pairs, for h below ``high``, which is 1 here. The
+   rows of the left factor are ``stride`` numbers apart. */
 INLINE void tile(F sum[][TALL][WIDE], const T *const *left, int64_t stride,
                  const T *const *right, int64_t columns, int64_t many, int tall, int wide,
                  int high) {
@@ -45,8 +45,8 @@ INLINE void tile(F sum[][TALL][WIDE], const T *const *left, int64_t stride,
 /* The sums are complete. */
 INLINE void done(F sum[][TALL][WIDE], int wide, int high) {}
 
-/* dW of a tile, from output i on, over ``many`` pairs of rows, added to what is there. dy: as
-   written by lay_pairs; a, dw: where each vector begins; row: numbers in a row of dw. */
+/* dW of a tile, from output i on, over ``many`` pairs of rows, added to what is there. dy: in
+   pairs, as written by lay_pairs; a, dw: where each vector begins; row: numbers in a row of dw. */
 INLINE void weigh(const T *dy, int64_t i, int64_t n, const T *const *a, int64_t columns,
                   int64_t many, float *const *dw, int64_t row, int tall, int wide) {
     F sum[TALL][WIDE];

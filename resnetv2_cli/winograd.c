@@ -9,9 +9,10 @@
    Over all channels, each of the 36 elements of U * V is a product of matrices: tiles x channels,
    of a strip of tiles, times channels x channels.
 
-   The matrices are those of polynomials known at the points 0, -P, P, -Q, Q and infinity (Toom and
+   The matrices are those of polynomials known at the points 0, P, -P, Q, -Q and infinity (Toom and
    Cook). Their choice decides the error: with 5/8 and 3/2, whose powers are exact, it is half of
-   what it is with 1 and 2, and some five times that of 144 multiplications.
+   what it is with 1 and 2, and about twice that of 144 multiplications. A number that is not finite
+   makes NaNs of all outputs of the tiles that see it.
 
    Images are copied to a buffer with a border of zeros, in groups, because small ones have few
    tiles. Further zeros make height and width multiples of 4. */
@@ -25,7 +26,7 @@
 #define SPAN 6 /* of the inputs that it sees */
 #define ELEMENTS (SPAN * SPAN)
 #define STRIP 16 /* tiles at a time, about */
-#define P1 0.625f
+#define P1 0.625f /* P and its square */
 #define P2 (P1 * P1)
 #define Q1 1.5f
 #define Q2 (Q1 * Q1)
@@ -62,7 +63,7 @@ struct Work {
     T *a, *dy;           /* activated images; dy of images */
     T *v, *m, *du;       /* V of a strip; its products, or Z; dU of a thread */
     int64_t from, rows;  /* of the strip: its first row of tiles, and how many */
-    int64_t left, right; /* channels summed over, and of the products */
+    int64_t in, out;     /* channels summed over, and of the products */
     const X *to, *with;  /* where the outputs go, and what they are added to or compared with */
 };
 
@@ -216,9 +217,9 @@ static void transform_gradient(const Work *of, T *z) {
 
 /* U * V, summed over the channels of V, of a strip. Meanwhile what its outputs are written to, and
    what they are added to or compared with, come from memory. */
-INLINE void products(const Work *of, int64_t j, int tall, int wide) {
+INLINE void multiply_columns(const Work *of, int64_t j, int tall, int wide) {
     const Shape *s = of->s;
-    int64_t k = of->left, n = of->right, tiles = of->rows * s->across;
+    int64_t k = of->in, n = of->out, tiles = of->rows * s->across;
     int64_t pixels = row_of(s, of->from + of->rows) - row_of(s, of->from);
     int64_t part = j ? 0 : pixels * s->width * n / ELEMENTS;
     const X *to = of->to + row_of(s, of->from) * s->width * n;
@@ -243,12 +244,12 @@ INLINE void products(const Work *of, int64_t j, int tall, int wide) {
     }
 }
 
-COLUMNS(products, narrow, TALL, 1)
-COLUMNS(products, wide, LOW, 2)
+COLUMNS(multiply_columns, narrow, TALL, 1)
+COLUMNS(multiply_columns, wide, LOW, 2)
 
 static void multiply(const Work *of) {
-    static Columns *const by[] = {products_narrow, products_wide};
-    each_column(by, of, of->right);
+    static Columns *const by[] = {multiply_columns_narrow, multiply_columns_wide};
+    each_column(by, of, of->out);
 }
 
 /* The pixels of a tile: A' m A. */
@@ -256,17 +257,17 @@ INLINE void outputs_of(const T *m, int64_t step, F y[SIDE][SIDE]) {
     F column[SPAN][SIDE];
 #pragma GCC unroll 6
     for (int q = 0; q < SPAN; q++) {
-        F of[SPAN];
+        F down[SPAN];
 #pragma GCC unroll 6
-        for (int r = 0; r < SPAN; r++) of[r] = load_float(m + (SPAN * r + q) * step);
-        gathered(of, column[q]);
+        for (int r = 0; r < SPAN; r++) down[r] = load_float(m + (SPAN * r + q) * step);
+        gathered(down, column[q]);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < SIDE; r++) {
-        F of[SPAN];
+        F row[SPAN];
 #pragma GCC unroll 6
-        for (int q = 0; q < SPAN; q++) of[q] = column[q][r];
-        gathered(of, y[r]);
+        for (int q = 0; q < SPAN; q++) row[q] = column[q][r];
+        gathered(row, y[r]);
     }
 }
 
@@ -288,7 +289,7 @@ INLINE void each_tile(Put put, const Work *of, int64_t j, F *sums) {
     }
 }
 
-/* y of a tile. */
+/* y of a tile; there are no sums. */
 INLINE void put_output(const Work *of, int64_t t, int64_t i, int64_t j, F *sums, int high,
                        int broad) {
     const Shape *s = of->s;
@@ -375,8 +376,8 @@ static void forward_images(Work *of, int64_t images) {
         activate_rows(of->x + row * s->width * of->c, of->saved,
                       of->a + (to * s->pitch + 1) * of->c, s->width, of->c);
     }
-    of->left = of->c;
-    of->right = of->n;
+    of->in = of->c;
+    of->out = of->n;
     of->to = of->y;
     of->with = of->plus;
     while (next_strip(of, images)) {
@@ -394,8 +395,8 @@ static void backward_images(const X *dy, Work *of, int64_t images) {
         for (int64_t i = 0; i < s->width * of->n; i += LANES)
             store_float(at + i, load(dy + row * s->width * of->n + i));
     }
-    of->left = of->n;
-    of->right = of->c;
+    of->in = of->n;
+    of->out = of->c;
     of->to = of->g;
     of->with = of->x;
     while (next_strip(of, images)) {
@@ -414,18 +415,18 @@ static void backward_images(const X *dy, Work *of, int64_t images) {
 INLINE void put_transformed(const F w[9], T *u, int64_t step) {
     F column[3][SPAN];
     for (int q = 0; q < 3; q++) {
-        F of[3] = {w[q], w[3 + q], w[6 + q]};
-        widened(of, column[q]);
+        F down[3] = {w[q], w[3 + q], w[6 + q]};
+        widened(down, column[q]);
     }
     for (int r = 0; r < SPAN; r++) {
-        F of[3] = {column[0][r], column[1][r], column[2][r]}, made[SPAN];
-        widened(of, made);
+        F row[3] = {column[0][r], column[1][r], column[2][r]}, made[SPAN];
+        widened(row, made);
         for (int q = 0; q < SPAN; q++) store_float(u + (SPAN * r + q) * step, made[q]);
     }
 }
 
 /* U: [36][c][n]; each thread makes a part. */
-static void transform_inputs(const float *weight, T *u, int64_t c, int64_t n) {
+static void transform_for_forward(const float *weight, T *u, int64_t c, int64_t n) {
 #pragma omp for collapse(2)
     for (int64_t j = 0; j < n; j += LANES)
         for (int64_t first = 0; first < c; first += LANES) /* of the same cache lines of weights */
@@ -438,7 +439,7 @@ static void transform_inputs(const float *weight, T *u, int64_t c, int64_t n) {
 }
 
 /* U of the weights turned round: [36][n][c]. */
-static void transform_outputs(const float *weight, T *u, int64_t c, int64_t n) {
+static void transform_for_backward(const float *weight, T *u, int64_t c, int64_t n) {
 #pragma omp for
     for (int64_t k = 0; k < n; k++)
         for (int64_t j = 0; j < c; j += LANES) {
@@ -454,15 +455,15 @@ static void put_weights(const T *du, float *dw, int64_t c, int64_t n) {
         for (int64_t j = 0; j < c; j += LANES) {
             F column[SPAN][3];
             for (int q = 0; q < SPAN; q++) {
-                F of[SPAN];
+                F down[SPAN];
                 for (int r = 0; r < SPAN; r++)
-                    of[r] = load_float(du + ((SPAN * r + q) * n + k) * c + j);
-                narrowed(of, column[q]);
+                    down[r] = load_float(du + ((SPAN * r + q) * n + k) * c + j);
+                narrowed(down, column[q]);
             }
             for (int r = 0; r < 3; r++) {
-                F of[SPAN], made[3];
-                for (int q = 0; q < SPAN; q++) of[q] = column[q][r];
-                narrowed(of, made);
+                F row[SPAN], made[3];
+                for (int q = 0; q < SPAN; q++) row[q] = column[q][r];
+                narrowed(row, made);
                 for (int q = 0; q < 3; q++) store_float(dw + (k * 9 + 3 * r + q) * c + j, made[q]);
             }
         }
@@ -484,7 +485,7 @@ void NAME(winograd_forward)(const X *x, const X *plus, X *y, const float *gamma,
         rows_of(images, 1, &first, &last);
         if (!again)
             count(x, origin, sums + 2 * c * omp_get_thread_num(), first * size, last * size, c);
-        transform_inputs(weight, u, c, n); /* ends with a barrier: the sums are complete */
+        transform_for_forward(weight, u, c, n); /* ends with a barrier: the sums are complete */
 #pragma omp single
         if (!again) {
             gather(sums, c);
@@ -521,7 +522,7 @@ void NAME(winograd_backward)(const X *dy, const X *x, const X *plus, X *dx, cons
         int me = omp_get_thread_num();
         double *mine = sums + 2 * c * me;
         memset(mine, 0, 2 * c * sizeof(double));
-        transform_outputs(weight, u, c, n);
+        transform_for_backward(weight, u, c, n);
         int64_t first, last, most = c > n ? c : n;
         rows_of(images, 1, &first, &last);
         int64_t of_du = ELEMENTS * n * c, of_a = group_of(&s, c), of_dy = group_of(&s, n);

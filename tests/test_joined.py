@@ -75,12 +75,7 @@ SHAPES = {
     1: [(4, 8, 8), (3, 5, 7), (2, 9, 9), (1, 5, 13), (1, 1, 3)],  # 256, 105, 162, 65 and 3 rows
     3: [(4, 8, 8), (3, 5, 16), (2, 9, 24), (1, 1, 8)],
 }
-UNEVEN = [
-    (3, 7, 7),
-    (2, 9, 13),
-    (2, 40, 6),
-    (9, 1, 1),
-]  # not for AMX
+UNEVEN = [(3, 7, 7), (2, 9, 13), (2, 40, 6), (2, 3, 70), (9, 1, 1)]  # not for AMX
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,10 +104,13 @@ def test_images_of_any_size(c, n, shape, added, threads, dtype):
     """Winograd's algorithm computes 4x4 pixels at a time; ImageNet's last images have 7x7."""
     if dtype == torch.bfloat16 and conv3x3("bf16") == "conv3x3":
         pytest.skip("tiles take other sizes only")
+    norm, layer, x, *more = example(c, n, shape, added, 3, dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        assert joins(x, norm, layer)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check(example(c, n, shape, added, 3, dtype))
+        check((norm, layer, x, *more))
     finally:
         torch.set_num_threads(before)
 
@@ -253,6 +251,15 @@ def test_the_largest_that_are_joined(c, n, dtype):
             x, norm, conv(c, n + 16, 1).to(memory_format=LAST)
         )
     check((norm, weights, x, *more))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_3x3_that_are_joined(dtype):
+    most, more = {16: (160, 176), 8: (336, 352)}[native.lanes()]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for c, fits in ((most, True), (more, False)):
+            norm, weights, x, *_ = example(c, c, (2, 8, 8), False, 3, dtype)
+            assert joins(x, norm, weights) == fits
 
 
 @needs_products

@@ -209,15 +209,23 @@ def test_what_does_not_fit(name, dtype):
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_take_whole_images_of_a_3x3(threads, dtype):
-    """With fewer images than threads PyTorch's convolution is faster."""
+    """PyTorch evaluates fewer images than threads; what training keeps does not depend on them."""
     norm, layer, x = nn.BatchNorm2d(32), conv(32, 16, 3), bf16(2, 32, 8, 8, dtype=dtype)
-    before = torch.get_num_threads()
+    layer, before = layer.to(memory_format=LAST), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            assert joins(x, norm, layer.to(memory_format=LAST)) == (threads == 2)
+            assert joins(x, norm, layer)
+            with torch.no_grad():
+                assert joins(x, norm, layer) == (threads == 2)
     finally:
         torch.set_num_threads(before)
+
+
+def test_an_image_that_takes_much_memory_is_pytorchs():
+    norm, layer = nn.BatchNorm2d(32), conv(32, 16, 3).to(memory_format=LAST)
+    x = torch.empty(1, 32, 720, 720).to(memory_format=LAST)
+    assert joins(x, norm, layer) and not joins(x.repeat(1, 1, 1, 2), norm, layer)
 
 
 def branch():
