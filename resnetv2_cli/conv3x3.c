@@ -113,13 +113,9 @@ void conv3x3_forward_bf16(const T *x, const T *plus, T *y, const float *gamma, c
         if (!again)
             count(x, origin, sums + 2 * c * omp_get_thread_num(), first * size, last * size, c);
         pack_inputs(weight, w, 9 * c, n); /* ends with a barrier: the sums are complete */
-#pragma omp single
-        if (!again) {
-            gather(sums, c);
-            statistics(sums, origin, gamma, beta, running_mean, running_var, saved, images * size,
-                       c, momentum, eps);
-            memset(saved + 4 * c, 0, c * sizeof(float));
-        }
+        if (!again)
+            settle(sums, origin, gamma, beta, running_mean, running_var, saved, images * size, c,
+                   momentum, eps);
         T *a = room(s.pixels * c);
         memset(a, 0, sizeof(T) * s.pixels * c);
         Work of = {.s = &s, .c = c, .n = n, .w = w, .saved = saved, .a = a};
@@ -239,16 +235,8 @@ void conv3x3_backward_bf16(const T *dy, const T *x, const T *plus, T *dx, const 
             backward_image(dy + i * n, &of, dy_pairs);
         }
         end();
-#pragma omp barrier
-        add_parts(dw, parts, weights);
-#pragma omp single
-        if (!alone) {
-            gather(sums, c);
-            gradients(sums, saved, slope, offset, dgamma, dbeta, images * size, c);
-        }
-        if (!alone || plus)
-            normalized(dx, x, plus, saved + 2 * c, slope, offset, first * size, last * size, c,
-                       alone);
+        finish(dw, parts, weights, sums, saved, slope, offset, dgamma, dbeta, dx, x, plus,
+               images * size, first * size, last * size, c, alone);
     }
 }
 

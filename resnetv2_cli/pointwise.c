@@ -68,13 +68,9 @@ void NAME(pointwise_forward)(const T *x, const T *plus, T *y, const float *gamma
         rows_of(rows, BLOCK, &first, &last);
         if (!again) count(x, origin, sums + 2 * c * omp_get_thread_num(), first, last, c);
         pack_inputs(weight, w, c, n); /* ends with a barrier: the sums are complete */
-#pragma omp single
-        if (!again) {
-            gather(sums, c);
-            statistics(sums, origin, gamma, beta, running_mean, running_var, saved, rows, c,
-                       momentum, eps);
-            memset(saved + 4 * c, 0, c * sizeof(float));
-        }
+        if (!again)
+            settle(sums, origin, gamma, beta, running_mean, running_var, saved, rows, c,
+                   momentum, eps);
         T *a = room(2 * BLOCK * (c + n)), *x_ = a + BLOCK * c, *y_ = x_ + BLOCK * c;
         T *plus_ = y_ + BLOCK * n;
         Work of = {.c = c, .n = n, .w = w, .saved = saved, .a = a};
@@ -206,15 +202,8 @@ void NAME(pointwise_backward)(const T *dy, const T *x, const T *plus, T *dx,
             }
         }
         end();
-#pragma omp barrier
-        add_parts(dw, parts, n * c);
-#pragma omp single
-        if (!alone) {
-            gather(sums, c);
-            gradients(sums, saved, slope, offset, dgamma, dbeta, rows, c);
-        }
-        if (!alone || plus)
-            normalized(dx, x, plus, saved + 2 * c, slope, offset, first, last, c, alone);
+        finish(dw, parts, n * c, sums, saved, slope, offset, dgamma, dbeta, dx, x, plus, rows,
+               first, last, c, alone);
     }
 }
 

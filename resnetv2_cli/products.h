@@ -288,4 +288,34 @@ static void normalized(X *dx, const X *x, const X *plus, const float *scale,
         }
 }
 
+/* BN's statistics, from the sums of all threads; and ``least`` of ReLU. */
+static void settle(double *sums, const float *origin, const float *gamma, const float *beta,
+                   float *running_mean, float *running_var, float *saved, int64_t rows,
+                   int64_t c, double momentum, double eps) {
+#pragma omp single
+    {
+        gather(sums, c);
+        statistics(sums, origin, gamma, beta, running_mean, running_var, saved, rows, c, momentum,
+                   eps);
+        memset(saved + 4 * c, 0, c * sizeof(float));
+    }
+}
+
+/* The end of backward, once all threads have their sums: dW of so many weights, dgamma, dbeta, and
+   dx of rows first to last of this thread. slope, offset: for all threads. */
+static void finish(float *dw, const float *parts, int64_t weights, double *sums,
+                   const float *saved, float *slope, float *offset, float *dgamma, float *dbeta,
+                   X *dx, const X *x, const X *plus, int64_t rows, int64_t first, int64_t last,
+                   int64_t c, int alone) {
+#pragma omp barrier
+    add_parts(dw, parts, weights);
+#pragma omp single
+    if (!alone) {
+        gather(sums, c);
+        gradients(sums, saved, slope, offset, dgamma, dbeta, rows, c);
+    }
+    if (!alone || plus)
+        normalized(dx, x, plus, saved + 2 * c, slope, offset, first, last, c, alone);
+}
+
 #endif

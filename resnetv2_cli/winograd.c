@@ -86,6 +86,11 @@ INLINE int64_t seen_by(const Shape *s, int64_t t, int64_t channels) {
     return (t / s->down * s->rows + t % s->down * SIDE) * s->pitch * channels;
 }
 
+/* The first number of a row of pixels of a group, inside the border. */
+INLINE int64_t inside(const Shape *s, int64_t row, int64_t channels) {
+    return ((row / s->height * s->rows + row % s->height + 1) * s->pitch + 1) * channels;
+}
+
 /* A row or a column of B' a B. */
 INLINE void spanned(const F a[SPAN], F to[SPAN]) {
     F even = a[4] - Q2 * a[2], odd = a[3] - Q2 * a[1];
@@ -371,11 +376,9 @@ static int next_strip(Work *of, int64_t images) {
 
 static void forward_images(Work *of, int64_t images) {
     const Shape *s = of->s;
-    for (int64_t row = 0; row < images * s->height; row++) {
-        int64_t to = row / s->height * s->rows + row % s->height + 1;
-        activate_rows(of->x + row * s->width * of->c, of->saved,
-                      of->a + (to * s->pitch + 1) * of->c, s->width, of->c);
-    }
+    for (int64_t row = 0; row < images * s->height; row++)
+        activate_rows(of->x + row * s->width * of->c, of->saved, of->a + inside(s, row, of->c),
+                      s->width, of->c);
     of->in = of->c;
     of->out = of->n;
     of->to = of->y;
@@ -390,8 +393,7 @@ static void forward_images(Work *of, int64_t images) {
 static void backward_images(const X *dy, Work *of, int64_t images) {
     const Shape *s = of->s;
     for (int64_t row = 0; row < images * s->height; row++) {
-        int64_t to = row / s->height * s->rows + row % s->height + 1;
-        T *at = of->dy + (to * s->pitch + 1) * of->n;
+        T *at = of->dy + inside(s, row, of->n);
         for (int64_t i = 0; i < s->width * of->n; i += LANES)
             store_float(at + i, load(dy + row * s->width * of->n + i));
     }
@@ -486,13 +488,9 @@ void NAME(winograd_forward)(const X *x, const X *plus, X *y, const float *gamma,
         if (!again)
             count(x, origin, sums + 2 * c * omp_get_thread_num(), first * size, last * size, c);
         transform_for_forward(weight, u, c, n); /* ends with a barrier: the sums are complete */
-#pragma omp single
-        if (!again) {
-            gather(sums, c);
-            statistics(sums, origin, gamma, beta, running_mean, running_var, saved, images * size,
-                       c, momentum, eps);
-            memset(saved + 4 * c, 0, c * sizeof(float));
-        }
+        if (!again)
+            settle(sums, origin, gamma, beta, running_mean, running_var, saved, images * size, c,
+                   momentum, eps);
         int64_t of_a = group_of(&s, c), of_v = lines(ELEMENTS * apart(&s, c));
         T *a = room(of_a + of_v + ELEMENTS * apart(&s, n));
         memset(a, 0, sizeof(T) * (of_a + of_v));
@@ -538,16 +536,8 @@ void NAME(winograd_backward)(const X *dy, const X *x, const X *plus, X *dx, cons
             backward_images(dy + i * size * n, &of, last - i < s.group ? last - i : s.group);
         }
         put_weights(du, me ? parts + weights * (me - 1) : dw, c, n);
-#pragma omp barrier
-        add_parts(dw, parts, weights);
-#pragma omp single
-        if (!alone) {
-            gather(sums, c);
-            gradients(sums, saved, slope, offset, dgamma, dbeta, images * size, c);
-        }
-        if (!alone || plus)
-            normalized(dx, x, plus, saved + 2 * c, slope, offset, first * size, last * size, c,
-                       alone);
+        finish(dw, parts, weights, sums, saved, slope, offset, dgamma, dbeta, dx, x, plus,
+               images * size, first * size, last * size, c, alone);
     }
 }
 
