@@ -9,6 +9,8 @@ INLINE F dot(F sum, P a, P b) {
     return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
 
+INLINE void copy(const T *from, T *to) { *(H_ *)to = *(const H_ *)from; }
+
 /* Two vectors as bf16, one after the other. */
 INLINE U both(F first, F other) {
     return (U)_mm512_cvtne2ps_pbh((__m512)other, (__m512)first);

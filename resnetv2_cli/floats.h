@@ -7,6 +7,7 @@ typedef F_ P_;
 
 INLINE F dot(F sum, P a, P b) { return sum + a * b; }
 INLINE P joined(const F part[PAIR]) { return part[0]; }
+INLINE void copy(const T *from, T *to) { *(F_ *)to = *(const F_ *)from; }
 
 INLINE void store_row(T *p, const F *x, int wide) {
     for (int v = 0; v < wide; v++) store_float(p + v * LANES, x[v]);

@@ -1,12 +1,11 @@
-"""BN, ReLU and the following convolution of stride 1 as one operation; or a convolution alone, or
-after a ReLU.
+"""BN, ReLU and the following convolution as one operation; or a convolution alone, or after a ReLU.
 
 The activated tensor is neither written to memory nor kept. With convolutions that use the processor
 well, the passes over memory between them take half of a step.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, Self
 
@@ -21,9 +20,8 @@ LAST = torch.channels_last
 # Most weights; with more, PyTorch's own convolution is as fast. For a CPU: by floats per vector.
 MOST = {"cuda": 2**17, 16: 2**18, 8: 2**16}
 MOST_BY_WINOGRAD = {16: 2**18, 8: 2**20}
-PACKED = {"pointwise": 1, "conv3x3": 9, "winograd": 36}  # floats for a weight of each tap, at most
 # Most bytes of an image with its border, which a thread keeps: conv3x3.c in a cache.
-KEPT = {"conv3x3": 2**18, "winograd": 2**26}
+KEPT = {"conv3x3": 2**18, "winograd": 2**26, "patches": 2**26}
 EACH = 8  # one in so many sums along a shortcut is kept, where the others are recomputed
 
 
@@ -32,9 +30,11 @@ def joins(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Module) -> bool:
     bf16 by autocast, on a CPU that multiplies bf16 or a GPU with Triton; in float32 on a CPU."""
     return (
         type(conv) is nn.Conv2d
-        and conv.kernel_size in ((1, 1), (3, 3))
-        and conv.stride == conv.dilation == (1, 1)
+        and _square(conv.kernel_size)
+        and _square(conv.stride)
+        and conv.kernel_size[0] % 2 == 1
         and conv.padding == tuple(k // 2 for k in conv.kernel_size)
+        and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
         and conv.groups == 1
         and conv.bias is None
@@ -44,16 +44,23 @@ def joins(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Module) -> bool:
     )
 
 
+def _square(sides: Sequence[int]) -> bool:
+    return len(set(sides)) == 1
+
+
 def _most(x: Tensor, conv: nn.Conv2d) -> int:
     if x.is_cuda:
         return MOST["cuda"]
-    by_winograd = _part(x, conv.weight) == "winograd"
+    by_winograd = _part(x, conv.weight, conv.stride[0]) == "winograd"
     return (MOST_BY_WINOGRAD if by_winograd else MOST).get(native.lanes(), 0)
 
 
-def _part(x: Tensor, w: Tensor) -> str:
+def _part(x: Tensor, w: Tensor, stride: int) -> str:
     """The file of C functions that compute it."""
-    if w.shape[-1] == 1:
+    kernel = w.shape[-1]
+    if stride > 1 or kernel > 3:
+        return "patches"
+    if kernel == 1:
         return "pointwise"
     tiles = x.dtype == torch.bfloat16 and native.has("conv3x3_forward_bf16")  # AMX
     return "conv3x3" if tiles else "winograd"
@@ -67,7 +74,9 @@ def _fits_gpu(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Conv2d) -> bool:
 def _fits_cpu(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Conv2d) -> bool:
     return (
         conv.out_channels % LANES == 0
-        and (conv.kernel_size == (1, 1) or _images_fit(x, conv))
+        # One that skips pixels, without BN, which needs them all, would only copy them.
+        and (norm is not None or conv.kernel_size >= conv.stride)
+        and _images_fit(x, conv)
         and fits(x, norm)
         and native.multiplies(x.dtype)
     )
@@ -97,14 +106,18 @@ def why_not(device: torch.device) -> str:
 
 
 def _images_fit(x: Tensor, conv: nn.Conv2d) -> bool:
-    """Whether the operation for a 3x3 convolution can compute these images, and fast. Its threads
-    take whole images, so that PyTorch evaluates fewer images than threads; in training as much is
-    kept for backward whatever their number."""
-    (h, w), c, part = x.shape[2:], max(conv.in_channels, conv.out_channels), _part(x, conv.weight)
-    size = 4 if part == "winograd" else x.itemsize
+    """Whether the operation can compute these images, and fast. Except for 1x1 convolutions of
+    stride 1, threads take whole images, so that PyTorch evaluates fewer images than threads; in
+    training as much is kept for backward whatever their number."""
+    part = _part(x, conv.weight, conv.stride[0])
+    if part == "pointwise":
+        return True
+    (h, w), border = x.shape[2:], conv.kernel_size[0] - 1
+    c = conv.in_channels if part == "patches" else max(conv.in_channels, conv.out_channels)
+    size = x.itemsize if part == "conv3x3" else 4
     return (
-        (part == "winograd" or w % 8 == 0)
-        and (h + 2) * (w + 2) * c * size <= KEPT[part]
+        (part != "conv3x3" or w % 8 == 0)
+        and (h + border) * (w + border) * c * size <= KEPT[part]
         and (torch.is_grad_enabled() or len(x) >= torch.get_num_threads())
     )
 
@@ -153,40 +166,46 @@ def _forward(
     saved: Tensor,
     own: list[Tensor | None],
     numbers: tuple[float, float],
+    stride: int,
     again: bool = False,
 ) -> Tensor:
     """y; ``saved`` is written, or read if y is computed ``again``. ``own``: BN's parameters and
     running statistics; ``numbers``: its momentum and eps.
 
-    Shape: x (N, c_in, H, W), plus (N, c_out, H, W), w (c_out, c_in, k, k), saved (5, c_in) -> y
-    (N, c_out, H, W).
+    Shape: x (N, c_in, H, W), plus as y, w (c_out, c_in, k, k), saved (5, c_in) -> y
+    (N, c_out, H/stride, W/stride).
     """
     if x.is_cuda:
         return _on_gpu().forward(x, plus, w, saved, own, numbers, again)
-    images, c, *sides = x.shape
-    n, threads = w.shape[0], torch.get_num_threads()
-    y = torch.empty_like(x[:, :1].expand(-1, n, -1, -1), memory_format=LAST)
-    sums = torch.empty(threads, 2, c, dtype=torch.float64)
-    packed = _room_to_pack(x, w)
-    tensors = [x, plus, y, *own[:2], w, *own[2:], saved, sums, packed]
-    native.call(_name("forward", x, w), tensors, images, *sides, c, n, *numbers, threads, again)
+    threads = torch.get_num_threads()
+    sides = [(side - 1) // stride + 1 for side in x.shape[2:]]
+    y = torch.empty(len(x), len(w), *sides, dtype=x.dtype, device=x.device, memory_format=LAST)
+    sums = torch.empty(threads, 2, x.shape[1], dtype=torch.float64)
+    tensors = [x, plus, y, *own[:2], w, *own[2:], saved, sums, _room_to_pack(x, w, stride)]
+    _call("forward", tensors, x, w, stride, *numbers, threads, again)
     return y
 
 
-def _room_to_pack(x: Tensor, w: Tensor) -> Tensor:
-    return torch.empty(PACKED[_part(x, w)], *w.shape[:2], dtype=torch.float32)
+def _room_to_pack(x: Tensor, w: Tensor, stride: int) -> Tensor:
+    """Room for the weights as the functions read them."""
+    taps = 36 if _part(x, w, stride) == "winograd" else w[0, 0].numel()
+    return torch.empty(taps, *w.shape[:2], dtype=torch.float32)
 
 
-def _name(way: str, x: Tensor, w: Tensor) -> str:
-    """The name of the library's function."""
-    return f"{_part(x, w)}_{way}_{native.kind_of(x.dtype)}"
+def _call(
+    way: str, tensors: list[Tensor | None], x: Tensor, w: Tensor, stride: int, *numbers: float
+) -> None:
+    """Call the library's function for this convolution."""
+    part, (images, c, *sides) = _part(x, w, stride), x.shape
+    sizes = [images, *sides, c, len(w), w.shape[-1], stride][: native.SIZES[part]]
+    native.call(f"{part}_{way}_{native.kind_of(x.dtype)}", tensors, *sizes, *numbers)
 
 
-def _added(x: Tensor, saved: Tensor, w: Tensor, plus: Tensor | None) -> Tensor:
+def _added(x: Tensor, saved: Tensor, w: Tensor, stride: int, plus: Tensor | None) -> Tensor:
     """The y of ``_Joined``, from x, plus and the statistics that it saved."""
     if plus is not None:
         plus = plus.to(x.dtype).contiguous(memory_format=LAST)
-    return _forward(x, plus, w, saved, [None] * 4, (0.0, 0.0), again=True)
+    return _forward(x, plus, w, saved, [None] * 4, (0.0, 0.0), stride, again=True)
 
 
 class _Joined(torch.autograd.Function):
@@ -204,55 +223,60 @@ class _Joined(torch.autograd.Function):
         w: Tensor,
         norm: Any,
         relu: bool,
+        stride: int,
     ) -> tuple[Tensor, Tensor]:
         if plus is not None:
             plus = plus.to(x.dtype).contiguous(memory_format=LAST)
         w = w.to(x.dtype) if x.is_cuda else w  # the functions for a CPU cast and pack them
         if norm is None:
             saved = _unchanged(x.shape[1], relu, x.device)
-            y = _added(x, saved, w, plus)
+            y = _added(x, saved, w, stride, plus)
         else:
             saved = torch.empty(5, x.shape[1], device=x.device, dtype=torch.float32)
             own = [gamma, beta, norm.running_mean, norm.running_var]
-            y = _forward(x, plus, w, saved, own, (norm.momentum, norm.eps))
-        ctx.alone = norm is None
+            y = _forward(x, plus, w, saved, own, (norm.momentum, norm.eps), stride)
+        ctx.alone, ctx.stride = norm is None, stride
         ctx.save_for_backward(x, saved, w)
         ctx.set_materialize_grads(False)
         if plus is not None and ctx.needs_input_grad[1]:
-            remember(y, Sum.of(plus, partial(_added, x.detach(), saved, w.detach())))
+            remember(y, Sum.of(plus, partial(_added, x.detach(), saved, w.detach(), stride)))
         return y, remember(x.view_as(x), made_again(x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, plus: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return plus, *[None] * 6
+            return plus, *[None] * 7
         x, saved, w = ctx.saved_tensors
         dy = dy.to(x.dtype).contiguous(memory_format=LAST)
         if plus is not None:
             plus = plus.to(x.dtype).contiguous(memory_format=LAST)
-        back = _on_gpu().backward if x.is_cuda else _backward
+        back = _on_gpu().backward if x.is_cuda else partial(_backward, ctx.stride)
         dx, dw, of_bn = back(dy, x, plus, saved, w, ctx.alone)
-        return dx, dy if ctx.needs_input_grad[1] else None, *of_bn, dw, None, None
+        return dx, dy if ctx.needs_input_grad[1] else None, *of_bn, dw, None, None, None
 
 
 def _backward(
-    dy: Tensor, x: Tensor, plus: Tensor | None, saved: Tensor, w: Tensor, alone: bool
+    stride: int,
+    dy: Tensor,
+    x: Tensor,
+    plus: Tensor | None,
+    saved: Tensor,
+    w: Tensor,
+    alone: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
     """dx with ``plus`` added, dW, dgamma and dbeta; these two are None if ``alone``, without BN.
 
-    Shape: dy (N, c_out, H, W), x and plus (N, c_in, H, W), saved (5, c_in), w (c_out, c_in, k, k)
-    -> dx as x, dW as w, both others (c_in,).
+    Shape: dy (N, c_out, H/stride, W/stride), x and plus (N, c_in, H, W), saved (5, c_in), w (c_out,
+    c_in, k, k) -> dx as x, dW as w, both others (c_in,).
     """
-    images, c, *sides = x.shape
-    n, threads = w.shape[0], torch.get_num_threads()
+    c, threads = x.shape[1], torch.get_num_threads()
     dx, dw = torch.empty_like(x), torch.empty_like(w)
     dgamma, dbeta = torch.empty(2, c, dtype=torch.float32)
     sums = torch.empty(threads, 2, c, dtype=torch.float64)
-    packed = _room_to_pack(x, w)
     parts = torch.empty(threads - 1, *w.shape, dtype=torch.float32)
-    tensors = [dy, x, plus, dx, saved, w, dgamma, dbeta, dw, parts, sums, packed]
-    native.call(_name("backward", x, w), tensors, images, *sides, c, n, threads, alone)
+    tensors = [dy, x, plus, dx, saved, w, dgamma, dbeta, dw, parts, sums]
+    _call("backward", [*tensors, _room_to_pack(x, w, stride)], x, w, stride, threads, alone)
     return dx, dw, (None, None) if alone else (dgamma, dbeta)
 
 
@@ -265,16 +289,18 @@ def bn_relu_conv(
 
     A caller that uses the returned x in place of its own saves the addition of two gradients.
 
-    Shape: x (N, c_in, H, W), plus (N, c_out, H, W) or broadcast to it -> y (N, c_out, H, W), x.
+    Shape: x (N, c_in, H, W), plus as y or broadcast to it -> y (N, c_out, H/stride, W/stride), x.
     """
+    stride = conv.stride[0]
     if plus is not None:
-        plus = spread(plus, (len(x), conv.out_channels, *x.shape[2:]))
+        sides = [(side - 1) // stride + 1 for side in x.shape[2:]]
+        plus = spread(plus, (len(x), conv.out_channels, *sides))
     if norm is None:
-        return _Joined.apply(x, plus, None, None, conv.weight, None, relu)
+        return _Joined.apply(x, plus, None, None, conv.weight, None, relu, stride)
     if not norm.training:
-        return _added(x, _running(norm), conv.weight, plus), x
+        return _added(x, _running(norm), conv.weight, stride, plus), x
     count(x, norm)
-    return _Joined.apply(x, plus, norm.weight, norm.bias, conv.weight, norm, True)
+    return _Joined.apply(x, plus, norm.weight, norm.bias, conv.weight, norm, True, stride)
 
 
 def _running(norm: Any) -> Tensor:

@@ -27,7 +27,8 @@ HERE = Path(__file__).parent
 HEADERS = [
     HERE / f"{name}.h" for name in ("vectors", "products", "bf16", "floats", "amx", "registers")
 ]
-NAMES = ("kernels", "pointwise", "pointwise_float", "conv3x3", "winograd", "winograd_float")
+NAMES = ["kernels", "conv3x3", "pointwise", "pointwise_float", "winograd", "winograd_float"]
+NAMES += ["patches", "patches_float"]
 SOURCES = [HERE / f"{name}.c" for name in NAMES]
 CPUS = Path("/proc/cpuinfo")
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
@@ -40,14 +41,15 @@ ARGUMENTS: dict[str, tuple[int, list[Any]]] = {  # of each function: pointers, t
     "backward": (9, [INT64] * 2 + [INT] * 2),
 }
 ARGUMENTS = {f"{name}_{kind}": row for name, row in ARGUMENTS.items() for kind in KINDS}
+SIZES = {"pointwise": 5, "conv3x3": 5, "winograd": 5, "patches": 7}  # which their first numbers are
 PRODUCTS: dict[str, tuple[int, list[Any]]] = {  # the same for products.h; some processors have none
-    "forward": (11, [INT64] * 5 + [DOUBLE] * 2 + [INT] * 2),
-    "backward": (12, [INT64] * 5 + [INT] * 2),
+    "forward": (11, [DOUBLE] * 2 + [INT] * 2),
+    "backward": (12, [INT] * 2),
 }
 PRODUCTS = {
-    f"{part}_{name}_{kind}": row
-    for name, row in PRODUCTS.items()
-    for part in ("pointwise", "conv3x3", "winograd")
+    f"{part}_{name}_{kind}": (pointers, [INT64] * sizes + numbers)
+    for name, (pointers, numbers) in PRODUCTS.items()
+    for part, sizes in SIZES.items()
     for kind in KINDS
 }
 

@@ -15,15 +15,6 @@ struct Work {
     const T *dy_pairs; /* dy in pairs of rows */
 };
 
-/* A tile of sums over the c channels of a. */
-INLINE void sums_of(F sum[][TALL][WIDE], const T *a, int64_t c, const T *w, int64_t n,
-                    int tall, int wide) {
-    const T *right[WIDE] = {w, w + PAIR * LANES};
-    clear(sum, tall, wide, 1);
-    tile(sum, &a, c, right, n, c / PAIR, tall, wide, 1);
-    done(sum, wide, 1);
-}
-
 /* y of a tile, beginning at ``row``. */
 INLINE void output(const Work *of, int64_t row, int64_t j, int tall, int wide) {
     int64_t c = of->c, n = of->n;

@@ -1,5 +1,5 @@
-/* BN, ReLU and the following convolution as one operation, in training: what pointwise.c, conv3x3.c
-   and winograd.c share. It is compiled for tensors of X: bf16, or float (FLOATS). What it
+/* BN, ReLU and the following convolution as one operation, in training: what pointwise.c, winograd.c,
+   conv3x3.c and patches.c share. It is compiled for tensors of X: bf16, or float (FLOATS). What it
    multiplies are numbers of T: the same, or float for both (WIDENED).
 
    With a = max(scale x + shift, least), rounded to T as if it were stored in memory, which it never
@@ -124,6 +124,15 @@ static void activate_rows(const X *x, const float *saved, T *a, int64_t rows, in
         for (; j + 2 * LANES <= c; j += 2 * LANES) activate(x + i + j, saved + j, a + i + j, c, 2);
         for (; j < c; j += LANES) activate(x + i + j, saved + j, a + i + j, c, 1);
     }
+}
+
+/* A tile of sums over the c numbers of rows of a. */
+INLINE void sums_of(F sum[][TALL][WIDE], const T *a, int64_t c, const T *w, int64_t n,
+                    int tall, int wide) {
+    const T *right[WIDE] = {w, w + PAIR * LANES};
+    clear(sum, tall, wide, 1);
+    tile(sum, &a, c, right, n, c / PAIR, tall, wide, 1);
+    done(sum, wide, 1);
 }
 
 /* Write a tile of sums, with plus added, to y, which is of T. */

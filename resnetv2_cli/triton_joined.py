@@ -243,10 +243,13 @@ def _shape(x: Tensor, w: Tensor, numbers: int = NUMBERS) -> dict[str, Any]:
 
 
 def joins(x: Tensor, norm: Any, conv: Any) -> bool:
-    """Whether these functions can take x: not empty, with powers of two as numbers of channels."""
+    """Whether these functions can compute it: 1x1 or 3x3 of stride 1, x not empty, and powers of
+    two as numbers of channels."""
     sides = (conv.in_channels, conv.out_channels)
     return (
-        x.is_contiguous(memory_format=torch.channels_last)
+        conv.stride == (1, 1)
+        and conv.kernel_size in ((1, 1), (3, 3))
+        and x.is_contiguous(memory_format=torch.channels_last)
         and all(16 <= c <= 256 and c & (c - 1) == 0 for c in sides)
         and 0 < x.numel() // conv.in_channels * max(sides) < LARGEST
         and (norm is None or norm.weight.dtype == torch.float32)

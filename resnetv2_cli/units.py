@@ -97,7 +97,7 @@ def carry(
     if not projects:
         return ZeroPad(c_in, c_out, stride) if changes else nn.Identity()
     bn = "bn" if "bn" in last else ""  # BN follows the projection where it follows F's last weights
-    return nn.Sequential(OrderedDict(conv=conv(c_in, c_out, 1, stride), act=activation(bn, c_out)))
+    return Branch(OrderedDict(conv=conv(c_in, c_out, 1, stride), act=activation(bn, c_out)))
 
 
 def weighted(module: nn.Module) -> bool:

@@ -65,8 +65,8 @@ PLANTED = {
     ),
     "subsampling averages": (
         "layers.py",
-        "x = keep_layout(x)[:, :, :: self.stride, :: self.stride]",
-        "x = F.avg_pool2d(keep_layout(x), self.stride)",
+        "F.pad(x[:, :, ::stride, ::stride],",
+        "F.pad(F.avg_pool2d(x, stride),",
         "figures",
     ),
     "the residual is scaled, not the shortcut": (

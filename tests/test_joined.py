@@ -17,16 +17,18 @@ from resnetv2_cli.joined import bn_relu_conv, joins
 from resnetv2_cli.layers import conv
 
 
-def example(c, n, shape, added, kernel=1, dtype=torch.bfloat16):
+def example(c, n, shape, added, kernel=1, dtype=torch.bfloat16, stride=1):
     """A BN, a convolution with weights rounded to ``dtype``, x, the tensor to add or None, and the
     gradients of both outputs."""
     torch.manual_seed(c + n)
-    norm, weights = nn.BatchNorm2d(c), conv(c, n, kernel).to(memory_format=LAST)
+    norm, weights = nn.BatchNorm2d(c), conv(c, n, kernel, stride).to(memory_format=LAST)
     nn.init.normal_(norm.weight, 1, 0.3)
     nn.init.normal_(norm.bias)
     weights.weight.data = weights.weight.data.to(dtype).float()
-    images, h, w = shape
-    x, plus, dy, dx = (bf16(images, of, h, w, dtype=dtype) for of in (c, n, n, c))
+    images, *sides = shape
+    fewer = [(side - 1) // stride + 1 for side in sides]
+    x, dx = (bf16(images, c, *sides, dtype=dtype) for _ in range(2))
+    plus, dy = (bf16(images, n, *fewer, dtype=dtype) for _ in range(2))
     return norm, weights, 2 * x + 3, plus if added else None, dy, dx
 
 
@@ -115,13 +117,37 @@ def test_images_of_any_size(c, n, shape, added, threads, dtype):
         torch.set_num_threads(before)
 
 
+PATCHES = [(1, 2), (3, 2), (3, 3), (5, 1), (7, 2)]  # kernel and stride
+OF_PATCHES = [(4, 8, 8), (3, 5, 7), (2, 9, 25), (1, 32, 32), (5, 1, 5)]  # 2 to 1,024 outputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("shape", OF_PATCHES)
+@pytest.mark.parametrize("kernel, stride", PATCHES)
+@pytest.mark.parametrize("c, n", [(64, 16), (16, 64), (48, 80)])
+def test_any_stride_and_odd_size(c, n, kernel, stride, shape, added, threads, dtype):
+    norm, layer, x, *more = example(c, n, shape, added, kernel, dtype, stride)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        assert joins(x, norm, layer)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check((norm, layer, x, *more))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("added", [False, True])
-@pytest.mark.parametrize("kernel, shape", [(k, s) for k in SHAPES for s in SHAPES[k]])
+@pytest.mark.parametrize("kernel, stride, shape", [
+    *((k, 1, s) for k in SHAPES for s in SHAPES[k]), *((3, 2, s) for s in OF_PATCHES)
+])  # fmt: skip
 @pytest.mark.parametrize("c, n", [(64, 16), (16, 48), (48, 112)])
 @pytest.mark.parametrize("before", [nn.Identity(), nn.ReLU()], ids=["alone", "behind ReLU"])
-def test_a_convolution_without_bn(before, c, n, kernel, shape, added, dtype):
-    _, *given = example(c, n, shape, added, kernel, dtype)
+def test_a_convolution_without_bn(before, c, n, kernel, stride, shape, added, dtype):
+    _, *given = example(c, n, shape, added, kernel, dtype, stride)
     given[1].sub_(3)[0, :, 0, 0] = 0  # x: symmetric about 0, with some at ReLU's corner
     check((before, *given))
 
@@ -151,6 +177,19 @@ FAULTS = {  # file, original text, what is planted in its place, and kernel size
     "a border that is not one of zeros": (
         "winograd.c", "memset(a, 0, sizeof", "memset(a, 63, sizeof", 3,
     ),
+    "a patch that overwrites its neighbor's gradient": (
+        "patches.c", "of->places[row + r]) += ", "of->places[row + r]) = ", 3,
+    ),
+    "a patch of other pixels": ("patches.c", "from += s->pitch", "from += s->width", 3),
+    "a gradient in another row's place": (
+        "patches.c", "place(s, tap / s->kernel, tap % s->kernel)", "place(s, 0, tap)", 3,
+    ),
+    "a border of patches that is not one of zeros": (
+        "patches.c", "memset(image, 0, sizeof", "memset(image, 63, sizeof", 3,
+    ),
+    "outputs of the block before": (
+        "patches.c", "memset(dy_, 0, sizeof(T) * n * of->rows)", "(void)0", 3,
+    ),
 }  # fmt: skip
 FAULTS_OF_TILES = {  # the same, of 3x3 convolutions with AMX
     "taps that are not turned for the gradient": ("products.h", "taps - 1 - t", "t"),
@@ -174,8 +213,9 @@ def test_a_fault_is_seen(fault, dtype, compiled_from):
     if edit[0] == "winograd.c" and dtype == torch.bfloat16 and conv3x3("bf16") == "conv3x3":
         pytest.skip("here tiles multiply bf16")
     compiled_from([edit], [])
+    shape, stride = (3, 9, 9) if kernel == 1 else (4, 9, 8), 2 if edit[0] == "patches.c" else 1
     with pytest.raises(AssertionError, match=SEEN):
-        check(example(64, 16, (3, 9, 9) if kernel == 1 else (4, 9, 8), True, kernel, dtype))
+        check(example(64, 16, shape, True, kernel, dtype, stride))
 
 
 @needs_products
@@ -193,10 +233,11 @@ def test_short_vectors_give_the_same(compiled_from):
     assert native.lanes() == 8 and not native.multiplies()
     if not native.multiplies(torch.float32):
         pytest.skip("no AVX2")
-    for kernel, shape in [(k, s) for k in SHAPES for s in SHAPES[k]] + [(3, s) for s in UNEVEN]:
+    kernels = [(k, 1, s) for k in SHAPES for s in SHAPES[k]] + [(3, 1, s) for s in UNEVEN]
+    for kernel, stride, shape in kernels + [(*k, s) for k in PATCHES for s in OF_PATCHES]:
         for c, n in ((64, 16), (16, 64), (48, 112)):
             for added in (False, True):
-                check(example(c, n, shape, added, kernel, torch.float32))
+                check(example(c, n, shape, added, kernel, torch.float32, stride))
     norm, layer, x, *_ = example(256, 256, (2, 4, 8), False, dtype=torch.float32)
     assert joins(x, norm, layer)  # with more weights PyTorch's convolution is as fast
     assert not joins(x, norm, conv(256, 272, 1).to(memory_format=LAST))
@@ -218,11 +259,11 @@ def test_tiles_give_the_same(compiled_from):
     """Tests the AMX code on processors without AMX too."""
     with_tiles(compiled_from)
     assert native.multiplies(), native.why_not()
-    for kernel, shapes in SHAPES.items():
-        for shape in shapes:
-            for c, n in ((64, 16), (16, 64), (48, 112)):
-                for added in (False, True):
-                    check(example(c, n, shape, added, kernel))
+    kernels = [(k, 1, s) for k in SHAPES for s in SHAPES[k]]
+    for kernel, stride, shape in kernels + [(*k, s) for k in PATCHES for s in OF_PATCHES]:
+        for c, n in ((64, 16), (16, 64), (48, 112)):
+            for added in (False, True):
+                check(example(c, n, shape, added, kernel, stride=stride))
     norm, layer, x, *_ = example(32, 32, (4, 8, 8), False, 3)
     with torch.autocast("cpu", torch.bfloat16):
         assert joins(x, norm, layer)

@@ -169,10 +169,16 @@ def unfit(name, dtype=torch.bfloat16):
         x = x.contiguous()
     elif name == "no image":
         x = x[:0]
-    elif name == "strided":
-        layer = conv(32, 16, 1, stride=2)
-    elif name == "5x5":
-        layer = conv(32, 16, 5)
+    elif name == "strides that differ":
+        layer.stride = (1, 2)
+    elif name == "sides that differ":
+        layer = nn.Conv2d(32, 16, (3, 5), padding=(1, 2), bias=False)
+    elif name == "4x4":
+        layer = conv(32, 16, 4)
+    elif name == "dilated":
+        layer = nn.Conv2d(32, 16, 3, padding=1, dilation=2, bias=False)
+    elif name == "without BN, and pixels that no output sees":
+        norm, layer = None, conv(32, 16, 1, 2)
     elif name == "without a border":
         layer, x = nn.Conv2d(32, 16, 3, bias=False), bf16(2, 32, 8, 8, dtype=dtype)
     elif name == "a 3x3 of too many weights":
@@ -192,7 +198,8 @@ def unfit(name, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("name", [
-    "another type", "channels first", "no image", "strided", "5x5", "with a bias",
+    "another type", "channels first", "no image", "strides that differ", "sides that differ",
+    "4x4", "dilated", "without BN, and pixels that no output sees", "with a bias",
     "without a border", "odd outputs", "grouped",
     "weights of bf16", "too many weights", "a 3x3 of too many weights",
 ])  # fmt: skip
@@ -208,9 +215,10 @@ def test_what_does_not_fit(name, dtype):
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_take_whole_images_of_a_3x3(threads, dtype):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_threads_take_whole_images_of_a_3x3(stride, threads, dtype):
     """PyTorch evaluates fewer images than threads; what training keeps does not depend on them."""
-    norm, layer, x = nn.BatchNorm2d(32), conv(32, 16, 3), bf16(2, 32, 8, 8, dtype=dtype)
+    norm, layer, x = nn.BatchNorm2d(32), conv(32, 16, 3, stride), bf16(2, 32, 8, 8, dtype=dtype)
     layer, before = layer.to(memory_format=LAST), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -222,8 +230,9 @@ def test_threads_take_whole_images_of_a_3x3(threads, dtype):
         torch.set_num_threads(before)
 
 
-def test_an_image_that_takes_much_memory_is_pytorchs():
-    norm, layer = nn.BatchNorm2d(32), conv(32, 16, 3).to(memory_format=LAST)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_an_image_that_takes_much_memory_is_pytorchs(stride):
+    norm, layer = nn.BatchNorm2d(32), conv(32, 16, 3, stride).to(memory_format=LAST)
     x = torch.empty(1, 32, 720, 720).to(memory_format=LAST)
     assert joins(x, norm, layer) and not joins(x.repeat(1, 1, 1, 2), norm, layer)
 

@@ -1,0 +1,4 @@
+/* patches.c for float. */
+
+#define FLOATS
+#include "patches.c"
