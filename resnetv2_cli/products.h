@@ -1,6 +1,6 @@
-/* BN, ReLU and the following convolution as one operation, in training: what pointwise.c, winograd.c,
-   conv3x3.c and patches.c share. It is compiled for tensors of X: bf16, or float (FLOATS). What it
-   multiplies are numbers of T: the same, or float for both (WIDENED).
+/* BN, ReLU and the following convolution as one operation, in training: what pointwise.c,
+   winograd.c, conv3x3.c and patches.c share. It is compiled for tensors of X: bf16, or float
+   (FLOATS). What it multiplies are numbers of T: the same, or float for both (WIDENED).
 
    With a = max(scale x + shift, least), rounded to T as if it were stored in memory, which it never
    is; least is 0 for ReLU, or a NaN for a convolution alone, which lets everything pass:
