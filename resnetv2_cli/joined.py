@@ -30,6 +30,7 @@ def joins(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Module) -> bool:
     bf16 by autocast, on a CPU that multiplies bf16 or a GPU with Triton; in float32 on a CPU."""
     return (
         type(conv) is nn.Conv2d
+        and x.dim() == 4
         and _square(conv.kernel_size)
         and _square(conv.stride)
         and conv.kernel_size[0] % 2 == 1
@@ -38,7 +39,6 @@ def joins(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Module) -> bool:
         and conv.padding_mode == "zeros"
         and conv.groups == 1
         and conv.bias is None
-        and conv.weight.numel() <= _most(x, conv)
         and (x.is_meta or _lies(x, conv.weight))
         and (_fits_gpu(x, norm, conv) if x.is_cuda else _fits_cpu(x, norm, conv))
     )
@@ -46,13 +46,6 @@ def joins(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Module) -> bool:
 
 def _square(sides: Sequence[int]) -> bool:
     return len(set(sides)) == 1
-
-
-def _most(x: Tensor, conv: nn.Conv2d) -> int:
-    if x.is_cuda:
-        return MOST["cuda"]
-    by_winograd = _part(x, conv.weight, conv.stride[0]) == "winograd"
-    return (MOST_BY_WINOGRAD if by_winograd else MOST).get(native.lanes(), 0)
 
 
 def _part(x: Tensor, w: Tensor, stride: int) -> str:
@@ -67,16 +60,19 @@ def _part(x: Tensor, w: Tensor, stride: int) -> str:
 
 
 def _fits_gpu(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Conv2d) -> bool:
-    bf16 = x.dtype == torch.bfloat16
-    return bf16 and _on_gpu() is not None and _on_gpu().joins(x, norm, conv)
+    small = x.dtype == torch.bfloat16 and conv.weight.numel() <= MOST["cuda"]
+    return small and _on_gpu() is not None and _on_gpu().joins(x, norm, conv)
 
 
 def _fits_cpu(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Conv2d) -> bool:
+    part = _part(x, conv.weight, conv.stride[0])
+    most = MOST_BY_WINOGRAD if part == "winograd" else MOST
     return (
         conv.out_channels % LANES == 0
+        and conv.weight.numel() <= most.get(native.lanes(), 0)
         # One that skips pixels, without BN, which needs them all, would only copy them.
         and (norm is not None or conv.kernel_size >= conv.stride)
-        and _images_fit(x, conv)
+        and _images_fit(x, conv, part)
         and fits(x, norm)
         and native.multiplies(x.dtype)
     )
@@ -105,11 +101,10 @@ def why_not(device: torch.device) -> str:
     return native.why_not()
 
 
-def _images_fit(x: Tensor, conv: nn.Conv2d) -> bool:
-    """Whether the operation can compute these images, and fast. Except for 1x1 convolutions of
-    stride 1, threads take whole images, so that PyTorch evaluates fewer images than threads; in
-    training as much is kept for backward whatever their number."""
-    part = _part(x, conv.weight, conv.stride[0])
+def _images_fit(x: Tensor, conv: nn.Conv2d, part: str) -> bool:
+    """Whether the functions of a file can compute these images, and fast. Except in pointwise.c,
+    threads take whole images, so that PyTorch evaluates fewer images than threads; in training as
+    much is kept for backward whatever their number."""
     if part == "pointwise":
         return True
     (h, w), border = x.shape[2:], conv.kernel_size[0] - 1
@@ -181,24 +176,21 @@ def _forward(
     sides = [(side - 1) // stride + 1 for side in x.shape[2:]]
     y = torch.empty(len(x), len(w), *sides, dtype=x.dtype, device=x.device, memory_format=LAST)
     sums = torch.empty(threads, 2, x.shape[1], dtype=torch.float64)
-    tensors = [x, plus, y, *own[:2], w, *own[2:], saved, sums, _room_to_pack(x, w, stride)]
+    tensors = [x, plus, y, *own[:2], w, *own[2:], saved, sums]
     _call("forward", tensors, x, w, stride, *numbers, threads, again)
     return y
-
-
-def _room_to_pack(x: Tensor, w: Tensor, stride: int) -> Tensor:
-    """Room for the weights as the functions read them."""
-    taps = 36 if _part(x, w, stride) == "winograd" else w[0, 0].numel()
-    return torch.empty(taps, *w.shape[:2], dtype=torch.float32)
 
 
 def _call(
     way: str, tensors: list[Tensor | None], x: Tensor, w: Tensor, stride: int, *numbers: float
 ) -> None:
     """Call the library's function for this convolution."""
-    part, (images, c, *sides) = _part(x, w, stride), x.shape
-    sizes = [images, *sides, c, len(w), w.shape[-1], stride][: native.SIZES[part]]
-    native.call(f"{part}_{way}_{native.kind_of(x.dtype)}", tensors, *sizes, *numbers)
+    part, (images, c, *sides), n, kernel = _part(x, w, stride), x.shape, len(w), w.shape[-1]
+    taps = 36 if part == "winograd" else kernel**2
+    packed = torch.empty(taps, c, n, dtype=torch.float32)  # room for weights as functions read them
+    sizes = [images, *sides, c, n, kernel, stride][: native.SIZES[part]]
+    name = f"{part}_{way}_{native.kind_of(x.dtype)}"
+    native.call(name, [*tensors, packed], *sizes, *numbers)
 
 
 def _added(x: Tensor, saved: Tensor, w: Tensor, stride: int, plus: Tensor | None) -> Tensor:
@@ -276,7 +268,7 @@ def _backward(
     sums = torch.empty(threads, 2, c, dtype=torch.float64)
     parts = torch.empty(threads - 1, *w.shape, dtype=torch.float32)
     tensors = [dy, x, plus, dx, saved, w, dgamma, dbeta, dw, parts, sums]
-    _call("backward", [*tensors, _room_to_pack(x, w, stride)], x, w, stride, threads, alone)
+    _call("backward", tensors, x, w, stride, threads, alone)
     return dx, dw, (None, None) if alone else (dgamma, dbeta)
 
 

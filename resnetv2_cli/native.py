@@ -137,6 +137,7 @@ def why_not() -> str:
     return found if isinstance(found, str) else ""
 
 
+@cache
 def has(name: str) -> bool:
     """Whether the library has this function: some are only for some processors."""
     return hasattr(library(), name)

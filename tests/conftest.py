@@ -282,7 +282,7 @@ def compiled_from(monkeypatch, tmp_path):
         forget()
 
     def forget():
-        for cached in (native._found, native.multiplies, native.lanes):
+        for cached in (native._found, native.has, native.multiplies, native.lanes):
             cached.cache_clear()
 
     before = torch.get_num_threads()

@@ -53,8 +53,8 @@ PLANTED = {
     ),
     "the new channels come before the old": (
         "layers.py",
-        "(0, 0, 0, 0, 0, self.extra)",
-        "(0, 0, 0, 0, self.extra, 0)",
+        "(0, 0, 0, 0, 0, extra)",
+        "(0, 0, 0, 0, extra, 0)",
         "figures",
     ),
     "every unit's projection lacks its BN": (

@@ -169,6 +169,8 @@ def unfit(name, dtype=torch.bfloat16):
         x = x.contiguous()
     elif name == "no image":
         x = x[:0]
+    elif name == "no batch":
+        x = x[0]
     elif name == "strides that differ":
         layer.stride = (1, 2)
     elif name == "sides that differ":
@@ -198,8 +200,8 @@ def unfit(name, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("name", [
-    "another type", "channels first", "no image", "strides that differ", "sides that differ",
-    "4x4", "dilated", "without BN, and pixels that no output sees", "with a bias",
+    "another type", "channels first", "no image", "no batch", "strides that differ",
+    "sides that differ", "4x4", "dilated", "without BN, and pixels that no output sees", "with a bias",
     "without a border", "odd outputs", "grouped",
     "weights of bf16", "too many weights", "a 3x3 of too many weights",
 ])  # fmt: skip

@@ -180,7 +180,14 @@ def gradients(place: Path) -> dict[str, dict]:
         for name, settings in KERNELS.items():
             ran, seen = Counter(), Gradients()
             patch.setattr(native, "call", counting(ran, call))
-            of = {"depth": 20, "block": "bottleneck", "devices": "2", "steps": 1, **settings}
+            of = {
+                "depth": 20,
+                "block": "bottleneck",
+                "stride_on": "3x3",
+                "devices": "2",
+                "steps": 1,
+                **settings,
+            }
             with pytest.raises(Gradients.Enough):
                 run.train(Experiment(**TRAIN | of), RunFolder(place / name), display=[seen])
             made[name] = {"shared": seen.shared, "own": seen.own, "sizes": seen.sizes, "ran": ran}
@@ -438,7 +445,7 @@ def test_joined_operations_learn_under_ddp_what_eager_ones_do(seen):
     exact, eager, joined, again = (one[name]["shared"] for name in KERNELS)
     assert distance(joined, exact) < 1.3 * distance(eager, exact)
     assert torch.equal(joined, again)
-    layers = {"pointwise": 10, conv3x3("bf16"): 6}  # those of stride 1
+    layers = {"pointwise": 13, conv3x3("bf16"): 4, "patches": 2}  # those of stride 1, and 3x3 of 2
     for kind, count in layers.items():
         for way in ("forward", "backward"):  # of the step, and of this process's part alone
             assert one["joined"]["ran"][f"{kind}_{way}_bf16"] == 2 * count
