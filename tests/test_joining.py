@@ -201,8 +201,8 @@ def unfit(name, dtype=torch.bfloat16):
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("name", [
     "another type", "channels first", "no image", "no batch", "strides that differ",
-    "sides that differ", "4x4", "dilated", "without BN, and pixels that no output sees", "with a bias",
-    "without a border", "odd outputs", "grouped",
+    "sides that differ", "4x4", "dilated", "without BN, and pixels that no output sees",
+    "with a bias", "without a border", "odd outputs", "grouped",
     "weights of bf16", "too many weights", "a 3x3 of too many weights",
 ])  # fmt: skip
 def test_what_does_not_fit(name, dtype):
