@@ -226,6 +226,20 @@ def test_a_fault_of_tiles_is_seen(fault, compiled_from):
         check(example(64, 16, (4, 9, 8), True, 3))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("point", [
+    ("Q1 1.5f", "Q1 2.0f"), ("Q1 1.5f", "Q1 1.25f"),
+    ("P1 0.625f", "P1 1.0f"), ("P1 0.625f", "P1 0.5f"),
+])  # fmt: skip
+def test_other_points_of_winograds_algorithm_are_worse(point, dtype, compiled_from):
+    given = example(64, 64, (8, 8, 8), False, 3, dtype)
+    want, ours = apart(*given), joined(*given)
+    compiled_from([("winograd.c", *point)], [])
+    others = joined(*given)
+    for name in ("y", "dx"):
+        assert distance(ours[name], want[name]) < 0.95 * distance(others[name], want[name])
+
+
 @needs_x86
 def test_short_vectors_give_the_same(compiled_from):
     """Tests the code for processors without AVX-512 also on those that have it."""
