@@ -36,6 +36,7 @@ def fits(x: Tensor, norm: nn.BatchNorm2d | None) -> bool:
         and native.kind_of(x.dtype) is not None
         and x.shape[1] % LANES == 0
         and x.shape[1] <= MOST
+        and (norm is None or norm.num_features == x.shape[1])
         and native.library() is not None
     )
 

@@ -31,6 +31,7 @@ def joins(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Module) -> bool:
     return (
         type(conv) is nn.Conv2d
         and x.dim() == 4
+        and x.shape[1] == conv.in_channels
         and _square(conv.kernel_size)
         and _square(conv.stride)
         and conv.kernel_size[0] % 2 == 1
@@ -50,10 +51,9 @@ def _square(sides: Sequence[int]) -> bool:
 
 def _part(x: Tensor, w: Tensor, stride: int) -> str:
     """The file of C functions that compute it."""
-    kernel = w.shape[-1]
-    if stride > 1 or kernel > 3:
+    if stride > 1:
         return "patches"
-    if kernel == 1:
+    if w.shape[-1] == 1:
         return "pointwise"
     tiles = x.dtype == torch.bfloat16 and native.has("conv3x3_forward_bf16")  # AMX
     return "conv3x3" if tiles else "winograd"
@@ -65,13 +65,16 @@ def _fits_gpu(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Conv2d) -> bool:
 
 
 def _fits_cpu(x: Tensor, norm: nn.BatchNorm2d | None, conv: nn.Conv2d) -> bool:
-    part = _part(x, conv.weight, conv.stride[0])
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    part = _part(x, conv.weight, stride)
     most = MOST_BY_WINOGRAD if part == "winograd" else MOST
     return (
         conv.out_channels % LANES == 0
         and conv.weight.numel() <= most.get(native.lanes(), 0)
-        # One that skips pixels, without BN, which needs them all, would only copy them.
-        and (norm is not None or conv.kernel_size >= conv.stride)
+        # PyTorch's are as fast for large kernels of stride 1, and where pixels are skipped that no
+        # BN needs either.
+        and (kernel <= 3 or stride > 1)
+        and (kernel >= stride or norm is not None)
         and _images_fit(x, conv, part)
         and fits(x, norm)
         and native.multiplies(x.dtype)

@@ -131,7 +131,7 @@ class Branch(nn.Sequential):
         after: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         y = x
-        layers: list[Any] = [m for m in self if not (type(m) is Activation and len(m) == 0)]
+        layers: list[Any] = [m for m in self if type(m) is not Activation or len(m) or watched(m)]
         while layers:
             if joined := self.joined(layers, y):
                 del layers[: joined.many]
@@ -214,7 +214,7 @@ class _ZeroPad(torch.autograd.Function):
         dx = torch.empty(
             ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.layout
         ).zero_()
-        dx[:, :, :: ctx.stride, :: ctx.stride] = grad[:, : ctx.shape[1]]
+        dx[:, : grad.shape[1], :: ctx.stride, :: ctx.stride] = grad[:, : ctx.shape[1]]
         return dx, None, None
 
 

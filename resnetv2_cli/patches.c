@@ -1,7 +1,6 @@
-/* BN, ReLU and a convolution of any odd size and any stride (products.h), as a product of matrices:
-   a row of the left one is the patch of pixels that an output sees (im2col). What the patches that
-   see a pixel contribute to its gradient is added up in an image of floats. For 1x1 and 3x3 and
-   stride 1, pointwise.c and winograd.c are faster. */
+/* BN, ReLU and a convolution of stride 2 or more, of any odd size (products.h), as a product of
+   matrices: a row of the left one is the patch of pixels that an output sees (im2col). What the
+   patches that see a pixel contribute to its gradient is added up in an image of floats. */
 
 #include "products.h"
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.describe import describe
@@ -105,6 +106,19 @@ def test_a_projection_sees_what_f_sees(unit):
         conv.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0]}))
     layer(torch.randn(2, 16, 8, 8))
     torch.testing.assert_close(seen["h"], seen["F"])
+
+
+@pytest.mark.parametrize("c_in, c_out, stride", [(2, 5, 2), (3, 3, 2), (5, 2, 3), (2, 1, 1)])
+def test_the_gradient_of_option_a(c_in, c_out, stride):
+    x = torch.randn(2, c_in, 5, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    pad = ZeroPad(c_in, c_out, stride)
+    want = F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, c_out - c_in))
+    dy = torch.randn_like(want)
+    (dx,) = torch.autograd.grad(pad(x), x, dy)
+    assert torch.equal(dx, *torch.autograd.grad(want, x, dy))
+    assert dx.is_contiguous(memory_format=torch.channels_last)
+    assert torch.autograd.gradgradcheck(lambda x: pad(x) ** 2, x)
 
 
 @pytest.mark.parametrize("pad, activated", [("raw", False), ("activated", True)])

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from resnetv2_cli import native
+from resnetv2_cli.fused import forgetting, made_again
 from resnetv2_cli.joined import bn_relu_conv, joins
 from resnetv2_cli.layers import Branch, activation, conv
 from resnetv2_cli.plans import UNITS
@@ -149,6 +150,13 @@ def test_who_watches_what_is_behind_the_weights_sees_it(part):
         torch.testing.assert_close(F.relu(seen[0] + x), whole)
 
 
+def test_who_watches_an_empty_layer_sees_it():
+    unit, seen = ResNet(8, option="B").units[1], []
+    unit.get_submodule("shortcut.carry.act").register_forward_hook(lambda *_: seen.append(1))
+    unit(torch.randn(2, 16, 8, 8).to(memory_format=LAST))
+    assert seen == [1]
+
+
 @pytest.mark.parametrize("part", ["residual", "shortcut"])
 @pytest.mark.parametrize("training", [False, True])
 def test_who_watches_a_side_of_the_addition_sees_it(part, training):
@@ -176,7 +184,13 @@ def unfit(name, dtype=torch.bfloat16):
     elif name == "sides that differ":
         layer = nn.Conv2d(32, 16, (3, 5), padding=(1, 2), bias=False)
     elif name == "4x4":
-        layer = conv(32, 16, 4)
+        layer = conv(32, 16, 4, 2)
+    elif name == "5x5":
+        layer = conv(32, 16, 5)
+    elif name == "other inputs":
+        layer = conv(16, 16, 1)
+    elif name == "BN of another tensor":
+        norm = nn.BatchNorm2d(16)
     elif name == "dilated":
         layer = nn.Conv2d(32, 16, 3, padding=1, dilation=2, bias=False)
     elif name == "without BN, and pixels that no output sees":
@@ -201,9 +215,9 @@ def unfit(name, dtype=torch.bfloat16):
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("name", [
     "another type", "channels first", "no image", "no batch", "strides that differ",
-    "sides that differ", "4x4", "dilated", "without BN, and pixels that no output sees",
-    "with a bias", "without a border", "odd outputs", "grouped",
-    "weights of bf16", "too many weights", "a 3x3 of too many weights",
+    "sides that differ", "4x4", "5x5", "other inputs", "BN of another tensor", "dilated",
+    "without BN, and pixels that no output sees", "with a bias", "without a border",
+    "odd outputs", "grouped", "weights of bf16", "too many weights", "a 3x3 of too many weights",
 ])  # fmt: skip
 def test_what_does_not_fit(name, dtype):
     mixed = dtype == torch.bfloat16
@@ -232,11 +246,28 @@ def test_threads_take_whole_images_of_a_3x3(stride, threads, dtype):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_an_image_that_takes_much_memory_is_pytorchs(stride):
-    norm, layer = nn.BatchNorm2d(32), conv(32, 16, 3, stride).to(memory_format=LAST)
+@pytest.mark.parametrize("stride, outputs", [(1, 16), (2, 16), (2, 256)])
+def test_an_image_that_takes_much_memory_is_pytorchs(stride, outputs):
+    norm, layer = nn.BatchNorm2d(32), conv(32, outputs, 3, stride).to(memory_format=LAST)
     x = torch.empty(1, 32, 720, 720).to(memory_format=LAST)
     assert joins(x, norm, layer) and not joins(x.repeat(1, 1, 1, 2), norm, layer)
+
+
+def test_a_strided_sum_is_recomputed_as_it_was():
+    norm, layer = nn.BatchNorm2d(32), conv(32, 16, 3, 2).to(memory_format=LAST)
+    x, plus = bf16(2, 32, 8, 8).requires_grad_(), bf16(2, 16, 4, 4).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16), forgetting():
+        y, _ = bn_relu_conv(x, plus, norm, True, layer)
+    again = made_again(y)
+    assert again is not None and torch.equal(again(), y)
+
+
+def test_on_a_gpu_other_strides_and_sizes_are_pytorchs():
+    triton_joined = pytest.importorskip("resnetv2_cli.triton_joined")
+    x = bf16(2, 32, 8, 8)
+    for kernel, stride in ((1, 1), (3, 1), (3, 2), (1, 2), (5, 1)):
+        fits = triton_joined.joins(x, None, conv(32, 32, kernel, stride))
+        assert fits == (kernel < 5 and stride == 1)
 
 
 def branch():
