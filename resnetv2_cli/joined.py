@@ -176,12 +176,17 @@ def _forward(
     if x.is_cuda:
         return _on_gpu().forward(x, plus, w, saved, own, numbers, again)
     threads = torch.get_num_threads()
-    sides = [(side - 1) // stride + 1 for side in x.shape[2:]]
-    y = torch.empty(len(x), len(w), *sides, dtype=x.dtype, device=x.device, memory_format=LAST)
+    shape = _shape(x, w, stride)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAST)
     sums = torch.empty(threads, 2, x.shape[1], dtype=torch.float64)
     tensors = [x, plus, y, *own[:2], w, *own[2:], saved, sums]
     _call("forward", tensors, x, w, stride, *numbers, threads, again)
     return y
+
+
+def _shape(x: Tensor, w: Tensor, stride: int) -> tuple[int, ...]:
+    """The shape of y."""
+    return len(x), len(w), *((side - 1) // stride + 1 for side in x.shape[2:])
 
 
 def _call(
@@ -288,8 +293,7 @@ def bn_relu_conv(
     """
     stride = conv.stride[0]
     if plus is not None:
-        sides = [(side - 1) // stride + 1 for side in x.shape[2:]]
-        plus = spread(plus, (len(x), conv.out_channels, *sides))
+        plus = spread(plus, _shape(x, conv.weight, stride))
     if norm is None:
         return _Joined.apply(x, plus, None, None, conv.weight, None, relu, stride)
     if not norm.training:

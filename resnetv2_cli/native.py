@@ -32,7 +32,7 @@ NAMES += ["patches", "patches_float"]
 SOURCES = [HERE / f"{name}.c" for name in NAMES]
 CPUS = Path("/proc/cpuinfo")
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
-PATIENCE = 120.0  # seconds that compiling may take; it takes five
+PATIENCE = 120.0  # seconds that compiling may take; it takes three to eight
 KINDS = ("bf16", "float")
 INT64, DOUBLE, INT = ctypes.c_int64, ctypes.c_double, ctypes.c_int
 ARGUMENTS: dict[str, tuple[int, list[Any]]] = {  # of each function: pointers, then numbers
@@ -41,8 +41,9 @@ ARGUMENTS: dict[str, tuple[int, list[Any]]] = {  # of each function: pointers, t
     "backward": (9, [INT64] * 2 + [INT] * 2),
 }
 ARGUMENTS = {f"{name}_{kind}": row for name, row in ARGUMENTS.items() for kind in KINDS}
-SIZES = {"pointwise": 5, "conv3x3": 5, "winograd": 5, "patches": 7}  # which their first numbers are
-PRODUCTS: dict[str, tuple[int, list[Any]]] = {  # the same for products.h; some processors have none
+SIZES = {"pointwise": 5, "conv3x3": 5, "winograd": 5, "patches": 7}  # numbers
+# The same for products.h, which some processors have not; the first of their numbers are SIZES.
+PRODUCTS: dict[str, tuple[int, list[Any]]] = {
     "forward": (11, [DOUBLE] * 2 + [INT] * 2),
     "backward": (12, [INT] * 2),
 }

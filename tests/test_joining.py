@@ -251,6 +251,9 @@ def test_an_image_that_takes_much_memory_is_pytorchs(stride, outputs):
     norm, layer = nn.BatchNorm2d(32), conv(32, outputs, 3, stride).to(memory_format=LAST)
     x = torch.empty(1, 32, 720, 720).to(memory_format=LAST)
     assert joins(x, norm, layer) and not joins(x.repeat(1, 1, 1, 2), norm, layer)
+    larger = conv(32, 16, 7, 2).to(memory_format=LAST)  # with a wider border
+    assert joins(x[:, :, 4:, 4:].clone(memory_format=LAST), norm, larger)
+    assert not joins(x, norm, larger)
 
 
 def test_a_strided_sum_is_recomputed_as_it_was():
