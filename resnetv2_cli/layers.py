@@ -172,21 +172,37 @@ def activation(order: str, channels: int) -> Activation:
 SEQUENCES = (nn.Sequential, Activation, Branch)
 
 
+def channels_last(x: Tensor) -> bool:
+    """Whether the channels of a pixel are neighbors in memory: (N, C, H, W)."""
+    return x.stride(1) == 1
+
+
+def differentiates(x: Tensor) -> bool:
+    """Whether autograd will differentiate what is now made of x. ``torch.compile`` does so itself,
+    in layouts of its own; a function with a ``jvp`` would end its graph."""
+    return torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
+
+
 class _KeepLayout(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.layout = layout(x)
+    def forward(x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.last = channels_last(inputs[0])
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous(memory_format=ctx.layout)
+        if not ctx.last:
+            return grad.contiguous()
+        return grad.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
-
-def layout(x: Tensor) -> torch.memory_format:
-    """The memory layout of x: (N, C, H, W)."""
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor) -> Tensor:
+        return dx.view_as(dx)
 
 
 def keep_layout(x: Tensor) -> Tensor:
@@ -198,24 +214,34 @@ def keep_layout(x: Tensor) -> Tensor:
 
     Shape: (N, C, H, W) -> (N, C, H, W).
     """
-    return _KeepLayout.apply(x) if torch.is_grad_enabled() and x.requires_grad else x
+    return _KeepLayout.apply(x) if differentiates(x) else x
 
 
 class _ZeroPad(torch.autograd.Function):
     """Its gradient has the layout of x, as in ``keep_layout``, and is written once."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stride: int, extra: int) -> Tensor:
-        ctx.shape, ctx.layout, ctx.stride = x.shape, layout(x), stride
+    def forward(x: Tensor, stride: int, extra: int) -> Tensor:
         return padded(x, stride, extra)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+        x, ctx.stride, ctx.extra = inputs
+        ctx.shape, ctx.last = x.shape, channels_last(x)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        dx = torch.empty(
-            ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.layout
-        ).zero_()
-        dx[:, : grad.shape[1], :: ctx.stride, :: ctx.stride] = grad[:, : ctx.shape[1]]
+        n, c, h, w = ctx.shape
+        dx = grad.new_zeros((n, h, w, c) if ctx.last else ctx.shape)
+        dx = dx.permute(0, 3, 1, 2) if ctx.last else dx
+        dx[:, : grad.shape[1], :: ctx.stride, :: ctx.stride] = grad[:, :c]
         return dx, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
+        return padded(dx, ctx.stride, ctx.extra)
 
 
 def padded(x: Tensor, stride: int, extra: int) -> Tensor:
@@ -234,8 +260,7 @@ class ZeroPad(nn.Module):
         self.stride, self.extra = stride, c_out - c_in
 
     def forward(self, x: Tensor) -> Tensor:
-        learns = torch.is_grad_enabled() and x.requires_grad
-        return (_ZeroPad.apply if learns else padded)(x, self.stride, self.extra)
+        return (_ZeroPad.apply if differentiates(x) else padded)(x, self.stride, self.extra)
 
 
 def numbered(name: str, modules: Iterable[nn.Module]) -> nn.Sequential:

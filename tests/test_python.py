@@ -20,9 +20,10 @@ def test_the_scripts_of_the_page_run_and_print(trained, tmp_path, monkeypatch):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(script, names)
         said.append(out.getvalue().splitlines()[-1])
-    alike, shape, trained_on = said
+    alike, shape, kernel, trained_on = said
     assert re.fullmatch(r"\['(\d)', '\1'\]", alike)
     assert shape == "torch.Size([2, 100])"
+    assert kernel == "torch.Size([4, 4])"
     error, kept = re.fullmatch(r"(.*) % of 360 images (.*)", trained_on).groups()
     values = names["trainer"].callback_metrics
     assert {"val_error", "val_top5_error", "val_loss"} == values.keys()
