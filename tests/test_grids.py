@@ -110,6 +110,25 @@ def test_a_file_has_the_recipe_of_all_rows(tmp_path):
     assert [(e.steps, e.epochs) for e in lengths] == [(4, None), (5, None)]
 
 
+def test_a_file_names_a_shortcut_and_its_settings(tmp_path):
+    """For rows that differ in something else."""
+    file = tmp_path / "gated.yaml"
+    file.write_text("unit: original\nshortcut: exclusive-gate\ngate_bias: -7\n")
+    made = planned(tmp_path, "depth=110,56", config=file)
+    assert [line.arms[0].experiment.gate_bias for line in made.lines] == [-7, -7]
+    assert [line.row.published for line in made.lines] == [9.81, None]
+    by_shortcut = planned(tmp_path, "shortcut=identity,dropout", config=file)
+    assert "gate" not in by_shortcut.title  # of none of these
+
+
+def test_a_setting_of_a_shortcut_that_no_row_has_is_refused(tmp_path):
+    [study] = studies.studies(tables=[2])
+    with pytest.raises(UserError, match="no row has a shortcut with --gate-bias"):
+        planning.plan(study, 1, {"gate_bias": -3.0}, tmp_path)
+    with pytest.raises(UserError, match="identity has no setting 'gate_bias'"):
+        planned(tmp_path, "shortcut=identity,exclusive-gate", "gate_bias=-6,-7")
+
+
 def test_a_grid_has_one_length():
     with pytest.raises(UserError, match="steps and epochs are both the length"):
         studies.studies(grid=["steps=100,200", "epochs=1"])
@@ -171,7 +190,7 @@ def test_a_shortcut_whose_file_has_changed_is_another_run(tmp_path, monkeypatch)
         (("unit=original", "shortcut=exclusive-gate"), {}, [8.70]),  # its default b_g is -6
         (("unit=original", "shortcut=exclusive-gate", "gate_bias=-7"), {}, [9.81]),
         (("unit=original", "shortcut=exclusive-gate"), {"gate_bias": -7.0}, [9.81]),
-        (("unit=original", "shortcut=identity,dropout"), {"gate_bias": -7.0}, [6.61, "fail"]),
+        (("unit=original", "shortcut=identity,dropout"), {"dropout_ratio": 0.5}, [6.61, "fail"]),
         (("unit=original", "shortcut=constant-scale"), {}, ["fail"]),  # scales of 0.5 and 1
         (("unit=original", "drops=0.5,0.75/0.5"), {}, [6.61, None]),
         (("unit=original", "weights=a.ckpt", "weights_sha256=" + 64 * "a"), {}, []),

@@ -12,7 +12,7 @@ from resnetv2_cli.ablation.studies import LENGTH, SCALES, Study, length, paper_r
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.paper import PaperTable
+from resnetv2_cli.paper import PaperTable, Row
 from resnetv2_cli.recipes import asked_for
 
 PROTOCOLS = {
@@ -39,53 +39,73 @@ def plan(
         UserError: a setting does not fit a row, two rows would be the same run, or the file does
             not exist or has no settings.
     """
-    settled = {*given, *PROTOCOLS[protocol]}
-    if settled & LENGTH:  # either overrides both, so an axis of them would change names only
-        settled |= LENGTH
-    if twice := sorted(study.varied & settled):
-        name = twice[0].replace("_", "-")
-        if study.axes:
-            raise UserError(f"{name} is an axis of the grid", "give it only there")
-        table = study.table.title.partition(":")[0]
-        hint = f"leave rows out with --row, or make some of your own: --grid {name}=..."
-        raise UserError(f"rows of {table} have a {name} of their own", hint)
+    refuse_varied(study, {*given, *PROTOCOLS[protocol]})
     flags, given = given, beside(study, config, given)
+    given = meant(study, flags, given)
     changed = {k: v for k, v in given.items() if k not in HARMLESS}
-    asked = {row.name: row.settings for row in study.table.rows}
-    study = study.at(scale)
+    scaled = study.at(scale)
     first = given.get("seed", 0)
     lines = []
-    for row in study.table.rows:
-        settings = {**study.table.base, **row.settings, **PROTOCOLS[protocol]}
+    for asked, row in zip(study.table.rows, scaled.table.rows, strict=True):
+        settings = settings_of(row, scaled, given, scale, protocol)
         origins = (
-            dict.fromkeys(study.table.base, f"recipe of {study.name}, scale {scale}")
-            | dict.fromkeys(row.settings, f"row {row.name!r} of {study.name}")
+            dict.fromkeys(scaled.table.base, f"recipe of {scaled.name}, scale {scale}")
+            | dict.fromkeys(row.settings, f"row {row.name!r} of {scaled.name}")
             | dict.fromkeys(PROTOCOLS[protocol], f"protocol {protocol}")
             | dict.fromkeys(given, f"file {config}")
             | dict.fromkeys(flags, "flag of ablate")
-            | {"seed": "ablate --runs"}
         )
-        if LENGTH & {*given}:
-            settings = {k: v for k, v in settings.items() if k not in LENGTH}
-        settings |= fitting(given, settings.get("shortcut", "identity"))
-        settings |= warmed(scale, settings, {*given, *study.axes})
-        kept = {k: v for k, v in origins.items() if k in settings or k == "seed"}
+        kept = {k: v for k, v in origins.items() if k in settings} | {"seed": "ablate --runs"}
         arms = [
             Arm.of(row.name, Experiment(**{**settings, "seed": seed}), root, kept, row.tested)
             for seed in range(first, first + runs)
         ]
-        if study.axes:
-            shortcut = row.settings.get("shortcut", "identity")
-            other = {k: v for k, v in asked[row.name].items() if k not in HARMLESS}
-            if known := paper_row(other | fitting(changed, shortcut), row.tested):
-                row = replace(row, published=known.published, top5=known.top5)
         check_held_out(arms[0].experiment)
+        if study.axes:
+            row = beside_paper(row, asked.settings | fitting(changed, asked.settings | changed))
         lines.append(Line(row, arms))
     refuse_twins(lines)
     comparable = scale == protocol == "paper" and not changed
-    title = titled(study.table, scale, protocol, changed)
-    study = replace(study, name=named(study.name, lines, root))
-    return Ablation(study, lines, root, title, scale, protocol, comparable)
+    title = titled(scaled.table, scale, protocol, changed)
+    found = replace(scaled, name=named(scaled.name, lines, root))
+    return Ablation(found, lines, root, title, scale, protocol, comparable)
+
+
+def refuse_varied(study: Study, settled: set[str]) -> None:
+    """Refuse to settle for all rows what makes them differ.
+
+    Raises:
+        UserError: a setting is an axis of the grid, or named by rows of the table.
+    """
+    if settled & LENGTH:  # either overrides both, so an axis of them would change names only
+        settled |= LENGTH
+    if not (twice := sorted(study.varied & settled)):
+        return
+    name = twice[0].replace("_", "-")
+    if study.axes:
+        raise UserError(f"{name} is an axis of the grid", "give it only there")
+    table = study.table.title.partition(":")[0]
+    hint = f"leave rows out with --row, or make some of your own: --grid {name}=..."
+    raise UserError(f"rows of {table} have a {name} of their own", hint)
+
+
+def settings_of(
+    row: Row, study: Study, given: Mapping[str, Any], scale: str, protocol: str
+) -> dict[str, Any]:
+    """The settings of a row's runs: the table's, the row's and the protocol's, then those that are
+    given for all rows."""
+    settings = {**study.table.base, **row.settings, **PROTOCOLS[protocol]}
+    if LENGTH & {*given}:
+        settings = {k: v for k, v in settings.items() if k not in LENGTH}
+    settings |= fitting(given, settings | given)
+    return settings | warmed(scale, settings, {*given, *study.axes})
+
+
+def beside_paper(row: Row, settings: Mapping[str, Any]) -> Row:
+    """A row of a grid with the paper's errors for these settings, if it has them."""
+    asked = {k: v for k, v in settings.items() if k not in HARMLESS}
+    known = paper_row(asked, row.tested)
+    return replace(row, published=known.published, top5=known.top5) if known else row
 
 
 def beside(study: Study, config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,11 +165,27 @@ def titled(table: PaperTable, scale: str, protocol: str, changed: Mapping[str, A
     return "\n".join(parts)
 
 
-def fitting(given: Mapping[str, Any], shortcut: str) -> dict[str, Any]:
-    """The settings without those of other shortcuts: a gate's bias means nothing to identity."""
+def fitting(given: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given, without settings of other shortcuts than that of the ``whole``: a gate's bias
+    means nothing to identity."""
     known = plans.shortcuts()
-    if shortcut not in known:
+    row = known.get(whole.get("shortcut", "identity"))
+    if row is None:  # of the user's own, which may have any of them
         return dict(given)
-    others = {name for row in known.values() for name in row.settings}
-    others -= set(known[shortcut].settings)
+    others = {name for other in known.values() for name in other.settings} - {*row.settings}
     return {k: v for k, v in given.items() if k not in others}
+
+
+def meant(study: Study, flags: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given settings without those of shortcuts that no row has. A file may have them, as it
+    may be that of a run.
+
+    Raises:
+        UserError: a flag sets one.
+    """
+    rows = [{**study.table.base, **row.settings, **given} for row in study.table.rows]
+    used = {name for row in rows for name in fitting(given, row)}
+    if moot := sorted(flags.keys() - used):
+        name = moot[0].replace("_", "-")
+        raise UserError(f"no row has a shortcut with --{name}", "resnetv2 list shows who has it")
+    return {k: v for k, v in given.items() if k in used}
