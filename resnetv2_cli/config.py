@@ -1,5 +1,6 @@
 """One experiment, complete and checked."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -10,7 +11,7 @@ from resnetv2_cli import plans
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.options import OF_FILES, PAPER_STEPS, PAPER_WARMUP, Options
-from resnetv2_cli.recipes import made
+from resnetv2_cli.recipes import asked_for, made
 from resnetv2_cli.settings import checked, shares
 from resnetv2_cli.weightfile import find, sha256
 
@@ -144,6 +145,16 @@ class Experiment(Options):
             said = f"the warm-up of {self.warmup} is longer than the {steps} iterations"
             raise UserError(said, "give a shorter --warmup with shorter training")
         return replace(self, steps=steps, epochs=None)
+
+    @classmethod
+    def asked(cls, path: Path | str | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that a config file, if there is one, and ``overrides`` have: those that are
+        not left at their defaults.
+
+        Raises:
+            UserError: as ``load``, unless it is a value that is wrong.
+        """
+        return asked_for(path, overrides, [f.name for f in fields(cls)])
 
     @classmethod
     def load(cls, path: Path | str | None = None, /, **overrides: Any) -> Self:

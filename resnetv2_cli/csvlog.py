@@ -23,8 +23,7 @@ class CSVMetrics(Logger):
         super().__init__()
         self.path, self.columns = path, columns
         self.waiting = ""
-        # A run that was killed after its last evaluation repeats it, and would log it twice.
-        self.newest = self.lines()[-1]
+        self.newest = ""  # the last line: an evaluation that a continued run repeats is one line
 
     @property
     def name(self) -> str:

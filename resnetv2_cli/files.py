@@ -91,10 +91,11 @@ def name_too(path: Path, other: Path) -> None:
     beside.unlink(missing_ok=True)
     try:
         os.link(path, beside)
-        os.replace(beside, other)
     except OSError:
         with path.open("rb") as source, replacing(other) as copy:
             shutil.copyfileobj(source, copy, CHUNK)
+    else:
+        os.replace(beside, other)
 
 
 class Sealing:

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.data.augment import Normalize
-from resnetv2_cli.data.folder import MIDDLE, NAMES, Folder, FolderImages, below, is_image, left_out
+from resnetv2_cli.data.folder import MIDDLE, NAMES, Folder, FolderImages, below, left_out
 from resnetv2_cli.data.module import at_a_time, view_of
-from resnetv2_cli.data.picture import BROKEN, FORMATS, Unreadable
+from resnetv2_cli.data.picture import BROKEN, FORMATS, Unreadable, is_image
 from resnetv2_cli.data.protocols import View
 from resnetv2_cli.data.shards import Member
 from resnetv2_cli.data.workers import decoded_by

@@ -2,7 +2,6 @@
 often the test set was read, and every time it was continued."""
 
 import hashlib
-import json
 import math
 import os
 import platform
@@ -14,7 +13,7 @@ import tokenize
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +26,6 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.locks import in_turn
 from resnetv2_cli.plans import OWN
-from resnetv2_cli.recipes import asked_for
 
 if TYPE_CHECKING:  # code that only reads manifests does not wait for its import
     import torch
@@ -114,11 +112,11 @@ def origins(path: Path | str | None, overrides: Mapping[str, Any]) -> dict[str, 
 
     An ablation saves the origins of a config's settings beside the config.
     """
-    asked = asked_for(path, overrides, [f.name for f in fields(Experiment)])
+    asked = Experiment.asked(path, overrides)
     given = dict.fromkeys(asked, f"file {path}")
     beside = Path(path).with_suffix(ORIGINS) if path else None
     if beside and beside.is_file():
-        given = json.loads(beside.read_bytes())
+        given = {k: str(origin) for k, origin in jsonfile.mapping(beside).items()} or given
         for one, other in (("epochs", "steps"), ("steps", "epochs")):
             if one in overrides:
                 given.pop(other, None)
@@ -194,10 +192,11 @@ def code(experiment: Experiment) -> dict[str, Any]:
     digest = hashlib.sha256()
     for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in SOURCE):
         digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
-    diff = git("diff", "HEAD", "--", ".") if commit() else ""
+    at = commit()
+    diff = git("diff", "HEAD", "--", ".") if at else ""
     made: dict[str, Any] = {
         "version": __version__,
-        "commit": commit(),
+        "commit": at,
         "source_sha256": digest.hexdigest(),
         "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
         "diff": diff if len(diff) <= LONGEST_DIFF else f"{len(diff)} characters, not kept",

@@ -291,6 +291,16 @@ def shortcuts() -> dict[str, ShortcutRow]:
     return found
 
 
+def of_shortcut(shortcut: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given settings without those of other shortcuts: a gate's bias means nothing to
+    identity. One of the user's own may have any of them."""
+    known = shortcuts()
+    if shortcut not in known:
+        return dict(given)
+    others = {name for row in known.values() for name in row.settings}
+    return {k: v for k, v in given.items() if k not in others - {*known[shortcut].settings}}
+
+
 def check_settings(shortcut: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Refuse settings that a shortcut would silently ignore.
 

@@ -9,15 +9,17 @@ from resnetv2_cli.files import expanded
 
 
 def find(path: Path) -> Path:
-    """The checkpoint at ``path``: a file, or the best or else last of a run folder; expands ``~``.
+    """The checkpoint at ``path``: a file, or the best or else last of a run's folder
+    or its ``checkpoints``; expands ``~``.
 
     Raises:
         UserError: there is none.
     """
     path = expanded(path)
     if path.is_dir():
-        names = ["checkpoints/best.ckpt", "checkpoints/last.ckpt", "last.ckpt"]
-        path = next((path / n for n in names if (path / n).is_file()), path / names[1])
+        places = [path / "checkpoints", path]
+        files = [place / f"{name}.ckpt" for place in places for name in ("best", "last")]
+        path = next((file for file in files if file.is_file()), files[1])
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}", "name a .ckpt file or a run folder")
     return path

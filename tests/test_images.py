@@ -1,6 +1,9 @@
 """Small images: read correctly from every layout, and cached; one clear error for damaged ones."""
 
 import shutil
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -151,6 +154,7 @@ def test_who_has_no_home_reads_images_each_time(small, tmp_path, homeless):
     "damage, message",
     [
         (lambda r: shutil.rmtree(r / "test"), "half of cifar10 is missing: there is no .*test"),
+        (lambda r: [shutil.rmtree(p) for p in r.glob("t*/*")], "train lacks 10 of its classes"),
         (lambda r: shutil.rmtree(r / "train" / "cat"), r"train lacks 1 of its classes \(cat\)"),
         (lambda r: (r / "train/cat/0.png").unlink(), "train/cat has 4 images, others 5"),
         (lambda r: (r / "test/dog/1.png").write_bytes(b"no"), "cannot read the image .*dog.1.png"),
@@ -162,10 +166,40 @@ def test_who_has_no_home_reads_images_each_time(small, tmp_path, homeless):
     ],
 )
 def test_a_damaged_copy_is_one_clear_error(small, tmp_path, damage, message):
-    root = write_tree(tmp_path / "a", small)
+    root = write_tree(tmp_path / "cifar10", small)
     damage(root)
     with pytest.raises(UserError, match=message):
-        images.load("cifar10", root)
+        images.load("cifar10", tmp_path)
+
+
+def test_files_of_other_programs_are_no_images(small, tmp_path):
+    """As among photographs; macOS writes them on every other filesystem."""
+    root = write_tree(tmp_path / "a", small)
+    whole = images.load("cifar10", root).digest
+    for file in [*root.rglob("0.png")]:
+        file.with_name("._0.png").write_bytes(b"of macOS")
+    assert images.load("cifar10", root).digest == whole
+    for file in [*root.rglob("[0-9].png")]:
+        Image.open(file).save(file.with_suffix(".bmp"))
+        file.unlink()
+    assert images.load("cifar10", root).digest == whole
+    archives = write_zips(tmp_path / "b", small)
+    with zipfile.ZipFile(next(archives.rglob("*.zip")), "a") as archive:
+        archive.writestr("train/cat/._0.png", b"of macOS")
+    assert images.load("cifar10", archives).digest == whole
+
+
+def test_of_processes_that_start_together_one_decodes(small, tmp_path, monkeypatch):
+    root, calls, read = write_tree(tmp_path / "a", small), [], images.from_files
+
+    def slow(*given):
+        calls.append(time.sleep(0.3))
+        return read(*given)
+
+    monkeypatch.setattr(images, "from_files", slow)
+    with ThreadPoolExecutor(3) as pool:
+        digests = {made.digest for made in pool.map(images.load, ["cifar10"] * 3, [root] * 3)}
+    assert len(calls) == len(digests) == 1
 
 
 def test_the_digits_are_kept_and_then_need_no_scikit_learn(tmp_path, monkeypatch):

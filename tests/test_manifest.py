@@ -39,6 +39,9 @@ def test_the_manifest_knows_where_values_came_from(tmp_path):
     config.with_suffix(ORIGINS).write_text(json.dumps({"depth": row, "epochs": row}))
     assert origins(config, {}) == {"depth": row, "epochs": row}
     assert origins(config, {"steps": 3}) == {"depth": row, "steps": "flag"}
+    for damaged in ("{", "[1]"):
+        config.with_suffix(ORIGINS).write_text(damaged)
+        assert origins(config, {}).keys() == {*keys, "pad", "weights", "weights_sha256"}
 
 
 def test_the_manifest_counts_how_often_the_test_set_was_read(whole, tmp_path):

@@ -1,11 +1,13 @@
 """An ablation's record for reports: no other ablation overwrites it; the same one continues it."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import REPOSITORY, two_rows
 
 from resnetv2_cli.ablation import planning, record, studies, tables
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.inventory import look
 
 LONG = "depth=20,32,44,56,110 unit=original,bn-after-add,relu-before-add shortcut={}"
@@ -100,3 +102,24 @@ def test_a_damaged_record_is_written_anew(tmp_path, text):
     made.file.write_text(text)
     record.write(two_rows(tmp_path))
     assert len(look([tmp_path]).ablations) == 1
+
+
+def test_a_record_of_rows_without_runs_is_one_clear_error(tmp_path):
+    made = two_rows(tmp_path)
+    record.write(made)
+    said = json.loads(made.file.read_text())
+    said["rows"][0]["arms"] = []
+    made.file.write_text(json.dumps(said))
+    with pytest.raises(UserError, match="is not what an ablation leaves: .*identity has no runs"):
+        record.read(made.file)
+
+
+def test_ablations_of_one_folder_write_their_record_in_turn(tmp_path):
+    made = [two_rows(tmp_path, 1, {"seed": seed}) for seed in range(2)]
+    for ablation in made:
+        for line in ablation.lines:
+            line.arms[0].config.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(50):
+            list(pool.map(record.write, made))
+    assert record.read(made[0].file)

@@ -163,6 +163,15 @@ def test_where_a_file_has_one_name_alone_another_is_a_copy(tmp_path, monkeypatch
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_file_whose_other_name_cannot_be_taken_stays_whole(tmp_path):
+    path, other = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    path.write_text("the only one")
+    other.mkdir()
+    with pytest.raises(OSError):
+        files.name_too(path, other)
+    assert path.read_text() == "the only one"
+
+
 def test_a_copy_that_the_disk_is_too_full_for_is_named_and_leaves_nothing(
     tmp_path, monkeypatch, full
 ):

@@ -1,7 +1,7 @@
 """The runs of a study: rows, settings and seeds; refused where a row is not what its name says."""
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.paper import PaperTable, Row
-from resnetv2_cli.recipes import asked_for
 
 PROTOCOLS = {
     "paper": {},  # 50k training images, test error of the last iteration
@@ -62,7 +61,8 @@ def plan(
         ]
         check_held_out(arms[0].experiment)
         if study.axes:
-            row = beside_paper(row, asked.settings | fitting(changed, asked.settings | changed))
+            shortcut = arms[0].experiment.shortcut
+            row = beside_paper(row, asked.settings | plans.of_shortcut(shortcut, changed))
         lines.append(Line(row, arms))
     refuse_twins(lines)
     comparable = scale == protocol == "paper" and not changed
@@ -97,7 +97,8 @@ def settings_of(
     settings = {**study.table.base, **row.settings, **PROTOCOLS[protocol]}
     if LENGTH & {*given}:
         settings = {k: v for k, v in settings.items() if k not in LENGTH}
-    settings |= fitting(given, settings | given)
+    shortcut = {**settings, **given}.get("shortcut", "identity")
+    settings |= plans.of_shortcut(shortcut, given)
     return settings | warmed(scale, settings, {*given, *study.axes})
 
 
@@ -114,7 +115,7 @@ def beside(study: Study, config: Path | None, given: Mapping[str, Any]) -> dict[
     Raises:
         UserError: the file does not exist or has no settings.
     """
-    asked = asked_for(config, given, [f.name for f in fields(Experiment)])
+    asked = Experiment.asked(config, given)
     differ = study.varied | (LENGTH if LENGTH & {*study.axes} else set())
     return {k: v for k, v in asked.items() if k in given or k not in differ} | {**given}
 
@@ -165,17 +166,6 @@ def titled(table: PaperTable, scale: str, protocol: str, changed: Mapping[str, A
     return "\n".join(parts)
 
 
-def fitting(given: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given, without settings of other shortcuts than that of the ``whole``: a gate's bias
-    means nothing to identity."""
-    known = plans.shortcuts()
-    row = known.get(whole.get("shortcut", "identity"))
-    if row is None:  # of the user's own, which may have any of them
-        return dict(given)
-    others = {name for other in known.values() for name in other.settings} - {*row.settings}
-    return {k: v for k, v in given.items() if k not in others}
-
-
 def meant(study: Study, flags: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The given settings without those of shortcuts that no row has. A file may have them, as it
     may be that of a run.
@@ -184,7 +174,8 @@ def meant(study: Study, flags: Mapping[str, Any], given: Mapping[str, Any]) -> d
         UserError: a flag sets one.
     """
     rows = [{**study.table.base, **row.settings, **given} for row in study.table.rows]
-    used = {name for row in rows for name in fitting(given, row)}
+    names = {row.get("shortcut", "identity") for row in rows}
+    used = {setting for name in names for setting in plans.of_shortcut(name, given)}
     if moot := sorted(flags.keys() - used):
         name = moot[0].replace("_", "-")
         raise UserError(f"no row has a shortcut with --{name}", "resnetv2 list shows who has it")

@@ -14,14 +14,20 @@ from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.jsonfile import is_number
+from resnetv2_cli.locks import in_turn
 from resnetv2_cli.paper import FAIL, PaperTable, Row
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.settings import renewed
 
 
 def write(ablation: Ablation) -> None:
-    """Write an ablation's file."""
+    """Write an ablation's file. Another ablation of the same folder may do so too."""
     ablation.root.mkdir(parents=True, exist_ok=True)
+    with in_turn(ablation.root):
+        _write(ablation)
+
+
+def _write(ablation: Ablation) -> None:
     before = recorded(ablation.file)
     rows = [
         {
@@ -110,6 +116,8 @@ def line_of(row: Mapping[str, Any], root: Path) -> Line:
         seed = int(folder.name.removeprefix("s"))
         asked = Experiment(**settings, seed=seed)
         arms.append(Arm(row["name"], asked, folder, tested=tested))
+    if not arms:
+        raise ValueError(f"{row['name']} has no runs")
     return Line(Row(row["name"], published, settings, top5=top5, tested=tested, **kept), arms)
 
 

@@ -59,8 +59,9 @@ class Sweep:
                 command continues.
         """
         deadline = time.monotonic() + self.seconds
-        each = {arm.folder: arm for arm in sorted(arms, key=seed)}.values()
-        waiting = [arm for arm in each if not self.done(arm)]
+        # All rows get their first seed before any gets its second.
+        in_order = sorted(arms, key=lambda arm: arm.experiment.seed)
+        waiting = [arm for arm in in_order if not self.done(arm)]
         before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             while (waiting or self.running) and not self.signal:
@@ -153,11 +154,6 @@ class Sweep:
         while self.running and time.monotonic() < deadline:
             time.sleep(POLL)
             self.collect()
-
-
-def seed(arm: Arm) -> int:
-    """Sort key: all rows get their first seed before any gets its second."""
-    return arm.experiment.seed
 
 
 def reason(arm: Arm, status: int, heard: int = 0) -> str:

@@ -1,14 +1,13 @@
 """The application that every command joins, and the options that several commands share."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from resnetv2_cli import plans
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.recipes import asked_for
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,12 +39,11 @@ def of_weights(config: Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: there are no such weights, or a setting is wrong.
     """
-    asked = asked_for(config, flags, [f.name for f in fields(Experiment)])
+    asked = Experiment.asked(config, flags)
     if not asked.get("weights"):
         return {}
-    from resnetv2_cli.ablation.planning import fitting
     from resnetv2_cli.finetune import network_of
 
     network = network_of(Path(str(asked["weights"])))
     unsaid = {name: value for name, value in network.items() if name not in asked}
-    return fitting(unsaid, str(asked.get("shortcut", network.get("shortcut"))))
+    return plans.of_shortcut(str(asked.get("shortcut", network.get("shortcut"))), unsaid)

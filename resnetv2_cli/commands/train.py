@@ -2,7 +2,6 @@
 
 import os
 import shlex
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,6 @@ from resnetv2_cli.data.protocols import PROTOCOLS
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.flags import of_panels, seconds, with_flags
 from resnetv2_cli.quantities import NONE, TOP
-from resnetv2_cli.recipes import asked_for
 
 
 @app.command(rich_help_panel="Train")
@@ -84,7 +82,7 @@ def train(
             experiment = folder.experiment()
         elif begun:
             folder = RunFolder(begun)
-            asked = asked_for(config, flags, [f.name for f in fields(Experiment)])
+            asked = Experiment.asked(config, flags)
             experiment, changes = continued(folder, asked)
             for change in changes if run.first_process() else []:
                 console.note(str(change))

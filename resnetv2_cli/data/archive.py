@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.locks import left_as_it_was
+from resnetv2_cli.locks import in_turn, left_as_it_was
 
 PLACES = {  # where an official archive is in a folder: unpacked, or as downloaded
     "cifar10": ("cifar-10-batches-py/*_batch*", "cifar-10-python.tar.gz"),
@@ -97,7 +97,9 @@ def packed(name: str, official: Any, root: Path) -> dict[str, bytes]:
 
     try:
         with left_as_it_was(root):
-            download_url(official.url, root, official.filename, official.tgz_md5)
+            root.mkdir(parents=True, exist_ok=True)
+            with in_turn(root):  # another process may be downloading it
+                download_url(official.url, root, official.filename, official.tgz_md5)
         with tarfile.open(root / official.filename) as archive:
             members = [m for m in archive if m.isfile()]
             return {Path(m.name).name: archive.extractfile(m).read() for m in members}  # type: ignore

@@ -18,13 +18,13 @@ from resnetv2_cli.data import colors, picture
 from resnetv2_cli.data.crop import Choose, Rectangle, crops
 from resnetv2_cli.data.images import Split
 from resnetv2_cli.data.order import FILES, STREAMS, generator
+from resnetv2_cli.data.picture import is_image
 from resnetv2_cli.data.protocols import TRAINED, View
 from resnetv2_cli.data.shards import BEGUN, Member, index_of, read_index
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.telling import Tell, silent
 
-SUFFIXES = set[str]().union(*picture.FORMATS.values())
-NAMES = f"image names end in {', '.join(sorted(SUFFIXES))}"
+NAMES = f"image names end in {', '.join(sorted(picture.SUFFIXES))}"
 CHECK = "resnetv2 data check lists all files that cannot be read"
 SHORTER = (256, 480)  # pixels: range of the random shorter side ("scale" of Table 5, from [1])
 DRAWS = 40  # random numbers for a training crop: four for each of ten tries
@@ -67,11 +67,6 @@ def below(place: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
             yield path
         elif path.resolve() not in above:
             yield from below(path, above)
-
-
-def is_image(path: Path) -> bool:
-    """Whether a file is an image, by its suffix."""
-    return path.suffix.lower() in SUFFIXES
 
 
 def images_in(place: Path) -> list[Path]:

@@ -7,7 +7,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,12 +20,12 @@ from PIL import Image
 from resnetv2_cli.data import archive, picture
 from resnetv2_cli.data.catalog import DATASETS, SIZE, Dataset
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.files import PARTIAL, cache
+from resnetv2_cli.files import cache, replacing
+from resnetv2_cli.locks import in_turn
 from resnetv2_cli.telling import Tell, silent
 
 LARGEST = 2**20  # bytes of one image file: an archive member may claim to unpack to any size
 SPLITS = ("train", "test")
-SUFFIXES = {".png", ".webp", ".jpg", ".jpeg"}
 
 
 class Split(NamedTuple):
@@ -105,9 +105,10 @@ def folder_copy(name: str, root: Path) -> list[Path]:
     for place in (root, *(root / n for n in names)):
         halves = [(place / split).is_dir() for split in SPLITS]
         named = any((place / "train" / c).is_dir() for c in DATASETS[name].classes)
-        if all(halves) and named:
+        ours = named or place != root  # else train/ and test/ may be of something else
+        if ours and all(halves):
             return [place]
-        if any(halves) and (named or place != root):
+        if ours and any(halves):
             missing = place / ("test" if halves[0] else "train")
             raise UserError(
                 f"half of {name} is missing: there is no {missing}",
@@ -125,7 +126,7 @@ def tree(places: list[Path]) -> Iterator[File]:
     for place in places:
         if place.is_dir():
             for path in sorted(place.glob("*/*/*")):
-                if path.suffix.lower() in SUFFIXES and path.is_file():
+                if picture.is_image(path) and path.is_file():
                     split, label = path.parts[-3:-1]
                     yield File(str(path), split, label, path.stat().st_size, path.read_bytes)
             continue
@@ -135,7 +136,7 @@ def tree(places: list[Path]) -> Iterator[File]:
             raise UserError(f"cannot read {place}: {error}", "copy the archive again") from None
         for member in packed.infolist():
             parts = member.filename.split("/")
-            if len(parts) == 3 and Path(parts[2]).suffix.lower() in SUFFIXES:
+            if len(parts) == 3 and picture.is_image(Path(parts[2])):
                 name, read = f"{place}:{member.filename}", partial(packed.read, member)
                 yield File(name, parts[0], parts[1], member.file_size, read)
 
@@ -221,18 +222,24 @@ def cached(
     for path in sources:
         stat = path.stat()
         stamp.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    file = folder / f"{name}-{stamp.hexdigest()[:16]}.npz"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    # Another process may be decoding them.
+    with in_turn(folder) if folder.is_dir() else nullcontext():
+        return kept(folder / f"{name}-{stamp.hexdigest()[:16]}.npz", name, read, tell)
+
+
+def kept(file: Path, name: str, read: Callable[[], tuple[Split, Split]], tell: Tell) -> Images:
+    """The images in a file; or the result of ``read``, written to it."""
     try:
-        with np.load(file, allow_pickle=False) as kept:
-            train, test = (Split(kept[f"{s}_images"], kept[f"{s}_labels"]) for s in SPLITS)
-            return Images(train, test, str(kept["digest"]))
+        with np.load(file, allow_pickle=False) as saved:
+            train, test = (Split(saved[f"{s}_images"], saved[f"{s}_labels"]) for s in SPLITS)
+            return Images(train, test, str(saved["digest"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         tell(f"decoding {name}")
     images = finished(*read())
-    partial = file.with_suffix(f".{os.getpid()}{PARTIAL}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as out:
+        with replacing(file) as out:
             np.savez(
                 out,
                 train_images=images.train.images,
@@ -241,11 +248,8 @@ def cached(
                 test_labels=images.test.labels,
                 digest=np.array(images.digest),
             )
-        partial.replace(file)
-        tell(f"{name} is kept in {folder} and will not be decoded again")
+        tell(f"{name} is kept in {file.parent} and will not be decoded again")
     except OSError as error:  # a full or read-only cache costs time, not the run
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         said = error.strerror or error
-        tell(f"{name} cannot be kept in {folder}: {said}; each run decodes it again")
+        tell(f"{name} cannot be kept in {file.parent}: {said}; each run decodes it again")
     return images

@@ -199,11 +199,6 @@ class ImageData(L.LightningDataModule):
         self.root = expanded(experiment.data_dir)
         self._ready = False
 
-    def prepare_data(self) -> None:
-        """Download and decode once, in one process, before the others need the result."""
-        if self.dataset.decoded and not self._ready:
-            images.load(self.experiment.dataset, self.root)
-
     def setup(self, stage: str | None = None) -> None:
         """Read the images.
 

@@ -20,6 +20,8 @@ from resnetv2_cli.errors import UserError
 # knows more formats, among them EPS, which it hands to a PostScript interpreter.
 FORMATS = {"PNG": {".png"}, "JPEG": {".jpg", ".jpeg", ".jfif"}, "WEBP": {".webp"}, "BMP": {".bmp"}}
 
+SUFFIXES = set[str]().union(*FORMATS.values())
+
 # Photographs may have as many pixels as this warns about; Pillow itself refuses twice as many.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -40,6 +42,12 @@ BROKEN = (
     zlib.error,
     Image.DecompressionBombError,
 )
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is an image, by its suffix, and not of another program, by a dot before its
+    name."""
+    return path.suffix.lower() in SUFFIXES and path.name[0] != "."
 
 
 class Unreadable(UserError):

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from resnetv2_cli.data.folder import classes_in, images_in, is_image
+from resnetv2_cli.data.folder import classes_in, images_in
+from resnetv2_cli.data.picture import is_image
 from resnetv2_cli.data.shards import refuse_shards
 from resnetv2_cli.errors import UserError, shown
 

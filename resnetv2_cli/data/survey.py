@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from resnetv2_cli.data import picture
-from resnetv2_cli.data.folder import below, classes_in, images_in, is_image
+from resnetv2_cli.data.folder import below, classes_in, images_in
+from resnetv2_cli.data.picture import is_image
 from resnetv2_cli.data.shards import refuse_shards
 from resnetv2_cli.errors import UserError
 
@@ -59,17 +60,18 @@ class Seen(NamedTuple):
     digest: bytes | None = None
 
 
-def entries(root: Path) -> list[Entry]:
-    """Every file below the splits of a folder, sorted by name.
+def splits_in(root: Path) -> tuple[list[str], list[str]]:
+    """The splits of a folder that training and evaluation read, and those that they do not.
 
     Raises:
         UserError: it has no split, or is a folder of shards.
     """
     refuse_shards(root)
-    places = [root / split for split in SPLITS if (root / split).is_dir()]
-    if not places:
+    there = [split for split in SPLITS if (root / split).is_dir()]
+    if not there:
         raise UserError(f"{root} has no folder train, val or test", "name the folder they are in")
-    return [entry for place in places for entry in entries_in(place)]
+    unread = ["test"] if {"val", "test"} <= set(there) else []
+    return [split for split in there if split not in unread], unread
 
 
 def entries_in(place: Path) -> Iterator[Entry]:
@@ -122,21 +124,19 @@ def named(image: Image.Image) -> str:
 
 
 def survey(root: Path, workers: int, tick: Callable[[int, int], None]) -> dict[str, Any]:
-    """Look at every file, ``workers`` at a time, and return a report of plain values.
+    """Look at every file that is read, ``workers`` at a time; return a report of plain values.
     ``tick(done, all)`` is called as it goes.
 
     Raises:
         UserError: the folder has no split, or is a folder of shards.
     """
-    every = entries(root)
+    read, unread = splits_in(root)
+    every = [entry for split in read for entry in entries_in(root / split)]
     seen = []
     with ThreadPool(workers) as pool:  # decoding releases the GIL
         for found in pool.imap(look, every, chunksize=8):
             seen.append(found)
             tick(len(seen), len(every))
-    places = [split for split in SPLITS if (root / split).is_dir()]
-    unread = ["test"] if {"val", "test"} <= set(places) else []  # by training and evaluation
-    read = [split for split in places if split not in unread]
     images = [s for s in seen if "ignored" not in s.faults]
     faults = {
         kind: [{"file": str(s.entry.path), "why": s.faults[kind]} for s in seen if kind in s.faults]
@@ -144,7 +144,7 @@ def survey(root: Path, workers: int, tick: Callable[[int, int], None]) -> dict[s
     }
     return {
         "folder": str(root),
-        "splits": {split: counted(root / split, images) for split in places},
+        "splits": {split: counted(root / split, images) for split in read},
         "faults": faults,
         "unread": unread,
         "classes": mismatches(root, read),
@@ -201,9 +201,8 @@ def flat(place: Path) -> bool:
 
 
 def without_images(report: dict[str, Any]) -> list[str]:
-    """The splits that are read but have no images in class folders."""
-    splits = report["splits"]
-    return [name for name in splits if name not in report["unread"] and not splits[name]["images"]]
+    """The splits that have no images in class folders."""
+    return [name for name, found in report["splits"].items() if not found["images"]]
 
 
 def serious(report: dict[str, Any]) -> list[str]:

@@ -27,7 +27,7 @@ import torch
 from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli import run
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.data.module import ImageData
+from resnetv2_cli.data import images
 from resnetv2_cli.errors import Stopped, UserError
 from resnetv2_cli.resume import continued
 from resnetv2_cli.runfolder import RunFolder
@@ -194,7 +194,7 @@ def main() -> None:
     given = parser.parse_args()
     moments, began = random.Random(given.seed), time.monotonic()
     made = {"kills": 0, "runs": 0, "exact": 0, "had": Counter(), "wrong": []}
-    ImageData(Experiment.load(**SMALL)).prepare_data()
+    images.load("digits", Path())  # decoded once, before several need it
     root = Path(tempfile.mkdtemp(prefix="resnetv2-kills-"))
     more = {} if given.processes == 1 else {"devices": "2", "accelerator": "cpu"}
     kind = Single if given.processes == 1 else Several
