@@ -36,33 +36,21 @@ def agreed(trainer: Trainer, wish: int) -> int:
     return int(trainer.strategy.reduce(number, reduce_op="max"))
 
 
-def refuse_apart(trainer: Trainer, folder: RunFolder) -> None:
-    """
-    Raises:
-        UserError: in every process, if they begin at different iterations.
-    """
-    first, last = -agreed(trainer, -trainer.global_step), agreed(trainer, trainer.global_step)
-    if first != last:
-        raise UserError(
-            f"some processes begin at iteration {first:,}, others at {last:,}: "
-            f"they do not see the same {folder.path}",
-            "the run's folder must be the same for all of them, on a filesystem that they share",
-        )
-
-
 def refuse_diverged(trainer: Trainer, task: Classification) -> None:
-    """
+    """Refuse to go on with a training that no longer learns.
+
     Raises:
         Diverged: an iteration was not finite and is not to be skipped; too many in a row were
             skipped; or float16's gradients overflow at every loss scale.
     """
-    _, first, in_a_row = (agreed(trainer, n) for n in task.guard.read())
+    _, *found = task.guard.read()
+    first, in_a_row = (agreed(trainer, n) for n in found)
     if task.guard.stop and first >= 0:
         micro = task.experiment.accumulate
         loaded = islice(iter(trainer.datamodule.batches(first)), micro)  # type: ignore[attr-defined]
         batches = map(trainer.strategy.batch_to_device, loaded)
-        found, places = began(task, first, batches, trainer.precision_plugin.forward_context)
-        code = -agreed(trainer, -(len(places) if found is None else found))
+        place, places = began(task, first, batches, trainer.precision_plugin.forward_context)
+        code = -agreed(trainer, -(len(places) if place is None else place))
         what = "gradient" if len(places) // 2 <= code < len(places) else "loss"
         where = places[code] if code < len(places) else ""
         says = f"it began in {where}" if where else "when run again, the iteration was finite"
@@ -78,9 +66,10 @@ def refuse_diverged(trainer: Trainer, task: Classification) -> None:
 
 
 def refuse_infinite(trainer: Trainer, task: Classification) -> None:
-    """
+    """Refuse to evaluate or save a network in which something is not finite.
+
     Raises:
-        Diverged: something in the network is not finite; it is then neither evaluated nor saved.
+        Diverged: there is such a thing.
     """
     refuse_diverged(trainer, task)
     largest = get_total_norm(task.net.parameters(), math.inf)
@@ -234,7 +223,7 @@ class Keeper(Callback):
     ) -> None:
         self.folder, self.experiment, self.metrics, self.tell = folder, experiment, metrics, tell
         self.best = math.inf
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), -1
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -249,9 +238,6 @@ class Keeper(Callback):
             if chosen["global_step"] <= checkpoint["global_step"]:
                 self.best = chosen["callbacks"][self.state_key]["best"]
 
-    def on_train_start(self, trainer: Trainer, task: Classification) -> None:
-        refuse_apart(trainer, self.folder)
-
     def save(self, trainer: Trainer, task: Classification, *, leaving: bool = False) -> None:
         """Replace ``last.ckpt``. ``leaving``: the run ends here.
 
@@ -264,7 +250,8 @@ class Keeper(Callback):
         if self.numbered(trainer.global_step):
             name = f"step-{trainer.global_step:08d}.ckpt"
             names["also"] = [self.folder.checkpoints / name]
-        self.write(trainer, self.folder.last, names, leaving)
+        if self.write(trainer, self.folder.last, names, leaving):
+            self.saved_step = trainer.global_step
         self.saved_at = time.monotonic()
 
     def numbered(self, step: int) -> bool:

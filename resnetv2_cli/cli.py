@@ -191,7 +191,7 @@ def mistake(error: BaseException) -> UserError | None:
     """The user's mistake behind an error that the tool did not raise itself: a wrong command line,
     full memory, or the user's own code; None for any other. An empty message: already reported."""
     if hasattr(error, "format_message"):  # click's, or of typer's copy of click
-        said = error.format_message().rstrip(".")
+        said = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's
         command = context.command_path if (context := getattr(error, "ctx", None)) else "resnetv2"
         return UserError(said[:1].lower() + said[1:], f"{command} --help")
     if memory_full(error):

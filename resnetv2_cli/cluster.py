@@ -66,18 +66,26 @@ def refuse_unfit(strategy: str) -> None:
         raise UserError(f"no strategy is called {shown(strategy)}", "use auto or ddp")
 
 
-def outside() -> ClusterEnvironment | None:
-    """The environment that started this process as one of several; None if it is alone."""
+def started_by() -> ClusterEnvironment | None:
+    """The environment that started this process, perhaps as one of several; None if there is
+    none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice to use srun, wherever it is installed
         for kind in OUTSIDE:
             if kind.detect():
                 try:
                     found = kind()
-                    return found if found.world_size() > 1 else None
+                    found.world_size()  # fails here if at all
+                    return found
                 except (RuntimeError, KeyError, ValueError):  # the Trainer says what is wrong
                     return None
     return None
+
+
+def outside() -> ClusterEnvironment | None:
+    """The environment that started this process as one of several; None if it is alone."""
+    found = started_by()
+    return found if found and found.world_size() > 1 else None
 
 
 def know_rank() -> None:
@@ -89,18 +97,21 @@ def know_rank() -> None:
             del os.environ["LOCAL_RANK"]
 
 
-def refuse_another_number(asked: int) -> None:
-    """Refuse to train in a different number of processes than were started.
+def refuse_another_number(asked: int, nodes: int) -> None:
+    """Refuse to train in a different number of processes than were started, on ``nodes`` machines.
 
     Raises:
-        UserError: the numbers differ: each process would train alone, into the same folder.
+        UserError: the numbers differ: each process would train alone, into the same folder, or
+            wait for others that nobody starts.
     """
-    found = outside()
-    if found and found.world_size() != asked:
+    found = started_by()
+    started = found.world_size() if found else 1
+    if started != asked and (found or nodes > 1):  # else Lightning starts the others
+        many = f"{started} processes were started together" if started > 1 else "1 process is alone"
         raise UserError(
-            f"{found.world_size()} processes were started together, and --devices and --nodes ask "
-            f"for {asked}",
-            "--devices must be the number of processes on each machine, with --strategy ddp",
+            f"{many}, and --devices and --nodes ask for {asked}",
+            "--devices must be the number of processes that torchrun or srun starts on each "
+            "machine, with --strategy ddp",
         )
 
 

@@ -1,6 +1,7 @@
 """Everything the user reads: results on stdout; errors, notes and progress on stderr."""
 
 import csv
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from resnetv2_cli.errors import UserError
 from resnetv2_cli.quantities import NONE
 
 NAME = 43  # a column of names up to this width is not folded
+NUMBER = re.compile(rf"[-+0-9{NONE}]|fail\b|$")  # how the cells of a column of numbers begin
 WORDS = 24  # nor is any other up to this width, and a folded one has at least this width
 
 # No emoji: mine:Key:ratio=4 is a name, not a picture of a key.
@@ -59,7 +61,7 @@ class Column:
 
     def __init__(self, cells: tuple[str, ...], first: bool) -> None:
         self.head = cells[0]
-        self.numbers = not first and all(cell[:1] in f"0123456789+-{NONE}f" for cell in cells[1:])
+        self.numbers = not first and all(map(NUMBER.match, cells[1:]))
         self.width = 3 + max(map(cell_len, cells))
         short = self.width <= (NAME if first else WORDS)
         self.least = self.width if short else max(WORDS, 3 + cell_len(self.head))

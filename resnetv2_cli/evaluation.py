@@ -75,13 +75,13 @@ def excerpt(classes: Sequence[str], others: Sequence[str]) -> str:
 
 
 def manifest_of(checkpoint: Path) -> Manifest | None:
-    """The manifest of the run whose folder holds a checkpoint, in ``checkpoints`` or directly; None
-    if there is no such run: files of other tools are left alone.
+    """The manifest of the run that a checkpoint is in; None if it is in none: files of other tools
+    are left alone.
 
     Raises:
         UserError: it cannot be read.
     """
-    folder = RunFolder.of(checkpoint) or RunFolder(checkpoint.absolute().parent)
+    folder = RunFolder.of(checkpoint)
     return folder.manifest if folder.begun and folder.manifest.read() else None
 
 

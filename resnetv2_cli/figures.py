@@ -5,7 +5,6 @@ from pathlib import Path
 
 from resnetv2_cli.ablation.studies import slug
 from resnetv2_cli.analysis.topics import TOPICS
-from resnetv2_cli.errors import UserError
 from resnetv2_cli.inventory import Analysis, Found
 from resnetv2_cli.plot import COLORS, panels
 
@@ -61,8 +60,7 @@ def of_analysis(
             try:
                 module(topic).draw(measured, file)
             except (LookupError, TypeError, ValueError, AttributeError):
-                said = f"{analysis.folder / 'analysis.json'} is not what an analysis leaves"
-                raise UserError(said, "resnetv2 analyze writes it again") from None
+                raise analysis.strange from None
             yield topic, file
 
 

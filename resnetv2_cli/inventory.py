@@ -131,6 +131,23 @@ class Analysis:
     folder: Path
     found: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        """Refuse what another version, or nobody, has left.
+
+        Raises:
+            UserError: it has no topics, or a network without a label.
+        """
+        topics, networks = (self.found.get(key) for key in ("topics", "networks"))
+        labels = [n.get("label") if isinstance(n, dict) else None for n in networks or []]
+        if not isinstance(topics, dict) or not labels or not all(labels):
+            raise self.strange
+
+    @property
+    def strange(self) -> UserError:
+        """The error for content that is not what it should be."""
+        said = f"{self.folder / 'analysis.json'} is not what an analysis leaves"
+        return UserError(said, "resnetv2 analyze writes it again")
+
     @property
     def place(self) -> Path:
         return self.folder
@@ -261,8 +278,6 @@ def add(found: Found, folder: Path, root: Path) -> None:
     if (run := RunFolder(folder)).begun:
         found.runs.append(Run(name, run))
     if made := mapping(folder / "analysis.json"):
-        if not {"networks", "topics"} <= set(made):
-            raise UserError(f"{folder / 'analysis.json'} is not what an analysis leaves")
         found.analyses.append(Analysis(name, folder, made))
 
 

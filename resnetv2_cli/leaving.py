@@ -69,7 +69,8 @@ class Leaver(Callback):
     def leave(self, trainer: Trainer, task: Classification) -> None:
         if (wish := self.wish(trainer)) and trainer.global_step < trainer.max_steps:
             assert self.keeper is not None
-            self.keeper.save(trainer, task, leaving=True)
+            if self.keeper.saved_step != trainer.global_step:  # else last.ckpt is of it already
+                self.keeper.save(trainer, task, leaving=True)
             raise stopped(wish)
 
     def on_validation_end(self, trainer: Trainer, task: Classification) -> None:

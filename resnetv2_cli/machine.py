@@ -10,7 +10,6 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.plugins.layer_sync import LayerSync
 from lightning.pytorch.strategies import DDPStrategy
 
 from resnetv2_cli import footprint, memory
@@ -66,11 +65,6 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
 
 
-def bn_of_all(experiment: Experiment, accelerator: str) -> list[LayerSync]:
-    """The plugin that synchronizes BN where PyTorch's own, which is for GPUs only, does not."""
-    return [OverProcesses()] if experiment.sync_bn and not uses_gpu(accelerator) else []
-
-
 def trainer_of(
     experiment: Experiment, callbacks: Sequence[Callback] = (), **more: Any
 ) -> L.Trainer:
@@ -81,7 +75,7 @@ def trainer_of(
     """
     quiet()
     refuse_unfit(experiment.strategy)
-    refuse_another_number(processes(experiment))
+    refuse_another_number(processes(experiment), experiment.nodes)
     e, cuda = experiment, torch.cuda.is_available()
     try:
         devices: Any = e.devices
@@ -93,7 +87,8 @@ def trainer_of(
             devices = int(e.devices)
             if not cuda and devices > CROWD * (os.cpu_count() or 1):
                 raise ValueError(f"{devices} were asked for")
-        shared = bn_of_all(e, accelerator)
+        # PyTorch's own synchronized BN is for GPUs only.
+        shared = [OverProcesses()] if e.sync_bn and not uses_gpu(e.accelerator) else []
         trainer = L.Trainer(
             accelerator=accelerator,
             devices=devices,

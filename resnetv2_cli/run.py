@@ -43,14 +43,22 @@ def first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) in (0, None)
 
 
+def images_of(
+    experiment: Experiment, learned: tuple[str, ...] = (), tell: Tell = silent
+) -> ImageData:
+    """The images of an experiment, read or found. The others: as in ``ImageData``."""
+    data = ImageData(experiment, learned, tell, processes(experiment))
+    data.setup()
+    return data
+
+
 def build(
     experiment: Experiment, learned: tuple[str, ...] = (), tell: Tell = silent
 ) -> tuple[Classification, ImageData]:
     """Network and images; the weights follow from the seed. The others: as in ``ImageData``."""
     shortcut_class(experiment.shortcut)  # a mistake in it shows before images are read
     refuse_broken(experiment.unit, experiment.block_, experiment.stem_)
-    data = ImageData(experiment, learned, tell, processes(experiment))
-    data.setup()
+    data = images_of(experiment, learned, tell)
     settled = experiment if learned else experiment.settle(data.steps_per_epoch)
     settled = replace(settled, precision=precision(settled))  # type: ignore[arg-type]
     data.experiment = settled
@@ -221,7 +229,8 @@ def _fit(
 
 
 def fit_views(task: Classification) -> None:
-    """
+    """Refuse protocols under which the network would see images that do not fit it.
+
     Raises:
         UserError: what the network would see under one of the protocols does not fit it.
     """
@@ -236,11 +245,12 @@ def by_others(
     images under each protocol but the first, whose scores the task keeps."""
     kept, found, n = task.scores, {}, len(data.test.labels)
     what = ("error", "top5_error", "loss", "not_finite")
-    for data.protocol in task.experiment.protocols[1:]:
+    for protocol in task.experiment.protocols[1:]:
+        data.protocol = protocol
         trainer.test(task, datamodule=data, verbose=False, weights_only=True)
         assert task.scores["images"] == n, f"{task.scores['images']} of {n} images were counted"
-        found[data.protocol] = {name: task.scores[name] for name in what}
-    task.scores = kept
+        found[protocol] = {name: task.scores[name] for name in what}
+    task.scores, data.protocol = kept, ""
     return found
 
 

@@ -38,13 +38,14 @@ class RunFolder:
         self.best = self.checkpoints / "best.ckpt"
 
     @classmethod
-    def of(cls, checkpoint: Path) -> "RunFolder | None":
-        """The folder of the run that a checkpoint is in; None if it is in none."""
+    def of(cls, checkpoint: Path) -> "RunFolder":
+        """The folder of the run that a checkpoint is in, in ``checkpoints`` or directly; if it is
+        in none, the checkpoint's own folder."""
         inside = checkpoint.parent
         if not inside.name:  # it is in the working directory
             inside = inside.absolute()
         folder = cls(inside.parent)
-        return folder if inside == folder.checkpoints else None
+        return folder if inside == folder.checkpoints else cls(inside)
 
     @classmethod
     def free(cls, experiment: Experiment) -> "RunFolder":
@@ -61,7 +62,8 @@ class RunFolder:
         return path.with_name(path.name + suffix)
 
     def refuse_if_used(self) -> None:
-        """
+        """Refuse to begin a run in a folder that is in use.
+
         Raises:
             UserError: the folder already holds something other than the remains of a run that was
                 killed before it began.
@@ -133,12 +135,13 @@ class RunFolder:
         return self.config.is_file()
 
     def read_result(self) -> dict[str, Any]:
-        """The content of ``result.json``; empty if it is missing, or lacks the test error, or one
-        under another protocol that it names."""
+        """The content of ``result.json``; empty if it is missing or damaged, or lacks the test
+        error, or one under another protocol that it names."""
         said = jsonfile.mapping(self.result)
         others = said.get(OTHERS, {})
         errors = [said.get("test_error")]
-        if not isinstance(others, dict):
+        shapes = {OTHERS: dict, "environment": dict, "classes": int}
+        if not all(isinstance(said.get(name, kind()), kind) for name, kind in shapes.items()):
             return {}
         errors += [scores.get("error") for scores in others.values() if isinstance(scores, dict)]
         whole = len(errors) == 1 + len(others) and all(map(jsonfile.is_number, errors))
@@ -173,7 +176,7 @@ def refuse_needed(path: Path) -> None:
     Raises:
         UserError: the path is that of such a file.
     """
-    whole = path.resolve()
+    whole = Path(os.path.realpath(path))  # ``resolve`` raises for a link to itself
     own, above = RunFolder(whole.parent), RunFolder(whole.parent.parent)
     needed = [own.config, own.manifest.path, own.metrics, own.speed, own.result, own.lock]
     if (own.begun and whole in needed) or (above.begun and whole.parent == above.checkpoints):

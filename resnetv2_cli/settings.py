@@ -106,8 +106,8 @@ def checked(f: Any, value: Any) -> Any:
     if kind is str:
         if isinstance(value, str) and is_text(value):
             return f.metadata["form"](value)
-        if isinstance(value, int) and value.bit_length() <= 64:  # devices: 2
-            return f.metadata["form"](str(value))
+        if isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 64):
+            return f.metadata["form"](str(value))  # as YAML reads devices: 2 and drops: 0.5
         raise wrong
     try:
         number = kind(value)

@@ -190,6 +190,8 @@ def test_weights_to_start_from_are_those_that_are_looked_at(here, trained, tmp_p
 def test_where_an_analysis_goes(tmp_path):
     e = Experiment(dataset="digits")
     inside = tmp_path / "run" / "checkpoints"
+    inside.mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text(e.dump())
     for of, to in [
         (Source(e), f"runs/analyze-{e.name}-{digest(e)}"),
         (Source(e, inside / "last.ckpt"), tmp_path / "run" / "analysis"),
@@ -284,8 +286,15 @@ def test_no_network_is_lost_whatever_its_label_is(tmp_path):
     assert len(set(labels)) == 3
 
 
-def test_an_analysis_that_lacks_what_a_picture_needs_is_one_line(here, tmp_path):
-    made = {"networks": [{"label": "a"}], "topics": {"forward": {"a": {}}}}
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"networks": [{"label": "a"}], "topics": {"forward": {"a": {}}}},
+        {"networks": [{"label": "a"}], "topics": []},
+        {"networks": [{}], "topics": {}},
+    ],
+)
+def test_an_analysis_that_lacks_what_a_picture_needs_is_one_line(here, tmp_path, made):
     (tmp_path / "analysis.json").write_text(json.dumps(made))
     for command in ("plot", "report"):
         said = here(command, tmp_path, "--output", tmp_path / f"{command}.html", status=2).stderr

@@ -163,6 +163,12 @@ def test_the_command_leaves_a_picture_and_the_json_it_prints(here, tmp_path):
     assert 0 <= made["arms"]["resnetv2 train"]["waiting"] < 1
 
 
+def test_the_network_of_weights_is_timed(here, trained):
+    few = ["--rounds", 1, "--stretch", 1, "--arm", "bf16", "--batch-size", 16, "--json"]
+    made = json.loads(here("bench", "step", "--weights", trained, *few).stdout)
+    assert made["network"].startswith("cifar10-resnet8")
+
+
 def test_data_paths_are_timed_beside_torchvisions(here):
     small = ["--dataset", "digits", "--batch-size", 16, "--rounds", 1, "--stretch", 1]
     made = json.loads(here("bench", "data", *small, "--json").stdout)
@@ -178,7 +184,7 @@ def test_photographs_are_read_beside_pil_and_torchvision(here, tmp_path):
             Image.new("RGB", (300, 280), (i, 9, 99)).save(file)
     prepare(tmp_path / "own", tmp_path / "raw", Form(raw=True), 1, lambda done, of: None)
     again = shutil.copytree(tmp_path / "raw", tmp_path / "again" / "raw")
-    small = ["--dataset", "folder", "--data-dir", tmp_path / "own", "--depth", 18]
+    small = ["--dataset", "folder", "--data-dir", tmp_path / "own"]
     small += ["--batch-size", 2, "--prepared", tmp_path / "raw", "--prepared", again]
     small += ["--rounds", 1, "--stretch", 1]
     made = json.loads(here("bench", "data", *small, "--json").stdout)
@@ -188,7 +194,7 @@ def test_photographs_are_read_beside_pil_and_torchvision(here, tmp_path):
 
 
 def test_what_was_prepared_is_read_where_it_lies(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "build", lambda experiment: (None, experiment.data_dir))
+    monkeypatch.setattr(data, "images_of", lambda experiment: experiment.data_dir)
     monkeypatch.setattr(data, "ours", lambda crop: lambda place, device: (crop, place))
     e = Experiment(dataset="folder", data_dir="loose", depth=18)
     arms = data.prepared_arms(e, [tmp_path / "s512"], CPU)  # not a seed, unlike in names of runs
@@ -207,6 +213,8 @@ def test_what_was_prepared_is_read_where_it_lies(monkeypatch, tmp_path):
         (["data", "--dataset", "digits", "--prepared", "x"], "only photographs"),
         (["data", "--recompute-bn"], "no such option.*--recompute-bn"),  # it runs no network
         (["data", "--kernels", "eager"], "no such option.*--kernels"),
+        (["step", "--devices", 2], "no such option.*--devices"),  # it runs on one
+        (["data", "--depth", 8], "no such option.*--depth"),
         (["data", "--graphs"], "no such option.*--graphs"),
     ],
 )

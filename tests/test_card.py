@@ -151,12 +151,31 @@ def test_a_checkpoint_is_in_its_run_from_wherever_it_is_called(trained, tmp_path
     ):
         monkeypatch.chdir(place)
         folder = RunFolder.of(Path(name))
-        assert folder and folder.path.absolute() == tmp_path / "run"
+        assert folder.path.absolute() == tmp_path / "run"
     made = study.export(Path("last.ckpt"), "safetensors", None, None, None)
     assert made.file == tmp_path / "run" / "export" / "last.safetensors"
     assert "360 test images" in made.card.read_text()
     monkeypatch.chdir(tmp_path)
-    assert RunFolder.of(Path("run/last.ckpt")) is RunFolder.of(Path("last.ckpt")) is None
+    assert RunFolder.of(Path("run/any.ckpt")).path == Path("run")
+    assert RunFolder.of(Path("any.ckpt")).path == tmp_path
+
+
+def test_a_card_knows_that_bn_was_made_precise(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    saved = read(run / "checkpoints" / "last.ckpt")
+    write(saved | {"precise_bn": 1408}, run / "last-precise-bn.ckpt")
+    made = study.export(run / "last-precise-bn.ckpt", "safetensors", None, None, None)
+    said = made.card.read_text()
+    assert "with BN's statistics from 1,408 images: not measured" in said
+    assert made.file.parent == run / "export" and "Not known" not in said
+
+
+def test_a_card_of_a_run_of_another_version_has_its_own_seed_alone(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    with (run / "config.yaml").open("a") as config:
+        config.write("of_another_version: 1\n")
+    made = study.export(run / "checkpoints" / "last.ckpt", "safetensors", None, None, None)
+    assert "One seed, n = 1" in made.card.read_text()
 
 
 @pytest.mark.parametrize("name", ["net", "it's", 'a "b"', 'it\'s "b"', "n😀t", "caf\udce9", "a\\b"])

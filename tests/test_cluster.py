@@ -37,6 +37,22 @@ def test_processes_of_another_number_than_is_asked_for_do_not_train(monkeypatch)
         trainer_of(Experiment(accelerator="cpu", devices="1"))
 
 
+@pytest.mark.parametrize(
+    "environment, asked",
+    [
+        ({}, {"nodes": 2}),
+        ({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "x", "SLURM_PROCID": "0"}, {"devices": "2"}),
+        ({"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "1", "RANK": "0"}, {"devices": "2"}),
+    ],
+    ids=["alone", "slurm", "torchrun"],
+)
+def test_one_process_does_not_wait_for_others_that_nobody_starts(monkeypatch, environment, asked):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="1 process is alone, and .* ask for 2"):
+        trainer_of(Experiment(accelerator="cpu", **asked))
+
+
 def test_a_rank_that_is_of_something_else_makes_no_second_process(monkeypatch, here, tmp_path):
     monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning sets it on import
     monkeypatch.setenv("LOCAL_RANK", "1")

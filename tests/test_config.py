@@ -70,9 +70,9 @@ def test_what_a_run_folder_keeps_is_the_same_experiment(tmp_path):
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
     file = tmp_path / "a.yaml"
-    file.write_text("weight_decay: 1e-4\ndevices: 2\n")
+    file.write_text("weight_decay: 1e-4\ndevices: 2\ndrops: 0.5\n")
     assert Experiment.load(file).weight_decay == 1e-4
-    assert Experiment.load(file).devices == "2"
+    assert (Experiment.load(file).devices, Experiment.load(file).drops) == ("2", "0.5")
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,27 @@ import pytest
 import torch
 from rich.console import Console
 
-from resnetv2_cli import callbacks, display, run
+from resnetv2_cli import callbacks, console, display, run
+from resnetv2_cli.analysis.draw import short
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 from resnetv2_cli.task import Classification
+
+
+def test_words_are_no_numbers_and_a_fail_is_one():
+    for cells, numbers in [
+        (("6.61", "—", "fail: 12.3", "+0.1", ""), True),
+        (("full-preact", "original"), False),
+        (("1", "float32"), False),
+    ]:
+        assert console.Column(("head", *cells), False).numbers is numbers
+
+
+@pytest.mark.parametrize(
+    "value, said", [(99.6, "100"), (99.4, "99"), (155.2, "155"), (1e7, "1e+07")]
+)
+def test_two_digits_are_no_power_of_ten_before_a_million(value, said):
+    assert short(value, 2) == said
 
 
 def test_an_evaluation_is_no_time_of_training(monkeypatch):

@@ -220,6 +220,13 @@ def test_a_picture_of_no_kind_is_refused_before_anything_is_predicted(trained, d
     assert "seen.xyz does not have the suffix of a picture" in done.stderr and not done.stdout
 
 
+def test_a_link_to_itself_has_a_row_with_its_error(trained, digits, tmp_path, here):
+    shutil.copy(sorted(digits[0].iterdir())[0], tmp_path / "mine.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    done = here("predict", trained, tmp_path, "--picture", tmp_path / "seen.svg")
+    assert "1 of 2 files could not be classified" in done.stderr
+
+
 def test_a_picture_that_is_looked_at_is_not_drawn_over(trained, digits, tmp_path, here):
     mine = shutil.copy(sorted(digits[0].iterdir())[0], tmp_path / "mine.png")
     before = mine.read_bytes()

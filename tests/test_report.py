@@ -161,7 +161,9 @@ def test_a_panel_has_as_many_runs_as_there_are_colors_and_none_is_left_out(tmp_p
 def test_analyses_whose_files_would_have_one_name_are_told_apart(tmp_path):
     measured = {"a": {"factor": [1.0], "change": [[0.2]]}}
     made = [
-        inventory.Analysis(name, tmp_path, {"topics": {"shrink": measured}})
+        inventory.Analysis(
+            name, tmp_path, {"networks": [{"label": "a"}], "topics": {"shrink": measured}}
+        )
         for name in ("a/b", "a-b", "a-b-2")
     ]
     files = figures.every(inventory.Found(analyses=made), tmp_path, "svg", "paper")

@@ -13,10 +13,11 @@ import torch
 import yaml
 from conftest import SCRIPT, SMALL, THREADS
 
-from resnetv2_cli import run
+from resnetv2_cli import checkpoint, leaving, run
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
 from resnetv2_cli.describe import refuse_one_value
+from resnetv2_cli.errors import Stopped
 from resnetv2_cli.runfolder import RunFolder, read_metrics
 
 STEPS = 46  # two epochs of 23
@@ -137,6 +138,19 @@ def test_a_time_budget_saves_and_leaves_cleanly(here, tmp_path):
     done = here("train", *SMALL, "--steps", 5000, "--time", "1s", "--output", folder)
     assert "continue with: resnetv2 train --resume" in done.stderr
     assert 0 < last(folder)["global_step"] < 5000
+
+
+def test_leaving_after_an_evaluation_saves_once(tmp_path, monkeypatch):
+    """Else ``previous.ckpt`` would be a copy of ``last.ckpt``."""
+    e = Experiment(dataset="digits", depth=8, batch_size=64, steps=46, eval_every=0.5)
+    folder = RunFolder(tmp_path / "run")
+    wishes = iter([0, 1])  # at the first evaluation, and at the second
+    monkeypatch.setattr(leaving.Leaver, "on_train_batch_end", lambda *_: None)
+    monkeypatch.setattr(leaving.Leaver, "wish", lambda *_: next(wishes) and leaving.TIME_OVER)
+    with pytest.raises(Stopped):
+        run.train(e, folder)
+    steps = [checkpoint.read(file)["global_step"] for file in (folder.previous, folder.last)]
+    assert steps == [12, 24]
 
 
 def test_resuming_a_finished_run_changes_nothing(here, trained):

@@ -125,4 +125,5 @@ def short(value: Value, digits: int = 3) -> str:
         return NONE
     if 0 < abs(value) < 1e-3:
         return f"{value:.0e}"
-    return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.{digits}g}"
+    # From 99.5 on two digits would be 1e+02.
+    return f"{value:.0f}" if 99.5 <= abs(value) < 1e6 else f"{value:.{digits}g}"

@@ -1,7 +1,6 @@
 """Several topics of several networks: measured one after the other, drawn in the same pictures."""
 
 import hashlib
-import json
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -52,8 +51,8 @@ def folder_of(sources: list[Source]) -> Path:
     if file is None:
         return RUNS / f"analyze-{main.experiment.name}-{digest(main.experiment)}{of}"
     run = RunFolder.of(file)
-    name = "analysis" if run and file.stem == "last" else f"analysis-{file.stem}"
-    return (run.path if run else file.parent) / (name + of)
+    name = "analysis" if run.begun and file.stem == "last" else f"analysis-{file.stem}"
+    return run.path / (name + of)
 
 
 def study(
@@ -107,12 +106,10 @@ def study(
 
 def kept(file: Path, head: dict[str, Any]) -> dict[str, Any]:
     """The topics of an earlier analysis, if it was of the same networks in the same way."""
-    try:
-        before = json.loads(file.read_bytes())
-        same = all(before[key] == finite(value) for key, value in head.items())
-        return before["topics"] if same else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}  # there is none, or it is something else
+    before = jsonfile.mapping(file)
+    same = all(before.get(key) == finite(value) for key, value in head.items())
+    topics = before.get("topics")
+    return topics if same and isinstance(topics, dict) else {}
 
 
 def tables(result: dict[str, Any], topics: list[str]) -> list[Table]:

@@ -28,7 +28,7 @@ from resnetv2_cli.inventory import apart
 from resnetv2_cli.machine import ready
 from resnetv2_cli.manifest import environment
 from resnetv2_cli.plans import STEMS
-from resnetv2_cli.run import build
+from resnetv2_cli.run import images_of
 
 Make = Callable[[ImageData, torch.device], Arm]
 
@@ -170,7 +170,7 @@ def prepared_arms(
     arms = {}
     names = apart([place.resolve().name for place in folders], folders)
     for name, place in zip(names, folders, strict=True):
-        _, data = build(replace(experiment, data_dir=str(place)))
+        data = images_of(replace(experiment, data_dir=str(place)))
         for crop in ("scale", "scale-aspect"):
             arms[f"{name}, {crop}"] = ours(crop)(data, device)
     return arms
@@ -189,7 +189,7 @@ def bench_data(
     """
     if prepared and DATASETS[experiment.dataset].decoded:
         raise UserError("only photographs are prepared", "--dataset folder or imagenet")
-    _, data = build(experiment)
+    data = images_of(experiment)
     device = ready(experiment)
     paths = {name: p for name, p in PATHS.items() if p.decoded == data.dataset.decoded}
     arms = {name: path.make(data, device) for name, path in paths.items()}

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from resnetv2_cli import console, jsonfile, quantities
-from resnetv2_cli.commands.app import Config, Json, app
+from resnetv2_cli.commands.app import Config, Json, app, of_weights
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import unknown
-from resnetv2_cli.flags import with_flags
+from resnetv2_cli.flags import of_panels, with_flags
 
 bench = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +22,10 @@ Stretch = Annotated[int, typer.Option(help="Iterations of one turn.", min=1)]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder for the picture and the JSON.")
 ]
+OF_ARMS = ("accumulate", "compile", "recompute", "precision", "recompute_bn", "graphs", "kernels")
+OF_NETWORKS = {*of_panels("Network", "Optimization", "Fine-tuning", "Engine", "Run")}
+OF_NETWORKS -= {"stem", "seed", "accelerator"}
+ANY = 50  # layers that both CIFAR's and ImageNet's networks may have, where none is run
 COLUMNS = ["", "images/s", "ratio", "of rounds", "peak"]
 
 
@@ -68,7 +72,7 @@ def train(
     **flags: Any,
 ) -> None:
     """Time whole training against a plain PyTorch loop, taking turns in one process."""
-    experiment = Experiment.load(config, **flags)
+    experiment = Experiment.load(config, **of_weights(config, flags), **flags)
     from resnetv2_cli.bench.train import bench_train
 
     made = bench_train(experiment, rounds, stretch, console.note)
@@ -79,7 +83,7 @@ def train(
         for name, a in made["arms"].items()
     ]
     console.table(title(made), [*COLUMNS, "waiting"], rows)
-    console.out.print(
+    console.say(
         f"The Trainer, its files and callbacks cost {made['trainer_overhead']:+.1%} over the bare "
         f"step; normalization and augmentation are {made['augmentation']:.2%} of it. A new process "
         f"ends its first iteration after {made['first_step_seconds']:.1f} s."
@@ -87,7 +91,7 @@ def train(
 
 
 @bench.command()
-@with_flags("accumulate", "compile", "recompute", "precision", "recompute_bn", "graphs", "kernels")
+@with_flags(*OF_ARMS, *of_panels("Run"), "devices", "nodes", "strategy", "sync_bn")
 def step(
     config: Config = None,
     arm: Annotated[
@@ -104,7 +108,7 @@ def step(
 
     The floor is the network's convolutions alone, in the same precision and layout.
     """
-    experiment = Experiment.load(config, **flags)
+    experiment = Experiment.load(config, **of_weights(config, flags), **flags)
     from resnetv2_cli.bench.step import OPTIONS, bench_step
     from resnetv2_cli.machine import devices_of
 
@@ -123,14 +127,14 @@ def step(
     console.table(title(made), [*COLUMNS, "of floor"], rows)
     for dtype, floor in made["floors"].items():
         rate = quantities.size(floor["copy_bytes_per_second"])
-        console.out.print(
+        console.say(
             f"{dtype.removeprefix('torch.')}: {quantities.size(floor['bytes'])} must move, which "
             f"takes {floor['seconds']:.3f} s at the {rate}/s of a copy."
         )
 
 
 @bench.command()
-@with_flags("accumulate", "compile", "recompute", "precision", "recompute_bn", "graphs", "kernels")
+@with_flags(*OF_NETWORKS)
 def data(
     config: Config = None,
     prepared: Annotated[
@@ -146,7 +150,8 @@ def data(
     **flags: Any,
 ) -> None:
     """Time each way from stored images to batches, without training, against torchvision's."""
-    experiment = Experiment.load(config, **flags)
+    fits = {} if "depth" in Experiment.asked(config, flags) else {"depth": ANY}
+    experiment = Experiment.load(config, **fits, **flags)
     from resnetv2_cli.bench.data import bench_data
 
     made = bench_data(experiment, rounds, stretch, prepared or [])

@@ -52,7 +52,7 @@ def check(
     else:
         said = show(report, {kind: fault.doc for kind, fault in FAULTS.items()})
         if not said and not found:
-            console.out.print("nothing is wrong")
+            console.say("nothing is wrong")
         for split in report["unread"]:
             console.note(f"{folder / split} is not read: {folder / 'val'} is there")
         console.note(f"report: {output}")

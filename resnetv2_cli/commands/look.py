@@ -84,7 +84,7 @@ def describe(
     ]
     rows.append(("total", "", "", f"{made['parameters']:,}", f"{made['macs']:,}"))
     console.table(made["network"], ["part", "output", "sees, pixels", "parameters", "MACs"], rows)
-    console.out.print(f"{made['parameters_without_bn']:,} parameters without BN")
+    console.say(f"{made['parameters_without_bn']:,} parameters without BN")
     for alike in made["units"]:
         console.out.print(f"[bold]{alike['units']}[/]")
         for line in alike["equations"]:

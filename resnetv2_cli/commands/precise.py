@@ -42,7 +42,7 @@ def precise_bn(
 
     file = find(checkpoint)
     run = RunFolder.of(file)  # not among its checkpoints: a run may continue from any there
-    to = output or (run.path if run else file.parent) / f"{file.stem}-precise-bn.ckpt"
+    to = output or run.path / f"{file.stem}-precise-bn.ckpt"
     refuse_taken(to)
     with console.progress() as tick:
         made, n = precise(file, images, tick, **flags)
@@ -50,7 +50,7 @@ def precise_bn(
     if json:
         console.as_json({"checkpoint": str(to), "images": n})
         return
-    console.out.print(f"{to}: BN's statistics are those of {n:,} training images")
+    console.say(f"{to}: BN's statistics are those of {n:,} training images")
     words = ["resnetv2", "eval", str(to), *trust.flags(experiment_of(made).own.values())]
     words += ["--data-dir", flags["data_dir"]] if "data_dir" in flags else []
     console.note(f"evaluate: {shlex.join(words)}")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
@@ -76,7 +77,7 @@ def predict(
             yield prediction
 
     with inference.pictures(images, sys.stdin.buffer, console.note) as found:
-        if picture and picture.resolve() in {Path(p.name).resolve() for p in found}:
+        if picture and os.path.realpath(picture) in {os.path.realpath(p.name) for p in found}:
             raise UserError(f"{picture} is one of the pictures", "name another with --picture")
         top = min(top, len(task.classes))
         SHOW[format](noted(inference.predict(task, found, top)), top)

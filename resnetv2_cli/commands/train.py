@@ -128,10 +128,10 @@ def train(
     after = f"{steps:,} iterations"
     if experiment.val:
         after = f"{result.get('test_step', steps):,} iterations, chosen by --val, of {steps:,}"
-    console.out.print(f"test error {error} of {images:,} images after {after}")
+    console.say(f"test error {error} of {images:,} images after {after}")
     for protocol, scores in result.get(OTHERS, {}).items():
         error = shown(scores["error"], scores["top5_error"])
-        console.out.print(f"by --protocol {protocol}: {error}")
+        console.say(f"by --protocol {protocol}: {error}")
     console.note(f"curves:   {folder.curves}")
     words = ["resnetv2", "eval", str(folder.path), *trust.flags(experiment.own.values())]
     console.note(f"evaluate: {shlex.join(words)}")
@@ -176,8 +176,7 @@ def evaluate(
     if manifest := evaluation.manifest_of(file):
         for name in rewritten(task.experiment, manifest.read()):
             console.note(f"{name} has changed since this was trained")
-    mine = RunFolder.of(file)
-    to = (output or (mine.path if mine else file.parent)) / f"confusion-{file.stem}.png"
+    to = (output or RunFolder.of(file).path) / f"confusion-{file.stem}.png"
     picture: str | None = str(to)
     try:
         confusion(scores["confusion"], task.classes, to)

@@ -60,6 +60,6 @@ def show(made: list[dict[str, Any]], exact: bool) -> None:
             if row[part]:
                 console.note(f"{row['stopped by']}: {part} differs at {row[part]}")
     if exact:
-        console.out.print("every run ended with the same bits")
+        console.say("every run ended with the same bits")
     elif any(made[0][part] for part in parts):
         console.note("hint: even two runs that are not stopped differ here: try --deterministic")

@@ -23,6 +23,7 @@ class Facts:
     classes: tuple[str, ...]
     parameters: int
     step: int
+    precise: int  # training images that BN's statistics were recomputed from; 0: they were not
     imported: dict[str, str]  # where the weights come from, if ``import`` made them
     run: Path | None  # the run's folder, if the checkpoint is in one
     file: str
@@ -41,7 +42,12 @@ def made_of(folder: RunFolder) -> tuple[Any, dict[str, str]]:
 def seeds(run: Path) -> dict[int, float]:
     """Seed -> test error in percent, of the run and of the runs in the same folder that differ from
     it in their seed alone."""
-    wanted, found = made_of(RunFolder(run)), {}
+    own = RunFolder(run).read_result()
+    found = {int(own["seed"]): float(own["test_error"])} if own else {}
+    try:
+        wanted = made_of(RunFolder(run))
+    except UserError:  # it is of another version, so no other can be compared
+        return found
     for other in sorted(run.absolute().parent.iterdir()):
         folder = RunFolder(other)
         result = folder.read_result()
@@ -51,10 +57,9 @@ def seeds(run: Path) -> dict[int, float]:
             same = made_of(folder) == wanted
         except UserError:  # a run of another version
             continue
-        if same:
-            found[int(result["seed"])] = float(result["test_error"])
-    own = RunFolder(run).read_result()  # if another run has the same seed, this one counts
-    return found | ({int(own["seed"]): float(own["test_error"])} if own else {})
+        if same:  # if another run has the same seed, this one counts
+            found.setdefault(int(result["seed"]), float(result["test_error"]))
+    return found
 
 
 def card(facts: Facts) -> str:
@@ -106,9 +111,11 @@ def outcome(facts: Facts, result: dict[str, Any]) -> str:
         )
     error, n = float(result["test_error"]), int(result["test_images"])
     measured = int(result.get("test_step", result["steps"]))
-    if facts.step != measured:
+    if facts.step != measured or facts.precise:
+        averages = f", with BN's statistics from {facts.precise:,} images" if facts.precise else ""
         return (
-            f"Of this file, iteration {facts.step:,}: not measured. Of the run's headline, after "
+            f"Of this file, iteration {facts.step:,}{averages}: not measured. Of the run's "
+            "headline, after "
             f"{measured:,} iterations: test error {error:.2f} % of {n:,} images."
         )
     lines = [f"Test error {error:.2f} % of {n:,} test images, after {facts.step:,} iterations."]

@@ -61,7 +61,7 @@ def export(
     task = network_of(saved, path, **overrides)
     trained = Experiment(**checkpoints.settings_of(saved))  # task's engine is this machine's
     run = RunFolder.of(path)
-    to = output or (run.path if run else path.parent) / "export" / f"{path.stem}{row.suffix}"
+    to = output or run.path / "export" / f"{path.stem}{row.suffix}"
     if to.is_dir():
         raise UserError(f"{to} is a folder", f"name a file, such as network{row.suffix}")
     refuse_needed(to)
@@ -78,8 +78,9 @@ def export(
         classes=task.classes,
         parameters=parameters(task.net),
         step=saved["global_step"],
+        precise=saved.get(checkpoints.PRECISE, 0),
         imported=saved.get("imported", {}),
-        run=run.path if run and run.begun else None,
+        run=run.path if run.begun else None,
         file=to.name,
         bytes=size,
         sha256=sha256(to),
