@@ -23,7 +23,6 @@ from resnetv2_cli.recipes import read_yaml
 from resnetv2_cli.runfolder import RUNS, RunFolder, read_metrics
 
 FRESH = 1200.0  # seconds; a run that trains saves every ten minutes
-STATES = ("done", "fail", "crashed", "running", "stopped")  # of runs that have begun
 SEED = re.compile(r"s\d+(/|$)")  # a seed's folder, inside that of its network
 NAMED = "name runs, or folders that hold runs"
 LIST = "resnetv2 runs ls shows what there is"
@@ -296,10 +295,18 @@ def runs_in(root: Path) -> list[Run]:
     ]
 
 
+def matching(word: str, runs: list[Run]) -> list[Run]:
+    """The runs that ``word`` may name: the one of this name, or all whose names begin like that,
+    perhaps without the folders that they are in; or for ``last`` the one begun, or continued with a
+    change, most recently."""
+    if word == "last" and runs:
+        return [max(runs, key=lambda run: run.folder.config.stat().st_mtime)]
+    exact = [run for run in runs if run.name == word]
+    return exact or [run for run in runs if any(t.startswith(word) for t in tails(run.name))]
+
+
 def choose(word: str, runs: list[Run]) -> Run:
-    """The run that ``word`` names: by its folder, its name, a beginning that fits no other, or
-    ``last``, the one begun, or continued with a change, most recently. A beginning may leave out
-    the folders that the run is in.
+    """The run that ``word`` names: by its folder, or as the only one ``matching``.
 
     Raises:
         UserError: there is none, or several names begin like that.
@@ -308,12 +315,9 @@ def choose(word: str, runs: list[Run]) -> Run:
         raise UserError("the name of the run is empty", LIST)
     if (named := RunFolder(Path(word))).begun:
         return Run(str(named.path), named)
-    if word == "last" and runs:
-        return max(runs, key=lambda run: run.folder.config.stat().st_mtime)
-    exact = [run for run in runs if run.name == word]
     if not runs:
         raise UserError(f"there is no run {word!r}, nor any other", "--root names their folder")
-    fitting = exact or [run for run in runs if any(t.startswith(word) for t in tails(run.name))]
+    fitting = matching(word, runs)
     if not fitting:
         known = [tail for run in runs for tail in tails(run.name)]
         close = unknown("run", word, known).hint

@@ -16,6 +16,15 @@ from resnetv2_cli.manifest import Manifest
 RUNS = Path("runs")  # where runs are by default
 OTHERS = "by_protocol"  # in a result: its scores under the protocols after the first
 
+STATES = {  # of runs, in words
+    "done": "done",
+    "fail": "diverged",
+    "crashed": "crashed",
+    "running": "running",
+    "stopped": "stopped",
+    "waiting": "not begun",
+}
+
 
 class RunFolder:
     """Has ``config.yaml``, ``manifest.json``, ``metrics.csv``, ``speed.csv``, ``checkpoints/``, and

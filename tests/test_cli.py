@@ -64,6 +64,9 @@ def test_describe_as_json(here):
 
 def test_describe_as_a_table(here):
     text = here("describe", "--depth", 20).stdout
+    assert text == here("describe", "depth=20").stdout
+    said = here("describe", "depth=20", "--depth", 8, status=2).stderr
+    assert "depth=20 takes no flags" in said
     assert "stage3.unit3" in text and "269,722" in text and "40,551,040" in text
     [head] = [line for line in text.splitlines() if "head" in line]
     assert head.split()[-4::2] == ["778", "640"]  # BN of 64 channels; 64x10 weights, 10 biases

@@ -106,7 +106,27 @@ def test_ls_lists_what_became_of_each(here, lab):
     done = here("runs", "ls", "--root", lab, "--format", "csv", "--state", "fail")
     assert [line.split(",")[:2] for line in done.stdout.splitlines()[1:]] == [["alone", "fail"]]
     done = here("runs", "ls", "--root", lab, "--state", "dead", status=2)
-    assert "no run is ever 'dead'" in done.stderr
+    assert "'dead' is not one of 'done', 'fail', 'crashed', 'running', 'stopped'" in done.stderr
+
+
+def test_a_name_of_a_run_is_one_wherever_a_checkpoint_is(here, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        shutil.copytree(trained, tmp_path / "runs" / name)
+    os.utime("runs/first/config.yaml", (0, 0))
+    for word, run in (("last", "second"), ("fir", "first"), ("runs/first", "first")):
+        for command in (["eval"], ["describe"], ["export", "--format", "safetensors"]):
+            done = here(*command, word, "--json")
+            assert json.loads(done.stdout) and (f"{word}: runs/{run}" in done.stderr) == (
+                not word.startswith("runs")
+            )
+    made = json.loads(here("diff", "last", "depth=14", "--json").stdout)
+    assert made["settings"]["depth"] == [8, 14]
+    assert "there is no checkpoint third" in here("eval", "third", status=2).stderr
+    shutil.copytree(trained, tmp_path / "runs" / "fir")
+    shutil.copytree(trained, tmp_path / "runs" / "firm")
+    assert "2 runs begin with 'fi" not in here("eval", "fir", "--json").stderr  # exactly that one
+    assert "3 runs begin with 'fi'" in here("eval", "fi", status=2).stderr
 
 
 def test_an_open_run_is_listed_with_its_iteration_and_the_last_error_it_saw(here, tmp_path):

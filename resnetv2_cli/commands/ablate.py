@@ -9,7 +9,7 @@ import typer
 from resnetv2_cli import console, plans, quantities, settings
 from resnetv2_cli.ablation import planning, studies
 from resnetv2_cli.ablation.launch import LAUNCHERS
-from resnetv2_cli.commands.app import Format, app
+from resnetv2_cli.commands.app import Detect, Format, Time, app
 from resnetv2_cli.errors import Stopped, UserError, unknown
 from resnetv2_cli.flags import seconds, with_flags
 
@@ -58,7 +58,8 @@ def ablate(
     ] = None,
     runs: Annotated[int, typer.Option(help="Seeds of each row; the paper uses 5.", min=1)] = 1,
     scale: Annotated[
-        str, typer.Option(help="paper: the full recipe; laptop: a small one for a CPU.")
+        settings.rows(studies.SCALES),  # type: ignore[valid-type]
+        typer.Option(help="; ".join(f"{name}: {s.doc}" for name, s in studies.SCALES.items())),
     ] = "paper",
     protocol: Annotated[
         settings.rows(planning.PROTOCOLS),  # type: ignore[valid-type]
@@ -77,12 +78,7 @@ def ablate(
     hours: Annotated[
         float, typer.Option(help="Time limit of one queue job, in hours.", min=0.1)
     ] = 24.0,
-    detect: Annotated[
-        float,
-        typer.Option(
-            help="Difference, in points, for which the needed number of seeds is given.", min=0.01
-        ),
-    ] = 0.5,
+    detect: Detect = 0.5,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the runs; it may hold some already.")
     ] = LAB,
@@ -92,9 +88,7 @@ def ablate(
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Measure a few iterations for the plan.")
     ] = True,
-    time: Annotated[
-        str | None, typer.Option(help="Save and exit cleanly after this long: 25m, 2h.")
-    ] = None,
+    time: Time = None,
     format: Format = "table",
     **flags: Any,
 ) -> None:
@@ -108,8 +102,6 @@ def ablate(
         of_unit = plans.unit_type(of_unit)
     if of_shortcut is not None:
         of_shortcut = plans.shortcut_type(of_shortcut)
-    if scale not in studies.SCALES:
-        raise unknown("scale", scale, studies.SCALES)
     if axes and not grid:
         raise UserError(f"unexpected {axes[0]!r}", "axes of a grid come after --grid")
     of_grid = [grid, *(axes or [])] if grid else None

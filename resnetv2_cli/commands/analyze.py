@@ -8,7 +8,7 @@ import typer
 
 from resnetv2_cli import console
 from resnetv2_cli.analysis.topics import TOPICS
-from resnetv2_cli.commands.app import SAVED, Config, Json, app, of_weights
+from resnetv2_cli.commands.app import SAVED, Config, Json, app, of_weights, saved
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError, unknown
 from resnetv2_cli.flags import with_flags
@@ -21,7 +21,9 @@ TOPIC_HELP = "; ".join(f"{name}: {topic.doc}" for name, topic in TOPICS.items())
 @app.command(rich_help_panel="Study the paper")
 @with_flags(*UNUSED)
 def analyze(
-    checkpoint: Annotated[Path | None, typer.Argument(help=f"{SAVED}; or give flags.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help=f"{SAVED}; or give flags.", callback=saved)
+    ] = None,
     config: Config = None,
     topic: Annotated[
         list[str] | None,

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from resnetv2_cli import console, paper, plans
-from resnetv2_cli.commands.app import SAVED, Config, Json, app, of_weights
+from resnetv2_cli.commands.app import SAVED, Config, Json, app, of_a_run, of_weights
 from resnetv2_cli.config import Experiment
-from resnetv2_cli.data.catalog import DATASETS, known_classes
+from resnetv2_cli.data.catalog import DATASETS
+from resnetv2_cli.errors import UserError
 from resnetv2_cli.flags import with_flags
 from resnetv2_cli.manifest import annotated, origins
 from resnetv2_cli.recipes import CONFIGS
@@ -50,21 +51,40 @@ def figures_2_and_4() -> dict[str, Any]:
         return {name: anatomy(residual_unit(k, 64, 64)) for name, k in (shortcuts | units).items()}
 
 
+Network = Annotated[
+    str,
+    typer.Argument(
+        help=f"{SAVED}; a config; or settings, such as depth=110,unit=original.", callback=of_a_run
+    ),
+]
+
+
 @app.command(rich_help_panel="Study the paper")
 @with_flags()
 def describe(
+    network: Annotated[
+        str | None,
+        typer.Argument(help=f"{SAVED}; a config; or give flags.", callback=of_a_run),
+    ] = None,
     config: Config = None,
     picture: Picture = None,
     json: Json = False,
     **flags: Any,
 ) -> None:
     """Show a network's units, equations, shapes, parameters and multiply-adds."""
-    experiment = Experiment.load(config, **of_weights(config, flags), **flags)
+    if network and (config or flags):
+        raise UserError(f"{network} takes no flags", "it has its own settings; leave either out")
+    from resnetv2_cli import difference
     from resnetv2_cli.describe import describe as described
     from resnetv2_cli.describe import skeleton
+    from resnetv2_cli.source import Source, named
 
-    known = known_classes(experiment.dataset, experiment.classes)
-    made = described(experiment, known)
+    if network:
+        main = named(network, Source(Experiment()))
+    else:
+        main = Source(Experiment.load(config, **of_weights(config, flags), **flags))
+    experiment = main.experiment
+    made = described(experiment, difference.classes(main))
     if picture:
         from resnetv2_cli.anatomy import kinds
 
@@ -92,12 +112,6 @@ def describe(
     for kind, errors in made["published"].items():
         said = f"the paper's errors {paper.ERRORS_OF[kind]}, %: {errors}"
         console.say(said)
-
-
-Network = Annotated[
-    str,
-    typer.Argument(help=f"{SAVED}; a config; or settings, such as depth=110,unit=original."),
-]
 
 
 @app.command(rich_help_panel="Study the paper")

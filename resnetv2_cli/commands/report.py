@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from resnetv2_cli import console
-from resnetv2_cli.commands.app import app
+from resnetv2_cli.commands.app import Detect, app
 from resnetv2_cli.errors import UserError, unknown
 from resnetv2_cli.flags import seconds
 from resnetv2_cli.scales import YS
@@ -73,12 +73,7 @@ def report(
             help="Write it again every 30s, 5m, ... until no run is open; the page reloads itself."
         ),
     ] = None,
-    detect: Annotated[
-        float,
-        typer.Option(
-            help="Difference, in points, for which the needed number of seeds is given.", min=0.01
-        ),
-    ] = 0.5,
+    detect: Detect = 0.5,
 ) -> None:
     """Write one HTML page: tables next to the paper's, curves, analyses, settings, hardware.
 

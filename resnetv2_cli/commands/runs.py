@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resnetv2_cli import console, quantities
+from resnetv2_cli import console, quantities, settings
 from resnetv2_cli.commands.app import Format, app
 from resnetv2_cli.errors import UserError
-from resnetv2_cli.runfolder import RUNS
+from resnetv2_cli.runfolder import RUNS, STATES
 from resnetv2_cli.settings import flag_name
 
 if TYPE_CHECKING:
@@ -29,16 +29,14 @@ Name = Annotated[
 def ls(
     root: Root = RUNS,
     state: Annotated[
-        str | None,
-        typer.Option(help="Only runs that are done, fail, crashed, running or stopped."),
+        settings.rows({s: w for s, w in STATES.items() if s != "waiting"}) | None,  # type: ignore[valid-type]
+        typer.Option(help="Only runs in this state."),
     ] = None,
     format: Format = "table",
 ) -> None:
     """List the runs below a folder: their state, their error, when they last changed."""
-    from resnetv2_cli.inventory import STATES, runs_in
+    from resnetv2_cli.inventory import runs_in
 
-    if state is not None and state not in STATES:
-        raise UserError(f"no run is ever {state!r}", f"one of {', '.join(STATES)}")
     found = [run for run in runs_in(root) if state in (None, run.state)]
     if format == "json":
         console.as_json([listed(run) for run in found])

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from resnetv2_cli import console, paper, trust
-from resnetv2_cli.commands.app import Config, Json, Saved, app, of_weights
+from resnetv2_cli.commands.app import Config, Json, Saved, Time, app, of_weights
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data.catalog import DATASETS, side
 from resnetv2_cli.data.protocols import PROTOCOLS
@@ -33,9 +33,7 @@ def train(
             "torchrun and SLURM, which restart it. Settings may change as with --resume.",
         ),
     ] = False,
-    time: Annotated[
-        str | None, typer.Option(help="Save and exit cleanly after this long: 25m, 2h.")
-    ] = None,
+    time: Time = None,
     micro_batch: Annotated[
         str | None,
         typer.Option(

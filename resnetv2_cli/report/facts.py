@@ -6,8 +6,7 @@ from typing import Any
 from resnetv2_cli.compare import flat, said, word
 from resnetv2_cli.inventory import Run
 from resnetv2_cli.paper import FAIL
-from resnetv2_cli.report.rows import STATES
-from resnetv2_cli.runfolder import read_metrics
+from resnetv2_cli.runfolder import STATES, read_metrics
 from resnetv2_cli.settings import flag_name
 
 

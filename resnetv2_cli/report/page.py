@@ -17,7 +17,8 @@ from resnetv2_cli.plot import COLORS
 from resnetv2_cli.report.charts import everything
 from resnetv2_cli.report.facts import described, in_common
 from resnetv2_cli.report.pictures import embedded
-from resnetv2_cli.report.rows import STATES, study
+from resnetv2_cli.report.rows import study
+from resnetv2_cli.runfolder import STATES
 from resnetv2_cli.scales import YS
 from resnetv2_cli.settings import flag_name
 

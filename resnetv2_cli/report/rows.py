@@ -10,10 +10,9 @@ from resnetv2_cli.ablation.arms import Ablation, Arm, Line
 from resnetv2_cli.inventory import Run
 from resnetv2_cli.paper import FAIL, FAIL_ABOVE
 from resnetv2_cli.plot import COLORS
+from resnetv2_cli.runfolder import STATES
 
 TICKS = (1, 2, 5, 10, 20, 50, 100)  # percent
-STATES = {"done": "done", "fail": "diverged", "crashed": "crashed", "running": "running",
-          "stopped": "stopped", "waiting": "not begun"}  # fmt: skip
 
 
 def study(ablation: Ablation, charts: list[dict[str, Any]], detect: float) -> dict[str, Any]:
