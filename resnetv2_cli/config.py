@@ -12,7 +12,7 @@ from resnetv2_cli.data.catalog import DATASETS
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.options import OF_FILES, PAPER_STEPS, PAPER_WARMUP, Options
 from resnetv2_cli.recipes import asked_for, made
-from resnetv2_cli.settings import checked, shares
+from resnetv2_cli.settings import checked, drops
 from resnetv2_cli.weightfile import find, sha256
 
 
@@ -33,7 +33,7 @@ class Experiment(Options):
                 f"the batch of {self.batch_size} cannot be split into {self.accumulate} parts",
                 "--accumulate says how many micro-batches make a batch",
             )
-        shares("drops", self.drops)
+        drops(self.drops)
         if self.nesterov and not self.momentum:
             raise UserError("Nesterov's momentum needs a momentum", "--momentum 0.9")
         plans.units_per_stage(self.depth, self.block_, self.stem_)
@@ -81,6 +81,11 @@ class Experiment(Options):
         return self.block or plans.default_block(self.depth, self.stem_)
 
     @property
+    def option_(self) -> str:
+        """The option where the shape changes: as given, or the default for block and stem."""
+        return self.option or plans.default_option(self.block_, self.stem_)
+
+    @property
     def protocols(self) -> tuple[str, ...]:
         """The protocols by which photographs are evaluated; training uses the first."""
         return tuple(self.protocol.split(","))
@@ -108,13 +113,14 @@ class Experiment(Options):
     @property
     def architecture(self) -> dict[str, Any]:
         """The arguments of ``ResNet``, except ``classes``."""
-        names = "depth unit shortcut option pad stride_on first_act init settings".split()
-        return {n: getattr(self, n) for n in names} | {"block": self.block_, "stem": self.stem_}
+        names = "depth unit shortcut pad stride_on first_act init settings".split()
+        defaults = {"block": self.block_, "stem": self.stem_, "option": self.option_}
+        return {n: getattr(self, n) for n in names} | defaults
 
     @property
     def drops_(self) -> tuple[float, ...]:
         """The fractions of the training at which the learning rate drops."""
-        return shares("drops", self.drops)
+        return drops(self.drops)
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ from resnetv2_cli.data.catalog import side
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.fused import ONE_VALUE
 from resnetv2_cli.paper import ELSEWHERE, TABLES, PaperTable, Row, percent, published
-from resnetv2_cli.resnet import ResNet, default_option
+from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.shortcuts import settings_in, settings_of, shortcut_class
 
 GLOBAL = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)  # layers that see the whole image
@@ -148,7 +148,7 @@ def decided(experiment: Experiment) -> dict[str, Any]:
     """The settings that determine a network, with defaults resolved."""
     e = experiment
     known = settings_of(shortcut_class(e.shortcut))
-    found = e.architecture | {"option": e.option or default_option(e.block_, e.stem_)}
+    found = e.architecture
     made = known | settings_in(e.shortcut, found.pop("settings"))
     if ":" in e.shortcut:  # the user's own, whose settings may have any name
         made = {f"{name} of the shortcut": value for name, value in made.items()}

@@ -9,7 +9,6 @@ from resnetv2_cli import checkpoint as checkpoints
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.flags import of_panels, typed
-from resnetv2_cli.resnet import default_option
 from resnetv2_cli.task import Classification
 from resnetv2_cli.weightfile import find, sha256
 
@@ -82,7 +81,7 @@ def refuse_another_architecture(saved: dict[str, Any], here: Experiment, path: P
     """
     if "experiment" not in saved:
         return
-    theirs, ours = (plain(e) for e in (checkpoints.experiment_of(saved), here))
+    theirs, ours = (network_settings(e) for e in (checkpoints.experiment_of(saved), here))
     differing = [k for k in theirs | ours if theirs.get(k) != ours.get(k)]
     if not differing:
         return
@@ -93,8 +92,7 @@ def refuse_another_architecture(saved: dict[str, Any], here: Experiment, path: P
     raise UserError(message, f"it is that of {flags}" if flags else "leave these flags out")
 
 
-def plain(experiment: Experiment) -> dict[str, Any]:
+def network_settings(experiment: Experiment) -> dict[str, Any]:
     """The settings of a network, with defaults resolved, except the initialization."""
     whole = {k: v for k, v in experiment.architecture.items() if k not in ("init", "settings")}
-    whole["option"] = whole["option"] or default_option(whole["block"], whole["stem"])
     return whole | experiment.shortcut_settings

@@ -20,9 +20,9 @@ TIME_OVER = 1000  # above the numbers of all signals
 
 
 class Leaver(Callback):
-    """Saves and leaves at the next iteration on a signal, or when ``seconds`` are over. During an
-    evaluation after training everything is saved already: a single process leaves at once, several
-    leave after a batch.
+    """Saves and leaves at the next iteration on a signal, or after ``deadline``, a time of the
+    monotonic clock. During an evaluation after training everything is saved already: a single
+    process leaves at once, several leave after a batch.
 
     Its handlers are installed while it is entered, and set a flag: several processes agree, every
     ten iterations, before any of them saves. A second Ctrl-C leaves at once.
@@ -31,9 +31,9 @@ class Leaver(Callback):
         Stopped: with the exit status, 128 + the signal's number, or 0 when the time is up.
     """
 
-    def __init__(self, keeper: Keeper | None = None, seconds: float | None = None) -> None:
-        self.keeper, self.signal = keeper, 0
-        self.deadline = math.inf if seconds is None else time.monotonic() + seconds
+    def __init__(self, deadline: float = math.inf) -> None:
+        self.deadline, self.signal = deadline, 0
+        self.keeper: Keeper | None = None  # who saves, in training
         self.at_once = False
         self.shared = 0  # batches of an evaluation that every process has in common
 

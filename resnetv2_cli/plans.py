@@ -192,6 +192,11 @@ def fits(depth: int, block: str) -> bool:
     return n >= 1 and rest == 0
 
 
+def default_option(block: str, stem: str) -> str:
+    """A for CIFAR, but B for bottlenecks and for ImageNet ([1]; appendix)."""
+    return "A" if stem == "cifar" and block != "bottleneck" else "B"
+
+
 def default_block(depth: int, stem: str) -> str:
     """The block of a network of which only the depth is given.
 

@@ -16,16 +16,12 @@ from resnetv2_cli.plans import (
     BLOCKS,
     STEMS,
     default_block,
+    default_option,
     places,
     units_per_stage,
 )
 from resnetv2_cli.shortcuts import settings_in
 from resnetv2_cli.units import Kind, refuse_broken, residual_unit, standing_between
-
-
-def default_option(block: str, stem: str) -> str:
-    """A for CIFAR, but B for bottlenecks and for ImageNet ([1]; appendix)."""
-    return "A" if stem == "cifar" and block != "bottleneck" else "B"
 
 
 class ResNet(nn.Module):

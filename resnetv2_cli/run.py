@@ -1,5 +1,6 @@
 """Train one experiment in a run folder, continue it, and evaluate the result."""
 
+import math
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -66,15 +67,45 @@ def build(
     return Classification(settled, data.classes, data.normalize), data
 
 
-def loggers(experiment: Experiment, folder: RunFolder, scored: str) -> list[Logger]:
-    """Loggers of ``metrics.csv`` and ``speed.csv``, and those that flags ask for.
+def trainer_for(
+    task: Classification,
+    data: ImageData,
+    folder: RunFolder,
+    leaver: Leaver,
+    display: list[Callback],
+    tell: Tell = silent,
+    **more: Any,
+) -> tuple[L.Trainer, list[CSVMetrics]]:
+    """The Trainer of a run with its callbacks, and its files of metrics: ``metrics.csv`` and
+    ``speed.csv``. ``more``: arguments of the Trainer in place of the run's own."""
+    e = task.experiment
+    columns = ["step", "epoch", "lr", "train_loss", "train_error"]
+    csv = CSVMetrics(folder.metrics, [*columns, f"{data.scored}_loss", f"{data.scored}_error"])
+    files = [csv, CSVMetrics(folder.speed, ["step", "images_per_second"])]
+    leaver.keeper = Keeper(folder, e, files, tell)
+    recorder = Recorder(files[0], files[1], e.log_every, data.scored)
+    readings = Readings(folder.manifest, data.scored)
+    steps_between = max(1, round(e.eval_every * data.steps_per_epoch))
+    usual = {
+        "max_steps": e.steps,
+        "accumulate_grad_batches": e.accumulate,
+        "val_check_interval": min(steps_between, e.steps) * e.accumulate,
+        "check_val_every_n_epoch": None,
+        "log_every_n_steps": 10**9,
+        "logger": [*files, *loggers(e, folder)],
+        "callbacks": [recorder, readings, *display, leaver.keeper, leaver],
+        "default_root_dir": folder.path,
+    }
+    return trainer_of(e, **usual | more), files
+
+
+def loggers(experiment: Experiment, folder: RunFolder) -> list[Logger]:
+    """The loggers that flags ask for.
 
     Raises:
-        UserError: the package of one of the latter is not installed.
+        UserError: the package of one of them is not installed.
     """
-    columns = ["step", "epoch", "lr", "train_loss", "train_error"]
-    csv = CSVMetrics(folder.metrics, [*columns, f"{scored}_loss", f"{scored}_error"])
-    chosen: list[Logger] = [csv, CSVMetrics(folder.speed, ["step", "images_per_second"])]
+    chosen: list[Logger] = []
     try:
         if experiment.tensorboard:
             from lightning.pytorch.loggers import TensorBoardLogger
@@ -117,7 +148,7 @@ def train(
         experiment,
         folder,
         resume=resume,
-        left=Left(seconds),
+        deadline=math.inf if seconds is None else time.monotonic() + seconds,
         display=display or [],
         origins=origins or {},
         meeting=meeting or Meeting(),
@@ -132,22 +163,12 @@ def train(
         return go(tell=tell)
 
 
-class Left:
-    """The seconds that are left of those given, at least 1; None if none were given."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self.end = None if seconds is None else time.monotonic() + seconds
-
-    def __call__(self) -> float | None:
-        return None if self.end is None else max(1.0, self.end - time.monotonic())
-
-
 def _train(
     experiment: Experiment,
     folder: RunFolder,
     *,
     resume: bool,
-    left: Left,
+    deadline: float,
     display: list[Callback],
     origins: dict[str, str],
     tell: Tell,
@@ -162,23 +183,8 @@ def _train(
     tell(memory_line(experiment))
     task, data = build(experiment, tell=tell)
     e = task.experiment
-    write = loggers(e, folder, data.scored)
-    recorder = Recorder(write[0], write[1], e.log_every, data.scored)  # type: ignore[arg-type]
-    keeper = Keeper(folder, e, write[:2], tell)  # type: ignore[arg-type]
-    readings = Readings(folder.manifest, data.scored)
-    leaver = Leaver(keeper, left())
-    steps_between = max(1, round(e.eval_every * data.steps_per_epoch))
-    trainer = trainer_of(
-        e,
-        max_steps=e.steps,
-        accumulate_grad_batches=e.accumulate,
-        val_check_interval=min(steps_between, e.steps) * e.accumulate,
-        check_val_every_n_epoch=None,
-        log_every_n_steps=10**9,
-        logger=write,
-        callbacks=[recorder, readings, *display, keeper, leaver],
-        default_root_dir=folder.path,
-    )
+    leaver = Leaver(deadline)
+    trainer, files = trainer_for(task, data, folder, leaver, display, tell)
     data.refuse_few(trainer.world_size)
     alone = data.one_at_a_time(trainer.world_size)
     if alone and not (e.sync_bn and trainer.world_size > 1):
@@ -195,15 +201,15 @@ def _train(
         else:
             folder.create(e, begun(experiment, e, devices_of(e), origins, data.facts))
     meeting.agree(dict)
-    for file in write[:2]:  # even if no iteration is left: a line may be cut short
-        file.start(step)  # type: ignore[attr-defined]
+    for file in files:  # even if no iteration is left: a line may be cut short
+        file.start(step)
     with leaver:
         task.engage(trainer.strategy.root_device, tell)
         _fit(trainer, task, data, folder, last)
         others = by_others(trainer, task, data)
     if not trainer.is_global_zero:
         return {}
-    recorder.csv.write(flush=True)
+    files[0].write(flush=True)
     return finish(task, data, folder, others)
 
 

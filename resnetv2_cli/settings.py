@@ -126,8 +126,8 @@ def checked(f: Any, value: Any) -> Any:
     return number
 
 
-def shares(name: str, text: str) -> tuple[float, ...]:
-    """The fractions of a training in a comma-separated setting.
+def drops(text: str) -> tuple[float, ...]:
+    """The fractions of the training after which the learning rate drops, from a text with commas.
 
     Raises:
         UserError: they are not numbers, or do not rise from 0 to 1.
@@ -135,9 +135,9 @@ def shares(name: str, text: str) -> tuple[float, ...]:
     try:
         found = tuple(float(share) for share in text.split(",") if share.strip())
     except ValueError:
-        raise UserError(f"{name} {shown(text)} are no numbers", "such as 0.5,0.75") from None
+        raise UserError(f"drops {shown(text)} are no numbers", "such as 0.5,0.75") from None
     if list(found) != sorted(found) or not all(0 <= share <= 1 for share in found):
-        raise UserError(f"{name} must rise from 0 to 1, not {shown(text)}", "the paper's: 0.5,0.75")
+        raise UserError(f"drops must rise from 0 to 1, not {shown(text)}", "the paper's: 0.5,0.75")
     return found
 
 

@@ -50,7 +50,7 @@ def submitted(monkeypatch, job) -> dict:
 
 def test_the_config_of_a_run_knows_what_asked_for_its_settings(tmp_path):
     [arm] = two_rows(tmp_path, 1, {"lr": 0.05}).lines[1].arms
-    launch.command(arm)
+    launch.requested(arm)
     study = "shortcut-conv1x1"
     asked = dict.fromkeys(["dataset", "depth", "block", "unit"], f"recipe of {study}, scale paper")
     asked |= {"shortcut": f"row 'conv1x1' of {study}"}
@@ -62,11 +62,11 @@ def test_of_the_current_folder_a_run_imports_its_own_code_alone(arm):
     """With -P, no file there can shadow a package."""
     own = replace(arm, experiment=replace(arm.experiment, shortcut="mine:Own"))
     tool = [sys.executable, "-P", "-m", "resnetv2_cli", "train"]
-    assert launch.command(own)[:7] == [*tool, "--allow-code", "mine:Own"]
+    assert launch.requested(own)[:7] == [*tool, "--allow-code", "mine:Own"]
 
 
 def test_a_process_goes_on_in_its_log_and_has_no_ctrl_c(arm, monkeypatch):
-    monkeypatch.setattr(launch, "command", lambda arm: ["bash", "-c", TRAINING])
+    monkeypatch.setattr(launch, "requested", lambda arm: ["bash", "-c", TRAINING])
     arm.log.parent.mkdir(parents=True)
     arm.log.write_text("of the first attempt\n")
     run = launch.Process(arm, dict(os.environ), lock := arm.claim())

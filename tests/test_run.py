@@ -19,6 +19,7 @@ from resnetv2_cli.data import images
 from resnetv2_cli.describe import refuse_one_value
 from resnetv2_cli.errors import Stopped
 from resnetv2_cli.runfolder import RunFolder, read_metrics
+from resnetv2_cli.task import Classification
 
 STEPS = 46  # two epochs of 23
 
@@ -228,11 +229,28 @@ def test_a_training_reads_its_images_once(monkeypatch, tmp_path):
     assert read == ["digits"]
 
 
-def test_time_that_goes_by_before_a_training_is_a_part_of_what_it_has(monkeypatch):
-    now = iter([100.0, 107.0, 130.0])
-    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    left = run.Left(10)
-    assert (left(), left()) == (3, 1) and run.Left(None)() is None
+def test_time_that_goes_by_before_a_training_is_a_part_of_what_it_has(monkeypatch, tmp_path):
+    """However long the images take: here ten seconds, when three iterations may follow."""
+    now = [100.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(run, "time", clock)
+    monkeypatch.setattr(leaving, "time", clock)
+    build, step = run.build, Classification.training_step
+
+    def later(seconds, then):
+        def call(*given, **more):
+            now[0] += seconds
+            return then(*given, **more)
+
+        return call
+
+    monkeypatch.setattr(run, "build", later(10, build))
+    monkeypatch.setattr(Classification, "training_step", later(1, step))
+    folder = RunFolder(tmp_path / "run")
+    e = Experiment(dataset="digits", depth=8, batch_size=64, steps=20, accelerator="cpu")
+    with pytest.raises(Stopped):
+        run.train(e, folder, seconds=12.5)
+    assert checkpoint.read(folder.last)["global_step"] == 3
 
 
 def test_a_run_without_a_folder_takes_none_that_is_there(tmp_path, monkeypatch):

@@ -32,8 +32,8 @@ class Launcher(Protocol):
         """Start a run in one of the slots for concurrent runs."""
 
 
-def command(arm: Arm) -> list[str]:
-    """The command of one run: an ordinary ``train``. Writes the config that it names."""
+def requested(arm: Arm) -> list[str]:
+    """Write the config that a run begins with, and return its command: an ordinary ``train``."""
     # -P: a file in the current folder must not shadow a package.
     tool = [
         sys.executable,
@@ -55,9 +55,10 @@ class Process:
     """A child of this process, which holds the run's lock for as long as it lives."""
 
     def __init__(self, arm: Arm, environment: dict[str, str], lock: int) -> None:
+        command = requested(arm)
         with arm.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command(arm),
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -154,7 +155,7 @@ class Queue:
         # Blocked: Ctrl-C reaches what the local executor starts only once, through ``stop``.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
-            return self.job(self.executor.submit(logged, command(arm), arm.log), arm.log)
+            return self.job(self.executor.submit(logged, requested(arm), arm.log), arm.log)
         except RuntimeError as error:  # about a partition, an account or a limit
             hint = "the same command continues where this one ends"
             raise UserError(f"no job: {str(error).strip().splitlines()[-1]}", hint) from None

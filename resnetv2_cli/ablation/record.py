@@ -31,14 +31,7 @@ def _write(ablation: Ablation) -> None:
     before = recorded(ablation.file)
     rows = [
         {
-            "name": line.row.name,
-            "figure": line.row.figure,
-            "published": number(line.row.published),
-            "spread": line.row.spread,
-            "note": line.row.note,
-            "baseline": line.row.baseline,
-            "tested": line.row.tested,
-            "top5": line.row.top5,
+            **described(line.row),
             "settings": unusual(asdict(replace(line.arms[0].experiment, seed=0))),
             "arms": runs(ablation.root, line, before.get(line.row.name, [])),
         }
@@ -55,6 +48,20 @@ def _write(ablation: Ablation) -> None:
             "rows": rows,
         },
     )
+
+
+def described(row: Row) -> dict[str, Any]:
+    """What the paper says of a row, as plain values."""
+    return {
+        "name": row.name,
+        "figure": row.figure,
+        "published": number(row.published),
+        "spread": row.spread,
+        "note": row.note,
+        "baseline": row.baseline,
+        "tested": row.tested,
+        "top5": row.top5,
+    }
 
 
 def runs(root: Path, line: Line, before: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from resnetv2_cli.ablation.arms import Ablation, Line
-from resnetv2_cli.ablation.record import number
+from resnetv2_cli.ablation.record import described, number
 from resnetv2_cli.paper import FAIL, FAIL_ABOVE, Row, percent
 from resnetv2_cli.quantities import NONE
 from resnetv2_cli.stats import CONFIDENCE, MOST_SEEDS, Summary, seeds_needed
@@ -166,12 +166,7 @@ def row_as_json(ablation: Ablation, line: Line, detect: float) -> dict[str, Any]
     """One row as plain values."""
     s, pairs = line.summary, ablation.pairs(line)
     return {
-        "name": line.row.name,
-        "published": number(line.row.published),
-        "spread": line.row.spread,
-        "figure": line.row.figure,
-        "note": line.row.note,
-        "tested": line.row.tested,
+        **described(line.row),
         "top5": {
             "published": line.row.top5,
             "errors": {str(seed): error for seed, error in line.top5.items()},
@@ -184,7 +179,6 @@ def row_as_json(ablation: Ablation, line: Line, detect: float) -> dict[str, Any]
         "interval": s.interval,
         "fail": failed(line),
         "to_paper": difference(line) if ablation.comparable else None,
-        "baseline": line.row.baseline,
         "to_baseline": {
             "mean": pairs.mean,
             "std": pairs.std,

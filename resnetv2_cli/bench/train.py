@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from resnetv2_cli import graphs, trust
 from resnetv2_cli.bench.plain import PlainLoop
 from resnetv2_cli.bench.turns import WARM, Arm, finish, in_turns, rows, timed
-from resnetv2_cli.callbacks import Keeper, Recorder
 from resnetv2_cli.config import Experiment
 from resnetv2_cli.data import images
 from resnetv2_cli.data.augment import augmented
@@ -28,10 +27,10 @@ from resnetv2_cli.data.order import Schedule, epoch_order
 from resnetv2_cli.display import Display
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.leaving import Leaver
-from resnetv2_cli.machine import precision, ready, trainer_of
+from resnetv2_cli.machine import precision, ready
 from resnetv2_cli.manifest import environment
 from resnetv2_cli.optim import schedule, sgd
-from resnetv2_cli.run import build, loggers
+from resnetv2_cli.run import build, trainer_for
 from resnetv2_cli.runfolder import RunFolder
 from resnetv2_cli.task import Classification
 from resnetv2_cli.telling import Tell, silent
@@ -120,21 +119,21 @@ class WholeTrain:
         self.waited = 0.0
 
     def __call__(self, steps: int) -> float:
-        e, data = self.task.experiment, self.data
+        data = self.data
         place = RunFolder(self.folder / f"{time.monotonic_ns()}")
         place.checkpoints.mkdir(parents=True)
-        write = loggers(e, place, data.scored)
-        keeper, clock = Keeper(place, e, write[:2], silent), Clock()  # type: ignore[arg-type]
-        display = Display(Console(file=StringIO(), force_terminal=True))
-        recorder = Recorder(write[0], write[1], e.log_every, data.scored)  # type: ignore[arg-type]
-        trainer = trainer_of(
-            e,
+        display, clock = Display(Console(file=StringIO(), force_terminal=True)), Clock()
+        trainer, files = trainer_for(
+            self.task,
+            data,
+            place,
+            Leaver(),
+            [display, clock],
             max_steps=WARM + steps,
             limit_val_batches=0,
-            logger=write,
-            callbacks=[recorder, display, clock, keeper, Leaver(keeper, None)],
-            default_root_dir=place.path,
         )
+        for file in files:
+            file.start(0)
         waited: list[Waited] = []
 
         def watched() -> Waited:
