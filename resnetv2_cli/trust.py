@@ -6,8 +6,9 @@ that stranger's, must not decide that.
 
 import os
 import re
+import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from resnetv2_cli.errors import UserError
 from resnetv2_cli.ownname import named
@@ -59,3 +60,9 @@ def flags(names: Iterable[str]) -> list[str]:
     one may.
     """
     return [word for name in names for word in ("--allow-code", name)]
+
+
+def command(*words: object, own: Mapping[str, str]) -> str:
+    """A command of this tool as one would type it, with the flags that allow the user's ``own``
+    code."""
+    return shlex.join(["resnetv2", *map(str, words), *flags(own.values())])

@@ -105,8 +105,8 @@ def test_the_command_says_how_it_is_evaluated(trained, tmp_path, monkeypatch, he
     own = ["--shortcut", "mineprecise:Own", *SMALL, "--steps", 2, "--output", "own"]
     here("train", *own)
     said = here("precise-bn", "own", "--allow-code", "mineprecise:Own", "--data-dir", "a b").stderr
-    line = "evaluate: resnetv2 eval own/last-precise-bn.ckpt --allow-code mineprecise:Own"
-    line += " --data-dir 'a b'"
+    line = "evaluate: resnetv2 eval own/last-precise-bn.ckpt --data-dir 'a b'"
+    line += " --allow-code mineprecise:Own"
     assert line in said
     before = jsonfile.mapping(tmp_path / "own" / "manifest.json")["test_set_readings"]
     shown = here(*shlex.split(line)[2:]).stdout

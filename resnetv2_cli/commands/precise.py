@@ -1,6 +1,5 @@
 """``precise-bn``."""
 
-import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,6 +50,5 @@ def precise_bn(
         console.as_json({"checkpoint": str(to), "images": n})
         return
     console.say(f"{to}: BN's statistics are those of {n:,} training images")
-    words = ["resnetv2", "eval", str(to), *trust.flags(experiment_of(made).own.values())]
-    words += ["--data-dir", flags["data_dir"]] if "data_dir" in flags else []
-    console.note(f"evaluate: {shlex.join(words)}")
+    where = ["--data-dir", flags["data_dir"]] if "data_dir" in flags else []
+    console.note(f"evaluate: {trust.command('eval', to, *where, own=experiment_of(made).own)}")

@@ -1,7 +1,7 @@
 """``train`` and ``eval``."""
 
 import os
-import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,7 +51,7 @@ def train(
 
     For instance: resnetv2 train --depth 1001 --unit full-preact
     """
-    from resnetv2_cli.runfolder import OTHERS, RunFolder
+    from resnetv2_cli.runfolder import RunFolder
 
     budget = None if time is None else seconds(time)
     if resume and (config or output or begun_or_not):
@@ -105,8 +105,7 @@ def train(
             )
         except Stopped as stopped:
             if run.first_process():
-                words = ["resnetv2", "train", "--resume", str(folder.path)]
-                again = shlex.join([*words, *trust.flags(experiment.own.values())])
+                again = trust.command("train", "--resume", folder.path, own=experiment.own)
                 console.note(f"{stopped}: saved; continue with: {again}")
             raise
         finally:
@@ -116,6 +115,16 @@ def train(
     if json:
         console.as_json(result)
         return
+    for line in told(result, experiment.val > 0):
+        console.say(line)
+    console.note(f"curves:   {folder.curves}")
+    console.note(f"evaluate: {trust.command('eval', folder.path, own=experiment.own)}")
+
+
+def told(result: dict[str, Any], chosen: bool) -> Iterator[str]:
+    """The result of a training, a line for each protocol. ``chosen``: its checkpoint was, on images
+    held out."""
+    from resnetv2_cli.runfolder import OTHERS
 
     def shown(error: float, top5: float) -> str:
         five = f" (top-5 {top5:.2f} %)" if result.get("classes", TOP + 1) > TOP else ""
@@ -124,15 +133,11 @@ def train(
     error = shown(result["test_error"], result["test_top5_error"])
     images, steps = result["test_images"], result["steps"]
     after = f"{steps:,} iterations"
-    if experiment.val:
+    if chosen:
         after = f"{result.get('test_step', steps):,} iterations, chosen by --val, of {steps:,}"
-    console.say(f"test error {error} of {images:,} images after {after}")
+    yield f"test error {error} of {images:,} images after {after}"
     for protocol, scores in result.get(OTHERS, {}).items():
-        error = shown(scores["error"], scores["top5_error"])
-        console.say(f"by --protocol {protocol}: {error}")
-    console.note(f"curves:   {folder.curves}")
-    words = ["resnetv2", "eval", str(folder.path), *trust.flags(experiment.own.values())]
-    console.note(f"evaluate: {shlex.join(words)}")
+        yield f"by --protocol {protocol}: {shown(scores['error'], scores['top5_error'])}"
 
 
 IN_TRAINING = """
