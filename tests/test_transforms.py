@@ -7,6 +7,7 @@ from networks import batch, network
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 from torch.nn import functional as F
 
+from resnetv2_cli.layers import keep_layout
 from resnetv2_cli.plans import UNITS
 from resnetv2_cli.resnet import ResNet
 from resnetv2_cli.shortcuts import SHORTCUTS
@@ -64,3 +65,16 @@ def test_products_with_the_hessian_are_autograds(way):
     _, product = jvp(grad(cost), (x,), (direction,))
     _, expected = torch.autograd.functional.hvp(cost, x, direction)
     torch.testing.assert_close(product, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("given", LAYOUTS, ids=["from-nchw", "from-nhwc"])
+def test_a_gradient_is_laid_out_as_its_tensor(layout, given):
+    """Whatever the layout of the gradient that arrives, as that of pooling."""
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    y, seen = (x * 1).to(memory_format=layout), []
+    y.register_hook(seen.append)
+    gradient = torch.randn(2, 3, 4, 4).to(memory_format=given)
+    keep_layout(y).backward(gradient)
+    [grad] = seen
+    assert grad.is_contiguous(memory_format=layout) and torch.equal(grad, gradient)
