@@ -1,16 +1,19 @@
 """Small images: read correctly from every layout, and cached; one clear error for damaged ones."""
 
 import shutil
+import tarfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from layouts import write_archive, write_tree, write_zips
 from PIL import Image
+from torchvision.datasets import utils
 
-from resnetv2_cli.data import images
+from resnetv2_cli.data import archive, images
 from resnetv2_cli.data.augment import statistics
 from resnetv2_cli.data.catalog import CIFAR10, CIFAR100
 from resnetv2_cli.errors import UserError
@@ -184,8 +187,8 @@ def test_files_of_other_programs_are_no_images(small, tmp_path):
         file.unlink()
     assert images.load("cifar10", root).digest == whole
     archives = write_zips(tmp_path / "b", small)
-    with zipfile.ZipFile(next(archives.rglob("*.zip")), "a") as archive:
-        archive.writestr("train/cat/._0.png", b"of macOS")
+    with zipfile.ZipFile(next(archives.rglob("*.zip")), "a") as packed:
+        packed.writestr("train/cat/._0.png", b"of macOS")
     assert images.load("cifar10", archives).digest == whole
 
 
@@ -211,3 +214,22 @@ def test_the_digits_are_kept_and_then_need_no_scikit_learn(tmp_path, monkeypatch
     for split in ("train", "test"):
         for kept, made in zip(getattr(again, split), getattr(first, split), strict=True):
             np.testing.assert_array_equal(kept, made)
+
+
+def test_of_processes_that_start_together_one_downloads_at_a_time(tmp_path, monkeypatch):
+    """Each would write to the same file."""
+    busy, most = [], []
+
+    def download(url, root, name, md5):
+        busy.append(url)
+        most.append(len(busy))
+        time.sleep(0.2)
+        with tarfile.open(root / name, "w"):
+            pass
+        busy.pop()
+
+    monkeypatch.setattr(utils, "download_url", download)
+    official = SimpleNamespace(url="here", filename="a.tar", tgz_md5="")
+    with ThreadPoolExecutor(3) as pool:
+        made = pool.map(lambda _: archive.packed("cifar10", official, tmp_path / "new"), range(3))
+        assert [*made] == [{}] * 3 and most == [1] * 3
